@@ -1,0 +1,449 @@
+"""
+One call that may have to download: does what the protocol decides, and says what happened.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from hashlib import sha256
+from pathlib import PurePosixPath
+from typing import Literal, NoReturn
+
+import attrs
+
+from kserve_pvc import _layout as layout
+from kserve_pvc import _protocol as protocol
+from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take_claim
+from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Waiting
+from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log
+from kserve_pvc._record import Beat, Claim, Holder, LogEntry, Manifest, PartNote, StoreSettings, decode, encode, now
+from kserve_pvc._ref import ModelRef
+from kserve_pvc._source import Backend, Resolved
+from kserve_pvc._transfer import MAX_WORKERS, PART_BYTES, Destination, Donor, Transfer
+from kserve_pvc._volume import Volume, VolumeWriter, write_all
+from kserve_pvc.errors import InsufficientSpaceError, LockTimeoutError, StoreFormatError, VolumeError
+from kserve_pvc.locks.flock import FileLock
+from kserve_pvc.locks.lease import Heart, LeaseLostError
+
+# How long what was thrown away stays intact for readers who hold it open without a lease.
+TRASH_SECONDS = 300.0
+_MAX_JOURNAL_BYTES = 64 * 1024 * 1024
+
+
+@attrs.frozen(kw_only=True)
+class Wish:
+    """
+    What counts as present: a record newer than `after_seq`, of `version` if one is named.
+    """
+
+    after_seq: int = 0
+    version: str | None = None
+
+    def is_met_by(self, view: LogView) -> bool:
+        entry = view.entry
+        if entry is None or not entry.is_present or entry.seq <= self.after_seq:
+            return False
+        return self.version is None or entry.version == self.version
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """
+    How a call got its model, and what that cost it.
+    """
+
+    status: Literal["present", "downloaded", "waited"]
+    entry: LogEntry
+    bytes_fetched: int
+
+
+class Download:
+    """
+    Drives the protocol for one call. Make one for each call; `run` is called once.
+
+    Args:
+        resolved: What the source holds, if the caller has asked already; else it is asked once a claim is won, so
+            that waiting processes do not list the source.
+        part_bytes: The most that a killed process costs per worker.
+    """
+
+    def __init__(
+        self,
+        writer: VolumeWriter,
+        settings: StoreSettings,
+        ref: ModelRef,
+        backend: Backend,
+        *,
+        holder: Holder,
+        timeout: float,
+        listener: Listener,
+        wish: Wish,
+        resolved: Resolved | None = None,
+        part_bytes: int = PART_BYTES,
+        max_workers: int = MAX_WORKERS,
+    ) -> None:
+        self._writer = writer
+        self._settings = settings
+        self._ref = ref
+        self._key = ref.key
+        self._backend = backend
+        self._holder = holder
+        self._listener = listener
+        self._wish = wish
+        self._resolved = resolved
+        self._part_bytes = part_bytes
+        self._max_workers = max_workers
+        self._rules = protocol.Rules(lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=settings.locker == "flock")
+        self._lock = FileLock(partial(writer.open_shared, layout.lock_file(self._key)))
+        self._view = LogView()
+        self._sign: Sign | None = None
+        self._claim: Claim | None = None
+        self._tally = _Tally(str(ref), listener)
+        self._manifest: Manifest | None = None
+
+    def run(self) -> Outcome:
+        """
+        Go through the protocol until the model is there.
+
+        Raises:
+            LockTimeoutError: Another process is still downloading.
+            StoreError: This process downloaded, and failed. What it has is left for the next one.
+        """
+        state, actions = protocol.begin(self._rules)
+        try:
+            while True:
+                event: protocol.Event | None = None
+                for action in actions:
+                    if isinstance(action, protocol.Return):
+                        return self._outcome(action.status)
+                    event = self._do(action)
+                assert event is not None  # Every step that does not end the call ends in an action with an answer.
+                state, actions = protocol.step(state, event)
+        finally:
+            self._release()
+
+    def _outcome(self, status: Literal["present", "downloaded", "waited"]) -> Outcome:
+        assert self._view.entry is not None  # The protocol returns only after a record met the wish.
+        return Outcome(status=status, entry=self._view.entry, bytes_fetched=self._tally.fetched)
+
+    def _do(self, action: protocol.Action) -> protocol.Event | None:
+        match action:
+            case protocol.Look():
+                return self._look()
+            case protocol.TryLock():
+                return protocol.Locked(now=time.monotonic(), granted=self._lock.try_acquire())
+            case protocol.MakeClaim(epoch=epoch, reason=reason):
+                return self._make_claim(epoch, reason)
+            case protocol.Fetch():
+                return self._fetch()
+            case protocol.Publish(after_seq=after_seq):
+                return self._publish(after_seq)
+            case protocol.Pause(seconds=seconds):
+                return self._pause(seconds)
+            case protocol.Release():
+                self._release()
+            case protocol.GiveUp():
+                self._give_up(action)
+        return None
+
+    def _look(self) -> protocol.Looked:
+        self._view = read_log(self._writer, self._key)
+        present = self._wish.is_met_by(self._view)
+        self._sign = None if present else read_claim(self._writer, self._key)
+        self._tally.look(self._sign)
+        seen = None
+        if self._sign is not None:
+            sign = self._sign
+            seen = protocol.ClaimSeen(epoch=int(sign.name), sign_of_life=sign.raw, released=sign.is_released, dead=sign.is_dead)
+        return protocol.Looked(now=time.monotonic(), present=present, seq=self._view.seq, claim=seen)
+
+    def _pause(self, seconds: float) -> protocol.Paused:
+        self._listener(self._tally.waiting(self._sign))
+        time.sleep(seconds * random.uniform(0.8, 1.0))
+        return protocol.Paused()
+
+    def _make_claim(self, epoch: int, reason: str) -> protocol.Claimed:
+        self._claim = take_claim(self._writer, self._key, epoch, uri=self._ref.uri, holder=self._holder)
+        if self._claim is None:
+            return protocol.Claimed(won=False)
+        if self._sign is not None and not self._sign.is_released:
+            self._listener(TookOver(ref=str(self._ref), holder=self._sign.holder, reason=reason))
+        self._tally.heart = start_heart(
+            self._writer,
+            layout.claim_dir(self._key, epoch),
+            lease_seconds=self._settings.lease_seconds,
+            progress=self._tally.progress,
+            superseded=lambda: newest_epoch(self._writer, self._key) > epoch,
+        )
+        return protocol.Claimed(won=True)
+
+    def _release(self) -> None:
+        heart, self._tally.heart = self._tally.heart, None
+        if heart is not None:
+            heart.stop()
+        self._lock.release()
+
+    def _give_up(self, action: protocol.GiveUp) -> NoReturn:
+        if action.reason == "volume" and self._tally.spoiled is not None:
+            raise self._tally.spoiled
+        waiting = self._tally.waiting(self._sign)
+        raise LockTimeoutError(str(self._ref), waiting.holder, action.waited, action.idle, waiting.bytes_done, waiting.bytes_total)
+
+    def _fetch(self) -> protocol.Event:
+        assert self._claim is not None  # The protocol fetches only under a claim.
+        try:
+            if self._resolved is None:
+                self._resolved = self._backend.resolve(self._ref)
+            self._manifest = self._write_generation(self._claim.generation, self._resolved)
+        except LeaseLostError:
+            return protocol.ClaimLost()
+        except VolumeError as error:
+            self._tally.spoiled = error
+            return protocol.Spoiled()
+        except InsufficientSpaceError:
+            # It will not fit a second time either, and what is left of it takes room from others.
+            with suppress(OSError):
+                self._collect(self._claim.generation)
+            raise
+        return protocol.Fetched()
+
+    def _write_generation(self, generation: str, resolved: Resolved) -> Manifest:
+        self._make_room(resolved.size_bytes)
+        place = layout.generation_dir(self._key, generation)
+        donors = _find_donors(self._writer, self._key, generation)
+        self._writer.make_directory(place)
+        self._listener(Started(ref=str(self._ref), bytes_total=resolved.size_bytes, files=len(resolved.files)))
+        self._tally.start(resolved.size_bytes)
+        with _Journal(self._writer, generation, self._part_bytes) as journal:
+            destination = Destination(
+                create=lambda path: self._writer.create(place / path),
+                write=write_all,
+                finish=lambda fd, path: self._writer.finish(fd, place / path),
+                note=journal.note,
+                failure=lambda operation, path, error: self._writer.failure(operation, place / path, error),
+            )
+            transfer = Transfer(
+                backend=self._backend,
+                destination=destination,
+                donors=donors,
+                observer=self._tally,
+                part_bytes=self._part_bytes,
+                max_workers=self._max_workers,
+            )
+            files = transfer.run(resolved.files)
+        self._writer.sync_tree(place)
+        manifest = Manifest(key=self._key, generation=generation, version=resolved.version, files=files)
+        self._writer.write_private(layout.manifest_file(generation), encode(manifest))
+        return manifest
+
+    def _make_room(self, needed_bytes: int) -> None:
+        self._writer.empty_trash(TRASH_SECONDS)
+        if self._writer.free_bytes() < needed_bytes:
+            self._writer.empty_trash(0)
+        if (free := self._writer.free_bytes()) < needed_bytes:
+            raise InsufficientSpaceError(str(self._writer.root), needed_bytes, free)
+
+    def _publish(self, after_seq: int) -> protocol.Published:
+        assert self._claim is not None  # The protocol publishes only what was fetched under a claim.
+        private = layout.staging_dir(self._claim.generation) / "record"
+        entry = append(self._writer, self._key, self._commit, after_seq=after_seq, private=private)
+        if entry is None:
+            return protocol.Published(won=False)
+        self._view = LogView(seq=entry.seq, entry=entry)
+        # The model is there whatever becomes of the leftovers; the next download of this key tries again.
+        with suppress(OSError, StoreFormatError):
+            self._collect_garbage(entry)
+        return protocol.Published(won=True)
+
+    def _commit(self, seq: int) -> LogEntry:
+        assert self._manifest is not None  # The protocol publishes only after a fetch.
+        return LogEntry(
+            type="commit",
+            seq=seq,
+            key=self._key,
+            uri=self._ref.uri,
+            revision=self._ref.revision,
+            allow_patterns=self._ref.allow_patterns,
+            ignore_patterns=self._ref.ignore_patterns,
+            generation=self._manifest.generation,
+            version=self._manifest.version,
+            files=len(self._manifest.files),
+            size_bytes=self._manifest.size_bytes,
+            manifest_sha256=sha256(encode(self._manifest)).hexdigest(),
+            created_at=now(),
+            writer=self._holder,
+        )
+
+    def _collect_garbage(self, entry: LogEntry) -> None:
+        """
+        Collect every generation of this key that no record names.
+
+        Our own commit is what makes this safe: whoever publishes later sees it and loses, unless it had reserved a
+        higher number before, which is looked for first. No judgement about who is alive is needed.
+        """
+        if highest_slot(self._writer, self._key) > entry.seq:
+            return
+        named = {record.generation for record in read_all(self._writer, self._key)}
+        for generation in self._writer.names(layout.MODELS / self._key):
+            if layout.parse_generation(generation) is not None and generation not in named:
+                self._collect(generation)
+        self._throw_away(layout.staging_dir(entry.generation))
+
+    def _collect(self, generation: str) -> None:
+        # The model's directory goes last: as long as it is there, the next collection finds the rest.
+        for place in (layout.staging_dir(generation), layout.manifest_file(generation), layout.generation_dir(self._key, generation)):
+            self._throw_away(place)
+
+    def _throw_away(self, place: PurePosixPath) -> None:
+        if (trashed := self._writer.discard(place)) is not None:
+            self._writer.delete_trash(trashed)
+
+
+class _Tally:
+    """
+    Counts what a call moved, for its beat and its events, and stops the transfer when the claim is lost.
+    """
+
+    def __init__(self, ref: str, listener: Listener) -> None:
+        self._ref = ref
+        self._listener = listener
+        self._guard = threading.Lock()
+        self._total = self._done = 0
+        self._started: float | None = None
+        self._waiting_since: float | None = None
+        self._sign_changed = 0.0
+        self._last_sign = b""
+        self.fetched = 0
+        self.heart: Heart | None = None
+        self.spoiled: VolumeError | None = None
+
+    def start(self, total: int) -> None:
+        with self._guard:
+            self._total, self._done, self._started = total, 0, time.monotonic()
+
+    def progress(self) -> tuple[int, int, int]:
+        with self._guard:
+            seconds = 0.0 if self._started is None else time.monotonic() - self._started
+            return self._done, self._total, int(self._done / seconds) if seconds else 0
+
+    def check(self) -> None:
+        if self.heart is None:
+            raise LeaseLostError
+        self.heart.check()
+
+    def adopted(self, size_bytes: int) -> None:
+        with self._guard:
+            self._done += size_bytes
+        self._listener(Adopted(ref=self._ref, size_bytes=size_bytes))
+
+    def received(self, size_bytes: int) -> None:
+        with self._guard:
+            self._done += size_bytes
+            self.fetched += size_bytes
+        self._listener(Received(ref=self._ref, size_bytes=size_bytes))
+
+    def retried(self, reason: str, delay: float) -> None:
+        self._listener(Retried(ref=self._ref, reason=reason, delay=delay))
+
+    def look(self, sign: Sign | None) -> None:
+        raw = b"" if sign is None else sign.raw
+        if raw != self._last_sign or not self._sign_changed:
+            self._last_sign, self._sign_changed = raw, time.monotonic()
+
+    def waiting(self, sign: Sign | None) -> Waiting:
+        moment = time.monotonic()
+        if self._waiting_since is None:
+            self._waiting_since = moment
+        beat = sign.beat if sign is not None and sign.beat is not None else Beat(count=0)
+        owner = sign.owner if sign is not None and isinstance(sign.owner, Claim) else None
+        return Waiting(
+            ref=self._ref,
+            holder="an unknown process" if sign is None else sign.holder,
+            since="unknown" if owner is None else owner.claimed_at.isoformat(timespec="seconds"),
+            waited=moment - self._waiting_since,
+            idle=moment - self._sign_changed,
+            bytes_done=beat.bytes_done,
+            bytes_total=beat.bytes_total,
+            bytes_per_second=beat.bytes_per_second,
+        )
+
+
+class _Journal:
+    """
+    The notes of one attempt, each a line with its own checksum; several workers note, one file is written.
+    """
+
+    def __init__(self, writer: VolumeWriter, generation: str, sync_bytes: int) -> None:
+        self._guard = threading.Lock()
+        self._sync_bytes = sync_bytes
+        self._unsynced: dict[PurePosixPath, int] = {}
+        self._offset = 0
+        self._writer = writer
+        self._place = layout.journal_file(generation)
+        self._fd = writer.create(self._place)
+
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            os.close(self._fd)  # Notes are hints: one that the volume lost costs a fetch.
+
+    def note(self, note: PartNote) -> None:
+        """
+        Write a note down. The bytes it speaks of are durable already, so a lost note costs a fetch and never a lie;
+        notes are made durable whenever they speak of a whole part.
+        """
+        line = encode(note)
+        with self._guard:
+            self._unsynced[note.path] = note.stop
+            try:
+                write_all(self._fd, line, self._offset)
+                self._offset += len(line)
+                if sum(self._unsynced.values()) >= self._sync_bytes:
+                    os.fdatasync(self._fd)
+                    self._unsynced.clear()
+            except OSError as error:
+                raise self._writer.failure("writing", self._place, error) from error
+
+
+def _find_donors(volume: Volume, key: str, own: str) -> Mapping[PurePosixPath, Sequence[Donor]]:
+    """What earlier attempts at a key left, by file; the newest attempt first."""
+    donors: dict[PurePosixPath, list[Donor]] = defaultdict(list)
+    for generation in reversed(volume.names(layout.MODELS / key)):
+        if generation == own or layout.parse_generation(generation) is None:
+            continue
+        for path, notes in _read_journal(volume, generation).items():
+            place = layout.generation_dir(key, generation) / path
+            donors[path].append(Donor(notes=tuple(notes), open_file=partial(volume.open_file, place)))
+    return donors
+
+
+def reusable_bytes(volume: Volume, resolved: Resolved) -> int:
+    """
+    How many bytes of a model earlier attempts have left, if all of them prove themselves.
+    """
+    donors = _find_donors(volume, resolved.ref.key, own="")
+    total = 0
+    for file in resolved.files:
+        notes = [note for donor in donors.get(file.entry.path, ()) for note in donor.notes]
+        total += max((n.stop for n in notes if n.token == file.entry.token and n.stop <= file.entry.size_bytes), default=0)
+    return total
+
+
+def _read_journal(volume: Volume, generation: str) -> dict[PurePosixPath, list[PartNote]]:
+    place = layout.journal_file(generation)
+    notes: dict[PurePosixPath, list[PartNote]] = defaultdict(list)
+    with suppress(StoreFormatError, VolumeError):
+        for line in (volume.read(place, _MAX_JOURNAL_BYTES) or b"").splitlines():
+            # The first line that does not check out is the torn end of a killed writer, or forged: nothing after it counts.
+            note = decode(PartNote, line, str(place))
+            notes[note.path].append(note)
+    return notes

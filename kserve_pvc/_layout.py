@@ -1,0 +1,82 @@
+"""
+Where things lie on the volume, relative to the store's root.
+
+Every name below a key is made by us from checked parts; nothing here comes from a remote unchecked.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+MODELS = PurePosixPath("models")
+META = PurePosixPath(".kserve-pvc")
+SETTINGS = META / "store.json"
+KEYS = META / "keys"
+STAGING = META / "staging"
+TRASH = META / "trash"
+LEASES = META / "leases"
+MANIFESTS = META / "manifests"
+
+_LOG_NAME = re.compile(r"([0-9]{12})\.(commit|restore|tombstone)")
+_GENERATION = re.compile(r"[0-9]{12}-[0-9a-f]{32}")
+_NUMBER = re.compile(r"[0-9]{12}")
+
+
+def generation_dir(key: str, generation: str) -> PurePosixPath:
+    """The model itself: plain files only."""
+    return MODELS / key / generation
+
+
+def log_dir(key: str) -> PurePosixPath:
+    return KEYS / key / "log"
+
+
+def slot_dir(key: str) -> PurePosixPath:
+    """Numbers that are taken: one empty directory each, because `mkdir` is the most widely exclusive call."""
+    return KEYS / key / "slots"
+
+
+def claims_dir(key: str) -> PurePosixPath:
+    return KEYS / key / "claims"
+
+
+def claim_dir(key: str, epoch: int) -> PurePosixPath:
+    """One claim: making this directory wins it. `claim` says whose it is, `beat` that its holder lives."""
+    return claims_dir(key) / f"{epoch:012d}"
+
+
+def lock_file(key: str) -> PurePosixPath:
+    return KEYS / key / "lock"
+
+
+def manifest_file(generation: str) -> PurePosixPath:
+    return MANIFESTS / f"{generation}.json"
+
+
+def staging_dir(generation: str) -> PurePosixPath:
+    return STAGING / generation
+
+
+def journal_file(generation: str) -> PurePosixPath:
+    return staging_dir(generation) / "journal"
+
+
+def lease_dir(generation: str) -> PurePosixPath:
+    return LEASES / generation
+
+
+def parse_log_name(name: str) -> int | None:
+    """The number of a log record, or None for anything else that lies there."""
+    match = _LOG_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def parse_number(name: str) -> int | None:
+    """The number of a claim or slot, or None for anything else that lies there."""
+    return int(name) if _NUMBER.fullmatch(name) else None
+
+
+def parse_generation(name: str) -> str | None:
+    """The name itself if it can be a generation's, or None for anything else that lies there."""
+    return name if _GENERATION.fullmatch(name) else None

@@ -1,0 +1,140 @@
+"""
+The numbered log of one key: the only thing that says whether a model is present.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import PurePosixPath
+
+import attrs
+
+from kserve_pvc._layout import log_dir, manifest_file, parse_log_name, parse_number, slot_dir
+from kserve_pvc._record import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, LogEntry, Manifest, decode, encode
+from kserve_pvc._volume import Volume, VolumeWriter
+from kserve_pvc.errors import StoreFormatError
+
+_REREADS = 3
+_REREAD_PAUSE = 0.05
+_SLOT_PATIENCE = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class LogView:
+    """
+    The newest record of a log. `seq` is 0 for an empty log; `damage` says why the newest record is not an `entry`.
+    """
+
+    seq: int = 0
+    entry: LogEntry | None = None
+    damage: StoreFormatError | None = None
+
+
+def read_log(volume: Volume, key: str) -> LogView:
+    """
+    Read the newest record of a key: one listing and one small read. Waits for no lock and writes nothing.
+    """
+    view = LogView()
+    for attempt in range(_REREADS):
+        if attempt:
+            # A record that was created in place may be seen half written; one that was linked never is.
+            time.sleep(_REREAD_PAUSE)
+        view = _read_newest(volume, key)
+        if view.damage is None:
+            break
+    return view
+
+
+def _read_newest(volume: Volume, key: str) -> LogView:
+    records = [(seq, name) for name in volume.names(log_dir(key)) if (seq := parse_log_name(name)) is not None]
+    if not records:
+        return LogView()
+    # Should one number have several records, every reader takes the same; a tombstone sorts last and is the safe one.
+    seq, name = max(records)
+    try:
+        return LogView(seq=seq, entry=_read_entry(volume, key, name))
+    except StoreFormatError as damage:
+        return LogView(seq=seq, damage=damage)
+
+
+def _read_entry(volume: Volume, key: str, name: str) -> LogEntry:
+    place = log_dir(key) / name
+    data = volume.read(place, MAX_RECORD_BYTES)
+    if data is None:
+        raise StoreFormatError(str(place), "it is listed and cannot be opened")
+    entry = decode(LogEntry, data, str(place))
+    if entry.name != name or entry.key != key:
+        raise StoreFormatError(str(place), "it belongs under another name, so somebody moved or forged it")
+    return entry
+
+
+def read_all(volume: Volume, key: str) -> list[LogEntry]:
+    """
+    Read every record of a key.
+
+    Raises:
+        StoreFormatError: One of them is damaged.
+    """
+    return [_read_entry(volume, key, name) for name in volume.names(log_dir(key)) if parse_log_name(name) is not None]
+
+
+def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
+    """
+    Read the list of files a record vouches for.
+
+    Raises:
+        StoreFormatError: It is missing, or not the one the record names.
+    """
+    from hashlib import sha256
+
+    place = manifest_file(entry.generation)
+    data = volume.read(place, MAX_MANIFEST_BYTES)
+    if data is None:
+        raise StoreFormatError(str(place), "it is missing; `verify` the model, or `rm` and `ensure` it again")
+    if sha256(data).hexdigest() != entry.manifest_sha256:
+        raise StoreFormatError(str(place), "it is not the manifest its record names, so it was changed")
+    return decode(Manifest, data, str(place))
+
+
+def highest_slot(volume: Volume, key: str) -> int:
+    """
+    The highest number anybody has reserved.
+    """
+    return max((n for name in volume.names(slot_dir(key)) if (n := parse_number(name)) is not None), default=0)
+
+
+def append(writer: VolumeWriter, key: str, make: Callable[[int], LogEntry], *, after_seq: int, private: PurePosixPath) -> LogEntry | None:
+    """
+    Append the next record, or learn that somebody else did.
+
+    The order is what makes this safe without any lock: the number is reserved first, then the log is listed again,
+    then the record is published. Whoever published before sees its record respected, and whoever reserves later sees
+    ours; a process that was paused anywhere in between can only lose.
+
+    Args:
+        make: Builds the record for the number it gets.
+        after_seq: The newest record the caller took into account.
+        private: A name in a staging directory that nobody else uses.
+
+    Returns:
+        The record, or None if the log moved on since `after_seq`.
+    """
+    seq = after_seq + 1
+    while not writer.reserve(slot_dir(key) / f"{seq:012d}"):
+        if _moved_on(writer, key, after_seq, seq):
+            return None
+        seq += 1  # Whoever took that number died before it wrote, or will lose by what we write now.
+    if read_log(writer, key).seq > after_seq:
+        return None
+    entry = make(seq)
+    return entry if writer.publish(log_dir(key) / entry.name, encode(entry), private) else None
+
+
+def _moved_on(volume: Volume, key: str, after_seq: int, taken: int) -> bool:
+    deadline = time.monotonic() + _SLOT_PATIENCE
+    while read_log(volume, key).seq <= after_seq:
+        if time.monotonic() >= deadline or highest_slot(volume, key) > taken:
+            return False
+        time.sleep(_REREAD_PAUSE)
+    return True

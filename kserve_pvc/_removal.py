@@ -1,0 +1,111 @@
+"""
+Removing a model: gone at once for whoever asks, deleted only when nobody can be reading it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from hashlib import sha256
+
+import attrs
+
+from kserve_pvc import _layout as layout
+from kserve_pvc._claims import is_claimed, live_readers
+from kserve_pvc._log import LogView, append, read_log
+from kserve_pvc._record import Holder, LogEntry, StoreSettings, now
+from kserve_pvc._ref import ModelRef
+from kserve_pvc._volume import VolumeWriter, mount_of
+from kserve_pvc.errors import ModelInUseError
+
+
+@attrs.frozen
+class Removal:
+    """
+    One removal: tombstone, wait until every node sees it, look for readers, trash, delete.
+
+    If the process dies on the way the model stays gone, and the next removal or download of it collects the rest.
+    """
+
+    writer: VolumeWriter
+    settings: StoreSettings
+    ref: ModelRef
+    holder: Holder
+
+    def run(self, trash_seconds: float) -> bool:
+        """
+        Returns:
+            False if there was nothing to remove.
+
+        Raises:
+            ModelInUseError: Somebody downloads it, or reads it; a tombstone was undone.
+        """
+        generations = [g for g in self.writer.names(layout.MODELS / self.ref.key) if layout.parse_generation(g) is not None]
+        view = read_log(self.writer, self.ref.key)
+        if not generations and not _is_present(view):
+            return False
+        if (downloader := is_claimed(self.writer, self.ref.key, lease_seconds=self.settings.lease_seconds)) is not None:
+            raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
+        before, tombstone = self._tombstone(view, generations)
+        time.sleep(mount_of(self.writer.root).visibility_delay)
+        readers = [r for g in generations for r in live_readers(self.writer, g, lease_seconds=self.settings.lease_seconds)]
+        if readers:
+            if before is not None:
+                self._append(attrs.evolve(before, type="restore"), after_seq=tombstone.seq)
+            raise ModelInUseError(str(self.ref), tuple(readers))
+        for generation in generations:
+            self._collect(generation)
+        self.writer.empty_trash(trash_seconds)
+        return True
+
+    def _tombstone(self, view: LogView, generations: list[str]) -> tuple[LogEntry | None, LogEntry]:
+        """Append a tombstone, also where no commit is: it makes every download that has begun lose."""
+        while True:
+            before = view.entry if _is_present(view) else None
+            tombstone = attrs.evolve(before or self._nothing(generations), type="tombstone")
+            appended = self._append(tombstone, after_seq=view.seq)
+            if appended is not None:
+                return before, appended
+            view = read_log(self.writer, self.ref.key)
+
+    def _nothing(self, generations: list[str]) -> LogEntry:
+        return LogEntry(
+            type="tombstone",
+            seq=1,
+            key=self.ref.key,
+            uri=self.ref.uri,
+            revision=self.ref.revision,
+            allow_patterns=self.ref.allow_patterns,
+            ignore_patterns=self.ref.ignore_patterns,
+            generation=generations[-1],
+            version="unfinished",
+            files=0,
+            size_bytes=0,
+            manifest_sha256=sha256(b"").hexdigest(),
+            created_at=now(),
+            writer=self.holder,
+        )
+
+    def _append(self, entry: LogEntry, *, after_seq: int) -> LogEntry | None:
+        place = layout.staging_dir(f"remove-{secrets.token_hex(16)}")
+        try:
+            return append(
+                self.writer,
+                self.ref.key,
+                lambda seq: attrs.evolve(entry, seq=seq, created_at=now(), writer=self.holder),
+                after_seq=after_seq,
+                private=place / "record",
+            )
+        finally:
+            if (trashed := self.writer.discard(place)) is not None:
+                self.writer.delete_trash(trashed)
+
+    def _collect(self, generation: str) -> None:
+        self.writer.discard(layout.generation_dir(self.ref.key, generation))
+        for place in (layout.staging_dir(generation), layout.manifest_file(generation), layout.lease_dir(generation)):
+            if (trashed := self.writer.discard(place)) is not None:
+                self.writer.delete_trash(trashed)
+
+
+def _is_present(view: LogView) -> bool:
+    return view.entry is not None and view.entry.is_present

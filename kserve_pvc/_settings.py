@@ -1,0 +1,98 @@
+"""
+The only module that reads the environment, once for each store that is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import attrs
+
+from kserve_pvc.errors import SettingsError
+
+Mode = Literal["r", "rw"]
+
+READONLY_ANNOTATION = "storage.kserve.io/readonly"
+DEFAULT_STORE = "/mnt/models"
+DEFAULT_ANNOTATIONS_FILE = "/etc/podinfo/annotations"
+_MAX_ANNOTATIONS_BYTES = 1024 * 1024
+_ANNOTATION_LINE = re.compile(r'(?P<name>[^=\s"]+)="(?P<value>(?:[^"\\]|\\.)*)"')
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """
+    What the environment says about a store. `mode` is None if it says nothing.
+    """
+
+    store: str
+    mode: Mode | None
+    locker: str | None
+    lease_seconds: float | None
+
+
+def read_settings(environ: Mapping[str, str] | None = None, annotations: Mapping[str, str] | None = None) -> Settings:
+    """
+    Read `KSERVE_PVC_STORE`, `_MODE`, `_LOCKER`, `_LEASE_SECONDS` and the pod's annotations.
+
+    Annotations are given, or read from the downward-API file named by `KSERVE_PVC_ANNOTATIONS`
+    (default `/etc/podinfo/annotations`; a missing file means that nothing is said).
+
+    Raises:
+        SettingsError: A value means nothing. Nothing is guessed from it.
+    """
+    environ = os.environ if environ is None else environ
+    if annotations is None:
+        annotations = _read_annotations(Path(environ.get("KSERVE_PVC_ANNOTATIONS") or DEFAULT_ANNOTATIONS_FILE))
+    return Settings(
+        store=environ.get("KSERVE_PVC_STORE") or DEFAULT_STORE,
+        mode=_mode(environ.get("KSERVE_PVC_MODE"), annotations),
+        locker=environ.get("KSERVE_PVC_LOCKER") or None,
+        lease_seconds=_seconds(environ.get("KSERVE_PVC_LEASE_SECONDS")),
+    )
+
+
+def mode_from_annotations(annotations: Mapping[str, str]) -> Mode:
+    """
+    The mode KServe's annotation asks for: read-write for exactly `storage.kserve.io/readonly: "false"`, else read-only.
+
+    `"False"`, `"0"`, `"no"` and `""` stay read-only, as in KServe.
+    """
+    return "rw" if annotations.get(READONLY_ANNOTATION) == "false" else "r"
+
+
+def _mode(text: str | None, annotations: Mapping[str, str]) -> Mode | None:
+    if text == "r" or text == "rw":
+        return "r" if text == "r" else "rw"
+    if text:
+        raise SettingsError("KSERVE_PVC_MODE", text, "write `r` or `rw`")
+    return mode_from_annotations(annotations) if READONLY_ANNOTATION in annotations else None
+
+
+def _seconds(text: str | None) -> float | None:
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise SettingsError("KSERVE_PVC_LEASE_SECONDS", text, "write a number of seconds") from error
+
+
+def _read_annotations(path: Path) -> dict[str, str]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_MAX_ANNOTATIONS_BYTES)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise SettingsError("KSERVE_PVC_ANNOTATIONS", str(path), f"it cannot be read: {error.strerror}") from error
+    return {m["name"]: _unquote(m["value"]) for line in text.splitlines() if (m := _ANNOTATION_LINE.fullmatch(line.strip()))}
+
+
+def _unquote(value: str) -> str:
+    # The downward API writes values with Go's %q, whose escapes for text are a subset of Python's.
+    return re.sub(r'\\(["\\])', r"\1", value)

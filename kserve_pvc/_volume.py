@@ -1,0 +1,548 @@
+"""
+The only module that creates, renames or deletes anything under a store's root.
+
+`Volume` can only look. `VolumeWriter` adds writing, and a read-only store never constructs one. A writer walks from
+the root by directory descriptors that follow no symbolic link, so a link planted on the volume leads nowhere.
+
+Rules of network volumes that shape this code: names are looked up by listing or opening, never by `stat`, whose
+answer may be half a minute old; a call that failed may have been carried out, so its effect is looked for; a
+descriptor whose `fsync` failed is never synced again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+import attrs
+
+from kserve_pvc._layout import LEASES, MANIFESTS, MODELS, STAGING, TRASH
+from kserve_pvc._record import FoundFile
+from kserve_pvc.errors import (
+    InsufficientSpaceError,
+    ReadOnlyStoreError,
+    StoreFormatError,
+    StoreRootError,
+    UnsafePathError,
+    VolumeError,
+)
+
+# What a file system without the operation answers; the step then takes the next rung or does without.
+_UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NO_WRITE = {errno.EROFS, errno.EACCES, errno.EPERM}
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NETWORK_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "glusterfs", "gpfs", "9p", "virtiofs", "beegfs", "afs")
+
+
+@attrs.frozen(kw_only=True)
+class Mount:
+    """
+    What the kernel says about the mount a path lies on.
+
+    `visibility_delay` is the number of seconds after which a change made on one node is seen on all others.
+    """
+
+    type: str
+    options: tuple[str, ...]
+
+    @property
+    def is_network(self) -> bool:
+        return self.type.startswith(_NETWORK_TYPES)
+
+    @property
+    def visibility_delay(self) -> float:
+        if not self.is_network:
+            return 0.0
+        if self.type.startswith("nfs"):
+            # nfs(5): attributes of directories are cached for up to acdirmax seconds, 60 by default.
+            return 0.0 if "noac" in self.options else 2 * self._seconds("acdirmax", self._seconds("actimeo", 60.0))
+        if self.type.startswith(("cifs", "smb")):
+            return 2 * self._seconds("acdirmax", self._seconds("actimeo", 1.0))
+        return 2.0
+
+    def _seconds(self, option: str, default: float) -> float:
+        for text in self.options:
+            name, _, value = text.partition("=")
+            if name == option and value.isdigit():
+                return float(value)
+        return default
+
+
+def mount_of(path: Path) -> Mount:
+    """
+    Find the mount a path lies on. Unknown answers as a network volume does, which only makes waits longer.
+    """
+    best, found = "", Mount(type="fuse", options=())
+    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            left, _, right = line.rstrip("\n").partition(" - ")
+            place = left.split()[4].encode().decode("unicode_escape")
+            # A later line covers an earlier one at the same place.
+            if len(place) >= len(best) and (path == Path(place) or Path(place) in path.parents):
+                kind, _, super_options = right.split(" ", 2)
+                best, found = place, Mount(type=kind, options=(*left.split()[5].split(","), *super_options.split(",")))
+    return found
+
+
+class Volume:
+    """
+    The reading half of a store's volume.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        try:
+            self.root = Path(root).resolve(strict=True)
+        except (OSError, ValueError) as error:
+            raise StoreRootError(os.fspath(root), "it does not exist; mount the volume there, or create the directory") from error
+        if not self.root.is_dir():
+            raise StoreRootError(str(self.root), "it is not a directory")
+
+    def absolute(self, place: PurePosixPath) -> Path:
+        return self.root / place
+
+    def read(self, place: PurePosixPath, limit: int) -> bytes | None:
+        """
+        Read a small regular file whole, or return None if it is not there.
+
+        Raises:
+            StoreFormatError: It is a link, no regular file, or larger than `limit` bytes.
+        """
+        for _ in range(2):
+            try:
+                fd = os.open(self.root / place, _READ_FLAGS)
+            except OSError as error:
+                if error.errno == errno.ESTALE:
+                    continue
+                if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                    return None
+                if error.errno in (errno.ELOOP, errno.ENXIO):
+                    raise StoreFormatError(str(place), "it is not a regular file") from error
+                raise self.failure("reading", place, error) from error
+            try:
+                return self._read_open(fd, place, limit)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise self.failure("reading", place, error) from error
+            finally:
+                os.close(fd)
+        return None
+
+    def _read_open(self, fd: int, place: PurePosixPath, limit: int) -> bytes:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise StoreFormatError(str(place), "it is not a regular file")
+        data = b""
+        while len(data) <= limit and (more := os.read(fd, limit + 1 - len(data))):
+            data += more
+        if len(data) > limit:
+            raise StoreFormatError(str(place), f"it is larger than {limit} bytes")
+        return data
+
+    def names(self, place: PurePosixPath) -> list[str]:
+        """
+        List a directory, sorted; empty if it is not there. Listing is fresh on every volume measured, `stat` is not.
+        """
+        try:
+            return sorted(os.listdir(self.root / place))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise self.failure("listing", place, error) from error
+
+    def free_bytes(self) -> int:
+        """
+        Bytes an unprivileged writer can still use. Some network volumes make this number up.
+        """
+        found = os.statvfs(self.root)
+        return found.f_bavail * found.f_frsize
+
+    def tree(self, place: PurePosixPath) -> Iterator[FoundFile]:
+        """
+        Walk a directory without following links. Directories themselves are not reported.
+        """
+        try:
+            fd = self._open_directory(place)
+        except FileNotFoundError:
+            return
+        try:
+            yield from self._walk(fd, PurePosixPath())
+        finally:
+            os.close(fd)
+
+    def _walk(self, fd: int, inside: PurePosixPath) -> Iterator[FoundFile]:
+        with os.scandir(fd) as entries:
+            names = sorted(entry.name for entry in entries)
+        for name in names:
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):
+                child = os.open(name, _DIRECTORY_FLAGS, dir_fd=fd)
+                try:
+                    yield from self._walk(child, inside / name)
+                finally:
+                    os.close(child)
+            else:
+                yield FoundFile(path=inside / name, size_bytes=found.st_size, is_regular=stat.S_ISREG(found.st_mode))
+
+    @contextmanager
+    def open_file(self, place: PurePosixPath) -> Iterator[int]:
+        """
+        Open a regular file for reading; no component below the root may be a link.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            UnsafePathError: A link or something that is no regular file stands in the way.
+        """
+        with self._parent(place) as parent:
+            fd = self._open_at(parent, place, _READ_FLAGS)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise UnsafePathError(str(place), "it is not a regular file")
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def _parent(self, place: PurePosixPath) -> Iterator[int]:
+        fd = self._open_directory(place.parent)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _open_directory(self, place: PurePosixPath) -> int:
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for part in place.parts:
+            try:
+                child = self._open_at(fd, PurePosixPath(part), _DIRECTORY_FLAGS)
+            finally:
+                os.close(fd)
+            fd = child
+        return fd
+
+    def _open_at(self, parent: int, place: PurePosixPath, flags: int, mode: int = 0o666) -> int:
+        try:
+            return os.open(place.name, flags, mode, dir_fd=parent)
+        except OSError as error:
+            # O_NOFOLLOW answers ELOOP for a link, or ENOTDIR when a directory was asked for.
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise UnsafePathError(str(place), "a link or file stands where a directory or file of the store belongs") from error
+            raise
+
+    def failure(self, operation: str, place: PurePosixPath, error: OSError) -> Exception:
+        """
+        Say what an error of the volume means to the caller.
+        """
+        if error.errno in _NO_SPACE:
+            return InsufficientSpaceError(str(self.root), 0, self.free_bytes())
+        if error.errno in _NO_WRITE and operation not in ("reading", "listing"):
+            return ReadOnlyStoreError(str(self.root), f"write `{place}`", _permission_remedy(self.root, error))
+        return VolumeError(str(self.root / place), operation, os.strerror(error.errno or errno.EIO))
+
+
+def _permission_remedy(root: Path, error: OSError) -> str:
+    if error.errno == errno.EROFS:
+        return "its volume is mounted read-only; mount it read-write for the process that downloads"
+    found = os.stat(root)
+    return (
+        f"uid {os.geteuid()} gid {os.getegid()} may not write below a root of uid {found.st_uid} gid {found.st_gid} "
+        f"mode {stat.S_IMODE(found.st_mode):04o}; set `fsGroup`, or give the group write permission"
+    )
+
+
+class VolumeWriter(Volume):
+    """
+    The writing half of a store's volume.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        super().__init__(root)
+        # Whoever may write the root may write the store: the root's permission bits are the store's, whatever the umask.
+        bits = stat.S_IMODE(os.stat(self.root).st_mode) & 0o777
+        self._directory_mode = bits | 0o700
+        self._file_mode = (bits & 0o666) | 0o600
+
+    @contextmanager
+    def _translated(self, operation: str, place: PurePosixPath) -> Iterator[None]:
+        try:
+            yield
+        except (ReadOnlyStoreError, InsufficientSpaceError, VolumeError, UnsafePathError, StoreFormatError):
+            raise
+        except OSError as error:
+            raise self.failure(operation, place, error) from error
+
+    def make_directory(self, place: PurePosixPath) -> None:
+        """
+        Make a directory and what is missing above it, durably.
+        """
+        with self._translated("making a directory", place):
+            os.close(self._ensure_directory(place))
+
+    def _ensure_directory(self, place: PurePosixPath) -> int:
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for part in place.parts:
+            try:
+                child = self._enter_or_make(fd, PurePosixPath(part))
+            finally:
+                os.close(fd)
+            fd = child
+        return fd
+
+    def _enter_or_make(self, parent: int, part: PurePosixPath) -> int:
+        with suppress(FileNotFoundError):
+            return self._open_at(parent, part, _DIRECTORY_FLAGS)
+        with suppress(FileExistsError):
+            os.mkdir(part.name, self._directory_mode, dir_fd=parent)
+            self._set_mode(parent, part.name, self._directory_mode)
+            _sync_directory(parent)
+        return self._open_at(parent, part, _DIRECTORY_FLAGS)
+
+    def _set_mode(self, parent: int, name: str, mode: int) -> None:
+        # Only of what was just made here, and only against a narrow umask; object and SMB mounts refuse.
+        with suppress(OSError):
+            if stat.S_IMODE(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode) & 0o777 != mode:
+                os.chmod(name, mode, dir_fd=parent)
+
+    def reserve(self, place: PurePosixPath) -> bool:
+        """
+        Take a number by making its directory; exactly one process gets True.
+
+        `mkdir` excluded on every shared volume that was measured, which holds for neither `O_EXCL` nor `link`.
+        A lost reply makes the winner believe that it lost; the number then stays unused.
+        """
+        with self._translated("reserving a number", place):
+            fd = self._ensure_directory(place.parent)
+            try:
+                os.mkdir(place.name, self._directory_mode, dir_fd=fd)
+                self._set_mode(fd, place.name, self._directory_mode)
+                _sync_directory(fd)
+            except FileExistsError:
+                return False
+            finally:
+                os.close(fd)
+            return True
+
+    def publish(self, place: PurePosixPath, data: bytes, private: PurePosixPath) -> bool:
+        """
+        Make a file exist with all of its content, exclusively and durably, and read it back.
+
+        Readers see all of it or none: it is written and synced under the name `private`, which nobody else uses, and
+        linked into place. Where there are no hard links it is created exclusively in place, and a reader who comes
+        too early refuses the checksum. If the process dies here, `private` is garbage in a staging directory.
+
+        Returns:
+            False if another file is already there.
+
+        Raises:
+            VolumeError: The volume said yes and the file is not there, or said no for reasons of its own.
+        """
+        with self._translated("publishing", place):
+            self.write_private(private, data)
+            self.make_directory(place.parent)
+            with self._parent(private) as source, self._parent(place) as target:
+                self._link_or_create(source, private, target, place, data)
+                with suppress(FileNotFoundError):
+                    os.unlink(private.name, dir_fd=source)
+                _sync_directory(target)
+            found = self.read(place, max(len(data), 1) * 2)
+        if found is None:
+            raise VolumeError(str(self.root / place), "publishing", "the volume reported success and the file is not there")
+        return found == data
+
+    def _link_or_create(self, source: int, private: PurePosixPath, target: int, place: PurePosixPath, data: bytes) -> None:
+        try:
+            os.link(private.name, place.name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+        except FileExistsError:
+            return
+        except OSError as error:
+            # A network volume may lose the reply of a link that was made: `publish` asks the file, not the errno.
+            if error.errno not in _UNSUPPORTED and place.name not in os.listdir(target):
+                raise
+            if place.name in os.listdir(target):
+                return
+            with suppress(FileExistsError):
+                self._write_new(target, place, data)
+
+    def write_private(self, place: PurePosixPath, data: bytes) -> None:
+        """
+        Write a small file under a name that nobody else uses, durably.
+        """
+        with self._translated("writing", place):
+            fd = self._ensure_directory(place.parent)
+            try:
+                self._write_new(fd, place, data)
+                _sync_directory(fd)
+            finally:
+                os.close(fd)
+
+    def _write_new(self, parent: int, place: PurePosixPath, data: bytes) -> None:
+        fd = self._open_at(parent, place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode)
+        try:
+            self._set_open_mode(fd, self._file_mode)
+            write_all(fd, data, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def create(self, place: PurePosixPath) -> int:
+        """
+        Create a new file for a single writer and return its descriptor, open for reading and writing.
+        """
+        with self._translated("creating", place):
+            fd = self._ensure_directory(place.parent)
+            try:
+                made = self._open_at(fd, place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode)
+            finally:
+                os.close(fd)
+            self._set_open_mode(made, self._file_mode)
+            return made
+
+    def open_shared(self, place: PurePosixPath) -> int:
+        """
+        Open a file that several processes lock, creating it if need be. It is never deleted.
+        """
+        with self._translated("opening", place):
+            fd = self._ensure_directory(place.parent)
+            try:
+                made = self._open_at(fd, place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode)
+            finally:
+                os.close(fd)
+            self._set_open_mode(made, self._file_mode)
+            return made
+
+    def finish(self, fd: int, place: PurePosixPath) -> None:
+        """
+        Make a file of a model durable and immutable, and close it. Its descriptor is gone afterwards, well or not.
+
+        A failed `close` fails the file: a network volume may report a failed write nowhere else.
+        """
+        with self._translated("syncing", place):
+            try:
+                self._set_open_mode(fd, self._file_mode & 0o444)
+                os.fsync(fd)
+            except BaseException:
+                with suppress(OSError):
+                    os.close(fd)
+                raise
+            os.close(fd)
+
+    def _set_open_mode(self, fd: int, mode: int) -> None:
+        with suppress(OSError):
+            if stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 != mode:
+                os.fchmod(fd, mode)
+
+    def sync_tree(self, place: PurePosixPath) -> None:
+        """
+        Make every directory of a tree durable, deepest first, then the ones above it up to the root.
+        """
+        with self._translated("syncing", place):
+            fd = self._open_directory(place)
+            try:
+                _sync_below(fd)
+            finally:
+                os.close(fd)
+            for above in place.parents:
+                fd = self._open_directory(above)
+                _sync_directory(fd)
+                os.close(fd)
+
+    def discard(self, place: PurePosixPath) -> PurePosixPath | None:
+        """
+        Move a tree into the trash, where it stays intact for readers who hold its files open.
+
+        Returns:
+            Its name in the trash, or None if there is no such tree.
+        """
+        if not {MODELS, STAGING, MANIFESTS, LEASES} & set(place.parents):
+            raise UnsafePathError(str(place), "only models and what belongs to one generation are ever thrown away")
+        trashed = TRASH / f"{int(time.time()):012d}-{secrets.token_hex(8)}"
+        with self._translated("moving to the trash", place):
+            self.make_directory(TRASH)
+            try:
+                with self._parent(place) as source, self._parent(trashed) as target:
+                    os.rename(place.name, trashed.name, src_dir_fd=source, dst_dir_fd=target)
+                    _sync_directory(source)
+                    _sync_directory(target)
+            except FileNotFoundError:
+                return None
+        return trashed
+
+    def empty_trash(self, older_than: float) -> None:
+        """
+        Delete what has lain in the trash for longer than this many seconds by this node's clock.
+
+        A wrong clock deletes early; that costs only readers without a lease, since all others were waited for.
+        """
+        for name in self.names(TRASH):
+            thrown_at = name.partition("-")[0]
+            if thrown_at.isdigit() and time.time() - int(thrown_at) >= older_than:
+                self.delete_trash(TRASH / name)
+
+    def delete_trash(self, place: PurePosixPath) -> None:
+        """
+        Delete a tree in the trash, following no link and tolerating others who delete it too.
+        """
+        if place.parent != TRASH:
+            raise UnsafePathError(str(place), "only the trash is ever deleted")
+        with self._translated("deleting", place):
+            try:
+                with self._parent(place) as parent:
+                    _delete(parent, place.name)
+            except FileNotFoundError:
+                return
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """
+    Write all of the data at an offset; a short write goes on where it stopped.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _sync_directory(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED and error.errno != errno.EBADF:
+            raise
+
+
+def _sync_below(fd: int) -> None:
+    for name in os.listdir(fd):
+        if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+            child = os.open(name, _DIRECTORY_FLAGS, dir_fd=fd)
+            try:
+                _sync_below(child)
+            finally:
+                os.close(child)
+    _sync_directory(fd)
+
+
+def _delete(parent: int, name: str) -> None:
+    try:
+        fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=parent)
+    except NotADirectoryError:
+        os.unlink(name, dir_fd=parent)
+        return
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        os.unlink(name, dir_fd=parent)
+        return
+    try:
+        for child in os.listdir(fd):
+            with suppress(FileNotFoundError):
+                _delete(fd, child)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=parent)
