@@ -16,9 +16,9 @@ from typing import TypeVar
 import attrs
 
 from kserve_pvc import _layout as layout
-from kserve_pvc._record import BEAT_BYTES, MAX_RECORD_BYTES, Beat, Claim, Holder, ReaderLease, decode, encode, now
+from kserve_pvc._record import BEAT_BYTES, MAX_RECORD_BYTES, Beat, Claim, Holder, ReaderLease, decode, encode, encode_beat, now
 from kserve_pvc._volume import Volume, VolumeWriter
-from kserve_pvc.errors import StoreFormatError, VolumeError
+from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
 from kserve_pvc.locks.lease import Heart
 from kserve_pvc.locks.liveness import is_provably_dead
 
@@ -95,8 +95,20 @@ def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: 
     if not writer.reserve(place):
         return None
     claim = Claim(epoch=epoch, nonce=secrets.token_hex(16), uri=uri, holder=holder, claimed_at=now())
-    writer.write_private(place / "owner", encode(claim))
+    with _given_back_on_failure(writer, place):
+        writer.write_private(place / "owner", encode(claim))
     return claim
+
+
+@contextmanager
+def _given_back_on_failure(writer: VolumeWriter, place: PurePosixPath) -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        # If the volume still takes one more small file, nobody has to wait for the lease of a claim without a heart.
+        with suppress(StoreError):
+            writer.write_private(place / "beat", encode_beat(Beat(count=1, released=True)))
+        raise
 
 
 def start_heart(
@@ -110,7 +122,8 @@ def start_heart(
     """
     Show signs of life for a claim or lease of this process until the heart is stopped.
     """
-    fd = writer.create(place / "beat")
+    with _given_back_on_failure(writer, place):
+        fd = writer.create(place / "beat")
     try:
         return Heart(fd, lease_seconds=lease_seconds, progress=progress, superseded=superseded)
     except OSError as error:

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
@@ -69,6 +69,7 @@ class Download:
     Drives the protocol for one call. Make one for each call; `run` is called once.
 
     Args:
+        make_backend: Called once a claim is won: who only waits needs neither the SDK nor the network.
         resolved: What the source holds, if the caller has asked already; else it is asked once a claim is won, so
             that waiting processes do not list the source.
         part_bytes: The most that a killed process costs per worker.
@@ -79,7 +80,7 @@ class Download:
         writer: VolumeWriter,
         settings: StoreSettings,
         ref: ModelRef,
-        backend: Backend,
+        make_backend: Callable[[], Backend],
         *,
         holder: Holder,
         timeout: float,
@@ -93,7 +94,8 @@ class Download:
         self._settings = settings
         self._ref = ref
         self._key = ref.key
-        self._backend = backend
+        self._make_backend = make_backend
+        self._unpublished: list[str] = []
         self._holder = holder
         self._listener = listener
         self._wish = wish
@@ -131,6 +133,10 @@ class Download:
 
     def _outcome(self, status: Literal["present", "downloaded", "waited"]) -> Outcome:
         assert self._view.entry is not None  # The protocol returns only after a record met the wish.
+        # Somebody else published: what this process wrote will never be, so nobody but itself is to be asked.
+        with suppress(OSError):
+            for generation in self._unpublished:
+                self._collect(generation)
         return Outcome(status=status, entry=self._view.entry, bytes_fetched=self._tally.fetched)
 
     def _do(self, action: protocol.Action) -> protocol.Event | None:
@@ -199,9 +205,10 @@ class Download:
     def _fetch(self) -> protocol.Event:
         assert self._claim is not None  # The protocol fetches only under a claim.
         try:
+            backend = self._make_backend()
             if self._resolved is None:
-                self._resolved = self._backend.resolve(self._ref)
-            self._manifest = self._write_generation(self._claim.generation, self._resolved)
+                self._resolved = backend.resolve(self._ref)
+            self._manifest = self._write_generation(self._claim.generation, backend, self._resolved)
         except LeaseLostError:
             return protocol.ClaimLost()
         except VolumeError as error:
@@ -214,10 +221,11 @@ class Download:
             raise
         return protocol.Fetched()
 
-    def _write_generation(self, generation: str, resolved: Resolved) -> Manifest:
+    def _write_generation(self, generation: str, backend: Backend, resolved: Resolved) -> Manifest:
         self._make_room(resolved.size_bytes)
         place = layout.generation_dir(self._key, generation)
         donors = _find_donors(self._writer, self._key, generation)
+        self._unpublished.append(generation)
         self._writer.make_directory(place)
         self._listener(Started(ref=str(self._ref), bytes_total=resolved.size_bytes, files=len(resolved.files)))
         self._tally.start(resolved.size_bytes)
@@ -230,7 +238,7 @@ class Download:
                 failure=lambda operation, path, error: self._writer.failure(operation, place / path, error),
             )
             transfer = Transfer(
-                backend=self._backend,
+                backend=backend,
                 destination=destination,
                 donors=donors,
                 observer=self._tally,
@@ -257,6 +265,7 @@ class Download:
         if entry is None:
             return protocol.Published(won=False)
         self._view = LogView(seq=entry.seq, entry=entry)
+        self._unpublished.remove(entry.generation)
         # The model is there whatever becomes of the leftovers; the next download of this key tries again.
         with suppress(OSError, StoreFormatError):
             self._collect_garbage(entry)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ from kserve_pvc._source import Backend, BackendFactory, Resolved
 from kserve_pvc._transfer import MAX_WORKERS, PART_BYTES
 from kserve_pvc._verify import Level, Problem, Verification, compare
 from kserve_pvc._volume import Volume, VolumeWriter, mount_of
-from kserve_pvc.backends import make_backend
+from kserve_pvc.backends import check_scheme, make_backend
 from kserve_pvc.errors import (
     DamagedRecordError,
     LockerMismatchError,
@@ -310,6 +310,7 @@ class ModelStore:
             return self._model(entry, "present", started)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"download `{ref}`", _HOW_TO_WRITE) from view.damage
+        check_scheme(ref.scheme, self._factories)
         wish = Wish(after_seq=view.seq if force_download else 0, version=resolved.version if resolved else None)
         with make_listener(progress, callback) as listener, self._flight(ref, timeout):
             outcome = self._download(self._writer, ref, wish, resolved, timeout, max_workers, listener)
@@ -332,7 +333,7 @@ class ModelStore:
             writer,
             self._settings,
             ref,
-            self._backend(ref),
+            partial(self._backend, ref),
             holder=here(os.environ),
             timeout=timeout,
             listener=listener,

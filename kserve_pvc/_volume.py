@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
 import time
@@ -39,6 +40,8 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_WRITE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# The kernel writes blanks and backslashes of mount points as octal escapes.
+_OCTAL = re.compile(r"\\([0-7]{3})")
 _NETWORK_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "glusterfs", "gpfs", "9p", "virtiofs", "beegfs", "afs")
 
 
@@ -84,7 +87,7 @@ def mount_of(path: Path) -> Mount:
     with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
             left, _, right = line.rstrip("\n").partition(" - ")
-            place = left.split()[4].encode().decode("unicode_escape")
+            place = _OCTAL.sub(lambda match: chr(int(match[1], 8)), left.split()[4])
             # A later line covers an earlier one at the same place.
             if len(place) >= len(best) and (path == Path(place) or Path(place) in path.parents):
                 kind, _, super_options = right.split(" ", 2)

@@ -9,15 +9,29 @@ imported when its scheme is first used, never earlier.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kserve_pvc._source import Backend, BackendFactory
 from kserve_pvc.errors import UnknownSchemeError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "kserve_pvc.backends"
 
 # What to install for schemes whose back end needs a package that is not there.
 _EXTRAS = {"s3": "s3"}
+
+
+def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
+    """
+    Make sure that somebody serves a scheme, without importing it.
+
+    Raises:
+        UnknownSchemeError: No distribution serves it, or two do.
+    """
+    if scheme not in factories:
+        _find(scheme)
 
 
 def make_backend(scheme: str, factories: Mapping[str, BackendFactory], options: Mapping[str, Any]) -> Backend:
@@ -27,14 +41,14 @@ def make_backend(scheme: str, factories: Mapping[str, BackendFactory], options: 
     Raises:
         UnknownSchemeError: No distribution serves the scheme, two do, or the one that does cannot be imported.
     """
-    factory = factories.get(scheme) or _find(scheme)
     try:
+        factory: BackendFactory = factories[scheme] if scheme in factories else _find(scheme).load()
         return factory(options)
     except ImportError as error:
         raise UnknownSchemeError(scheme, _how_to_install(scheme, error)) from error
 
 
-def _find(scheme: str) -> BackendFactory:
+def _find(scheme: str) -> EntryPoint:
     # Reading the metadata of all distributions takes longer than a whole warm hit, which never comes here.
     from importlib.metadata import entry_points
 
@@ -44,12 +58,7 @@ def _find(scheme: str) -> BackendFactory:
     if len(found) > 1:
         claimants = " and ".join(f"`{name}`" for name, _ in sorted(found))
         raise UnknownSchemeError(scheme, f"{claimants} both claim it; uninstall one, or choose with `backends=`")
-    (point,) = found.values()
-    try:
-        factory: BackendFactory = point.load()
-    except ImportError as error:
-        raise UnknownSchemeError(scheme, _how_to_install(scheme, error)) from error
-    return factory
+    return next(iter(found.values()))
 
 
 def _installed() -> str:

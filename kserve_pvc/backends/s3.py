@@ -156,7 +156,7 @@ def _translated(uri: str, changed: str | None = None) -> Iterator[None]:
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise SourceDeniedError(uri, f"{redact(str(error))}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or anon") from error
     except _FOREIGN as error:
-        code, reason = _code(error), redact(str(error)) or type(error).__name__
+        code, reason = _code(error), redact(str(error)).rstrip(". ") or type(error).__name__
         if changed is not None and (code in _MISSING or code in ("PreconditionFailed", "412")):
             raise SourceChangedError(uri, changed) from error
         if code in _DENIED or isinstance(error, PermissionError):

@@ -9,8 +9,6 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from portalocker import AlreadyLocked, LockException, LockFlags, lock, unlock
-
 _PATIENCE = 1.0
 
 
@@ -29,10 +27,14 @@ class FileLock:
         self._fd: int | None = None
         self._wanted = False
         self._attempt: threading.Thread | None = None
+        self._error: Exception | None = None
 
     def try_acquire(self) -> bool:
         """
         Try once to get the lock; True if this process holds it.
+
+        Raises:
+            StoreError: The lock file cannot be opened.
         """
         with self._guard:
             self._wanted = True
@@ -43,6 +45,9 @@ class FileLock:
                 self._attempt.start()
         self._attempt.join(_PATIENCE)
         with self._guard:
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
             return self._fd is not None
 
     def release(self) -> None:
@@ -56,7 +61,13 @@ class FileLock:
             _give_back(fd)
 
     def _acquire(self) -> None:
-        fd = self._open_file()
+        from portalocker import AlreadyLocked, LockException, LockFlags, lock
+
+        try:
+            fd = self._open_file()
+        except Exception as error:  # Raised again where somebody hears it.
+            self._error = error
+            return
         try:
             lock(fd, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
         except AlreadyLocked:
@@ -72,6 +83,8 @@ class FileLock:
 
 
 def _give_back(fd: int) -> None:
+    from portalocker import LockException, unlock
+
     with suppress(OSError, LockException):
         unlock(fd)
     with suppress(OSError):

@@ -1,0 +1,10 @@
+"""
+`python -m kserve_pvc`.
+"""
+
+import sys
+
+from kserve_pvc._cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
