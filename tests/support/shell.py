@@ -1,0 +1,58 @@
+"""
+The command line as a shell or an init container runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+COMMAND = [sys.executable, "-I", "-m", "kserve_pvc"]
+
+
+def clean_environ(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """
+    This process's environment without what would configure a store or a client, and then what is given.
+    """
+    return {k: v for k, v in os.environ.items() if not k.startswith(("KSERVE_", "AWS_", "POD_", "NODE_"))} | dict(extra or {})
+
+
+def kserve_pvc(root: Path | str, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """
+    Run one verb on a store and wait for its end.
+    """
+    command = [*COMMAND, "--store", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean_environ(env))
+
+
+def start(root: Path | str, *arguments: str, env: Mapping[str, str] | None = None, **streams: Any) -> subprocess.Popen[str]:
+    """
+    Start one verb on a store.
+    """
+    command = [*COMMAND, "--store", str(root), *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.Popen(command, text=True, env=clean_environ(env), **streams)
+
+
+def document(result: subprocess.CompletedProcess[str]) -> Any:
+    """
+    The one JSON document that `--json` prints.
+    """
+    (line,) = result.stdout.splitlines()
+    return json.loads(line)
+
+
+def python(script: str, *arguments: str, env: Mapping[str, str] | None = None) -> str:
+    """
+    Run a script in an interpreter of its own and return what it printed.
+    """
+    command = [sys.executable, "-I", "-c", script, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean_environ(env))
+    if result.returncode:
+        raise AssertionError(f"the script ended with {result.returncode}:\n{result.stderr}")
+    return result.stdout
