@@ -34,7 +34,9 @@ class FakeBackend:
         files: What is announced. `sent` is what is sent instead of a file, `sha256` what is announced as its digest.
     """
 
-    def __init__(self, files: Mapping[str, bytes], *, sent: Mapping[str, bytes] | None = None, sha256: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, files: Mapping[str, bytes], *, sent: Mapping[str, bytes] | None = None, sha256: Mapping[str, str] | None = None
+    ) -> None:
         self.files = dict(files)
         self.sent = {**self.files, **(sent or {})}
         self.sha256 = dict(sha256 or {})

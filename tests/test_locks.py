@@ -1,0 +1,269 @@
+"""
+Hearts, file locks, and who is provably dead.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import attrs
+import pytest
+
+from kserve_pvc._claims import break_claim, is_claimed, newest_epoch, read_claim, start_heart, take_claim
+from kserve_pvc._layout import claim_dir
+from kserve_pvc._record import Beat, decode
+from kserve_pvc._volume import VolumeWriter
+from kserve_pvc.locks.flock import FileLock
+from kserve_pvc.locks.lease import Heart, LeaseLostError
+from kserve_pvc.locks.liveness import here, is_provably_dead
+
+KEY = "model-0123456789abcdef"
+
+
+@pytest.fixture
+def beat_file(tmp_path):
+    return tmp_path / "beat"
+
+
+def heart(path: Path, **arguments) -> Heart:
+    return Heart(os.open(path, os.O_RDWR | os.O_CREAT), **{"lease_seconds": 0.6, **arguments})
+
+
+def read_beat(path: Path) -> Beat:
+    return decode(Beat, path.read_bytes(), "beat")
+
+
+def check_for_ever(beating: Heart) -> None:
+    while True:
+        beating.check()
+        time.sleep(0.01)
+
+
+def test_a_heart_beats_and_says_goodbye(beat_file):
+    """
+    The count rises, progress travels with it, and stopping releases.
+    """
+    beating = heart(beat_file, progress=lambda: (1, 2, 3))
+    first = read_beat(beat_file)
+    while read_beat(beat_file).count == first.count:
+        beating.check()
+    beating.stop()
+    last = read_beat(beat_file)
+
+    assert (first.released, last.released) == (False, True)
+    assert last.count > first.count
+    assert (last.bytes_done, last.bytes_total, last.bytes_per_second) == (1, 2, 3)
+
+
+def test_a_heart_that_is_superseded_reports_it(beat_file):
+    """
+    Once somebody has a higher number the holder is told, and the claim is given back.
+    """
+    beating = heart(beat_file, superseded=lambda: True)
+    while not read_beat(beat_file).released:
+        time.sleep(0.01)
+
+    with pytest.raises(LeaseLostError):
+        beating.check()
+    beating.stop()
+
+
+def test_a_hanging_volume_does_not_hang_the_check(beat_file):
+    """
+    When a beat does not come back the holder gives up by its own clock, before an observer would.
+    """
+    blocked = threading.Event()
+    beating = heart(beat_file, superseded=lambda: blocked.wait(10))
+    started = time.monotonic()
+    with pytest.raises(LeaseLostError):
+        check_for_ever(beating)
+    took = time.monotonic() - started
+    blocked.set()
+    beating.stop()
+
+    assert 0.3 < took < 0.6
+
+
+def test_a_lock_excludes_and_is_given_back(tmp_path):
+    """
+    A second lock on the file is refused until the first is released; the file stays.
+    """
+    path = tmp_path / "lock"
+    first, second = (FileLock(lambda: os.open(path, os.O_RDWR | os.O_CREAT)) for _ in range(2))
+
+    assert [first.try_acquire(), first.try_acquire(), second.try_acquire()] == [True, True, False]
+    first.release()
+    assert second.try_acquire()
+    second.release()
+    assert path.exists()
+
+
+def test_a_lock_of_a_killed_process_is_free(tmp_path):
+    """
+    The kernel gives the lock back when its holder dies.
+    """
+    path = tmp_path / "lock"
+    script = f"import fcntl, time; f = open({str(path)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        lock = FileLock(lambda: os.open(path, os.O_RDWR))
+        refused = lock.try_acquire()
+        holder.kill()
+        holder.wait()
+
+    assert not refused
+    assert lock.try_acquire()
+    lock.release()
+
+
+def test_a_lock_call_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    """
+    A try that does not come back within a second is "not now", and a lock it gets later is given back.
+    """
+    import portalocker
+
+    path, go_on = tmp_path / "lock", threading.Event()
+    honest = portalocker.lock
+
+    def lock(fd, flags):
+        go_on.wait(30)
+        honest(fd, flags)
+
+    monkeypatch.setattr(portalocker, "lock", lock)
+    monkeypatch.setattr("kserve_pvc.locks.flock._PATIENCE", 0.05)
+    hanging = FileLock(lambda: os.open(path, os.O_RDWR | os.O_CREAT))
+    tried = hanging.try_acquire()
+    hanging.release()
+    go_on.set()
+    hanging._attempt.join()
+    monkeypatch.setattr("kserve_pvc.locks.flock._PATIENCE", 5)
+    other = FileLock(lambda: os.open(path, os.O_RDWR))
+
+    assert (tried, other.try_acquire()) == (False, True)
+    other.release()
+
+
+def test_without_lock_support_every_try_is_granted(tmp_path, monkeypatch):
+    """
+    A volume that answers ENOLCK costs duplicate work, not the download.
+    """
+    import portalocker
+
+    def lock(fd, flags):
+        raise portalocker.LockException("No locks available")
+
+    monkeypatch.setattr(portalocker, "lock", lock)
+
+    assert FileLock(lambda: os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)).try_acquire()
+
+
+def test_an_error_of_the_lock_file_reaches_the_caller(tmp_path):
+    """
+    A lock file that cannot be opened is an error, not a lock that is taken.
+    """
+    with pytest.raises(FileNotFoundError):
+        FileLock(lambda: os.open(tmp_path / "missing" / "lock", os.O_RDWR)).try_acquire()
+
+
+def test_this_process_is_not_dead_and_a_finished_one_is():
+    """
+    Death is proved by PID and start time within one PID namespace.
+    """
+    me = here({"POD_NAME": "server-1", "NODE_NAME": "node-1"})
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+
+    assert (me.pod, me.node, me.uid, me.pid) == ("server-1", "node-1", os.geteuid(), os.getpid())
+    assert not is_provably_dead(me)
+    assert is_provably_dead(attrs.evolve(me, pid=finished.pid))
+    assert is_provably_dead(attrs.evolve(me, started=me.started - 1))
+
+
+@pytest.mark.parametrize("field", ["boot_id", "pid_namespace"])
+def test_nothing_is_known_about_other_nodes_and_namespaces(field):
+    """
+    A PID of another node or container proves nothing, whether or not it exists here.
+    """
+    other = attrs.evolve(here({}), started=1, **{field: "elsewhere"})
+
+    assert not is_provably_dead(other)
+    assert not is_provably_dead(attrs.evolve(other, boot_id=""))
+
+
+def test_a_claim_is_taken_once_and_read_back(root):
+    """
+    A number can be claimed once, and whoever looks sees who has it and how far it is.
+    """
+    writer, me = VolumeWriter(root), here({})
+
+    claim = take_claim(writer, KEY, 1, uri="s3://b/m", holder=me)
+    beating = start_heart(writer, claim_dir(KEY, 1), lease_seconds=5, progress=lambda: (7, 9, 1))
+    sign = read_claim(writer, KEY)
+    beating.stop()
+
+    assert claim is not None
+    assert sign is not None
+    assert take_claim(writer, KEY, 1, uri="s3://b/m", holder=me) is None
+    assert (sign.owner, sign.is_released, sign.is_dead) == (claim, False, False)
+    assert sign.beat is not None
+    assert (sign.beat.bytes_done, sign.beat.bytes_total) == (7, 9)
+    assert (released := read_claim(writer, KEY)) is not None
+    assert released.is_released
+
+
+def test_breaking_a_claim_supersedes_and_releases(root):
+    """
+    After a break the newest claim is released, whatever the old one shows.
+    """
+    writer, me = VolumeWriter(root), here({})
+    take_claim(writer, KEY, 1, uri="s3://b/m", holder=me)
+
+    break_claim(writer, KEY, uri="s3://b/m", holder=me, lease_seconds=1)
+
+    assert newest_epoch(writer, KEY) == 2
+    assert is_claimed(writer, KEY, lease_seconds=1) is None
+
+
+def test_a_claim_that_could_not_be_written_is_given_back(root, monkeypatch):
+    """
+    When the volume fails right after the claim was won, nobody waits for its lease.
+    """
+    from kserve_pvc import VolumeError
+
+    writer, honest = VolumeWriter(root), VolumeWriter.write_private
+
+    def write_private(self, place, data):
+        if place.name == "owner":
+            raise VolumeError(str(place), "writing", "Input/output error")
+        honest(self, place, data)
+
+    monkeypatch.setattr(VolumeWriter, "write_private", write_private)
+    with pytest.raises(VolumeError):
+        take_claim(writer, KEY, 1, uri="s3://b/m", holder=here({}))
+
+    sign = read_claim(writer, KEY)
+    assert sign is not None
+    assert sign.is_released
+
+
+@pytest.mark.parametrize("debris", [b"", b"{}", b"x" * 10_000])
+def test_debris_in_place_of_a_claim_shows_no_life(root, debris):
+    """
+    A claim that cannot be read is nobody's: it is superseded when its lease is over.
+    """
+    writer = VolumeWriter(root)
+    writer.reserve(claim_dir(KEY, 3))
+    for name in ("owner", "beat"):
+        (root / claim_dir(KEY, 3) / name).write_bytes(debris)
+
+    sign = read_claim(writer, KEY)
+
+    assert sign is not None
+    assert (sign.name, sign.holder, sign.is_released, sign.is_dead) == ("000000000003", "an unknown process", False, False)
+    assert is_claimed(writer, KEY, lease_seconds=0.2) is None
