@@ -91,6 +91,8 @@ def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: 
 
     If the process dies here, the number is a claim without an owner, which is superseded once its lease is over.
     """
+    if epoch > layout.MAX_NUMBER:
+        raise StoreFormatError(str(layout.claims_dir(key)), f"claim {epoch - 1} in it was made by no writer; delete that forgery")
     place = layout.claim_dir(key, epoch)
     if not writer.reserve(place):
         return None

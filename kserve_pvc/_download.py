@@ -178,7 +178,7 @@ class Download:
     def _make_claim(self, epoch: int, reason: str) -> protocol.Claimed:
         self._claim = take_claim(self._writer, self._key, epoch, uri=self._ref.uri, holder=self._holder)
         if self._claim is None:
-            return protocol.Claimed(won=False)
+            return protocol.Claimed(now=time.monotonic(), won=False)
         if self._sign is not None and not self._sign.is_released:
             self._listener(TookOver(ref=str(self._ref), holder=self._sign.holder, reason=reason))
         self._tally.heart = start_heart(
@@ -188,7 +188,7 @@ class Download:
             progress=self._tally.progress,
             superseded=lambda: newest_epoch(self._writer, self._key) > epoch,
         )
-        return protocol.Claimed(won=True)
+        return protocol.Claimed(now=time.monotonic(), won=True)
 
     def _release(self) -> None:
         heart, self._tally.heart = self._tally.heart, None
@@ -286,6 +286,8 @@ class Download:
             files=len(self._manifest.files),
             size_bytes=self._manifest.size_bytes,
             manifest_sha256=sha256(encode(self._manifest)).hexdigest(),
+            digest="sha256",
+            policy="allow",
             created_at=now(),
             writer=self._holder,
         )

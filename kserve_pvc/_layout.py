@@ -19,6 +19,9 @@ LEASES = META / "leases"
 MANIFESTS = META / "manifests"
 
 _LOG_NAME = re.compile(r"([0-9]{12})\.(commit|restore|tombstone)")
+# What fits into the twelve digits of a name.
+MAX_NUMBER = 10**12 - 1
+
 _GENERATION = re.compile(r"[0-9]{12}-[0-9a-f]{32}")
 _NUMBER = re.compile(r"[0-9]{12}")
 

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 import attrs
 
-from kserve_pvc._layout import log_dir, manifest_file, parse_log_name, parse_number, slot_dir
+from kserve_pvc._layout import MAX_NUMBER, log_dir, manifest_file, parse_log_name, parse_number, slot_dir
 from kserve_pvc._record import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, LogEntry, Manifest, decode, encode
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import StoreFormatError
@@ -119,8 +119,13 @@ def append(writer: VolumeWriter, key: str, make: Callable[[int], LogEntry], *, a
 
     Returns:
         The record, or None if the log moved on since `after_seq`.
+
+    Raises:
+        StoreFormatError: The numbers are used up, which takes a forged record.
     """
     seq = after_seq + 1
+    if seq > MAX_NUMBER:
+        raise StoreFormatError(str(log_dir(key)), f"it holds a record of number {after_seq}, which no writer makes; delete that forgery")
     while not writer.reserve(slot_dir(key) / f"{seq:012d}"):
         if _moved_on(writer, key, after_seq, seq):
             return None

@@ -46,6 +46,8 @@ def _broken_rule(name: str) -> str | None:
         return "a name may not climb with `..`"
     if "" in parts or "." in parts:
         return "a name may have no empty or `.` part"
+    if any(part.endswith((".", " ")) for part in parts):
+        return "a name may not end in a dot or blank, which some volumes drop"
     if len(name.encode()) > MAX_NAME_BYTES or any(len(part.encode()) > MAX_PART_BYTES for part in parts):
         return f"a name may have {MAX_PART_BYTES} bytes a part and {MAX_NAME_BYTES} in all"
     return None
@@ -65,9 +67,9 @@ def check_collisions(paths: Iterable[PurePosixPath]) -> None:
     directories: dict[tuple[str, ...], PurePosixPath] = {}
     for path in paths:
         folded = tuple(_fold(part) for part in path.parts)
-        other = seen.setdefault(folded, path)
-        if other is not path:
-            raise UnsafePathError(str(path), f"it collides with `{other}` on a volume that ignores case or Unicode form")
+        if folded in seen:
+            raise UnsafePathError(str(path), f"it collides with `{seen[folded]}` on a volume that ignores case or Unicode form")
+        seen[folded] = path
         for depth in range(1, len(path.parts)):
             parent = PurePosixPath(*path.parts[:depth])
             twin = directories.setdefault(folded[:depth], parent)

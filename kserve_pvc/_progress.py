@@ -119,15 +119,16 @@ class Lines:
         self._clock = clock
         self._due: float | None = None
         self._started = 0.0
-        self._total = self._done = 0
+        self._total = self._done = self._received = 0
 
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self._started, self._total, self._done = self._clock(), event.bytes_total, 0
+                self._started, self._total, self._done, self._received = self._clock(), event.bytes_total, 0, 0
                 self._say(describe(event))
             case Adopted(size_bytes=size) | Received(size_bytes=size):
                 self._done += size
+                self._received += size if isinstance(event, Received) else 0
                 if self._is_due():
                     self._say(self._rate(event.ref))
             case Waiting() if not self._is_due():
@@ -146,7 +147,7 @@ class Lines:
 
     def _rate(self, ref: str) -> str:
         seconds = max(self._clock() - self._started, 1e-3)
-        rate = self._done / seconds
+        rate = self._received / seconds
         left = (self._total - self._done) / rate if rate else 0.0
         return f"downloading {printable(ref)}: {amount(self._done)} of {amount(self._total)}, {amount(rate)}/s, {left:.0f} s left"
 
@@ -182,7 +183,7 @@ def amount(size_bytes: float) -> str:
     """
     size = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
+        if size < 1023.95:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"

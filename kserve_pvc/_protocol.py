@@ -66,6 +66,7 @@ class Locked:
 
 @attrs.frozen(kw_only=True)
 class Claimed:
+    now: float
     won: bool
 
 
@@ -193,10 +194,8 @@ def step(state: State, event: Event) -> Step:
             return _rechecked(state, event)
         case Looked():
             return _looked(state, event)
-        case Locked(granted=True):
-            return _claim(state, "its lock is free")
-        case Locked(now=now):
-            return _wait(state, now)
+        case Locked():
+            return _locked(state, event)
         case Claimed(won=True):
             return attrs.evolve(state, phase="rechecking"), (Look(),)
         case Fetched():
@@ -207,14 +206,16 @@ def step(state: State, event: Event) -> Step:
             return state, (Release(), GiveUp(reason="volume"))
         case Spoiled():
             return _again(attrs.evolve(state, spoiled=state.spoiled + 1))
-        case Claimed() | ClaimLost() | Published():
+        case Claimed(now=now):
+            state, actions = _wait(state, now)
+            return state, (Release(), *actions)
+        case ClaimLost() | Published():
             return _again(attrs.evolve(state, waited=True))
         case Paused():
             return state, (Look(),)
 
 
 def _again(state: State) -> Step:
-    # A lost claim is also given back: an outside lock may be held although the claim was not won.
     return attrs.evolve(state, phase="looking"), (Release(), Look())
 
 
@@ -226,6 +227,15 @@ def _looked(state: State, event: Looked) -> Step:
         return state, (TryLock(),)
     reason = _why_free(state, event)
     return _wait(state, event.now) if reason is None else _claim(state, reason)
+
+
+def _locked(state: State, event: Locked) -> Step:
+    claim = state.claim
+    is_free = claim is None or claim.released or claim.dead
+    # Where locks do nothing every try is granted. A holder that beats is alive all the same, and beats six times a lease.
+    if event.granted and (is_free or event.now - state.idle_since >= state.rules.lease_seconds / 3):
+        return _claim(state, "its lock is free")
+    return _wait(state, event.now)
 
 
 def _rechecked(state: State, event: Looked) -> Step:

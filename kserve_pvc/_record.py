@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, NoReturn, TypeVar
 
 import attrs
-from attrs.validators import and_, ge, instance_of, matches_re, optional
+from attrs.validators import and_, ge, instance_of, le, lt, matches_re, optional
 
 from kserve_pvc._names import check_collisions, check_name
 from kserve_pvc.errors import StoreFormatError, UnsafePathError
@@ -25,18 +26,29 @@ from kserve_pvc.errors import StoreFormatError, UnsafePathError
 FORMAT = 1
 
 MAX_RECORD_BYTES = 64 * 1024
-MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+MAX_MANIFEST_BYTES = 512 * 1024 * 1024
 BEAT_BYTES = 256
+MIN_LEASE_SECONDS = 0.1
+MAX_LEASE_SECONDS = 3600.0
 
 _T = TypeVar("_T")
 _SHA256 = r"[0-9a-f]{64}"
 _text = instance_of(str)
-_size = and_(instance_of(int), ge(0))
+
+
+def _integer(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    # JSON knows numbers of any length, and Python takes a truth value for one.
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise TypeError(f"`{field.name}` must be an integer of 64 bits")
+
+
+_size = and_(_integer, ge(0))
+_number = and_(_integer, ge(1), lt(10**12))
 
 
 def _texts(_: object, field: attrs.Attribute[Any], value: Iterable[object]) -> None:
-    if not all(isinstance(item, str) for item in value):
-        raise TypeError(f"`{field.name}` must hold texts")
+    if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"`{field.name}` must be a list of texts")
 
 
 KEY = re.compile(r"[a-z0-9._-]{1,40}-[0-9a-f]{16}")
@@ -50,12 +62,20 @@ def _datetime(value: str | datetime) -> datetime:
     return moment
 
 
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError("seconds must be a number")
+    return float(value) if isinstance(value, float) or abs(value) <= MAX_LEASE_SECONDS else math.inf
+
+
 def _path(value: str | PurePosixPath) -> PurePosixPath:
+    if not isinstance(value, str | PurePosixPath):
+        raise TypeError("a path must be a text")
     return check_name(str(value))
 
 
-def _tuple(value: Iterable[Any] | None) -> tuple[Any, ...] | None:
-    return None if value is None else tuple(value)
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 @attrs.frozen(kw_only=True)
@@ -82,11 +102,11 @@ class Holder:
 
     pod: str = attrs.field(validator=_text)
     node: str = attrs.field(validator=_text)
-    uid: int = attrs.field(validator=instance_of(int))
-    pid: int = attrs.field(validator=instance_of(int))
+    uid: int = attrs.field(validator=_integer)
+    pid: int = attrs.field(validator=_integer)
     boot_id: str = attrs.field(validator=_text)
     pid_namespace: str = attrs.field(validator=_text)
-    started: int = attrs.field(validator=instance_of(int))
+    started: int = attrs.field(validator=_integer)
 
     def __str__(self) -> str:
         return f"pod {self.pod} on {self.node} (uid {self.uid}, pid {self.pid})"
@@ -104,7 +124,7 @@ class StoreSettings:
 
     store_id: str = attrs.field(validator=matches_re(r"[0-9a-f]{32}"))
     locker: str = attrs.field(validator=_text)
-    lease_seconds: float = attrs.field(validator=and_(instance_of((int, float)), ge(0.1)))
+    lease_seconds: float = attrs.field(converter=_seconds, validator=and_(ge(MIN_LEASE_SECONDS), le(MAX_LEASE_SECONDS)))
     created_at: datetime = attrs.field(converter=_datetime)
 
 
@@ -118,7 +138,7 @@ class LogEntry:
     """
 
     type: Literal["commit", "restore", "tombstone"] = attrs.field(validator=matches_re("commit|restore|tombstone"))
-    seq: int = attrs.field(validator=and_(instance_of(int), ge(1)))
+    seq: int = attrs.field(validator=_number)
     key: str = attrs.field(validator=matches_re(KEY))
     uri: str = attrs.field(validator=_text)
     revision: str | None = attrs.field(validator=optional(_text))
@@ -129,8 +149,8 @@ class LogEntry:
     files: int = attrs.field(validator=_size)
     size_bytes: int = attrs.field(validator=_size)
     manifest_sha256: str = attrs.field(validator=matches_re(_SHA256))
-    digest: str = attrs.field(default="sha256", validator=_text)
-    policy: str = attrs.field(default="allow", validator=_text)
+    digest: Literal["sha256"] = attrs.field(validator=matches_re("sha256"))
+    policy: Literal["allow"] = attrs.field(validator=matches_re("allow"))
     created_at: datetime = attrs.field(converter=_datetime)
     writer: Holder = attrs.field(converter=_holder)
 
@@ -143,7 +163,9 @@ class LogEntry:
         return f"{self.seq:012d}.{self.type}"
 
 
-def _files(value: Iterable[FileEntry | Mapping[str, Any]]) -> tuple[FileEntry, ...]:
+def _files(value: Any) -> tuple[FileEntry, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError("`files` must be a list")
     return tuple(f if isinstance(f, FileEntry) else _build(FileEntry, f) for f in value)
 
 
@@ -191,7 +213,7 @@ class Claim:
     The wish of one process to download a model; the highest number is the current one.
     """
 
-    epoch: int = attrs.field(validator=and_(instance_of(int), ge(1)))
+    epoch: int = attrs.field(validator=_number)
     nonce: str = attrs.field(validator=matches_re(r"[0-9a-f]{32}"))
     uri: str = attrs.field(validator=_text)
     holder: Holder = attrs.field(converter=_holder)
@@ -282,17 +304,14 @@ def decode(cls: type[_T], data: bytes, where: str) -> _T:
     """
     body = _parse(data, where)
     version = body.pop("format", None)
-    if isinstance(version, int) and version > FORMAT:
-        raise StoreFormatError(where, f"it has format {version} and this version reads up to {FORMAT}; upgrade kserve_pvc")
-    if version != FORMAT:
-        raise StoreFormatError(where, "it has no valid format number, so it is not a record of this store")
+    _check_format(version, where)
     checksum = body.pop("checksum", None)
     if checksum != hashlib.sha256(_canonical({"format": FORMAT, **body})).hexdigest():
         raise StoreFormatError(where, "its checksum does not match, so it was cut short or changed")
     try:
         return _build(cls, body)
     except (TypeError, ValueError, UnsafePathError) as error:
-        raise StoreFormatError(where, f"it is not a valid {cls.__name__}: {error}") from error
+        raise StoreFormatError(where, f"it is not a valid {cls.__name__}: {_short(error)}") from error
 
 
 def encode_settings(settings: StoreSettings) -> bytes:
@@ -311,12 +330,23 @@ def decode_settings(data: bytes, where: str) -> StoreSettings:
     """
     body = _parse(data, where)
     version = body.pop("format", None)
-    if version != FORMAT:
-        raise StoreFormatError(where, f"the store has format {version!r} and this version reads {FORMAT}; upgrade kserve_pvc")
+    _check_format(version, where)
     try:
         return _build(StoreSettings, body)
     except (TypeError, ValueError) as error:
-        raise StoreFormatError(where, f"these are not valid store settings: {error}") from error
+        raise StoreFormatError(where, f"these are not valid store settings: {_short(error)}") from error
+
+
+def _check_format(version: object, where: str) -> None:
+    if type(version) is int and version > FORMAT:
+        raise StoreFormatError(where, f"it has format {version} and this version reads up to {FORMAT}; upgrade kserve_pvc")
+    if type(version) is not int or version != FORMAT:
+        raise StoreFormatError(where, "it has no valid format number, so it does not belong to a store")
+
+
+def _short(error: Exception) -> str:
+    # Validators append the whole field and value to their message.
+    return str(error.args[0] if error.args and not isinstance(error, UnsafePathError) else error)
 
 
 def _plain(_: object, __: object, value: Any) -> Any:

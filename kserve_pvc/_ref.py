@@ -19,7 +19,8 @@ MAX_URI_BYTES = 2048
 _MAX_SLUG = 40
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_URL_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s'\"<>]*)")
+_URL_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"<>]*)")
+_PORT = re.compile(r"[^:]*(:[0-9]+)?")
 
 Patterns = str | Iterable[str] | None
 
@@ -87,11 +88,11 @@ def parse_ref(uri: str, *, revision: str | None = None, allow_patterns: Patterns
     """
     match = _SCHEME.fullmatch(uri) if isinstance(uri, str) else None
     if match is None:
-        raise InvalidURIError(redact(str(uri)), "it must look like `scheme://location`, for example `s3://bucket/model`")
+        raise InvalidURIError(_without_secrets(str(uri)), "it must look like `scheme://location`, for example `s3://bucket/model`")
     scheme, location = match.groups()
     _check_location(scheme, location)
-    if revision == "":
-        raise InvalidURIError(uri, "the revision is empty; leave it out to take the newest")
+    if revision is not None and not (isinstance(revision, str) and revision and revision.isprintable()):
+        raise InvalidURIError(uri, "the revision must be a printable text; leave it out to take the newest")
     return ModelRef(
         uri=uri,
         revision=revision,
@@ -101,8 +102,10 @@ def parse_ref(uri: str, *, revision: str | None = None, allow_patterns: Patterns
 
 
 def _check_location(scheme: str, location: str) -> None:
-    shown = redact(f"{scheme}://{location}")
-    if "@" in location.partition("/")[0]:
+    shown = f"{scheme}://{_without_secrets(location)}"
+    authority = location.partition("/")[0]
+    # What follows a colon is a port or a password; a password may hold a slash and hide its `@` behind it.
+    if "@" in authority or not _PORT.fullmatch(authority):
         raise PolicyError(shown, "credentials do not belong in a URI; use the provider's environment or `storage_options`")
     if "?" in location or "#" in location:
         raise PolicyError(shown, "a query or fragment may carry a signature and would be stored; use `revision=` for a version")
@@ -114,10 +117,18 @@ def _check_location(scheme: str, location: str) -> None:
         raise InvalidURIError(shown[:80] + "...", f"it is longer than {MAX_URI_BYTES} bytes")
 
 
+def _without_secrets(location: str) -> str:
+    """Cut a location down to what can hold no secret, however it is spelled."""
+    location = re.split(r"[?#]", location, maxsplit=1)[0]
+    return location.rpartition("@")[2] if "@" in location else location
+
+
 def _patterns(patterns: Patterns) -> tuple[str, ...]:
     if patterns is None:
         return ()
-    several = [patterns] if isinstance(patterns, str) else patterns
+    several = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not all(isinstance(pattern, str) for pattern in several):
+        raise InvalidURIError(repr(several), "patterns are texts such as `*.safetensors`")
     # A pattern that ends in `/` means the whole directory, as in huggingface_hub.
     return tuple(sorted({p + "*" if p.endswith("/") else p for p in several}))
 

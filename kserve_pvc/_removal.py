@@ -82,6 +82,8 @@ class Removal:
             files=0,
             size_bytes=0,
             manifest_sha256=sha256(b"").hexdigest(),
+            digest="sha256",
+            policy="allow",
             created_at=now(),
             writer=self.holder,
         )

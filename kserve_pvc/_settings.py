@@ -56,6 +56,16 @@ def read_settings(environ: Mapping[str, str] | None = None, annotations: Mapping
     )
 
 
+def pod_and_node(environ: Mapping[str, str] | None = None) -> tuple[str | None, str | None]:
+    """
+    The names of this pod and node, as the downward API gives them in `POD_NAME` and `NODE_NAME`; None if it does not.
+
+    A pod's host name, which Kubernetes also puts into `HOSTNAME`, stands in for its name.
+    """
+    environ = os.environ if environ is None else environ
+    return environ.get("POD_NAME") or environ.get("HOSTNAME") or None, environ.get("NODE_NAME") or None
+
+
 def mode_from_annotations(annotations: Mapping[str, str]) -> Mode:
     """
     The mode KServe's annotation asks for: read-write for exactly `storage.kserve.io/readonly: "false"`, else read-only.

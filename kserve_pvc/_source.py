@@ -5,6 +5,7 @@ What a back end is, and what it says about a model.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -14,7 +15,9 @@ import attrs
 from kserve_pvc._names import check_collisions
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef
-from kserve_pvc.errors import SourceNotFoundError
+from kserve_pvc.errors import PolicyError, SourceNotFoundError
+
+MAX_FILES = 250_000
 
 
 @attrs.frozen(kw_only=True)
@@ -55,8 +58,15 @@ def resolved(ref: ModelRef, files: Iterable[RemoteFile], *, version: str | None 
     Raises:
         SourceNotFoundError: Nothing is left.
         UnsafePathError: Two names collide.
+        PolicyError: There are more than `MAX_FILES`, so that a manifest stays readable.
     """
-    chosen = sorted((f for f in files if ref.selects(f.entry.path)), key=lambda f: f.entry.path)
+    chosen = []
+    for number, file in enumerate(files):
+        if number >= MAX_FILES:
+            raise PolicyError(str(ref), f"it has more than {MAX_FILES} files; name a smaller part of it")
+        if ref.selects(file.entry.path):
+            chosen.append(file)
+    chosen.sort(key=lambda f: f.entry.path)
     if not chosen:
         raise SourceNotFoundError(str(ref), "no file is there, or the patterns let none through")
     check_collisions(f.entry.path for f in chosen)
@@ -66,7 +76,7 @@ def resolved(ref: ModelRef, files: Iterable[RemoteFile], *, version: str | None 
 def _version(files: Iterable[RemoteFile]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.entry.path}\0{file.entry.size_bytes}\0{file.entry.token}\n".encode())
+        digest.update(json.dumps([str(file.entry.path), file.entry.size_bytes, file.entry.token]).encode())
     return "sha256:" + digest.hexdigest()
 
 

@@ -25,7 +25,9 @@ from kserve_pvc._log import LogView, read_log, read_manifest
 from kserve_pvc._progress import Callback, make_listener
 from kserve_pvc._record import (
     KEY,
+    MAX_LEASE_SECONDS,
     MAX_RECORD_BYTES,
+    MIN_LEASE_SECONDS,
     Beat,
     Claim,
     LogEntry,
@@ -37,7 +39,7 @@ from kserve_pvc._record import (
 )
 from kserve_pvc._ref import ModelRef, Patterns, parse_ref
 from kserve_pvc._removal import Removal
-from kserve_pvc._settings import Mode, read_settings
+from kserve_pvc._settings import Mode, pod_and_node, read_settings
 from kserve_pvc._source import Backend, BackendFactory, Resolved
 from kserve_pvc._transfer import MAX_WORKERS, PART_BYTES
 from kserve_pvc._verify import Level, Problem, Verification, compare
@@ -51,6 +53,7 @@ from kserve_pvc.errors import (
     ReadOnlyStoreError,
     SettingsError,
     StoreFormatError,
+    UnsafePathError,
 )
 from kserve_pvc.locks import LOCKERS
 from kserve_pvc.locks.liveness import here
@@ -64,14 +67,14 @@ Status = Literal["present", "downloaded", "waited"]
 
 # One download per process is a matter of the process, not of one ModelStore object: (store id, key) -> lock.
 _flights: dict[tuple[str, str], threading.Lock] = {}
-_flights_guard = threading.Lock()
+_process_guard = threading.Lock()
 # The newest record this process has returned, so that a stale listing never takes it back to an older one.
 _returned: dict[tuple[str, str], int] = {}
 
 
 def _forget_flights() -> None:
-    global _flights_guard
-    _flights_guard = threading.Lock()
+    global _process_guard
+    _process_guard = threading.Lock()
     _flights.clear()
 
 
@@ -334,7 +337,7 @@ class ModelStore:
             self._settings,
             ref,
             partial(self._backend, ref),
-            holder=here(os.environ),
+            holder=here(*pod_and_node()),
             timeout=timeout,
             listener=listener,
             wish=wish,
@@ -348,7 +351,7 @@ class ModelStore:
     def _flight(self, ref: ModelRef, timeout: float) -> Iterator[None]:
         """Among the threads of this process, one goes ahead and the others wait here."""
         name = (self._identity, ref.key)
-        with _flights_guard:
+        with _process_guard:
             lock = _flights.setdefault(name, threading.Lock())
         if not lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
             raise LockTimeoutError(str(ref), "another thread of this process", timeout, 0.0, 0, 0)
@@ -487,8 +490,11 @@ class ModelStore:
             problem = Problem(path=damage.path, kind="record", detail=damage.reason)
             return Verification(uri=uri, level=level, files=0, bytes=0, problems=(problem,))
         place = layout.generation_dir(entry.key, entry.generation)
-        problems = compare(manifest.files, self._volume.tree(place), lambda path: self._volume.open_file(place / path), level)
-        return Verification(uri=uri, level=level, files=len(manifest.files), bytes=manifest.size_bytes, problems=tuple(problems))
+        try:
+            problems = tuple(compare(manifest.files, self._volume.tree(place), lambda path: self._volume.open_file(place / path), level))
+        except UnsafePathError as planted:
+            problems = (Problem(path=planted.name, kind="type", detail=planted.rule),)
+        return Verification(uri=uri, level=level, files=len(manifest.files), bytes=manifest.size_bytes, problems=problems)
 
     def remove(
         self,
@@ -515,7 +521,7 @@ class ModelStore:
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
         assert self._settings is not None  # A read-write store has created them.
-        if not Removal(self._writer, self._settings, ref, here(os.environ)).run(trash_seconds):
+        if not Removal(self._writer, self._settings, ref, here(*pod_and_node())).run(trash_seconds):
             raise self._absent(ref, self._look(ref))
 
     @contextmanager
@@ -537,7 +543,7 @@ class ModelStore:
                 yield model
                 return
             generation = model.path.name
-            with reading(self._writer, generation, lease_seconds=self._settings.lease_seconds, holder=here(os.environ)):
+            with reading(self._writer, generation, lease_seconds=self._settings.lease_seconds, holder=here(*pod_and_node())):
                 # Whoever removes looks for leases after its tombstone is visible: looking again closes the gap.
                 entry = _present(read_log(self._volume, model.key))
                 if entry is not None and entry.generation == generation:
@@ -564,7 +570,7 @@ class ModelStore:
         ref = parse_ref(uri)
         if self._writer is None or self._settings is None:
             raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
-        break_claim(self._writer, ref.key, uri=ref.uri, holder=here(os.environ), lease_seconds=self._settings.lease_seconds)
+        break_claim(self._writer, ref.key, uri=ref.uri, holder=here(*pod_and_node()), lease_seconds=self._settings.lease_seconds)
 
     def _keys(self) -> Sequence[str]:
         return [name for name in self._volume.names(layout.KEYS) if KEY.fullmatch(name)]
@@ -575,19 +581,19 @@ class ModelStore:
 
     def _look(self, ref: ModelRef) -> LogView:
         """Read the newest record of a ref, and never an older one than this process has returned."""
-        name = (self._identity, ref.key)
+        seen = _returned.get((self._identity, ref.key), 0)  # Before reading: another thread may return a newer one meanwhile.
         view = read_log(self._volume, ref.key)
-        if view.seq < _returned.get(name, 0):
-            raise StoreFormatError(
-                str(layout.log_dir(ref.key)),
-                f"its newest record is {view.seq}, but this process has seen {_returned[name]}; somebody deleted records",
-            )
-        _returned[name] = view.seq
+        if view.seq < seen:
+            reason = f"its newest record is {view.seq}, but this process has returned {seen}; somebody deleted records"
+            raise StoreFormatError(str(layout.log_dir(ref.key)), reason)
         if view.entry is not None and not _is_about(view.entry, ref):
             raise StoreFormatError(str(layout.log_dir(ref.key) / view.entry.name), f"it speaks of `{view.entry.uri}`, not of `{ref}`")
         return view
 
     def _model(self, entry: LogEntry, status: Status, started: float, bytes_fetched: int = 0) -> Model:
+        name = (self._identity, entry.key)
+        with _process_guard:
+            _returned[name] = max(entry.seq, _returned.get(name, 0))
         return Model(
             uri=entry.uri,
             key=entry.key,
@@ -653,8 +659,8 @@ def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None,
         raise SettingsError("mode", str(mode), 'write "r" or "rw"')
     if locker is not None and locker not in LOCKERS:
         raise SettingsError("locker", str(locker), f"choose one of {', '.join(LOCKERS)}")
-    if lease_seconds is not None and not 0.1 <= lease_seconds <= 3600:
-        raise SettingsError("lease_seconds", str(lease_seconds), "choose between 0.1 and 3600 seconds")
+    if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
+        raise SettingsError("lease_seconds", str(lease_seconds), f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds")
     if part_bytes < 1:
         raise SettingsError("part_bytes", str(part_bytes), "it must be positive")
 

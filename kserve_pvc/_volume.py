@@ -169,16 +169,21 @@ class Volume:
 
     def tree(self, place: PurePosixPath) -> Iterator[FoundFile]:
         """
-        Walk a directory without following links. Directories themselves are not reported.
+        Walk a directory without following links. Directories themselves are not reported; nothing is there if it is not.
+
+        Raises:
+            UnsafePathError: The directory itself is a link.
         """
         try:
             fd = self._open_directory(place)
+            try:
+                yield from self._walk(fd, PurePosixPath())
+            finally:
+                os.close(fd)
         except FileNotFoundError:
             return
-        try:
-            yield from self._walk(fd, PurePosixPath())
-        finally:
-            os.close(fd)
+        except OSError as error:
+            raise self.failure("reading", place, error) from error
 
     def _walk(self, fd: int, inside: PurePosixPath) -> Iterator[FoundFile]:
         with os.scandir(fd) as entries:

@@ -27,6 +27,13 @@ class StoreError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    def _message(self) -> str:
+        return super().__str__()
+
+    def __str__(self) -> str:
+        # Fields may hold what a remote or another tenant said: escaped here, once, for all of them.
+        return printable(self._message())
+
     @property
     def fields(self) -> dict[str, object]:
         """
@@ -45,8 +52,8 @@ class InvalidURIError(StoreError, ValueError):
     uri: str
     reason: str
 
-    def __str__(self) -> str:
-        return f"`{printable(self.uri)}` is not a usable source URI: {self.reason}"
+    def _message(self) -> str:
+        return f"`{self.uri}` is not a usable source URI: {self.reason}"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -59,8 +66,8 @@ class UnknownSchemeError(StoreError, ValueError):
     scheme: str
     remedy: str
 
-    def __str__(self) -> str:
-        return f"no usable back end for `{printable(self.scheme)}://`; {self.remedy}"
+    def _message(self) -> str:
+        return f"no usable back end for `{self.scheme}://`; {self.remedy}"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -74,8 +81,8 @@ class SettingsError(StoreError, ValueError):
     value: str
     remedy: str
 
-    def __str__(self) -> str:
-        return f"`{self.name}` is `{printable(self.value)}`; {self.remedy}"
+    def _message(self) -> str:
+        return f"`{self.name}` is `{self.value}`; {self.remedy}"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -92,7 +99,7 @@ class LockerMismatchError(StoreError, ValueError):
     stored: str
     wanted: str
 
-    def __str__(self) -> str:
+    def _message(self) -> str:
         return (
             f"the store at `{self.root}` was created with {self.setting} `{self.stored}`, not `{self.wanted}`; "
             f"drop the argument (and KSERVE_PVC_{self.setting.upper()}) to use the store's own setting"
@@ -108,8 +115,8 @@ class StoreRootError(StoreError, NotADirectoryError):
     root: str
     reason: str
 
-    def __str__(self) -> str:
-        return f"`{printable(self.root)}` cannot be a store: {self.reason}"
+    def _message(self) -> str:
+        return f"`{self.root}` cannot be a store: {self.reason}"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -123,8 +130,8 @@ class StoreFormatError(StoreError, ValueError):
     path: str
     reason: str
 
-    def __str__(self) -> str:
-        return f"`{printable(self.path)}` cannot be trusted: {self.reason}"
+    def _message(self) -> str:
+        return f"`{self.path}` cannot be trusted: {self.reason}"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -137,8 +144,8 @@ class ModelNotFoundError(StoreError, FileNotFoundError):
     ref: str
     root: str
 
-    def __str__(self) -> str:
-        return f"`{printable(self.ref)}` is not in the store at `{self.root}`; `ensure` it from a read-write store first"
+    def _message(self) -> str:
+        return f"`{self.ref}` is not in the store at `{self.root}`; `ensure` it from a read-write store first"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -153,9 +160,9 @@ class DamagedRecordError(ModelNotFoundError, StoreFormatError):
     path: str
     reason: str
 
-    def __str__(self) -> str:
+    def _message(self) -> str:
         return (
-            f"the newest record of `{printable(self.ref)}`, `{printable(self.path)}`, cannot be trusted: {self.reason}; "
+            f"the newest record of `{self.ref}`, `{self.path}`, cannot be trusted: {self.reason}; "
             "`ensure` it from a read-write store to write the next one"
         )
 
@@ -169,8 +176,8 @@ class ModelInUseError(StoreError, BlockingIOError):
     ref: str
     readers: tuple[str, ...]
 
-    def __str__(self) -> str:
-        return f"`{printable(self.ref)}` is in use by {', '.join(map(printable, self.readers))}; try again once they have closed it"
+    def _message(self) -> str:
+        return f"`{self.ref}` is in use by {', '.join(self.readers)}; try again once they have closed it"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -184,8 +191,8 @@ class ReadOnlyStoreError(StoreError, PermissionError):
     wish: str
     remedy: str
 
-    def __str__(self) -> str:
-        return f"cannot {printable(self.wish)}: the store at `{self.root}` is read-only here; {self.remedy}"
+    def _message(self) -> str:
+        return f"cannot {self.wish}: the store at `{self.root}` is read-only here; {self.remedy}"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -204,9 +211,9 @@ class LockTimeoutError(StoreError, TimeoutError):
     bytes_done: int
     bytes_total: int
 
-    def __str__(self) -> str:
+    def _message(self) -> str:
         return (
-            f"waited {self.waited:.0f} s for {printable(self.holder)} to download `{printable(self.ref)}` "
+            f"waited {self.waited:.0f} s for {self.holder} to download `{self.ref}` "
             f"({self.bytes_done} of {self.bytes_total} bytes, last sign of life {self.idle:.0f} s ago); "
             "wait longer with `timeout=`, or look at `kserve-pvc locks`"
         )
@@ -223,7 +230,7 @@ class InsufficientSpaceError(StoreError, OSError):
     needed_bytes: int
     free_bytes: int
 
-    def __str__(self) -> str:
+    def _message(self) -> str:
         need = f"{self.needed_bytes} are needed" if self.needed_bytes else "the last write did not fit"
         return (
             f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; "
@@ -241,8 +248,8 @@ class VolumeError(StoreError, OSError):
     operation: str
     reason: str
 
-    def __str__(self) -> str:
-        return f"{self.operation} failed on `{printable(self.path)}`: {self.reason}; see the volume's own logs, then call again"
+    def _message(self) -> str:
+        return f"{self.operation} failed on `{self.path}`: {self.reason}; see the volume's own logs, then call again"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -255,8 +262,8 @@ class SourceNotFoundError(StoreError, FileNotFoundError):
     uri: str
     reason: str
 
-    def __str__(self) -> str:
-        return f"nothing to fetch at `{printable(self.uri)}`: {printable(self.reason)}; check bucket, path, revision and patterns"
+    def _message(self) -> str:
+        return f"nothing to fetch at `{self.uri}`: {self.reason}; check bucket, path, revision and patterns"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -269,8 +276,8 @@ class SourceDeniedError(StoreError, PermissionError):
     uri: str
     reason: str
 
-    def __str__(self) -> str:
-        return f"access to `{printable(self.uri)}` was denied: {printable(self.reason)}; check the credentials and their permissions"
+    def _message(self) -> str:
+        return f"access to `{self.uri}` was denied: {self.reason}; check the credentials and their permissions"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -283,8 +290,8 @@ class SourceUnavailableError(StoreError, ConnectionError):
     uri: str
     reason: str
 
-    def __str__(self) -> str:
-        return f"`{printable(self.uri)}` is not answering: {printable(self.reason)}; check endpoint and network, then call again"
+    def _message(self) -> str:
+        return f"`{self.uri}` is not answering: {self.reason}; check endpoint and network, then call again"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -297,8 +304,8 @@ class SourceChangedError(StoreError, RuntimeError):
     uri: str
     path: str
 
-    def __str__(self) -> str:
-        return f"`{printable(self.path)}` of `{printable(self.uri)}` changed while it was being read; call again once the upload is over"
+    def _message(self) -> str:
+        return f"`{self.path}` of `{self.uri}` changed while it was being read; call again once the upload is over"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -312,8 +319,8 @@ class DigestMismatchError(StoreError, ValueError):
     expected: str
     actual: str
 
-    def __str__(self) -> str:
-        return f"`{printable(self.path)}` should be `{self.expected}` but is `{self.actual}`; nothing was published, call again"
+    def _message(self) -> str:
+        return f"`{self.path}` should be `{self.expected}` but is `{self.actual}`; nothing was published, call again"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -326,8 +333,8 @@ class UnsafePathError(StoreError, ValueError):
     name: str
     rule: str
 
-    def __str__(self) -> str:
-        return f"`{printable(self.name)}` is refused: {self.rule}; nothing was written"
+    def _message(self) -> str:
+        return f"`{self.name}` is refused: {self.rule}; nothing was written"
 
 
 @attrs.define(slots=False, str=False, eq=False)
@@ -340,5 +347,5 @@ class PolicyError(StoreError, PermissionError):
     subject: str
     rule: str
 
-    def __str__(self) -> str:
-        return f"`{printable(self.subject)}` is refused: {self.rule}"
+    def _message(self) -> str:
+        return f"`{self.subject}` is refused: {self.rule}"

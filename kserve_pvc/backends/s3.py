@@ -31,10 +31,8 @@ from kserve_pvc.errors import (
     SourceNotFoundError,
     SourceUnavailableError,
     StoreError,
-    UnsafePathError,
 )
 
-MAX_OBJECTS = 1_000_000
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403", "AccountProblem"}
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
 _FOREIGN = (OSError, BotoCoreError, HTTPClientError, AioReadTimeoutError, asyncio.TimeoutError)
@@ -81,14 +79,10 @@ class S3Backend:
 
     def _below(self, ref: ModelRef, bucket: str, prefix: str) -> Iterator[RemoteFile]:
         page: dict[str, Any] = {}
-        count = 0
         while not page or page.get("IsTruncated"):
             more = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
             page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
             for item in page.get("Contents", ()):
-                count += 1
-                if count > MAX_OBJECTS:
-                    raise UnsafePathError(ref.uri, f"it has more than {MAX_OBJECTS} objects; name a smaller prefix")
                 if item["Key"].endswith("/") and item["Size"] == 0:
                     continue
                 name = check_name(item["Key"].removeprefix(prefix))

@@ -5,20 +5,19 @@ Who am I, and is that other process provably dead?
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from kserve_pvc._record import Holder
 
 
-def here(environ: Mapping[str, str]) -> Holder:
+def here(pod: str | None = None, node: str | None = None) -> Holder:
     """
-    Describe this process. Pod and node names come from the downward API if `POD_NAME` and `NODE_NAME` are set.
+    Describe this process; the host name stands in for what is not given.
     """
     host = os.uname().nodename
     return Holder(
-        pod=environ.get("POD_NAME") or environ.get("HOSTNAME") or host,
-        node=environ.get("NODE_NAME") or host,
+        pod=pod or host,
+        node=node or host,
         uid=os.geteuid(),
         pid=os.getpid(),
         boot_id=_boot_id(),
