@@ -175,7 +175,7 @@ def test_this_process_is_not_dead_and_a_finished_one_is():
     """
     Death is proved by PID and start time within one PID namespace.
     """
-    me = here({"POD_NAME": "server-1", "NODE_NAME": "node-1"})
+    me = here("server-1", "node-1")
     finished = subprocess.Popen([sys.executable, "-c", ""])
     finished.wait()
 
@@ -190,7 +190,7 @@ def test_nothing_is_known_about_other_nodes_and_namespaces(field):
     """
     A PID of another node or container proves nothing, whether or not it exists here.
     """
-    other = attrs.evolve(here({}), started=1, **{field: "elsewhere"})
+    other = attrs.evolve(here(), started=1, **{field: "elsewhere"})
 
     assert not is_provably_dead(other)
     assert not is_provably_dead(attrs.evolve(other, boot_id=""))
@@ -200,7 +200,7 @@ def test_a_claim_is_taken_once_and_read_back(root):
     """
     A number can be claimed once, and whoever looks sees who has it and how far it is.
     """
-    writer, me = VolumeWriter(root), here({})
+    writer, me = VolumeWriter(root), here()
 
     claim = take_claim(writer, KEY, 1, uri="s3://b/m", holder=me)
     beating = start_heart(writer, claim_dir(KEY, 1), lease_seconds=5, progress=lambda: (7, 9, 1))
@@ -221,7 +221,7 @@ def test_breaking_a_claim_supersedes_and_releases(root):
     """
     After a break the newest claim is released, whatever the old one shows.
     """
-    writer, me = VolumeWriter(root), here({})
+    writer, me = VolumeWriter(root), here()
     take_claim(writer, KEY, 1, uri="s3://b/m", holder=me)
 
     break_claim(writer, KEY, uri="s3://b/m", holder=me, lease_seconds=1)
@@ -245,7 +245,7 @@ def test_a_claim_that_could_not_be_written_is_given_back(root, monkeypatch):
 
     monkeypatch.setattr(VolumeWriter, "write_private", write_private)
     with pytest.raises(VolumeError):
-        take_claim(writer, KEY, 1, uri="s3://b/m", holder=here({}))
+        take_claim(writer, KEY, 1, uri="s3://b/m", holder=here())
 
     sign = read_claim(writer, KEY)
     assert sign is not None

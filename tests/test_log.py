@@ -32,6 +32,8 @@ def entry(seq: int, kind: str = "commit", nonce: str = "a") -> LogEntry:
         files=1,
         size_bytes=1,
         manifest_sha256="0" * 64,
+        digest="sha256",
+        policy="allow",
         created_at=now(),
         writer=HOLDER,
     )

@@ -33,6 +33,7 @@ from kserve_pvc.errors import (
     StoreError,
 )
 
+_PATIENCE = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 3}}
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403", "AccountProblem"}
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
 _FOREIGN = (OSError, BotoCoreError, HTTPClientError, AioReadTimeoutError, asyncio.TimeoutError)
@@ -50,7 +51,9 @@ class S3Backend:
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self._fs = S3FileSystem(**{"use_listings_cache": False, **options, "skip_instance_cache": True})
+        config = {**_PATIENCE, **options.get("config_kwargs", {})}
+        self._fs = S3FileSystem(**{"use_listings_cache": False, **options, "config_kwargs": config, "skip_instance_cache": True})
+        self._fs.retries = 2  # Times botocore's own: an endpoint that answers nothing is given up within half a minute.
 
     def resolve(self, ref: ModelRef) -> Resolved:
         bucket, _, key = ref.location.partition("/")

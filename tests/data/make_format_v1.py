@@ -22,7 +22,7 @@ MODELS = {
 
 
 def main(place: str) -> None:
-    _store.here = lambda environ: Holder(
+    _store.here = lambda *_: Holder(
         pod="warm-job-x7k2p", node="node-1", uid=1000, pid=7, boot_id="6f1c", pid_namespace="pid:[1]", started=12
     )
     source = MemorySource(MODELS)
