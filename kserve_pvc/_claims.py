@@ -99,7 +99,16 @@ def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: 
     claim = Claim(epoch=epoch, nonce=secrets.token_hex(16), uri=uri, holder=holder, claimed_at=now())
     with _given_back_on_failure(writer, place):
         writer.write_private(place / "owner", encode(claim))
+        _forget_older(writer, key, epoch)
     return claim
+
+
+def _forget_older(writer: VolumeWriter, key: str, epoch: int) -> None:
+    # Only the newest counts, and as long as it is there no number comes back. A pod that fails in a loop leaves one, not all.
+    for name in writer.names(layout.claims_dir(key)):
+        number = layout.parse_number(name)
+        if number is not None and number < epoch and (trashed := writer.discard(layout.claim_dir(key, number))) is not None:
+            writer.delete_trash(trashed)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
         return 0
     _print_table(
         ("URI", "SIZE", "FILES", "CREATED", "KEY"),
-        [(m.uri, amount(m.size_bytes), str(m.files), m.created_at.strftime("%Y-%m-%d %H:%M"), m.key) for m in models],
+        [(_described(m), amount(m.size_bytes), str(m.files), m.created_at.strftime("%Y-%m-%d %H:%M"), m.key) for m in models],
     )
     if not arguments.quiet:
         _say(f"{_count(len(models), 'model')}, {amount(sum(m.size_bytes for m in models))} at {store.root}")
@@ -164,13 +164,16 @@ def _rm(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
     for uri in arguments.break_claim or ():
-        store.break_lock(uri)
+        store.break_lock(uri, **_selection(arguments))
     locks = store.locks()
     if arguments.json:
         _print_json([attrs.asdict(lock) for lock in locks])
         return 0
-    rows = [(lock.uri, lock.state, lock.holder, lock.since, f"{amount(lock.bytes_done)} of {amount(lock.bytes_total)}") for lock in locks]
-    _print_table(("URI", "STATE", "HOLDER", "SINCE", "PROGRESS"), rows)
+    rows = [
+        (lock.uri, lock.key, lock.state, lock.holder, lock.since, f"{amount(lock.bytes_done)} of {amount(lock.bytes_total)}")
+        for lock in locks
+    ]
+    _print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "PROGRESS"), rows)
     if not arguments.quiet:
         _say(f"{_count(len(locks), 'claim')} not given back")
     return 0
@@ -178,6 +181,15 @@ def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 def _identity(model: Model) -> dict[str, Any]:
     return {"uri": model.uri, "key": model.key, "version": model.version, "path": model.path}
+
+
+def _described(model: Model) -> str:
+    """The URI, and what else was asked for if anything: two models may differ in nothing but that."""
+    parts = [model.uri]
+    parts += [f"at {model.revision}"] if model.revision else []
+    parts += [f"only {' '.join(model.allow_patterns)}"] if model.allow_patterns else []
+    parts += [f"without {' '.join(model.ignore_patterns)}"] if model.ignore_patterns else []
+    return " ".join(parts)
 
 
 def _row(model: Model) -> dict[str, Any]:
@@ -265,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(remove)
     remove.add_argument("--now", action="store_true", help="empty the trash at once, under readers that hold no lease")
     locks = _verb(verbs, "locks", _locks, "show who is downloading")
+    _add_selection(locks)
     locks.add_argument("--break", dest="break_claim", action="append", metavar="URI", help="let another process download; safe at any time")
     return parser
 
@@ -290,6 +303,10 @@ def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
 
 def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     parser.add_argument("uri", metavar="URI", nargs="?" if optional else None)
+    _add_selection(parser)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="which version of the source")
     parser.add_argument("--allow", action="append", metavar="PATTERN", help="only files that match; may be repeated")
     parser.add_argument("--ignore", action="append", metavar="PATTERN", help="no files that match; may be repeated")

@@ -134,9 +134,8 @@ class Download:
     def _outcome(self, status: Literal["present", "downloaded", "waited"]) -> Outcome:
         assert self._view.entry is not None  # The protocol returns only after a record met the wish.
         # Somebody else published: what this process wrote will never be, so nobody but itself is to be asked.
-        with suppress(OSError):
-            for generation in self._unpublished:
-                self._collect(generation)
+        with suppress(OSError, StoreFormatError):
+            self._collect_unnamed(self._unpublished)
         return Outcome(status=status, entry=self._view.entry, bytes_fetched=self._tally.fetched)
 
     def _do(self, action: protocol.Action) -> protocol.Event | None:
@@ -160,6 +159,7 @@ class Download:
         return None
 
     def _look(self) -> protocol.Looked:
+        began = time.monotonic()  # A sign of life is as old as the moment before it was read.
         self._view = read_log(self._writer, self._key)
         present = self._wish.is_met_by(self._view)
         self._sign = None if present else read_claim(self._writer, self._key)
@@ -168,7 +168,7 @@ class Download:
         if self._sign is not None:
             sign = self._sign
             seen = protocol.ClaimSeen(epoch=int(sign.name), sign_of_life=sign.raw, released=sign.is_released, dead=sign.is_dead)
-        return protocol.Looked(now=time.monotonic(), present=present, seq=self._view.seq, claim=seen)
+        return protocol.Looked(now=began, present=present, seq=self._view.seq, claim=seen)
 
     def _pause(self, seconds: float) -> protocol.Paused:
         self._listener(self._tally.waiting(self._sign))
@@ -261,6 +261,8 @@ class Download:
     def _publish(self, after_seq: int) -> protocol.Published:
         assert self._claim is not None  # The protocol publishes only what was fetched under a claim.
         private = layout.staging_dir(self._claim.generation) / "record"
+        # Listed before the commit: these were begun on an older record, so they lose. Later ones may be begun on ours.
+        begun = [g for g in self._writer.names(layout.MODELS / self._key) if layout.parse_generation(g) is not None]
         entry = append(self._writer, self._key, self._commit, after_seq=after_seq, private=private)
         if entry is None:
             return protocol.Published(won=False)
@@ -268,7 +270,7 @@ class Download:
         self._unpublished.remove(entry.generation)
         # The model is there whatever becomes of the leftovers; the next download of this key tries again.
         with suppress(OSError, StoreFormatError):
-            self._collect_garbage(entry)
+            self._collect_garbage(entry, begun)
         return protocol.Published(won=True)
 
     def _commit(self, seq: int) -> LogEntry:
@@ -292,20 +294,23 @@ class Download:
             writer=self._holder,
         )
 
-    def _collect_garbage(self, entry: LogEntry) -> None:
+    def _collect_garbage(self, entry: LogEntry, begun: Sequence[str]) -> None:
         """
-        Collect every generation of this key that no record names.
+        Collect the generations that were begun before our commit and that no record names.
 
-        Our own commit is what makes this safe: whoever publishes later sees it and loses, unless it had reserved a
-        higher number before, which is looked for first. No judgement about who is alive is needed.
+        Our own commit is what makes this safe: they were begun on an older record, so whoever still writes them sees a
+        newer one and loses, unless it had reserved a higher number before, which is looked for first. No judgement
+        about who is alive is needed.
         """
-        if highest_slot(self._writer, self._key) > entry.seq:
-            return
-        named = {record.generation for record in read_all(self._writer, self._key)}
-        for generation in self._writer.names(layout.MODELS / self._key):
-            if layout.parse_generation(generation) is not None and generation not in named:
-                self._collect(generation)
+        if highest_slot(self._writer, self._key) == entry.seq:
+            self._collect_unnamed(begun)
         self._throw_away(layout.staging_dir(entry.generation))
+
+    def _collect_unnamed(self, generations: Sequence[str]) -> None:
+        named = {record.generation for record in read_all(self._writer, self._key)}
+        for generation in generations:
+            if generation not in named:
+                self._collect(generation)
 
     def _collect(self, generation: str) -> None:
         # The model's directory goes last: as long as it is there, the next collection finds the rest.

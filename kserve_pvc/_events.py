@@ -11,7 +11,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Started:
-    """This process downloads: `bytes_total` to have, of which `bytes_adopted` were left by a dead writer."""
+    """This process downloads: `bytes_total` to have, whether they come from the source or from a dead writer."""
 
     ref: str
     bytes_total: int

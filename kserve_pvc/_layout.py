@@ -45,8 +45,13 @@ def claims_dir(key: str) -> PurePosixPath:
 
 
 def claim_dir(key: str, epoch: int) -> PurePosixPath:
-    """One claim: making this directory wins it. `claim` says whose it is, `beat` that its holder lives."""
+    """One claim: making this directory wins it. `owner` says whose it is, `beat` that its holder lives."""
     return claims_dir(key) / f"{epoch:012d}"
+
+
+def is_claim(place: PurePosixPath) -> bool:
+    """Whether a path is one numbered claim of some key."""
+    return len(place.parts) == 5 and place.parent == claims_dir(place.parts[2]) and parse_number(place.name) is not None
 
 
 def lock_file(key: str) -> PurePosixPath:

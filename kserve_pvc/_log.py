@@ -108,9 +108,9 @@ def append(writer: VolumeWriter, key: str, make: Callable[[int], LogEntry], *, a
     """
     Append the next record, or learn that somebody else did.
 
-    The order is what makes this safe without any lock: the number is reserved first, then the log is listed again,
-    then the record is published. Whoever published before sees its record respected, and whoever reserves later sees
-    ours; a process that was paused anywhere in between can only lose.
+    The order is what makes this safe without any lock: the number is reserved, the log is listed again, the record is
+    published, and the log is listed once more. Whoever published before is respected, whoever reserves later sees
+    ours, and a process that was paused anywhere in between finds a newer record and has lost.
 
     Args:
         make: Builds the record for the number it gets.
@@ -118,7 +118,7 @@ def append(writer: VolumeWriter, key: str, make: Callable[[int], LogEntry], *, a
         private: A name in a staging directory that nobody else uses.
 
     Returns:
-        The record, or None if the log moved on since `after_seq`.
+        The record, or None if the log moved on since `after_seq`. Then it may hold this record below a newer one.
 
     Raises:
         StoreFormatError: The numbers are used up, which takes a forged record.
@@ -133,7 +133,8 @@ def append(writer: VolumeWriter, key: str, make: Callable[[int], LogEntry], *, a
     if read_log(writer, key).seq > after_seq:
         return None
     entry = make(seq)
-    return entry if writer.publish(log_dir(key) / entry.name, encode(entry), private) else None
+    published = writer.publish(log_dir(key) / entry.name, encode(entry), private)
+    return entry if published and read_log(writer, key).seq == seq else None
 
 
 def _moved_on(volume: Volume, key: str, after_seq: int, taken: int) -> bool:

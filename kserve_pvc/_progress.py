@@ -183,7 +183,7 @@ def amount(size_bytes: float) -> str:
     """
     size = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1023.95:
+        if size < (1023.5 if unit == "B" else 1023.95):
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"

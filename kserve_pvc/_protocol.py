@@ -158,7 +158,8 @@ Action = Look | TryLock | MakeClaim | Fetch | Publish | Pause | Release | Return
 @attrs.frozen(kw_only=True)
 class State:
     """
-    Where one call stands. `idle_since` is when the sign of life last changed, on the caller's monotonic clock.
+    Where one call stands. `looked` is when the claim was last read and `idle_since` when its sign of life last changed,
+    both on the caller's monotonic clock.
     """
 
     rules: Rules
@@ -167,6 +168,7 @@ class State:
     waited: bool = False
     claim: ClaimSeen | None = None
     idle_since: float = 0.0
+    looked: float = 0.0
     epoch: int = 0
     base_seq: int = 0
     spoiled: int = 0
@@ -233,7 +235,7 @@ def _locked(state: State, event: Locked) -> Step:
     claim = state.claim
     is_free = claim is None or claim.released or claim.dead
     # Where locks do nothing every try is granted. A holder that beats is alive all the same, and beats six times a lease.
-    if event.granted and (is_free or event.now - state.idle_since >= state.rules.lease_seconds / 3):
+    if event.granted and (is_free or state.looked - state.idle_since >= state.rules.lease_seconds / 3):
         return _claim(state, "its lock is free")
     return _wait(state, event.now)
 
@@ -250,8 +252,8 @@ def _rechecked(state: State, event: Looked) -> Step:
 def _observe(state: State, event: Looked) -> State:
     started = event.now if state.started is None else state.started
     if state.claim is None or event.claim is None or _signature(event.claim) != _signature(state.claim):
-        return attrs.evolve(state, started=started, claim=event.claim, idle_since=event.now)
-    return attrs.evolve(state, started=started)
+        return attrs.evolve(state, started=started, claim=event.claim, idle_since=event.now, looked=event.now)
+    return attrs.evolve(state, started=started, looked=event.now)
 
 
 def _signature(claim: ClaimSeen) -> tuple[int, bytes]:

@@ -1,7 +1,7 @@
 """
 The small files that say what is in a store: how they are written, and how little of them is believed.
 
-Every record is one JSON object with the format number and, last, a checksum over the rest. Whatever is read back
+Every record is one JSON object with the format number and a checksum over all other fields. Whatever is read back
 is untrusted input: other tenants, older and newer versions and broken volumes all write there. Decoding is strict:
 an unknown field, a wrong type, a name that would leave its place or a failing checksum makes the record unusable.
 """
@@ -346,7 +346,8 @@ def _check_format(version: object, where: str) -> None:
 
 def _short(error: Exception) -> str:
     # Validators append the whole field and value to their message.
-    return str(error.args[0] if error.args and not isinstance(error, UnsafePathError) else error)
+    text = str(error.args[0] if error.args and not isinstance(error, UnsafePathError) else error)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _plain(_: object, __: object, value: Any) -> Any:

@@ -20,7 +20,9 @@ _MAX_SLUG = 40
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _URL_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"<>]*)")
-_PORT = re.compile(r"[^:]*(:[0-9]+)?")
+_HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:]*)(:[0-9]+)?")
+# A password may hold anything, slashes and question marks included, so its end is the last `@`.
+_USER_INFORMATION = re.compile(r"([^/:]*@)|([^/:]*:(?![0-9]+/).*@)", re.DOTALL)
 
 Patterns = str | Iterable[str] | None
 
@@ -43,7 +45,7 @@ class ModelRef:
     @property
     def location(self) -> str:
         """
-        What follows `scheme://`.
+        What follows the scheme and its slashes.
         """
         return self.uri.partition("://")[2]
 
@@ -88,7 +90,9 @@ def parse_ref(uri: str, *, revision: str | None = None, allow_patterns: Patterns
     """
     match = _SCHEME.fullmatch(uri) if isinstance(uri, str) else None
     if match is None:
-        raise InvalidURIError(_without_secrets(str(uri)), "it must look like `scheme://location`, for example `s3://bucket/model`")
+        # No scheme tells where a secret could be: a second colon may be a password's.
+        shown = ":".join(re.split(r"[?#]", str(uri).rpartition("@")[2], maxsplit=1)[0].split(":")[:2])
+        raise InvalidURIError(shown, "it must look like `scheme://location`, for example `s3://bucket/model`")
     scheme, location = match.groups()
     _check_location(scheme, location)
     if revision is not None and not (isinstance(revision, str) and revision and revision.isprintable()):
@@ -105,7 +109,7 @@ def _check_location(scheme: str, location: str) -> None:
     shown = f"{scheme}://{_without_secrets(location)}"
     authority = location.partition("/")[0]
     # What follows a colon is a port or a password; a password may hold a slash and hide its `@` behind it.
-    if "@" in authority or not _PORT.fullmatch(authority):
+    if "@" in authority or not _HOST_AND_PORT.fullmatch(authority):
         raise PolicyError(shown, "credentials do not belong in a URI; use the provider's environment or `storage_options`")
     if "?" in location or "#" in location:
         raise PolicyError(shown, "a query or fragment may carry a signature and would be stored; use `revision=` for a version")
@@ -118,14 +122,17 @@ def _check_location(scheme: str, location: str) -> None:
 
 
 def _without_secrets(location: str) -> str:
-    """Cut a location down to what can hold no secret, however it is spelled."""
-    location = re.split(r"[?#]", location, maxsplit=1)[0]
-    return location.rpartition("@")[2] if "@" in location else location
+    """Cut a location that is refused down to what can hold no secret, however it is spelled."""
+    location = re.split(r"[?#]", location.rpartition("@")[2], maxsplit=1)[0]
+    authority = location.partition("/")[0]
+    return location if _HOST_AND_PORT.fullmatch(authority) else authority.partition(":")[0]
 
 
 def _patterns(patterns: Patterns) -> tuple[str, ...]:
     if patterns is None:
         return ()
+    if not isinstance(patterns, str | Iterable):
+        raise InvalidURIError(repr(patterns), "patterns are one or several texts such as `*.safetensors`")
     several = [patterns] if isinstance(patterns, str) else list(patterns)
     if not all(isinstance(pattern, str) for pattern in several):
         raise InvalidURIError(repr(several), "patterns are texts such as `*.safetensors`")
@@ -146,8 +153,6 @@ def redact(text: str) -> str:
 
     def cleaned(match: re.Match[str]) -> str:
         scheme, rest = match.groups()
-        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-        host, slash, path = rest.partition("/")
-        return scheme + host.rpartition("@")[2] + slash + path
+        return scheme + re.split(r"[?#]", _USER_INFORMATION.sub("", rest, count=1), maxsplit=1)[0]
 
     return printable(_URL_IN_TEXT.sub(cleaned, text))

@@ -40,13 +40,18 @@ class Removal:
         Raises:
             ModelInUseError: Somebody downloads it, or reads it; a tombstone was undone.
         """
-        generations = [g for g in self.writer.names(layout.MODELS / self.ref.key) if layout.parse_generation(g) is not None]
-        view = read_log(self.writer, self.ref.key)
+        try:
+            return self._run()
+        finally:
+            self.writer.empty_trash(trash_seconds)
+
+    def _run(self) -> bool:
+        view, generations = self._look()
         if not generations and not _is_present(view):
             return False
         if (downloader := is_claimed(self.writer, self.ref.key, lease_seconds=self.settings.lease_seconds)) is not None:
             raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
-        before, tombstone = self._tombstone(view, generations)
+        before, tombstone, generations = self._tombstone(view, generations)
         time.sleep(mount_of(self.writer.root).visibility_delay)
         readers = [r for g in generations for r in live_readers(self.writer, g, lease_seconds=self.settings.lease_seconds)]
         if readers:
@@ -55,18 +60,22 @@ class Removal:
             raise ModelInUseError(str(self.ref), tuple(readers))
         for generation in generations:
             self._collect(generation)
-        self.writer.empty_trash(trash_seconds)
         return True
 
-    def _tombstone(self, view: LogView, generations: list[str]) -> tuple[LogEntry | None, LogEntry]:
+    def _look(self) -> tuple[LogView, list[str]]:
+        # Generations first, the log after: what is collected was begun on a record older than the tombstone, and loses.
+        generations = [g for g in self.writer.names(layout.MODELS / self.ref.key) if layout.parse_generation(g) is not None]
+        return read_log(self.writer, self.ref.key), generations
+
+    def _tombstone(self, view: LogView, generations: list[str]) -> tuple[LogEntry | None, LogEntry, list[str]]:
         """Append a tombstone, also where no commit is: it makes every download that has begun lose."""
         while True:
             before = view.entry if _is_present(view) else None
             tombstone = attrs.evolve(before or self._nothing(generations), type="tombstone")
             appended = self._append(tombstone, after_seq=view.seq)
             if appended is not None:
-                return before, appended
-            view = read_log(self.writer, self.ref.key)
+                return before, appended, generations
+            view, generations = self._look()
 
     def _nothing(self, generations: list[str]) -> LogEntry:
         return LogEntry(
@@ -103,10 +112,11 @@ class Removal:
                 self.writer.delete_trash(trashed)
 
     def _collect(self, generation: str) -> None:
-        self.writer.discard(layout.generation_dir(self.ref.key, generation))
         for place in (layout.staging_dir(generation), layout.manifest_file(generation), layout.lease_dir(generation)):
             if (trashed := self.writer.discard(place)) is not None:
                 self.writer.delete_trash(trashed)
+        # Last, since what is left of a removal is found by it.
+        self.writer.discard(layout.generation_dir(self.ref.key, generation))
 
 
 def _is_present(view: LogView) -> bool:

@@ -58,7 +58,7 @@ def resolved(ref: ModelRef, files: Iterable[RemoteFile], *, version: str | None 
     Raises:
         SourceNotFoundError: Nothing is left.
         UnsafePathError: Two names collide.
-        PolicyError: There are more than `MAX_FILES`, so that a manifest stays readable.
+        PolicyError: More than `MAX_FILES` are listed; neither a listing nor a manifest may grow without bound.
     """
     chosen = []
     for number, file in enumerate(files):

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -96,6 +96,9 @@ class Model:
     """
 
     uri: str
+    revision: str | None
+    allow_patterns: tuple[str, ...] | None
+    ignore_patterns: tuple[str, ...]
     key: str
     version: str
     path: Path
@@ -218,7 +221,7 @@ class ModelStore:
         if mode == "rw":
             self._writer = VolumeWriter(root)
             self._settings = self._settings or _create_store(self._writer, locker, lease_seconds)
-        if self._settings is not None:
+            # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
             _check_agreement(self._volume, self._settings, locker, lease_seconds)
         self._factories = dict(backends or {})
         self._options = dict(storage_options or {})
@@ -301,6 +304,8 @@ class ModelStore:
             DigestMismatchError, UnsafePathError, PolicyError: What the source offers is not acceptable.
         """
         started = time.monotonic()
+        if not timeout >= 0:
+            raise SettingsError("timeout", str(timeout), "write a number of seconds, 0 or more")
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         view = self._look(ref)
         entry = _present(view)
@@ -308,15 +313,18 @@ class ModelStore:
             return self._model(entry, "present", started)
         if local_files_only:
             raise self._absent(ref, view)
+        if self._writer is None and (entry is None or force_download):
+            raise ReadOnlyStoreError(str(self.root), f"download `{ref}`", _HOW_TO_WRITE) from view.damage
         resolved = self._backend(ref).resolve(ref) if refresh else None
         if entry is not None and resolved is not None and not force_download and entry.version == resolved.version:
             return self._model(entry, "present", started)
         if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"download `{ref}`", _HOW_TO_WRITE) from view.damage
+            raise ReadOnlyStoreError(str(self.root), f"download the newer version of `{ref}`", _HOW_TO_WRITE)
         check_scheme(ref.scheme, self._factories)
         wish = Wish(after_seq=view.seq if force_download else 0, version=resolved.version if resolved else None)
         with make_listener(progress, callback) as listener, self._flight(ref, timeout):
-            outcome = self._download(self._writer, ref, wish, resolved, timeout, max_workers, listener)
+            left = max(0.0, timeout - (time.monotonic() - started))
+            outcome = self._download(self._writer, ref, wish, resolved, left, max_workers, listener)
             listener(Finished(ref=str(ref), status=outcome.status))
         status: Status = "waited" if outcome.status == "present" else outcome.status
         return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
@@ -531,8 +539,8 @@ class ModelStore:
         """
         Hold a model that is present, so that nobody removes it inside the `with`.
 
-        A read-only store cannot leave a lease, so there the model is protected only by the time its bytes stay in
-        the trash.
+        A read-only store, or a volume that refuses, cannot keep a lease: there the model is protected only by the
+        time its bytes stay in the trash.
 
         Raises:
             ModelNotFoundError: It is absent.
@@ -543,7 +551,10 @@ class ModelStore:
                 yield model
                 return
             generation = model.path.name
-            with reading(self._writer, generation, lease_seconds=self._settings.lease_seconds, holder=here(*pod_and_node())):
+            with ExitStack() as lease:
+                with suppress(ReadOnlyStoreError):
+                    holder = here(*pod_and_node())
+                    lease.enter_context(reading(self._writer, generation, lease_seconds=self._settings.lease_seconds, holder=holder))
                 # Whoever removes looks for leases after its tombstone is visible: looking again closes the gap.
                 entry = _present(read_log(self._volume, model.key))
                 if entry is not None and entry.generation == generation:
@@ -557,7 +568,9 @@ class ModelStore:
         signs = ((key, read_claim(self._volume, key)) for key in self._keys())
         return [_lock_info(key, sign) for key, sign in signs if sign is not None and not sign.is_released]
 
-    def break_lock(self, uri: str) -> None:
+    def break_lock(
+        self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+    ) -> None:
         """
         Take a claim away from its holder and give it back at once, so that another process may download.
 
@@ -567,7 +580,7 @@ class ModelStore:
         Raises:
             ReadOnlyStoreError: The store may only be read.
         """
-        ref = parse_ref(uri)
+        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         if self._writer is None or self._settings is None:
             raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
         break_claim(self._writer, ref.key, uri=ref.uri, holder=here(*pod_and_node()), lease_seconds=self._settings.lease_seconds)
@@ -596,6 +609,9 @@ class ModelStore:
             _returned[name] = max(entry.seq, _returned.get(name, 0))
         return Model(
             uri=entry.uri,
+            revision=entry.revision,
+            allow_patterns=entry.allow_patterns,
+            ignore_patterns=entry.ignore_patterns,
             key=entry.key,
             version=entry.version,
             path=self._volume.absolute(layout.generation_dir(entry.key, entry.generation)),

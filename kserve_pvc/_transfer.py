@@ -107,19 +107,16 @@ class Transfer:
         with ThreadPoolExecutor(workers, thread_name_prefix="kserve-pvc-transfer") as pool:
             futures = {f.entry.path: pool.submit(self._one, f) for f in largest_first}
             try:
-                done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-            except BaseException:  # KeyboardInterrupt: stop the workers before it travels on.
-                self._cancel(pool)
-                raise
-            failures = [error for f in done if (error := f.exception()) is not None]
-            if failures:
-                self._cancel(pool)
-                raise next((e for e in failures if not isinstance(e, _CancelledError)), failures[0])
+                wait(futures.values(), return_when=FIRST_EXCEPTION)
+            finally:  # Also after a KeyboardInterrupt: no worker outlives this call.
+                if not all(f.done() and f.exception() is None for f in futures.values()):
+                    self._cancelled.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+        failures = [error for f in futures.values() if not f.cancelled() and (error := f.exception()) is not None]
+        # Whoever stopped because of another's failure may be done before it.
+        for error in sorted(failures, key=lambda error: isinstance(error, _CancelledError)):
+            raise error
         return tuple(futures[f.entry.path].result() for f in files)
-
-    def _cancel(self, pool: ThreadPoolExecutor) -> None:
-        self._cancelled.set()
-        pool.shutdown(wait=True, cancel_futures=True)
 
     def _one(self, file: RemoteFile) -> FileEntry:
         buffer = self._buffers.get()

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 import attrs
 
-from kserve_pvc._layout import LEASES, MANIFESTS, MODELS, STAGING, TRASH
+from kserve_pvc._layout import LEASES, MANIFESTS, MODELS, STAGING, TRASH, is_claim
 from kserve_pvc._record import FoundFile
 from kserve_pvc.errors import (
     InsufficientSpaceError,
@@ -37,7 +37,7 @@ from kserve_pvc.errors import (
 # What a file system without the operation answers; the step then takes the next rung or does without.
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_NO_WRITE = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM}
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # The kernel writes blanks and backslashes of mount points as octal escapes.
@@ -250,19 +250,22 @@ class Volume:
         """
         if error.errno in _NO_SPACE:
             return InsufficientSpaceError(str(self.root), 0, self.free_bytes())
-        if error.errno in _NO_WRITE and operation not in ("reading", "listing"):
-            return ReadOnlyStoreError(str(self.root), f"write `{place}`", _permission_remedy(self.root, error))
-        return VolumeError(str(self.root / place), operation, os.strerror(error.errno or errno.EIO))
+        is_read = operation in ("reading", "listing")
+        if error.errno == errno.EROFS:
+            remedy = "its volume is mounted read-only; mount it read-write for the process that downloads"
+            return ReadOnlyStoreError(str(self.root), f"write `{place}`", remedy)
+        if error.errno in _NO_PERMISSION and not is_read:
+            remedy = f"{self._who_may('write')}; set `fsGroup`, or give the group write permission"
+            return ReadOnlyStoreError(str(self.root), f"write `{place}`", remedy)
+        reason = self._who_may("read") if error.errno in _NO_PERMISSION else os.strerror(error.errno or errno.EIO)
+        return VolumeError(str(self.root / place), operation, reason)
 
-
-def _permission_remedy(root: Path, error: OSError) -> str:
-    if error.errno == errno.EROFS:
-        return "its volume is mounted read-only; mount it read-write for the process that downloads"
-    found = os.stat(root)
-    return (
-        f"uid {os.geteuid()} gid {os.getegid()} may not write below a root of uid {found.st_uid} gid {found.st_gid} "
-        f"mode {stat.S_IMODE(found.st_mode):04o}; set `fsGroup`, or give the group write permission"
-    )
+    def _who_may(self, act: str) -> str:
+        found = os.stat(self.root)
+        return (
+            f"uid {os.geteuid()} gid {os.getegid()} may not {act} it, below a root of uid {found.st_uid} gid {found.st_gid} "
+            f"mode {stat.S_IMODE(found.st_mode):04o}"
+        )
 
 
 class VolumeWriter(Volume):
@@ -315,8 +318,9 @@ class VolumeWriter(Volume):
     def _set_mode(self, parent: int, name: str, mode: int) -> None:
         # Only of what was just made here, and only against a narrow umask; object and SMB mounts refuse.
         with suppress(OSError):
-            if stat.S_IMODE(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode) & 0o777 != mode:
-                os.chmod(name, mode, dir_fd=parent)
+            found = stat.S_IMODE(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+            if found & 0o777 != mode:
+                os.chmod(name, found & 0o7000 | mode, dir_fd=parent)  # The set-gid bit of an `fsGroup` volume is inherited.
 
     def reserve(self, place: PurePosixPath) -> bool:
         """
@@ -468,7 +472,7 @@ class VolumeWriter(Volume):
         Returns:
             Its name in the trash, or None if there is no such tree.
         """
-        if not {MODELS, STAGING, MANIFESTS, LEASES} & set(place.parents):
+        if not {MODELS, STAGING, MANIFESTS, LEASES} & set(place.parents) and not is_claim(place):
             raise UnsafePathError(str(place), "only models and what belongs to one generation are ever thrown away")
         trashed = TRASH / f"{int(time.time()):012d}-{secrets.token_hex(8)}"
         with self._translated("moving to the trash", place):

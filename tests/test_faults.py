@@ -260,11 +260,12 @@ def test_an_input_output_error_is_survived_or_typed_and_publishes_nothing_half(r
 import sys
 from kserve_pvc import ModelStore, VolumeError
 try:
-    store = ModelStore(sys.argv[1], mode="rw", lease_seconds=1, part_bytes=4096)
+    store = ModelStore(sys.argv[1], mode="rw", part_bytes=4096)
     print(store.ensure("file://{source}", progress=False, max_workers=1).status)
 except VolumeError as error:
     print(error.operation)
 """
+    ModelStore(root, mode="rw", lease_seconds=1)
     said = []
     for number in (1, 2, 3, 5, 8):
         options = ["-f", "-qq", "-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when={number}"]

@@ -47,8 +47,8 @@ class Heart:
         self._count = 0
         self._lost = False
         self._stop = threading.Event()
-        self._write(released=False)
         self._renewed = monotonic()
+        self._write(released=False)
         self._thread = threading.Thread(target=self._run, name="kserve-pvc-heart", daemon=True)
         self._thread.start()
 
@@ -76,8 +76,9 @@ class Heart:
                 if self._superseded():
                     self._lost = True
                     break
+                began = monotonic()
                 self._write(released=False)
-                self._renewed = monotonic()
+                self._renewed = began  # Others may have seen it as early as that.
         with suppress(OSError):
             self._write(released=True)
         with suppress(OSError):

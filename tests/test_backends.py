@@ -1,0 +1,245 @@
+"""
+How the plug-in for a URI scheme is found.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import shell
+from sources import FakeBackend
+from trees import read_tree
+
+from kserve_pvc import ModelStore, UnknownSchemeError
+from kserve_pvc.backends import GROUP, make_backend
+from kserve_pvc.backends.file import FileBackend
+
+FIND = """
+import sys
+from kserve_pvc import StoreError
+from kserve_pvc.backends import make_backend
+
+try:
+    print(type(make_backend(sys.argv[1], {}, {"token": "canary"})).__name__)
+except StoreError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+# A plug-in that says which options it was given, and how often it was imported.
+PLUGIN = """
+import sys
+print("imported", file=sys.stderr)
+
+
+class Backend:
+    def __init__(self, options):
+        self.options = options
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    """
+    A directory of installed distributions, and what makes another one there.
+    """
+    place = tmp_path / "site"
+    place.mkdir()
+
+    def install(distribution: str, points: str, modules: dict[str, str] | None = None) -> Path:
+        info = place / f"{distribution.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{GROUP}]\n{points}\n")
+        for name, text in (modules or {}).items():
+            (place / f"{name}.py").write_text(text)
+        return place
+
+    return install
+
+
+def find(place: Path, scheme: str) -> subprocess.CompletedProcess[str]:
+    """
+    Look for a scheme in an interpreter that sees the distributions of a directory before its own.
+    """
+    command = [sys.executable, "-c", FIND, scheme]
+    env = shell.clean_environ({"PYTHONPATH": str(place)})
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, cwd=place, check=True)
+
+
+def test_an_unknown_scheme_says_what_is_served(root):
+    """
+    A scheme that nobody serves names the installed ones and how others are added, and no claim is left for it.
+    """
+    with pytest.raises(UnknownSchemeError) as caught:
+        ModelStore(root, mode="rw").ensure("gs://bucket/model", progress=False)
+
+    assert re.match("no usable back end for `gs://`; installed back ends serve .*`file`, .*`s3`", str(caught.value))
+    assert f"`{GROUP}`" in str(caught.value)
+    assert (caught.value.scheme, caught.value.exit_code) == ("gs", 2)
+    assert list((root / ".kserve-pvc").rglob("claims")) == []
+
+
+@pytest.mark.parametrize(("scheme", "name"), [("file", "FileBackend"), ("s3", "S3Backend")])
+def test_the_built_in_back_ends_are_found_by_entry_point(tmp_path, scheme, name):
+    """
+    What ships with the package is registered as plug-ins are.
+    """
+    assert find(tmp_path, scheme).stdout.strip() == name
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    """
+    Without s3fs an S3 model cannot be fetched, and the error says what to install.
+    """
+    script = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "s3fs":
+            raise ModuleNotFoundError("No module named 's3fs'", name="s3fs")
+
+sys.meta_path.insert(0, Blocker())
+"""
+    said = shell.python(script + FIND, "s3")
+
+    assert said.startswith("UnknownSchemeError: no usable back end for `s3://`; install it with `pip install 'kserve-pvc[s3]'`")
+    assert "No module named 's3fs'" in said
+
+
+def test_a_plugin_is_imported_when_its_scheme_is_used(site):
+    """
+    An installed plug-in serves its scheme with the options of the store, and is not imported for another.
+    """
+    place = site("other-store", "other = other_store:Backend\n", {"other_store": PLUGIN})
+
+    used, unused = find(place, "other"), find(place, "file")
+
+    assert (used.stdout.strip(), used.stderr.count("imported")) == ("Backend", 1)
+    assert (unused.stdout.strip(), unused.stderr) == ("FileBackend", "")
+
+
+@pytest.mark.parametrize("scheme", ["other", "s3"])
+def test_two_distributions_that_claim_one_scheme_are_both_named(site, scheme):
+    """
+    Nobody is preferred silently, not even the built-in one: the error names both, imports neither and says what to do.
+    """
+    place = site("first-store", f"{scheme} = first_store:Backend", {"first_store": PLUGIN})
+    if scheme == "other":
+        site("second-store", f"{scheme} = second_store:Backend", {"second_store": PLUGIN})
+
+    found = find(place, scheme)
+
+    second = "kserve-pvc" if scheme == "s3" else "second-store"
+    assert found.stdout.startswith("UnknownSchemeError: ")
+    assert all(f"`{name}`" in found.stdout for name in ("first-store", second))
+    assert "uninstall one, or choose with `backends=`" in found.stdout
+    assert found.stderr == ""
+
+
+def test_one_distribution_that_is_found_twice_is_one(site, tmp_path):
+    """
+    A distribution that lies on the path twice, as after an editable install, claims its scheme once.
+    """
+    place = site("other-store", "other = other_store:Backend", {"other_store": PLUGIN})
+    command = [sys.executable, "-c", FIND, "other"]
+    (tmp_path / "again").symlink_to(place)
+    env = shell.clean_environ({"PYTHONPATH": os.pathsep.join([str(place), str(tmp_path / "again")])})
+
+    found = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=True)
+
+    assert found.stdout.strip() == "Backend"
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("import not_installed_sdk", "No module named 'not_installed_sdk'"),
+        ("raise ImportError('libfoo.so is missing')", "libfoo.so is missing"),
+        ("def Backend(options):\n    import not_installed_sdk", "No module named 'not_installed_sdk'"),
+    ],
+    ids=["package", "library", "factory"],
+)
+def test_a_plugin_that_cannot_be_imported_says_why(site, module, reason):
+    """
+    The error has the reason of the import, whether it fails at the import or in the factory.
+    """
+    place = site("other-store", "other = other_store:Backend", {"other_store": module})
+
+    assert f"UnknownSchemeError: no usable back end for `other://`; its plug-in cannot be imported: {reason}" in find(place, "other").stdout
+
+
+@pytest.mark.xfail(strict=True, reason="only an ImportError of a plug-in is translated")
+def test_a_plugin_without_its_factory_is_a_typed_error(site):
+    """
+    An entry point that names nothing, as after half an upgrade, is told as a plug-in that cannot be used.
+    """
+    place = site("other-store", "other = other_store:Renamed", {"other_store": PLUGIN})
+
+    assert "UnknownSchemeError" in find(place, "other").stdout
+
+
+def test_factories_given_to_a_store_are_preferred(root):
+    """
+    `backends=` replaces an installed back end, and its factory gets the storage options, once for each store.
+    """
+    fake = FakeBackend({"a": b"a"})
+    given = []
+
+    def factory(options):
+        given.append(dict(options))
+        return fake
+
+    store = ModelStore(root, mode="rw", backends={"s3": factory}, storage_options={"endpoint_url": "http://nowhere"})
+    models = [store.ensure(f"s3://bucket/{name}", progress=False) for name in ("one", "two")]
+
+    assert [read_tree(model.path) for model in models] == [{"a": b"a"}] * 2
+    assert given == [{"endpoint_url": "http://nowhere"}]
+
+
+def test_a_given_factory_that_lacks_a_package_says_so():
+    """
+    An ImportError of a factory in `backends=` is a typed error too.
+    """
+
+    def factory(options):
+        raise ImportError("no sdk")
+
+    with pytest.raises(UnknownSchemeError, match="its plug-in cannot be imported: no sdk"):
+        make_backend("other", {"other": factory}, {})
+
+
+LAZY = """
+import sys
+from kserve_pvc import ModelStore
+
+root, source, on_s3 = sys.argv[1:]
+store = ModelStore(root, mode="rw")
+store.ensure(source, progress=False)
+store.ensure(on_s3)
+print(sorted({"s3fs", "fsspec", "aiohttp", "botocore", "importlib.metadata"} & set(sys.modules)))
+"""
+
+
+def test_files_and_hits_load_no_sdk(root, source):
+    """
+    Copying files and returning an S3 model that is present import neither s3fs nor what it stands on.
+    """
+    ModelStore(root, mode="rw", backends={"s3": FakeBackend({"a": b"a"}).factory}).ensure("s3://bucket/model", progress=False)
+
+    said = shell.python(LAZY, str(root), f"file://{source}", "s3://bucket/model")
+
+    assert said.strip() == "['importlib.metadata']"
+
+
+def test_a_hit_looks_for_no_plugin(root, source):
+    """
+    Returning what is present does not even read which plug-ins are installed.
+    """
+    ModelStore(root, mode="rw", backends={"file": FileBackend}).ensure(f"file://{source}", progress=False)
+
+    said = shell.python(LAZY, str(root), f"file://{source}", f"file://{source}")
+
+    assert said.strip() == "[]"

@@ -1,0 +1,156 @@
+"""
+Downloads that overlap where locks have failed: what the log decides, and what is left afterwards.
+"""
+
+from __future__ import annotations
+
+from threading import Event, Thread
+
+import pytest
+from memory import MemorySource
+
+from kserve_pvc import Model, ModelStore, _download
+from kserve_pvc import _layout as layout
+from kserve_pvc._volume import VolumeWriter
+
+URI = "s3://bucket/model"
+FILES = {"a.bin": b"a" * 1000, "b.bin": b"b" * 1000, "c.bin": b"c" * 1000}
+
+
+@pytest.fixture
+def stores(root) -> list[ModelStore]:
+    """
+    Two writers, as on two nodes, that do not share the lock which threads of one process share.
+    """
+    source = MemorySource({URI: FILES})
+    made = [ModelStore(root, mode="rw", lease_seconds=1, backends={"s3": source}) for _ in range(2)]
+    for store in made:
+        store._flight = lambda ref, timeout: NoFlight()  # type: ignore[method-assign]
+    return made
+
+
+class NoFlight:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, monkeypatch):
+    """
+    A writer that is paused between its commit and collecting does not touch a generation that was begun meanwhile.
+    """
+    first, second = stores
+    committed, second_is_writing, first_has_collected = Event(), Event(), Event()
+    honest_append, honest_create = _download.append, VolumeWriter.create
+    appends: list[object] = []
+
+    def append(*args, **kwargs):
+        entry = honest_append(*args, **kwargs)
+        appends.append(entry)
+        if len(appends) == 1:
+            first.break_lock(URI)
+            committed.set()
+            assert second_is_writing.wait(10)
+        return entry
+
+    def create(self, place):
+        if self is second._writer and place.name == "b.bin":
+            second_is_writing.set()
+            assert first_has_collected.wait(10)
+        return honest_create(self, place)
+
+    monkeypatch.setattr(_download, "append", append)
+    monkeypatch.setattr(VolumeWriter, "create", create)
+
+    def ensure_first() -> None:
+        first.ensure(URI, progress=False)
+        first_has_collected.set()
+
+    thread = Thread(target=ensure_first)
+    thread.start()
+    assert committed.wait(10)
+    model = second.ensure(URI, force_download=True, max_workers=1, progress=False)
+    thread.join()
+
+    assert model.status == "downloaded"
+    assert ModelStore(root).verify(URI, "full").ok
+    assert {path.name: path.read_bytes() for path in model.path.iterdir()} == FILES
+
+
+def test_a_record_that_is_published_too_late_is_not_returned(stores, monkeypatch):
+    """
+    A writer that is paused right before it publishes returns the model that another published meanwhile.
+    """
+    first, second = stores
+    honest = VolumeWriter.publish
+    meanwhile: list[Model] = []
+
+    def publish(self, place, data, private):
+        if self is first._writer and place.parent.name == "log" and not meanwhile:
+            second.break_lock(URI)
+            meanwhile.append(second.ensure(URI, progress=False))
+        return honest(self, place, data, private)
+
+    monkeypatch.setattr(VolumeWriter, "publish", publish)
+
+    model = first.ensure(URI, progress=False)
+
+    assert (model.status, model.path) == ("waited", meanwhile[0].path)
+    assert {path.name: path.read_bytes() for path in model.path.iterdir()} == FILES
+    assert first.verify(URI, "full").ok
+
+
+def test_a_loser_collects_what_it_wrote(root, stores, monkeypatch):
+    """
+    A writer whose directory was collected and made anew by its own writing leaves none of it behind.
+    """
+    first, second = stores
+    honest = VolumeWriter.create
+    meanwhile: list[Model] = []
+
+    def create(self, place):
+        if self is first._writer and place.name == "b.bin":
+            second.break_lock(URI)
+            meanwhile.append(second.ensure(URI, progress=False))
+        return honest(self, place)
+
+    monkeypatch.setattr(VolumeWriter, "create", create)
+
+    model = first.ensure(URI, max_workers=1, progress=False)
+
+    assert (model.status, model.path) == ("waited", meanwhile[0].path)
+    assert [path.name for path in model.path.parent.iterdir()] == [model.path.name]
+    assert list((root / layout.STAGING).iterdir()) == []
+
+
+def test_old_claims_are_forgotten(root, stores):
+    """
+    A key keeps its newest claim, however many attempts failed before.
+    """
+    store = stores[0]
+    for _ in range(5):
+        store.break_lock(URI)
+
+    key = store.plan(URI).key
+
+    assert [path.name for path in (root / layout.claims_dir(key)).iterdir()] == ["000000000005"]
+
+
+def test_removing_leaves_nothing_but_the_log(root, stores):
+    """
+    After a removal with an empty trash only records, numbers and the newest claim are left of a model.
+    """
+    store = stores[0]
+    model = store.ensure(URI, progress=False)
+
+    store.remove(URI, trash_seconds=0)
+
+    left = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    keys = f".kserve-pvc/keys/{model.key}"
+    assert left == {
+        ".kserve-pvc/store.json",
+        f"{keys}/log/000000000001.commit",
+        f"{keys}/log/000000000002.tombstone",
+        f"{keys}/claims/000000000001/owner",
+        f"{keys}/claims/000000000001/beat",
+    }

@@ -1,0 +1,284 @@
+"""
+Who may import whom, who may touch the volume, and what importing the package costs.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kserve_pvc
+
+PACKAGE = Path(kserve_pvc.__file__).parent
+
+PURE = {"errors", "_names", "_ref", "_record", "_layout", "_source", "_protocol", "_events", "_retry"}
+EDGE = {"_settings", "_volume", "_transfer", "_verify", "_progress", "locks", "backends"}
+TOP = {"_log", "_claims", "_download", "_removal", "_store"}
+DOORS = {"_cli", "__main__"}
+FRONT = {"__init__"}
+
+# What each room may import besides the standard library.
+FOREIGN = {
+    **{room: {"attrs"} for room in PURE | EDGE | TOP | FRONT},
+    "backends": {"attrs", "fsspec", "s3fs", "aiobotocore", "botocore", "aiohttp"},
+    "locks": {"attrs", "portalocker"},
+    "_progress": {"attrs", "tqdm"},
+}
+NEIGHBOURS = {
+    **dict.fromkeys(PURE, PURE),
+    **{room: PURE | {room} for room in EDGE},
+    **dict.fromkeys(TOP, PURE | EDGE | TOP),
+    **dict.fromkeys(FRONT, PURE | EDGE | TOP),
+}
+
+# What creates, renames or deletes: functions of `os`, methods of a path, and flags.
+CHANGES = {
+    *(
+        "chmod",
+        "chown",
+        "fchmod",
+        "fchown",
+        "ftruncate",
+        "lchmod",
+        "lchown",
+        "link",
+        "makedirs",
+        "mkdir",
+        "mkfifo",
+        "mknod",
+        "posix_fallocate",
+    ),
+    *("remove", "removedirs", "rename", "renames", "replace", "rmdir", "setxattr", "symlink", "truncate", "unlink", "utime"),
+    *("O_CREAT", "O_TRUNC", "O_APPEND", "O_TMPFILE"),
+}
+PATH_CHANGES = {"chmod", "hardlink_to", "mkdir", "rename", "rmdir", "symlink_to", "touch", "unlink", "write_bytes", "write_text"}
+
+
+def modules(package: Path) -> dict[str, ast.Module]:
+    """
+    Every module of the package by its dotted name below it.
+    """
+    paths = {".".join(path.relative_to(package).with_suffix("").parts): path for path in sorted(package.rglob("*.py"))}
+    return {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, path in paths.items()}
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """
+    The absolute name of everything a module imports anywhere, inside functions and under `TYPE_CHECKING` too.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that they can be read and checked"
+            # `from kserve_pvc import _layout` names a module, `from kserve_pvc._layout import META` a thing in one.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def inner(tree: ast.Module) -> set[str]:
+    """
+    The rooms of this package that a module imports from.
+    """
+    return {name.split(".")[1] for name in imported(tree) if name.startswith("kserve_pvc.")}
+
+
+def foreign(tree: ast.Module) -> set[str]:
+    """
+    The distributions that a module imports from, without the standard library.
+    """
+    tops = {name.partition(".")[0] for name in imported(tree)}
+    return tops - set(sys.stdlib_module_names) - {"kserve_pvc"}
+
+
+def homeless(package: Path) -> list[str]:
+    return sorted({room(name) for name in modules(package)} - PURE - EDGE - TOP - DOORS - FRONT)
+
+
+def trespasses(package: Path) -> list[str]:
+    """
+    Every import that leads where the room of its module may not look.
+    """
+    found = []
+    for name, tree in modules(package).items():
+        here = room(name)
+        if here in NEIGHBOURS:
+            found += [f"{name} imports {other}" for other in sorted(inner(tree) - NEIGHBOURS[here])]
+            found += [f"{name} imports {other}" for other in sorted(foreign(tree) - FOREIGN[here])]
+        elif here in DOORS:
+            found += [f"{name} imports {other}" for other in sorted(foreign(tree) - {"attrs"})]
+    return found
+
+
+def changes(tree: ast.Module) -> Iterator[str]:
+    """
+    Every mention of something that creates, renames or deletes files.
+    """
+    for name in imported(tree):
+        if name.partition(".")[0] in ("shutil", "tempfile") or name.rpartition(".")[::2] in {("os", change) for change in CHANGES}:
+            yield name
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="os"), attr=attr) if attr in CHANGES:
+                yield f"os.{attr}"
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in PATH_CHANGES and not is_module(value):
+                yield f".{attr}()"
+            case ast.Call(func=ast.Name(id="open")) if is_writing(node, 1):
+                yield "open() for writing"
+            case ast.Call(func=ast.Attribute(value=value, attr="open")) if is_writing(node, 0) and not is_module(value):
+                yield "open() for writing"
+
+
+def is_module(value: ast.expr) -> bool:
+    return isinstance(value, ast.Name) and value.id == "os"
+
+
+def is_writing(call: ast.Call, position: int) -> bool:
+    """
+    Whether the mode of a call that opens a file, named or at its position, is one that writes.
+    """
+    modes = [*call.args[position : position + 1], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    texts = [mode.value for mode in modes if isinstance(mode, ast.Constant) and isinstance(mode.value, str)]
+    return any(re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", text) for text in texts)
+
+
+def writers(package: Path) -> dict[str, list[str]]:
+    found = {name: sorted(set(changes(tree))) for name, tree in modules(package).items()}
+    return {name: what for name, what in found.items() if what}
+
+
+def test_every_module_has_its_room():
+    """
+    A new module is put into a room before it lands, so that the rules below speak of it.
+    """
+    assert homeless(PACKAGE) == []
+
+
+def test_imports_only_go_down():
+    """
+    Pure modules import pure ones, edge modules do not import each other, nobody imports the doors, and what is heavy
+    or foreign is imported in one room only.
+    """
+    assert trespasses(PACKAGE) == []
+
+
+def test_only_the_volume_changes_the_volume():
+    """
+    Creating, renaming and deleting is written in `_volume` and nowhere else.
+    """
+    assert set(writers(PACKAGE)) == {"_volume"}
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "trespass"),
+    [
+        ("_ref", "from kserve_pvc._volume import Volume", "_ref imports _volume"),
+        ("_ref", "from kserve_pvc import _volume", "_ref imports _volume"),
+        ("_ref", "import kserve_pvc._settings", "_ref imports _settings"),
+        ("_protocol", "import fsspec", "_protocol imports fsspec"),
+        ("_record", "def f():\n    import kserve_pvc.backends.s3", "_record imports backends"),
+        ("_volume", "from kserve_pvc._settings import read_settings", "_volume imports _settings"),
+        ("_volume", "import portalocker", "_volume imports portalocker"),
+        ("_transfer", "from fsspec.asyn import sync", "_transfer imports fsspec"),
+        ("backends.file", "from kserve_pvc.locks.flock import FileLock", "backends.file imports locks"),
+        ("backends.s3", "from tqdm.auto import tqdm", "backends.s3 imports tqdm"),
+        ("locks.lease", "from kserve_pvc._volume import Volume", "locks.lease imports _volume"),
+        ("_store", "import s3fs", "_store imports s3fs"),
+        ("_store", "from kserve_pvc import _cli", "_store imports _cli"),
+        ("__init__", "from kserve_pvc.__main__ import main", "__init__ imports __main__"),
+    ],
+)
+def test_a_forbidden_import_is_noticed(tmp_path, module, line, trespass):
+    """
+    Each rule about imports fails for a module that breaks it.
+    """
+    place = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(f"{line}\n")
+
+    assert trespasses(tmp_path) == [trespass]
+
+
+@pytest.mark.parametrize("module", ["_manager", "utils", "kserve.initializer"])
+def test_a_module_without_a_room_is_noticed(tmp_path, module):
+    """
+    A module that no rule speaks of is named.
+    """
+    place = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("")
+
+    assert homeless(tmp_path) == [module.partition(".")[0]]
+
+
+@pytest.mark.parametrize(
+    ("line", "change"),
+    [
+        ("os.rename('a', 'b')", "os.rename"),
+        ("os.replace('a', 'b')", "os.replace"),
+        ("os.link('a', 'b')", "os.link"),
+        ("os.unlink('a')", "os.unlink"),
+        ("os.mkdir('a')", "os.mkdir"),
+        ("os.rmdir('a')", "os.rmdir"),
+        ("make = os.makedirs", "os.makedirs"),
+        ("from os import remove", "os.remove"),
+        ("from os import rename as move", "os.rename"),
+        ("import shutil", "shutil"),
+        ("from shutil import rmtree", "shutil.rmtree"),
+        ("import tempfile", "tempfile"),
+        ("os.open('a', os.O_WRONLY | os.O_CREAT)", "os.O_CREAT"),
+        ("open('a', 'w')", "open() for writing"),
+        ("Path('a').open('ab')", "open() for writing"),
+        ("open('a', encoding='utf-8', mode='r+')", "open() for writing"),
+        ("Path('a').unlink()", ".unlink()"),
+        ("path.mkdir(parents=True)", ".mkdir()"),
+        ("path.write_bytes(b'')", ".write_bytes()"),
+    ],
+)
+def test_a_change_of_the_volume_is_noticed(tmp_path, line, change):
+    """
+    Each way to create, rename or delete is seen wherever it is written.
+    """
+    (tmp_path / "_store.py").write_text(f"{line}\n")
+
+    assert writers(tmp_path) == {"_store": [change]}
+
+
+# Heavy or optional; the command line and a hit in the store must not pay for them.
+LAZY = {
+    *("s3fs", "fsspec", "aiohttp", "aiobotocore", "botocore", "boto3", "google", "azure", "huggingface_hub", "requests", "urllib3"),
+    *("ssl", "asyncio", "portalocker", "tqdm", "importlib.metadata", "multiprocessing", "subprocess", "kubernetes", "redis"),
+}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """
+    The modules that are there after a statement in a fresh interpreter.
+    """
+    program = f"{statement}\nimport sys\nprint(*sys.modules)"
+    result = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_importing_the_package_stays_light():
+    """
+    `import kserve_pvc` loads no cloud SDK, no network and no progress bar, beyond what attrs and the interpreter load.
+    """
+    loaded = loaded_by("import kserve_pvc") - loaded_by("import attrs")
+
+    assert "kserve_pvc._store" in loaded
+    assert loaded & LAZY == set()
+
+
+def test_what_is_lazy_would_be_noticed():
+    """
+    The check above sees a module that an import pulls in behind another one.
+    """
+    assert {"asyncio", "ssl"} <= loaded_by("import asyncio") & LAZY

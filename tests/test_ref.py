@@ -1,0 +1,353 @@
+"""
+What a caller may ask for, what it is called in a store, and which files it selects.
+"""
+
+import hashlib
+from pathlib import PurePosixPath
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kserve_pvc import InvalidURIError, ModelRef, PolicyError
+from kserve_pvc._record import KEY
+from kserve_pvc._ref import parse_ref, redact
+from kserve_pvc.errors import printable
+
+URI = "s3://bucket/llama-3-8b"
+
+
+def test_parsing_keeps_the_spelling():
+    """
+    A ref repeats the URI and revision exactly, and puts patterns in order.
+    """
+    ref = parse_ref("hf://org/Name:main", revision="v1", allow_patterns=["*.safetensors", "*.json", "*.json"], ignore_patterns="onnx/")
+
+    assert ref == ModelRef(uri="hf://org/Name:main", revision="v1", allow_patterns=("*.json", "*.safetensors"), ignore_patterns=("onnx/*",))
+    assert (ref.scheme, ref.location, str(ref)) == ("hf", "org/Name:main", "hf://org/Name:main at v1")
+
+
+def test_a_plain_ref_has_neither_revision_nor_patterns():
+    """
+    Without options a ref is its URI and nothing else.
+    """
+    ref = parse_ref(URI)
+
+    assert ref == ModelRef(uri=URI, revision=None, allow_patterns=None, ignore_patterns=())
+    assert str(ref) == URI
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({}, "llama-3-8b-16d8a2f35f654b21"),
+        ({"revision": "v1", "allow_patterns": "*.json", "ignore_patterns": ["b", "a"]}, "llama-3-8b-ba71f548c47ba68b"),
+    ],
+)
+def test_the_key_of_a_known_ref_never_changes(options, key):
+    """
+    The key is part of the format on the volume: another one would make every model absent.
+    """
+    assert parse_ref("s3://bucket/llama-3-8b", **options).key == key
+
+
+@pytest.mark.parametrize("uri", [URI, URI + "/", "hf://org/name:rev", "gs://b/Ünïcode/m", "file:///", "https://h:8080/a//b", "s3://b/a@b"])
+def test_the_key_ends_in_the_storage_key_of_kserve(uri):
+    """
+    For a plain URI the digits of the key are the first 16 of the SHA-256 of the URI exactly as it is spelled.
+    """
+    key = parse_ref(uri).key
+
+    assert key.rpartition("-")[2] == hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def test_everything_that_makes_another_tree_makes_another_key():
+    """
+    A trailing slash, a revision and each kind of pattern all lead to keys of their own.
+    """
+    refs = [
+        parse_ref(URI),
+        parse_ref(URI + "/"),
+        parse_ref(URI, revision="a"),
+        parse_ref(URI, revision="b"),
+        parse_ref(URI, allow_patterns="a"),
+        parse_ref(URI, ignore_patterns="a"),
+        parse_ref(URI, allow_patterns=["a", "b"]),
+        parse_ref(URI, allow_patterns=[]),
+        parse_ref(URI, revision="a", allow_patterns="a"),
+    ]
+
+    keys = {ref.key for ref in refs}
+
+    assert len(keys) == len(refs)
+
+
+@pytest.mark.parametrize("option", ["allow_patterns", "ignore_patterns"])
+def test_patterns_are_a_set(option):
+    """
+    The order, the repetition and the container of patterns make no difference.
+    """
+    spellings = [["a", "b"], ["b", "a"], ("a", "b", "a"), {"a", "b"}, iter(["b", "a"])]
+
+    refs = [parse_ref(URI, **{option: spelling}) for spelling in spellings]
+
+    assert refs == [refs[0]] * 5
+    assert len({ref.key for ref in refs}) == 1
+
+
+def test_one_pattern_needs_no_list():
+    """
+    A single pattern given as a text means the same as a list of one.
+    """
+    assert parse_ref(URI, allow_patterns="*.json", ignore_patterns="a*") == parse_ref(
+        URI, allow_patterns=["*.json"], ignore_patterns=["a*"]
+    )
+
+
+def test_no_ignored_pattern_is_the_same_as_none():
+    """
+    An empty list of ignored patterns leaves the plain key, since it leaves the same tree.
+    """
+    assert parse_ref(URI, ignore_patterns=[]).key == parse_ref(URI).key
+
+
+@pytest.mark.parametrize(
+    ("uri", "slug"),
+    [
+        ("s3://bucket/llama-3-8b", "llama-3-8b"),
+        ("s3://bucket/llama-3-8b/", "llama-3-8b"),
+        ("s3://bucket/a/b//", "b"),
+        ("s3://bucket", "bucket"),
+        ("hf://org/Meta-Llama_3:main", "meta-llama_3-main"),
+        ("s3://b/model v1.0 (final)", "model-v1.0-final"),
+        ("s3://b/...hidden...", "hidden"),
+        ("s3://b/日本語", "model"),
+        ("s3://b/---", "model"),
+        ("file:///", "model"),
+        ("s3://b/" + "x" * 60, "x" * 40),
+        ("s3://b/" + "x" * 39 + "-tail", "x" * 39),
+    ],
+)
+def test_the_slug_shows_a_person_which_model_it_is(uri, slug):
+    """
+    The slug is the last part of the location, in lower case, without what is awkward in a file name.
+    """
+    key = parse_ref(uri).key
+
+    assert key.rpartition("-")[0] == slug
+
+
+@given(st.text(min_size=1, max_size=60), st.none() | st.text(min_size=1, max_size=8), st.none() | st.lists(st.text(max_size=5), max_size=3))
+def test_every_key_is_a_safe_directory_name(location, revision, patterns):
+    """
+    Whatever is accepted has a key that records accept, and the same request has the same key.
+    """
+    options = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": patterns}
+    try:
+        ref = parse_ref(f"s3://{location}", **options)
+    except (InvalidURIError, PolicyError):
+        return
+
+    assert KEY.fullmatch(ref.key)
+    assert parse_ref(f"s3://{location}", **options).key == ref.key
+
+
+@pytest.mark.parametrize(
+    ("allow", "ignore", "chosen"),
+    [
+        (None, None, ["Config.json", "a.bin", "onnx/a.bin", "onnx/deep/b.json", "onnxx/c"]),
+        ("*.bin", None, ["a.bin", "onnx/a.bin"]),
+        ("*.json", None, ["Config.json", "onnx/deep/b.json"]),
+        ("config.json", None, []),
+        ("a.bin", None, ["a.bin"]),
+        ("onnx", None, []),
+        ("onnx/", None, ["onnx/a.bin", "onnx/deep/b.json"]),
+        (["onnx/", "?.bin"], None, ["a.bin", "onnx/a.bin", "onnx/deep/b.json"]),
+        ("[ab].bin", None, ["a.bin"]),
+        (None, "onnx/", ["Config.json", "a.bin", "onnxx/c"]),
+        (None, ["*.bin", "*.json"], ["onnxx/c"]),
+        ("onnx/", "*.json", ["onnx/a.bin"]),
+        ("*", "*", []),
+        ([], None, []),
+        (None, [], ["Config.json", "a.bin", "onnx/a.bin", "onnx/deep/b.json", "onnxx/c"]),
+        ("", None, []),
+    ],
+)
+def test_patterns_choose_as_hugging_face_does(allow, ignore, chosen):
+    """
+    A file is taken if some allowed pattern matches its whole path and no ignored one does; `*` crosses directories,
+    case counts, and a trailing slash means everything below.
+    """
+    files = ["Config.json", "a.bin", "onnx/a.bin", "onnx/deep/b.json", "onnxx/c"]
+    ref = parse_ref(URI, allow_patterns=allow, ignore_patterns=ignore)
+
+    selected = [name for name in files if ref.selects(PurePosixPath(name))]
+
+    assert selected == chosen
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://user:SECRET@host/model", "https://host/model"),
+        ("https://SECRET@host/model", "https://host/model"),
+        ("https://user:p@SECRET@host/model", "https://host/model"),
+        ("s3://SECRET:SECRET@bucket", "s3://bucket"),
+        ("HTTPS://user:SECRET@host/model", "HTTPS://host/model"),
+        ("https://us\x1b[31mer:SECRET@host/model", "https://host/model"),
+        ("https://us er:SECRET@host/model", "https://host/model"),
+        ("https://user:p'SECRET@host/model", "https://host/model"),
+        ('https://user:"SECRET@host/model', "https://host/model"),
+        ("https://user:a<SECRET@host/model", "https://host/model"),
+        ("s3://AKIA:se/SECRET@bucket/model", "s3://bucket/model"),
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri, shown):
+    """
+    User information in a URI is refused, and the error holds nothing of it.
+    """
+    with pytest.raises(PolicyError) as caught:
+        parse_ref(uri)
+
+    assert caught.value.fields == {
+        "subject": shown,
+        "rule": "credentials do not belong in a URI; use the provider's environment or `storage_options`",
+    }
+    assert "SECRET" not in f"{caught.value} {caught.value!r} {caught.value.args}"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://host/model?sig=SECRET", "https://host/model"),
+        ("https://host/model#SECRET", "https://host/model"),
+        ("https://host/model?#SECRET", "https://host/model"),
+        ("https://host/model?a=b&X-Amz-Signature=SECRET#SECRET", "https://host/model"),
+        ("https://host/model?sig=a'SECRET", "https://host/model"),
+        ("https://host/model?a b=SECRET", "https://host/model"),
+        ("https://host/model\n?sig=SECRET", "https://host/model\n"),
+    ],
+)
+def test_a_query_or_fragment_is_refused_and_not_repeated(uri, shown):
+    """
+    What follows `?` or `#` may be a signature and would be stored, so it is refused, and the error holds nothing of it.
+    """
+    with pytest.raises(PolicyError) as caught:
+        parse_ref(uri)
+
+    assert caught.value.fields == {
+        "subject": shown,
+        "rule": "a query or fragment may carry a signature and would be stored; use `revision=` for a version",
+    }
+    assert "SECRET" not in f"{caught.value} {caught.value!r} {caught.value.args}"
+
+
+def test_an_at_sign_in_a_path_is_no_credential():
+    """
+    Only what stands before the host is user information.
+    """
+    assert parse_ref("s3://bucket/a@b/c").uri == "s3://bucket/a@b/c"
+
+
+LOOKS = "it must look like `scheme://location`, for example `s3://bucket/model`"
+UNPRINTABLE = "it holds control or unprintable characters"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown", "reason"),
+    [
+        ("", "", LOOKS),
+        ("model", "model", LOOKS),
+        ("/mnt/model", "/mnt/model", LOOKS),
+        ("s3:/bucket", "s3:/bucket", LOOKS),
+        ("://bucket", "://bucket", LOOKS),
+        ("3s://bucket", "3s://bucket", LOOKS),
+        ("s 3://bucket", "s 3://bucket", LOOKS),
+        (" s3://bucket", " s3://bucket", LOOKS),
+        ("s3:/user:SECRET@host", "host", LOOKS),
+        ("https:user:SECRET@host", "host", LOOKS),
+        ("host/model?sig=SECRET", "host/model", LOOKS),
+        (None, "None", LOOKS),
+        (b"s3://bucket/model", "b's3://bucket/model'", LOOKS),
+        ("S3://bucket/model", "S3://bucket/model", "schemes are lower case; write `s3://`"),
+        ("s3://bucket/a\nb", "s3://bucket/a\nb", UNPRINTABLE),
+        ("s3://bucket/a\tb", "s3://bucket/a\tb", UNPRINTABLE),
+        ("s3://bucket/a\0", "s3://bucket/a\0", UNPRINTABLE),
+        ("s3://bucket/\x1b[31m", "s3://bucket/\x1b[31m", UNPRINTABLE),
+        ("s3://bucket/\u202egnp", "s3://bucket/\u202egnp", UNPRINTABLE),
+        ("s3://bucket/\u200b", "s3://bucket/\u200b", UNPRINTABLE),
+        ("s3://bucket/\ud800", "s3://bucket/\ud800", UNPRINTABLE),
+        ("s3://" + "x" * 2049, "s3://" + "x" * 75 + "...", "it is longer than 2048 bytes"),
+        ("s3://" + "é" * 1025, "s3://" + "é" * 75 + "...", "it is longer than 2048 bytes"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_what_is_no_uri_is_refused(uri, shown, reason):
+    """
+    What cannot be a source URI is refused with the reason, and shown without secrets and without anything that steers a terminal.
+    """
+    with pytest.raises(InvalidURIError) as caught:
+        parse_ref(uri)
+
+    assert caught.value.fields == {"uri": shown, "reason": reason}
+    assert str(caught.value) == f"`{printable(shown)}` is not a usable source URI: {reason}"
+
+
+def test_the_longest_uri_is_accepted():
+    """
+    A location of exactly 2,048 bytes is still a URI.
+    """
+    uri = "s3://" + "é" * 1024
+
+    assert parse_ref(uri).uri == uri
+
+
+@pytest.mark.parametrize("revision", ["", 5, b"main", False, "a\nb", "\x1b[31m", "\u202emain", "\ud800"], ids=ascii)
+def test_a_revision_that_means_nothing_is_refused(revision):
+    """
+    A revision that is empty, no text or not printable means nothing, and nothing is guessed from it.
+    """
+    with pytest.raises(InvalidURIError) as caught:
+        parse_ref(URI, revision=revision)
+
+    assert caught.value.fields == {"uri": URI, "reason": "the revision must be a printable text; leave it out to take the newest"}
+
+
+@pytest.mark.parametrize("option", ["allow_patterns", "ignore_patterns"])
+@pytest.mark.parametrize(("patterns", "shown"), [([1], "[1]"), (["*.json", None], "['*.json', None]"), (b"a", "[97]")], ids=str)
+def test_patterns_that_are_no_texts_are_refused(option, patterns, shown):
+    """
+    A pattern of another type is refused when it is given, not when a file is compared with it.
+    """
+    with pytest.raises(InvalidURIError) as caught:
+        parse_ref(URI, **{option: patterns})
+
+    assert caught.value.fields == {"uri": shown, "reason": "patterns are texts such as `*.safetensors`"}
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("no URL here: a@b?c#d", "no URL here: a@b?c#d"),
+        ("s3://bucket/model", "s3://bucket/model"),
+        ("https://user:SECRET@host/a", "https://host/a"),
+        ("https://host/a?sig=SECRET", "https://host/a"),
+        ("https://host/a#SECRET", "https://host/a"),
+        ("https://host?sig=SECRET", "https://host"),
+        ("https://a@b@host/c@d", "https://host/c@d"),
+        ("GET https://u:SECRET@h/a?t=SECRET failed, see https://h/b?x=SECRET.", "GET https://h/a failed, see https://h/b"),
+        # A secret may hold a quote, so the one that follows it goes too.
+        ("'https://h/a?SECRET' and <https://h/b?SECRET>", "'https://h/a and <https://h/b>"),
+        ("https://u:p'SECRET@h/a", "https://h/a"),
+        ("https://h/a?sig=a'SECRET", "https://h/a"),
+        ("HTTPS://u:SECRET@h/a", "HTTPS://h/a"),
+        ("line one\nhttps://h/a?SECRET\x1b[2J", "line one\\nhttps://h/a"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_redaction_takes_secrets_out_of_every_url_in_a_text(text, cleaned):
+    """
+    User information, query and fragment go from each URL; the rest of the text stays, with control characters escaped.
+    """
+    assert redact(text) == cleaned
