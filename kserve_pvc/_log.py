@@ -18,6 +18,8 @@ from kserve_pvc.errors import StoreFormatError
 _REREADS = 3
 _REREAD_PAUSE = 0.05
 _SLOT_PATIENCE = 1.0
+# More than one file takes in a manifest, with the longest name in escapes, and more than what surrounds them.
+_MANIFEST_BYTES = 8 * 1024
 
 
 @attrs.frozen(kw_only=True)
@@ -89,7 +91,8 @@ def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
     from hashlib import sha256
 
     place = manifest_file(entry.generation)
-    data = volume.read(place, MAX_MANIFEST_BYTES)
+    # A record that names few files does not make anybody read a huge manifest.
+    data = volume.read(place, min(MAX_MANIFEST_BYTES, _MANIFEST_BYTES + entry.files * _MANIFEST_BYTES))
     if data is None:
         raise StoreFormatError(str(place), "it is missing; `verify` the model, or `rm` and `ensure` it again")
     if sha256(data).hexdigest() != entry.manifest_sha256:

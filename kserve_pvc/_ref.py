@@ -109,7 +109,7 @@ def _check_location(scheme: str, location: str) -> None:
     shown = f"{scheme}://{_without_secrets(location)}"
     authority = location.partition("/")[0]
     # What follows a colon is a port or a password; a password may hold a slash and hide its `@` behind it.
-    if "@" in authority or not _HOST_AND_PORT.fullmatch(authority):
+    if "@" in authority or (not authority and "@" in location) or not _HOST_AND_PORT.fullmatch(authority):
         raise PolicyError(shown, "credentials do not belong in a URI; use the provider's environment or `storage_options`")
     if "?" in location or "#" in location:
         raise PolicyError(shown, "a query or fragment may carry a signature and would be stored; use `revision=` for a version")

@@ -16,7 +16,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import PurePosixPath
 from typing import Protocol
 
@@ -193,8 +193,11 @@ class Transfer:
         donors = self.donors.get(file.entry.path, ()) if file.entry.token else ()
         for donor in donors:
             notes = [n for n in donor.notes if n.token == str(file.entry.token) and offset < n.stop <= file.entry.size_bytes]
-            # Gone or unreadable: somebody collected it, or the volume lost it. The bytes are fetched.
-            with suppress(FileNotFoundError, ValueError), donor.open_file() as source:
+            with ExitStack() as opened:
+                try:
+                    source = opened.enter_context(donor.open_file())
+                except (OSError, ValueError):
+                    continue  # Collected, lost, replaced or not for us to read: its bytes are fetched.
                 for note in notes:
                     copied = self._copy(source, fd, offset, note.stop, digest.copy(), buffer)
                     if copied is None or copied.hexdigest() != note.sha256:

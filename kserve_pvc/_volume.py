@@ -103,7 +103,7 @@ class Volume:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         try:
             self.root = Path(root).resolve(strict=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # A loop of links is a RuntimeError before Python 3.13.
             raise StoreRootError(os.fspath(root), "it does not exist; mount the volume there, or create the directory") from error
         if not self.root.is_dir():
             raise StoreRootError(str(self.root), "it is not a directory")
@@ -143,6 +143,8 @@ class Volume:
         if not stat.S_ISREG(found.st_mode):
             raise StoreFormatError(str(place), "it is not a regular file")
         data = b""
+        if found.st_size > limit:
+            raise StoreFormatError(str(place), f"it is larger than {limit} bytes")
         while len(data) <= limit and (more := os.read(fd, limit + 1 - len(data))):
             data += more
         if len(data) > limit:

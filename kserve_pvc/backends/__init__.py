@@ -41,11 +41,19 @@ def make_backend(scheme: str, factories: Mapping[str, BackendFactory], options: 
     Raises:
         UnknownSchemeError: No distribution serves the scheme, two do, or the one that does cannot be imported.
     """
+    factory = factories[scheme] if scheme in factories else _load(_find(scheme))
     try:
-        factory: BackendFactory = factories[scheme] if scheme in factories else _find(scheme).load()
         return factory(options)
     except ImportError as error:
         raise UnknownSchemeError(scheme, _how_to_install(scheme, error)) from error
+
+
+def _load(point: EntryPoint) -> BackendFactory:
+    try:
+        factory: BackendFactory = point.load()
+    except Exception as error:  # Whatever a foreign module does when it is imported, this scheme cannot be served.
+        raise UnknownSchemeError(point.name, _how_to_install(point.name, error)) from error
+    return factory
 
 
 def _find(scheme: str) -> EntryPoint:
@@ -67,7 +75,7 @@ def _installed() -> str:
     return ", ".join(f"`{name}`" for name in sorted({point.name for point in entry_points(group=GROUP)})) or "nothing"
 
 
-def _how_to_install(scheme: str, error: ImportError) -> str:
-    if scheme in _EXTRAS:
+def _how_to_install(scheme: str, error: Exception) -> str:
+    if scheme in _EXTRAS and isinstance(error, ImportError):
         return f"install it with `pip install 'kserve-pvc[{_EXTRAS[scheme]}]'` ({error})"
-    return f"its plug-in cannot be imported: {error}"
+    return f"its plug-in cannot be loaded: {type(error).__name__}: {error}"

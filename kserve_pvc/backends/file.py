@@ -37,7 +37,7 @@ class FileBackend:
     directories that nobody edits meanwhile.
     """
 
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = attrs.field(repr=False)
 
     def resolve(self, ref: ModelRef) -> Resolved:
         if ref.revision is not None:
@@ -57,7 +57,9 @@ class FileBackend:
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_FileReader]:
         try:
-            fd = os.open(file.address, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(file.address, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except PermissionError as error:
+            raise _translate(file.address, error) from error
         except OSError as error:
             raise SourceChangedError("file://", file.address) from error
         try:

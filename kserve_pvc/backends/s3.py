@@ -31,12 +31,13 @@ from kserve_pvc.errors import (
     SourceNotFoundError,
     SourceUnavailableError,
     StoreError,
+    UnsafePathError,
 )
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 3}}
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403", "AccountProblem"}
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
-_FOREIGN = (OSError, BotoCoreError, HTTPClientError, AioReadTimeoutError, asyncio.TimeoutError)
+_FOREIGN = (OSError, KeyError, BotoCoreError, HTTPClientError, AioReadTimeoutError, asyncio.TimeoutError)
 
 
 class S3Backend:
@@ -88,6 +89,8 @@ class S3Backend:
             for item in page.get("Contents", ()):
                 if item["Key"].endswith("/") and item["Size"] == 0:
                     continue
+                if not item["Key"].startswith(prefix):
+                    raise UnsafePathError(item["Key"], f"the source listed it below `{prefix}`, where it is not")
                 name = check_name(item["Key"].removeprefix(prefix))
                 yield _file(bucket, item["Key"], str(name), item["Size"], item["ETag"], None)
 
@@ -150,17 +153,25 @@ def _translated(uri: str, changed: str | None = None) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise SourceDeniedError(uri, f"{redact(str(error))}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or anon") from error
     except _FOREIGN as error:
-        code, reason = _code(error), redact(str(error)).rstrip(". ") or type(error).__name__
-        if changed is not None and (code in _MISSING or code in ("PreconditionFailed", "412")):
-            raise SourceChangedError(uri, changed) from error
-        if code in _DENIED or isinstance(error, PermissionError):
-            raise SourceDeniedError(uri, reason) from error
-        if code in _MISSING or isinstance(error, FileNotFoundError):
-            raise SourceNotFoundError(uri, reason) from error
-        raise SourceUnavailableError(uri, reason) from error
+        text = str(error)
+        # A traceback prints the cause: where that names a URL with secrets in it, it is left out.
+        raise _meaning(error, uri, changed) from (error if redact(text) == text else None)
+
+
+def _meaning(error: Exception, uri: str, changed: str | None) -> StoreError:
+    code, reason = _code(error), redact(str(error)).rstrip(". ") or type(error).__name__
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return SourceDeniedError(uri, f"{reason}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or anon")
+    if isinstance(error, KeyError):
+        return SourceUnavailableError(uri, f"its answer has no {reason}, so it does not speak S3")
+    if changed is not None and (code in _MISSING or code in ("PreconditionFailed", "412")):
+        return SourceChangedError(uri, changed)
+    if code in _DENIED or isinstance(error, PermissionError):
+        return SourceDeniedError(uri, reason)
+    if code in _MISSING or isinstance(error, FileNotFoundError):
+        return SourceNotFoundError(uri, reason)
+    return SourceUnavailableError(uri, reason)
 
 
 def _code(error: BaseException) -> str:
