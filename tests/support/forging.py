@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Forgery = Callable[[Path, bytes], None]
+ABSENT = object()
 
 
 def signed(body: dict[str, Any]) -> bytes:
@@ -19,18 +20,21 @@ def signed(body: dict[str, Any]) -> bytes:
     A record with a checksum that is right, whatever the record says.
     """
     rest = {name: value for name, value in body.items() if name != "checksum"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
-    return json.dumps({**rest, "checksum": hashlib.sha256(text).hexdigest()}).encode()
+    return _compact({**rest, "checksum": hashlib.sha256(_compact(rest)).hexdigest()}) + b"\n"
+
+
+def _compact(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
 
 
 def edited(**changes: Any) -> Forgery:
     """
-    The good record with some fields changed, or taken away if None, and a checksum that is right.
+    The good record with some fields changed, or taken away if ABSENT, and a checksum that is right.
     """
 
     def forge(path: Path, good: bytes) -> None:
         body = {**json.loads(good), **changes}
-        path.write_bytes(signed({name: value for name, value in body.items() if value is not None}))
+        path.write_bytes(signed({name: value for name, value in body.items() if value is not ABSENT}))
 
     return forge
 
@@ -39,7 +43,11 @@ def holding(data: bytes | Callable[[bytes], bytes]) -> Forgery:
     """
     A file with these bytes, or with what is made of the good ones.
     """
-    return lambda path, good: (path.write_bytes(data(good) if callable(data) else data), None)[1]
+
+    def forge(path: Path, good: bytes) -> None:
+        path.write_bytes(data(good) if callable(data) else data)
+
+    return forge
 
 
 def huge(path: Path, good: bytes) -> None:
@@ -75,7 +83,7 @@ def outside(path: Path) -> Path:
 DEBRIS: dict[str, Forgery] = {
     "empty": holding(b""),
     "truncated": holding(lambda good: good[: len(good) // 2]),
-    "flipped": holding(lambda good: good.replace(b'":', b'": ', 1)[:-2] + b"x\n"),
+    "flipped": holding(lambda good: good.replace(b'"checksum":"', b'"checksum":"0', 1)),
     "binary": holding(bytes(range(256))),
     "foreign": holding(b'{"apiVersion": "v1", "kind": "Pod"}'),
     "list": holding(b"[]"),

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,13 @@ def kserve_pvc(root: Path | str, *arguments: str, env: Mapping[str, str] | None 
     """
     Run one verb on a store and wait for its end.
     """
-    command = [*COMMAND, "--store", str(root), *arguments]
+    return run([*COMMAND, "--store", str(root), *arguments], env=env)
+
+
+def run(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """
+    Run a command that says itself which store it means.
+    """
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean_environ(env))
 
 
