@@ -22,7 +22,7 @@ from kserve_pvc import _layout as layout
 from kserve_pvc import _protocol as protocol
 from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take_claim
 from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Waiting
-from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log
+from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log_of
 from kserve_pvc._record import Beat, Claim, Holder, LogEntry, Manifest, PartNote, StoreSettings, decode, encode, now
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._source import Backend, Resolved
@@ -160,7 +160,7 @@ class Download:
 
     def _look(self) -> protocol.Looked:
         began = time.monotonic()  # A sign of life is as old as the moment before it was read.
-        self._view = read_log(self._writer, self._key)
+        self._view = read_log_of(self._writer, self._ref)
         present = self._wish.is_met_by(self._view)
         self._sign = None if present else read_claim(self._writer, self._key)
         self._tally.look(self._sign)

@@ -12,6 +12,7 @@ import attrs
 
 from kserve_pvc._layout import MAX_NUMBER, log_dir, manifest_file, parse_log_name, parse_number, slot_dir
 from kserve_pvc._record import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, LogEntry, Manifest, decode, encode
+from kserve_pvc._ref import ModelRef
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import StoreFormatError
 
@@ -46,6 +47,23 @@ def read_log(volume: Volume, key: str) -> LogView:
         if view.damage is None:
             break
     return view
+
+
+def read_log_of(volume: Volume, ref: ModelRef) -> LogView:
+    """
+    Read the newest record of a ref. A record that speaks of another model is damage, though it is whole.
+    """
+    view = read_log(volume, ref.key)
+    entry = view.entry
+    if entry is None or (entry.uri, entry.revision, entry.allow_patterns, entry.ignore_patterns) == (
+        ref.uri,
+        ref.revision,
+        ref.allow_patterns,
+        ref.ignore_patterns,
+    ):
+        return view
+    place = log_dir(ref.key) / entry.name
+    return LogView(seq=view.seq, damage=StoreFormatError(str(place), f"it speaks of `{entry.uri}`, not of `{ref}`"))
 
 
 def _read_newest(volume: Volume, key: str) -> LogView:

@@ -12,7 +12,7 @@ import attrs
 
 from kserve_pvc import _layout as layout
 from kserve_pvc._claims import is_claimed, live_readers
-from kserve_pvc._log import LogView, append, read_log
+from kserve_pvc._log import LogView, append, read_log_of
 from kserve_pvc._record import Holder, LogEntry, StoreSettings, now
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._volume import VolumeWriter, mount_of
@@ -65,7 +65,7 @@ class Removal:
     def _look(self) -> tuple[LogView, list[str]]:
         # Generations first, the log after: what is collected was begun on a record older than the tombstone, and loses.
         generations = [g for g in self.writer.names(layout.MODELS / self.ref.key) if layout.parse_generation(g) is not None]
-        return read_log(self.writer, self.ref.key), generations
+        return read_log_of(self.writer, self.ref), generations
 
     def _tombstone(self, view: LogView, generations: list[str]) -> tuple[LogEntry | None, LogEntry, list[str]]:
         """Append a tombstone, also where no commit is: it makes every download that has begun lose."""

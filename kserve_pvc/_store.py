@@ -21,7 +21,7 @@ from kserve_pvc import _layout as layout
 from kserve_pvc._claims import Sign, break_claim, read_claim, reading
 from kserve_pvc._download import TRASH_SECONDS, Download, Outcome, Wish, reusable_bytes
 from kserve_pvc._events import Finished, Listener
-from kserve_pvc._log import LogView, read_log, read_manifest
+from kserve_pvc._log import LogView, read_log, read_log_of, read_manifest
 from kserve_pvc._progress import Callback, make_listener
 from kserve_pvc._record import (
     KEY,
@@ -595,12 +595,10 @@ class ModelStore:
     def _look(self, ref: ModelRef) -> LogView:
         """Read the newest record of a ref, and never an older one than this process has returned."""
         seen = _returned.get((self._identity, ref.key), 0)  # Before reading: another thread may return a newer one meanwhile.
-        view = read_log(self._volume, ref.key)
+        view = read_log_of(self._volume, ref)
         if view.seq < seen:
             reason = f"its newest record is {view.seq}, but this process has returned {seen}; somebody deleted records"
             raise StoreFormatError(str(layout.log_dir(ref.key)), reason)
-        if view.entry is not None and not _is_about(view.entry, ref):
-            raise StoreFormatError(str(layout.log_dir(ref.key) / view.entry.name), f"it speaks of `{view.entry.uri}`, not of `{ref}`")
         return view
 
     def _model(self, entry: LogEntry, status: Status, started: float, bytes_fetched: int = 0) -> Model:
@@ -643,15 +641,6 @@ _HOW_TO_WRITE = 'open it with `mode="rw"`, `KSERVE_PVC_MODE=rw`, or the annotati
 
 def _present(view: LogView) -> LogEntry | None:
     return view.entry if view.entry is not None and view.entry.is_present else None
-
-
-def _is_about(entry: LogEntry, ref: ModelRef) -> bool:
-    return (entry.uri, entry.revision, entry.allow_patterns, entry.ignore_patterns) == (
-        ref.uri,
-        ref.revision,
-        ref.allow_patterns,
-        ref.ignore_patterns,
-    )
 
 
 def _lock_info(key: str, sign: Sign) -> LockInfo:

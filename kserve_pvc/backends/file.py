@@ -63,6 +63,8 @@ class FileBackend:
         except OSError as error:
             raise SourceChangedError("file://", file.address) from error
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise SourceChangedError("file://", file.address)
             yield _FileReader(fd, start, stop, file)
         finally:
             os.close(fd)

@@ -31,7 +31,6 @@ from kserve_pvc.errors import (
     SourceNotFoundError,
     SourceUnavailableError,
     StoreError,
-    UnsafePathError,
 )
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 3}}
@@ -90,7 +89,7 @@ class S3Backend:
                 if item["Key"].endswith("/") and item["Size"] == 0:
                     continue
                 if not item["Key"].startswith(prefix):
-                    raise UnsafePathError(item["Key"], f"the source listed it below `{prefix}`, where it is not")
+                    raise SourceUnavailableError(ref.uri, f"it was asked for `{prefix}` and listed `{item['Key']}`")
                 name = check_name(item["Key"].removeprefix(prefix))
                 yield _file(bucket, item["Key"], str(name), item["Size"], item["ETag"], None)
 
