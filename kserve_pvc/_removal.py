@@ -12,7 +12,7 @@ import attrs
 
 from kserve_pvc import _layout as layout
 from kserve_pvc._claims import is_claimed, live_readers
-from kserve_pvc._log import LogView, append, read_log_of
+from kserve_pvc._log import LogView, append, highest_slot, read_log_of
 from kserve_pvc._record import Holder, LogEntry, StoreSettings, now
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._volume import VolumeWriter, mount_of
@@ -68,14 +68,20 @@ class Removal:
         return read_log_of(self.writer, self.ref), generations
 
     def _tombstone(self, view: LogView, generations: list[str]) -> tuple[LogEntry | None, LogEntry, list[str]]:
-        """Append a tombstone, also where no commit is: it makes every download that has begun lose."""
+        """
+        Append tombstones until one has the highest number that anybody has reserved, also where no commit is.
+
+        That makes every download that has begun lose: one that reserved a number above an earlier tombstone, and was
+        paused before it published, would otherwise make a model of bytes that are about to be collected.
+        """
+        before = view.entry if _is_present(view) else None
         while True:
-            before = view.entry if _is_present(view) else None
             tombstone = attrs.evolve(before or self._nothing(generations), type="tombstone")
             appended = self._append(tombstone, after_seq=view.seq)
-            if appended is not None:
+            if appended is not None and highest_slot(self.writer, self.ref.key) == appended.seq:
                 return before, appended, generations
             view, generations = self._look()
+            before = view.entry if _is_present(view) else before
 
     def _nothing(self, generations: list[str]) -> LogEntry:
         return LogEntry(

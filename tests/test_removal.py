@@ -124,6 +124,28 @@ def test_what_a_removal_left_that_died_half_way_is_collected(store, monkeypatch)
         store.remove(URI)
 
 
+def test_a_removal_ends_above_every_number_that_was_reserved(store, monkeypatch):
+    """
+    A download that reserved the number after the tombstone's and was paused there finds a newer tombstone, and loses.
+    """
+    model = store.ensure(URI, progress=False)
+    honest, reserved = VolumeWriter.reserve, []
+
+    def reserve(self, place):
+        if place.name == "000000000002" and not reserved:
+            reserved.append(honest(self, place.with_name("000000000003")))
+        return honest(self, place)
+
+    monkeypatch.setattr(VolumeWriter, "reserve", reserve)
+    store.remove(URI, trash_seconds=0)
+
+    assert [(entry.seq, entry.type) for entry in read_all(Volume(store.root), model.key)] == [
+        (1, "commit"),
+        (2, "tombstone"),
+        (4, "tombstone"),
+    ]
+
+
 def test_a_model_that_was_removed_can_be_fetched_again(store):
     """
     A tombstone is no obstacle to the next download, which gets a new directory.

@@ -33,7 +33,7 @@ from kserve_pvc.errors import (
     StoreError,
 )
 
-_PATIENCE = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 3}}
+_PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403", "AccountProblem"}
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
 _FOREIGN = (OSError, KeyError, BotoCoreError, HTTPClientError, AioReadTimeoutError, asyncio.TimeoutError)
@@ -53,7 +53,8 @@ class S3Backend:
     def __init__(self, options: Mapping[str, Any]) -> None:
         config = {**_PATIENCE, **options.get("config_kwargs", {})}
         self._fs = S3FileSystem(**{"use_listings_cache": False, **options, "config_kwargs": config, "skip_instance_cache": True})
-        self._fs.retries = 2  # Times botocore's own: an endpoint that answers nothing is given up within half a minute.
+        # botocore's three tries are enough: who takes no connection is given up after 15 s, who says nothing after 90 s.
+        self._fs.retries = 1
 
     def resolve(self, ref: ModelRef) -> Resolved:
         bucket, _, key = ref.location.partition("/")
