@@ -492,7 +492,7 @@ ROOTS = {
     "below a file": (below_a_file, "mount the volume there"),
     "pipe": (a_pipe, "it is not a directory"),
     "dangling link": (a_dangling_link, "mount the volume there"),
-    "loop": (a_loop, ""),
+    "loop": (a_loop, "mount the volume there"),
     "nul": (lambda place: f"{place}/a\0b", "mount the volume there"),
     "long": (lambda place: place / ("x" * 5000), "mount the volume there"),
 }

@@ -373,7 +373,7 @@ def test_sigterm_does_not_wait_for_a_source_that_stalls(root, downloading, proxy
 
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(10)
+        process.wait(30)
 
     assert process.returncode == 143
     assert list(ModelStore(root).locks()) == []
