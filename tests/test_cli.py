@@ -53,6 +53,29 @@ def s3_env(origin, proxy):
     return {**origin.environ, "AWS_ENDPOINT_URL": proxy.endpoint}
 
 
+@pytest.fixture
+def in_process(root, monkeypatch, capsys):
+    """
+    Run a verb inside this process, which gets its signal handler back, and return its exit code and outputs.
+    """
+    for name in [name for name in os.environ if name.startswith("KSERVE_PVC_")]:
+        monkeypatch.delenv(name)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments, env=None):
+        with monkeypatch.context() as patched:
+            for variable, value in (env or {}).items():
+                patched.setenv(variable, value)
+            try:
+                code = main(["--store", str(root), *arguments])
+            except SystemExit as leaving:
+                code = leaving.code
+        return code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
 def identity(model) -> dict[str, str]:
     return {"uri": model.uri, "key": model.key, "version": model.version, "path": str(model.path)}
 
@@ -379,18 +402,6 @@ def test_sigterm_does_not_wait_for_a_source_that_stalls(root, downloading, proxy
     assert list(ModelStore(root).locks()) == []
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """
-    `main` inside this process, which gets its signal handler back.
-    """
-    for name in [name for name in os.environ if name.startswith("KSERVE_PVC_")]:
-        monkeypatch.delenv(name)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 def exit_codes(model, tmp_path):
     """
     A command for each exit code that needs no server.
@@ -421,17 +432,12 @@ def exit_codes(model, tmp_path):
     ]
 
 
-@pytest.mark.usefixtures("in_process")
-def test_each_class_of_error_has_its_exit_code(root, model, tmp_path, monkeypatch, capsys):
+def test_each_class_of_error_has_its_exit_code(in_process, model, tmp_path):
     """
     An error is one line on stderr, its pinned document on stdout with `--json`, and its exit code.
     """
     for code, name, arguments, env in exit_codes(model, tmp_path):
-        with monkeypatch.context() as patched:
-            for variable, value in env.items():
-                patched.setenv(variable, value)
-            returned = main(["--store", str(root), "--json", *arguments])
-        out, err = capsys.readouterr()
+        returned, out, err = in_process("--json", *arguments, env=env)
 
         error = json.loads(out)["error"]
         assert (returned, error["type"], err.splitlines()[-1]) == (code, name, f"kserve-pvc: {error['message']}")
@@ -467,15 +473,13 @@ def test_the_document_of_an_error_has_its_fields(root, tmp_path):
         ({}, f"s3://{BUCKET}/no/such/model"),
     ],
 )
-@pytest.mark.usefixtures("in_process")
-def test_what_a_server_refuses_ends_with_seven(root, s3_env, monkeypatch, env, uri):
+def test_what_a_server_refuses_ends_with_seven(in_process, s3_env, env, uri):
     """
     Denied and missing are the source's fault.
     """
-    for variable, value in {**s3_env, **env}.items():
-        monkeypatch.setenv(variable, value)
+    code, out, _ = in_process("ensure", uri, env={**s3_env, **env})
 
-    assert main(["--store", str(root), "ensure", uri]) == 7
+    assert (code, out) == (7, "")
 
 
 def test_a_full_volume_ends_with_six(mount, uri):
@@ -518,7 +522,7 @@ WRITING = [["ensure", "URI"], ["rm", "URI"], ["locks", "--break", "URI"]]
         (f'{READONLY}=""', False),
     ],
 )
-def test_the_pods_annotation_may_forbid_writing(root, uri, tmp_path, annotations, allowed):
+def test_the_pods_annotation_may_forbid_writing(in_process, root, uri, tmp_path, annotations, allowed):
     """
     A verb that writes is the wish to write, unless the annotation has any other value than `"false"`.
     """
@@ -527,12 +531,12 @@ def test_the_pods_annotation_may_forbid_writing(root, uri, tmp_path, annotations
         path.write_text(annotations)
     before = listing(root)
 
-    results = [
-        shell.kserve_pvc(root, *(a.replace("URI", uri) for a in verb), env={"KSERVE_PVC_ANNOTATIONS": str(path)})
+    codes = [
+        in_process(*(a.replace("URI", uri) for a in verb), env={"KSERVE_PVC_ANNOTATIONS": str(path)})[0]
         for verb in (WRITING[0], WRITING[2], WRITING[1])
     ]
 
-    assert [result.returncode for result in results] == ([0, 0, 0] if allowed else [4, 4, 4])
+    assert codes == ([0, 0, 0] if allowed else [4, 4, 4])
     assert (listing(root) == before) == (not allowed)
 
 
@@ -629,14 +633,14 @@ def test_quiet_and_verbose(root, uri, place):
     ],
     ids=" ".join,
 )
-def test_wrong_usage_ends_with_two(root, arguments):
+def test_wrong_usage_ends_with_two(in_process, root, arguments):
     """
     What cannot be understood says so on stderr, prints nothing on stdout and touches nothing.
     """
-    result = shell.kserve_pvc(root, *arguments)
+    code, out, err = in_process(*arguments)
 
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.splitlines()[-1].startswith("kserve-pvc: ")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("kserve-pvc: ")
     assert list(root.iterdir()) == []
 
 
@@ -660,26 +664,14 @@ def test_the_version_is_printed():
 
 
 @pytest.mark.parametrize("verb", ["ensure", "path", "ls", "info", "plan", "verify", "rm", "locks"])
-def test_each_verb_has_its_help(verb):
+def test_each_verb_has_its_help(in_process, verb):
     """
     `--help` of a verb names its options and the global ones.
     """
-    result = shell.run([*shell.COMMAND, verb, "--help"])
+    code, out, err = in_process(verb, "--help")
 
-    assert (result.returncode, result.stderr) == (0, "")
-    assert [word for word in ("--store", "--json", "--quiet", "--verbose") if word not in result.stdout] == []
-
-
-@pytest.mark.usefixtures("in_process")
-def test_main_returns_the_exit_code(root, model, capsys):
-    """
-    Called from Python, `main` returns instead of leaving.
-    """
-    codes = [main(["--store", str(root), *verb]) for verb in (["path", model.uri], ["path", "s3://bucket/absent"])]
-
-    out, err = capsys.readouterr()
-    assert (codes, out) == ([0, 3], f"{model.path}\n")
-    assert err.startswith("kserve-pvc: `s3://bucket/absent` is not in the store")
+    assert (code, err) == (0, "")
+    assert [word for word in ("--store", "--json", "--quiet", "--verbose") if word not in out] == []
 
 
 def test_a_program_that_stops_reading_is_no_crash(root, model):

@@ -129,7 +129,7 @@ from kserve_pvc import ModelStore, StoreError
 from kserve_pvc.backends.file import FileBackend
 # Another user may not be able to read this interpreter's libraries, so everything is imported before.
 os.umask(0o077)
-os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))
+os.setgroups([int(group) for group in sys.argv[6:]]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))
 try:
     model = ModelStore(sys.argv[3], mode=sys.argv[4], backends={"file": FileBackend}).ensure(sys.argv[5], progress=False)
     names = [p for p in model.path.rglob("*") if p.is_file()]
@@ -176,7 +176,7 @@ def test_another_user_reads_what_one_wrote_whatever_the_umask(reachable):
 @pytest.mark.usefixtures("as_root")
 def test_users_of_one_group_write_one_store(reachable):
     """
-    Under a root that the group may write, as `fsGroup` makes it, members with different uids add models and lock each other.
+    Under a set-gid root that a group may write, as `fsGroup` makes it, members with other uids and primary groups add models.
     """
     volume = reachable / "volume"
     for name in ("one", "two"):
@@ -185,9 +185,9 @@ def test_users_of_one_group_write_one_store(reachable):
     os.chown(volume, 0, 2000)
     volume.chmod(0o2775)
 
-    first = as_other(1001, 2000, str(volume), "rw", f"file://{reachable}/one")
-    second = as_other(1002, 2000, str(volume), "rw", f"file://{reachable}/two")
-    again = as_other(1002, 2000, str(volume), "rw", f"file://{reachable}/one")
+    first = as_other(1001, 1001, str(volume), "rw", f"file://{reachable}/one", "2000")
+    second = as_other(1002, 1002, str(volume), "rw", f"file://{reachable}/two", "2000")
+    again = as_other(1002, 1002, str(volume), "rw", f"file://{reachable}/one", "2000")
 
     assert [line.split()[0] for line in (first, second, again)] == ["downloaded", "downloaded", "present"]
 

@@ -44,6 +44,32 @@ def test_a_reader_keeps_its_model(store):
     assert store.verify(URI, "full").ok
 
 
+def test_a_reader_looks_again_under_its_lease(store, monkeypatch):
+    """
+    A model that was replaced before the lease could count is let go, and the newer one is held.
+    """
+    from kserve_pvc import _store
+
+    first = store.ensure(URI, progress=False)
+    honest, newer = _store.reading, []
+
+    def reading(*args, **kwargs):
+        if not newer:
+            newer.append(
+                ModelStore(store.root, mode="rw", backends={"s3": MemorySource({URI: FILES})}).ensure(
+                    URI, force_download=True, progress=False
+                )
+            )
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(_store, "reading", reading)
+    with store.open(URI) as held:
+        path = held.path
+
+    assert path == newer[0].path
+    assert path != first.path
+
+
 def test_a_reader_that_let_go_is_not_waited_for(store):
     """
     After the `with` the lease is gone, and removing succeeds.

@@ -179,6 +179,29 @@ def test_files_arrive_whole_and_are_noted_part_by_part(place):
     assert recorder.received_bytes == 4 * PART
 
 
+def test_bytes_are_durable_before_they_are_noted(place, monkeypatch):
+    """
+    A note in the journal never speaks of bytes that a power failure could still take.
+    """
+    order: list[str] = []
+    honest_note, honest_finish = place.notes.append, place.finish
+    monkeypatch.setattr(os, "fdatasync", lambda fd: order.append("sync"))
+    place.finish = lambda fd, path: (order.append("finish"), honest_finish(fd, path))
+    source = Source({"a.bin": DATA})
+    destination = place.destination()
+    noted = Destination(
+        create=destination.create,
+        write=destination.write,
+        finish=destination.finish,
+        note=lambda note: (order.append("note"), honest_note(note)),
+        failure=destination.failure,
+    )
+
+    Transfer(backend=source, destination=noted, donors={}, observer=Recorder(), part_bytes=PART).run([source.remote("a.bin")])
+
+    assert order == ["sync", "note", "sync", "note", "finish", "note"]
+
+
 def test_what_a_dead_writer_left_is_not_fetched_again(place, dead):
     """
     Parts that were noted are copied, and only the rest is asked for.

@@ -62,3 +62,11 @@ def python(script: str, *arguments: str, env: Mapping[str, str] | None = None) -
     if result.returncode:
         raise AssertionError(f"the script ended with {result.returncode}:\n{result.stderr}")
     return result.stdout
+
+
+# Of a process, not of the one that started it: `getrusage` keeps the parent's peak across `exec`, this does not.
+PEAK_MIB = """
+def peak_mib():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
+"""
