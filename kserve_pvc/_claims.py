@@ -99,6 +99,7 @@ def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: 
     claim = Claim(epoch=epoch, nonce=secrets.token_hex(16), uri=uri, holder=holder, claimed_at=now())
     with _given_back_on_failure(writer, place):
         writer.write_private(place / "owner", encode(claim))
+    with suppress(StoreError):  # Tidying may fail where others hold a file open; the claim is ours all the same.
         _forget_older(writer, key, epoch)
     return claim
 

@@ -559,4 +559,9 @@ def _delete(parent: int, name: str) -> None:
                 _delete(fd, child)
     finally:
         os.close(fd)
-    os.rmdir(name, dir_fd=parent)
+    try:
+        os.rmdir(name, dir_fd=parent)
+    except OSError as error:
+        # On NFS a file that somebody holds open becomes `.nfs…` instead of going; the trash is emptied again later.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise

@@ -244,6 +244,31 @@ def test_deleting_follows_no_link(root, tmp_path):
     assert (outside / "precious").read_text() == "here"
 
 
+def test_what_somebody_holds_open_may_stay_in_the_trash(root, monkeypatch):
+    """
+    A directory that does not become empty, as on NFS while a file in it is open, is left for the next time.
+    """
+    (root / "models" / "k" / "g").mkdir(parents=True)
+    (root / "models" / "k" / "g" / "file").write_text("x")
+    writer = VolumeWriter(root)
+    trashed = writer.discard(PurePosixPath("models/k/g"))
+    assert trashed is not None
+    honest = os.unlink
+
+    def unlink(name, *, dir_fd):
+        (root / trashed / ".nfs0001").write_text("x")
+        honest(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    writer.delete_trash(trashed)
+    left = [path.name for path in (root / trashed).iterdir()]
+    monkeypatch.undo()
+    writer.empty_trash(older_than=0)
+
+    assert left == [".nfs0001"]
+    assert not (root / trashed).exists()
+
+
 def test_the_trash_keeps_what_is_young(root):
     """
     Emptying the trash spares what was thrown away more recently than asked for.
