@@ -108,8 +108,8 @@ def _forget_older(writer: VolumeWriter, key: str, epoch: int) -> None:
     # Only the newest counts, and as long as it is there no number comes back. A pod that fails in a loop leaves one, not all.
     for name in writer.names(layout.claims_dir(key)):
         number = layout.parse_number(name)
-        if number is not None and number < epoch and (trashed := writer.discard(layout.claim_dir(key, number))) is not None:
-            writer.delete_trash(trashed)
+        if number is not None and number < epoch:
+            writer.throw_away(layout.claim_dir(key, number))
 
 
 @contextmanager
@@ -154,8 +154,8 @@ def reading(writer: VolumeWriter, generation: str, *, lease_seconds: float, hold
         yield
     finally:
         heart.stop()
-        if (trashed := writer.discard(place)) is not None:
-            writer.delete_trash(trashed)
+        with suppress(StoreError):  # A lease that was given back holds nobody up, wherever its files lie.
+            writer.throw_away(place)
 
 
 def live_readers(volume: Volume, generation: str, *, lease_seconds: float) -> tuple[str, ...]:

@@ -304,7 +304,7 @@ class Download:
         """
         if highest_slot(self._writer, self._key) == entry.seq:
             self._collect_unnamed(begun)
-        self._throw_away(layout.staging_dir(entry.generation))
+        self._writer.throw_away(layout.staging_dir(entry.generation))
 
     def _collect_unnamed(self, generations: Sequence[str]) -> None:
         named = {record.generation for record in read_all(self._writer, self._key)}
@@ -315,11 +315,7 @@ class Download:
     def _collect(self, generation: str) -> None:
         # The model's directory goes last: as long as it is there, the next collection finds the rest.
         for place in (layout.staging_dir(generation), layout.manifest_file(generation), layout.generation_dir(self._key, generation)):
-            self._throw_away(place)
-
-    def _throw_away(self, place: PurePosixPath) -> None:
-        if (trashed := self._writer.discard(place)) is not None:
-            self._writer.delete_trash(trashed)
+            self._writer.throw_away(place)
 
 
 class _Tally:

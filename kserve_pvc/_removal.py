@@ -114,13 +114,11 @@ class Removal:
                 private=place / "record",
             )
         finally:
-            if (trashed := self.writer.discard(place)) is not None:
-                self.writer.delete_trash(trashed)
+            self.writer.throw_away(place)
 
     def _collect(self, generation: str) -> None:
         for place in (layout.staging_dir(generation), layout.manifest_file(generation), layout.lease_dir(generation)):
-            if (trashed := self.writer.discard(place)) is not None:
-                self.writer.delete_trash(trashed)
+            self.writer.throw_away(place)
         # Last, since what is left of a removal is found by it.
         self.writer.discard(layout.generation_dir(self.ref.key, generation))
 

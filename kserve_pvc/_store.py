@@ -682,8 +682,7 @@ def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float
     )
     private = layout.staging_dir(f"create-{settings.store_id}")
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
-    if (trashed := writer.discard(private)) is not None:
-        writer.delete_trash(trashed)
+    writer.throw_away(private)
     # Another process may have been first: what is there counts, for everybody.
     return _read_store_settings(writer) or settings
 

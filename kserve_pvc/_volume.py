@@ -488,6 +488,13 @@ class VolumeWriter(Volume):
                 return None
         return trashed
 
+    def throw_away(self, place: PurePosixPath) -> None:
+        """
+        Discard a tree that nobody can be reading, and delete it at once.
+        """
+        if (trashed := self.discard(place)) is not None:
+            self.delete_trash(trashed)
+
     def empty_trash(self, older_than: float) -> None:
         """
         Delete what has lain in the trash for longer than this many seconds by this node's clock.
