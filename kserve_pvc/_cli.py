@@ -21,7 +21,7 @@ import attrs
 
 from kserve_pvc import __version__
 from kserve_pvc._download import TRASH_SECONDS
-from kserve_pvc._progress import amount
+from kserve_pvc._progress import amount, count
 from kserve_pvc._settings import read_settings
 from kserve_pvc._store import DEFAULT_TIMEOUT, Model, ModelStore
 from kserve_pvc._verify import Level, Verification
@@ -105,7 +105,7 @@ def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
         [(_described(m), amount(m.size_bytes), str(m.files), m.created_at.strftime("%Y-%m-%d %H:%M"), m.key) for m in models],
     )
     if not arguments.quiet:
-        _say(f"{_count(len(models), 'model')}, {amount(sum(m.size_bytes for m in models))} at {store.root}")
+        _say(f"{count(len(models), 'model')}, {amount(sum(m.size_bytes for m in models))} at {store.root}")
     return 0
 
 
@@ -121,7 +121,7 @@ def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
         ("key", record.key),
         ("version", record.version),
         ("path", str(model.path)),
-        ("size", f"{amount(record.size_bytes)} in {len(record.files)} files"),
+        ("size", f"{amount(record.size_bytes)} in {count(len(record.files), 'file')}"),
         ("created", f"{record.created_at.isoformat(timespec='seconds')} by {record.writer}"),
     ]
     width = max(len(name) for name, _ in facts)
@@ -140,7 +140,7 @@ def _plan(store: ModelStore, arguments: argparse.Namespace) -> int:
         print(f"nothing to do: {printable(plan.uri)} is present ({amount(plan.size_bytes)})")
         return 0
     seconds = "at an unknown rate" if plan.seconds is None else f"in about {plan.seconds:.0f} s"
-    print(f"would fetch {amount(plan.bytes_to_fetch)} of {amount(plan.size_bytes)} in {plan.files} files {seconds}")
+    print(f"would fetch {amount(plan.bytes_to_fetch)} of {amount(plan.size_bytes)} in {count(plan.files, 'file')} {seconds}")
     print(f"would take over {amount(plan.bytes_reusable)} that an unfinished download left")
     print(f"{amount(plan.free_bytes)} are free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
     return 0
@@ -182,7 +182,7 @@ def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
     ]
     _print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "PROGRESS"), rows)
     if not arguments.quiet:
-        _say(f"{_count(len(locks), 'claim')} not given back")
+        _say(f"{count(len(locks), 'claim')} not given back")
     return 0
 
 
@@ -210,7 +210,7 @@ def _verification(report: Verification) -> dict[str, Any]:
 
 
 def _print_verification(report: Verification) -> None:
-    checked = f"{report.files} files, {amount(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"
+    checked = f"{count(report.files, 'file')}, {amount(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"
     print(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
     for problem in report.problems:
         print(f"     {problem.kind}: {printable(problem.path)}: {printable(problem.detail)}")
@@ -236,10 +236,6 @@ def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in [tuple(heads), *shown]) for i in range(len(heads))]
     for row in [tuple(heads), *shown]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _say(text: str) -> None:

@@ -158,7 +158,7 @@ def describe(event: Event) -> str:
     """
     match event:
         case Started():
-            return f"downloading {printable(event.ref)}: {event.files} files, {amount(event.bytes_total)}"
+            return f"downloading {printable(event.ref)}: {count(event.files, 'file')}, {amount(event.bytes_total)}"
         case Waiting():
             return (
                 f"waiting for {printable(event.holder)}, at work since {event.since}: {amount(event.bytes_done)} of "
@@ -187,3 +187,10 @@ def amount(size_bytes: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def count(number: int, noun: str) -> str:
+    """
+    Things for people: `1 file`, `2 files`.
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
