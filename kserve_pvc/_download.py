@@ -302,9 +302,9 @@ class Download:
         newer one and loses, unless it had reserved a higher number before, which is looked for first. No judgement
         about who is alive is needed.
         """
+        self._writer.throw_away(layout.staging_dir(entry.generation))
         if highest_slot(self._writer, self._key) == entry.seq:
             self._collect_unnamed(begun)
-        self._writer.throw_away(layout.staging_dir(entry.generation))
 
     def _collect_unnamed(self, generations: Sequence[str]) -> None:
         named = {record.generation for record in read_all(self._writer, self._key)}

@@ -101,6 +101,8 @@ class Volume:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
+        if not os.fspath(root):
+            raise StoreRootError("", "the path is empty, as from a variable that is not set")
         try:
             self.root = Path(root).resolve(strict=True)
         except (OSError, ValueError, RuntimeError) as error:  # A loop of links is a RuntimeError before Python 3.13.

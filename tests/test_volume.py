@@ -295,6 +295,8 @@ def test_a_root_that_cannot_be_one_is_refused(tmp_path, name, reason):
 
     with pytest.raises(StoreRootError, match=reason):
         Volume(tmp_path / name)
+    with pytest.raises(StoreRootError, match="the path is empty"):
+        Volume("")
     assert not (tmp_path / "missing").exists()
 
 

@@ -61,10 +61,10 @@ class FileBackend:
         except PermissionError as error:
             raise _translate(file.address, error) from error
         except OSError as error:
-            raise SourceChangedError("file://", file.address) from error
+            raise _changed(file) from error
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise SourceChangedError("file://", file.address)
+                raise _changed(file)
             yield _FileReader(fd, start, stop, file)
         finally:
             os.close(fd)
@@ -85,7 +85,7 @@ class _FileReader:
         self.offset += count
         # Looked at after reading: what was read before an untouched inode was looked at is what was pinned.
         if _token(os.fstat(self.fd)) != self.file.entry.token:
-            raise SourceChangedError("file://", self.file.address)
+            raise _changed(self.file)
         return count
 
 
@@ -109,6 +109,10 @@ def _file(path: Path, inside: PurePosixPath, found: os.stat_result) -> RemoteFil
 
 def _token(found: os.stat_result) -> str:
     return f"{found.st_dev:x}-{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"
+
+
+def _changed(file: RemoteFile) -> SourceChangedError:
+    return SourceChangedError(f"file://{file.address}", str(file.entry.path))
 
 
 def _raise(error: OSError) -> None:

@@ -124,7 +124,12 @@ async def _fill(body: Any, buffer: memoryview) -> int:
     filled, clock = 0, asyncio.get_running_loop().time
     enough = clock() + _MOMENT
     while filled < len(buffer) and (not filled or clock() < enough):
-        chunk = await body.read(len(buffer) - filled)
+        try:
+            chunk = await body.read(len(buffer) - filled)
+        except _FOREIGN:
+            if not filled:
+                raise
+            break  # What arrived before counts; the next call meets the same error with nothing in hand.
         if not chunk:
             break
         buffer[filled : filled + len(chunk)] = chunk
