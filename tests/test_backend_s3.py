@@ -377,7 +377,7 @@ def test_a_source_that_cuts_every_connection_is_given_up(root, origin, upload):
     """
     data = random.Random(3).randbytes(3_000_000)
     uri = upload({"weights.bin": data})
-    with TamperingProxy(origin.endpoint, cuts=(1_500_000, *[1] * 50)) as proxy:
+    with TamperingProxy(origin.endpoint, cuts=(1_500_000, *[0] * 50)) as proxy:
         store = ModelStore(root, mode="rw", part_bytes=1_000_000, **through(proxy, origin))
         with pytest.raises(SourceUnavailableError, match="check endpoint and network, then call again"):
             store.ensure(uri, progress=False)

@@ -4,6 +4,7 @@ Real processes on one store: started together, killed at random, and with every 
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from pathlib import Path
@@ -18,7 +19,8 @@ from kserve_pvc import ModelStore
 
 WRITERS = 8
 PART_BYTES = 64 * 1024
-KILLS = 500
+# `nox -s soak` asks for 500; each costs a process and a part of a download.
+KILLS = int(os.environ.get("KSERVE_PVC_TEST_KILLS", "90"))
 
 
 def race(root: Path, uri: str, arguments: dict[str, Any], writers: int, act: Any = actors.ensure) -> list[tuple[Any, ...]]:
@@ -103,7 +105,9 @@ def test_with_all_locks_lying_exactly_one_generation_is_visible(root, source, tm
 @pytest.mark.timeout(900)
 def test_kill_9_at_random_moments_never_publishes_a_wrong_model(root, s3, proxy: CountingProxy, upload):
     """
-    After each of 500 kills the model is absent or exact, and each kill costs at most one part per stream.
+    After each kill the model is absent or exact, and each kill costs at most one part per stream.
+
+    Every tenth child is left to finish, so however fast the machine is, kills hit fresh downloads and resumed ones.
     """
     files = model_files(seed=5, big=1_500_000)
     uri, expected, size = upload(files), digests(files), sum(map(len, files.values()))
@@ -113,22 +117,21 @@ def test_kill_9_at_random_moments_never_publishes_a_wrong_model(root, s3, proxy:
     longest = _seconds_of_one(root, uri, arguments)
     before = proxy.body_bytes()
 
-    while kills < KILLS:
+    for number in range(KILLS * 10 // 9):
         child = actors.start(actors.ensure, str(root), uri, arguments, {"max_workers": 2})
-        child.join(moments.uniform(0, longest))
-        child.kill()
+        if number % 10 < 9:
+            child.join(moments.uniform(0, longest))
+            child.kill()
         child.join()
-        killed = child.exitcode != 0
-        kills, kills_here = kills + killed, kills_here + killed
-        # Whatever the speed of the machine, now and then a child is left to finish.
-        longest = longest * 1.05 if kills_here > 20 else longest
+        kills_here += child.exitcode != 0
         if uri in ModelStore(root):
             assert digests(read_tree(ModelStore(root).get(uri).path)) == expected
             worst = max(worst, _refetched(proxy.body_bytes() - before, size, kills_here))
             store.remove(uri, trash_seconds=0)
-            before, kills_here, commits = proxy.body_bytes(), 0, commits + 1
+            before, kills, kills_here, commits = proxy.body_bytes(), kills + kills_here, 0, commits + 1
 
-    assert commits > 5
+    assert commits >= KILLS // 9
+    assert kills > KILLS / 2
     assert worst <= PART_BYTES * 2
     store.ensure(uri, progress=False)
     assert store.verify(uri, "full").ok
@@ -182,7 +185,6 @@ def test_a_stopped_writer_is_taken_over_and_comes_back_to_nothing(root, s3, prox
     """
     A writer that was paused past its lease finds the model published by another, and changes nothing.
     """
-    import os
     import signal
 
     files = model_files(seed=8, big=3_000_000)
