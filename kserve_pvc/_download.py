@@ -9,31 +9,34 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Literal, NoReturn
 
 import attrs
 
+from kserve_pvc import _defaults as defaults
 from kserve_pvc import _layout as layout
 from kserve_pvc import _protocol as protocol
 from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take_claim
+from kserve_pvc._codec import KEY
 from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Waiting
-from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log_of
+from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log, read_log_of, read_manifest
 from kserve_pvc._record import Beat, Claim, Holder, LogEntry, Manifest, PartNote, StoreSettings, decode, encode, now
 from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import Backend, Resolved
-from kserve_pvc._transfer import MAX_WORKERS, PART_BYTES, Destination, Donor, Transfer
-from kserve_pvc._volume import Volume, VolumeWriter, write_all
-from kserve_pvc.errors import InsufficientSpaceError, LockTimeoutError, StoreFormatError, VolumeError
+from kserve_pvc._source import Backend, Listing, RemoteFile, Resolved
+from kserve_pvc._transfer import Destination, Donor, Transfer, Tuning
+from kserve_pvc._volume import Tree, Volume, VolumeWriter, allocate, copy_range, write_all
+from kserve_pvc.errors import InsufficientSpaceError, LockTimeoutError, StoreError, StoreFormatError, VolumeError
 from kserve_pvc.locks.flock import FileLock
 from kserve_pvc.locks.lease import Heart, LeaseLostError
 
-# How long what was thrown away stays intact for readers who hold it open without a lease.
-TRASH_SECONDS = 300.0
+# Notes of small files are written together once they speak of so much.
+_GATHERED_BYTES = 8 * 1024 * 1024
 _MAX_JOURNAL_BYTES = 64 * 1024 * 1024
 
 
@@ -72,7 +75,7 @@ class Download:
         make_backend: Called once a claim is won: who only waits needs neither the SDK nor the network.
         resolved: What the source holds, if the caller has asked already; else it is asked once a claim is won, so
             that waiting processes do not list the source.
-        part_bytes: The most that a killed process costs per worker.
+        tuning: How bytes are fetched.
     """
 
     def __init__(
@@ -86,9 +89,8 @@ class Download:
         timeout: float,
         listener: Listener,
         wish: Wish,
+        tuning: Tuning,
         resolved: Resolved | None = None,
-        part_bytes: int = PART_BYTES,
-        max_workers: int = MAX_WORKERS,
     ) -> None:
         self._writer = writer
         self._settings = settings
@@ -100,8 +102,7 @@ class Download:
         self._listener = listener
         self._wish = wish
         self._resolved = resolved
-        self._part_bytes = part_bytes
-        self._max_workers = max_workers
+        self._tuning = tuning
         self._rules = protocol.Rules(lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=settings.locker == "flock")
         self._lock = FileLock(partial(writer.open_shared, layout.lock_file(self._key)))
         self._view = LogView()
@@ -206,9 +207,10 @@ class Download:
         assert self._claim is not None  # The protocol fetches only under a claim.
         try:
             backend = self._make_backend()
-            if self._resolved is None:
-                self._resolved = backend.resolve(self._ref)
-            self._manifest = self._write_generation(self._claim.generation, backend, self._resolved)
+            try:
+                self._manifest = self._write_generation(self._claim.generation, backend)
+            finally:
+                getattr(backend, "close", _nothing)()
         except LeaseLostError:
             return protocol.ClaimLost()
         except VolumeError as error:
@@ -221,38 +223,56 @@ class Download:
             raise
         return protocol.Fetched()
 
-    def _write_generation(self, generation: str, backend: Backend, resolved: Resolved) -> Manifest:
-        self._make_room(resolved.size_bytes)
+    def _write_generation(self, generation: str, backend: Backend) -> Manifest:
         place = layout.generation_dir(self._key, generation)
-        donors = _find_donors(self._writer, self._key, generation)
+        donors = _find_donors(self._writer, self._ref, own=generation)
+        self._tally.begin()
+        pages = self._pages(backend, donors)
+        # Nothing is made for a source that holds nothing.
+        first = next((page for page in pages if page), ())
+        self._writer.empty_trash(defaults.TRASH_SECONDS)
         self._unpublished.append(generation)
-        self._writer.make_directory(place)
-        self._listener(Started(ref=str(self._ref), bytes_total=resolved.size_bytes, files=len(resolved.files)))
-        self._tally.start(resolved.size_bytes)
-        with _Journal(self._writer, generation, self._part_bytes) as journal:
+        with self._writer.writing_tree(place) as tree, _Journal(self._writer, generation, self._tuning.part_bytes) as journal:
             destination = Destination(
-                create=lambda path: self._writer.create(place / path),
+                create=tree.create,
+                allocate=allocate,
                 write=write_all,
-                finish=lambda fd, path: self._writer.finish(fd, place / path),
+                copy=copy_range,
+                finish=tree.finish,
                 note=journal.note,
                 failure=lambda operation, path, error: self._writer.failure(operation, place / path, error),
             )
-            transfer = Transfer(
-                backend=backend,
-                destination=destination,
-                donors=donors,
-                observer=self._tally,
-                part_bytes=self._part_bytes,
-                max_workers=self._max_workers,
-            )
-            files = transfer.run(resolved.files)
-        self._writer.sync_tree(place)
-        manifest = Manifest(key=self._key, generation=generation, version=resolved.version, files=files)
+            offered = {path: [f.donor(tree) for f in found] for path, found in donors.items()}
+            transfer = Transfer(backend=backend, destination=destination, donors=offered, observer=self._tally, tuning=self._tuning)
+            done = transfer.run(chain([first], pages))
+        assert self._resolved is not None  # All pages were listed.
+        files = tuple(done[f.entry.path] for f in self._resolved.files)
+        manifest = Manifest(key=self._key, generation=generation, version=self._resolved.version, files=files)
         self._writer.write_private(layout.manifest_file(generation), encode(manifest))
         return manifest
 
+    def _pages(self, backend: Backend, donors: Mapping[PurePosixPath, Sequence[_Found]]) -> Iterator[Sequence[RemoteFile]]:
+        """What the source holds, page by page if it is listed only now."""
+        if self._resolved is None and (pages := getattr(backend, "pages", None)) is not None:
+            listing = Listing(self._ref)
+            for page in pages(self._ref):
+                yield listing.add(page)
+            self._resolved = listing.resolved()
+            self._start(self._resolved, donors)
+            return
+        if self._resolved is None:
+            self._resolved = backend.resolve(self._ref)
+        self._start(self._resolved, donors)
+        yield self._resolved.files
+
+    def _start(self, resolved: Resolved, donors: Mapping[PurePosixPath, Sequence[_Found]]) -> None:
+        shared = sum(f.entry.size_bytes for f in resolved.files if any(d.has_all(f) for d in donors.get(f.entry.path, ())))
+        # What was written while the rest was listed no longer has to fit.
+        self._make_room(resolved.size_bytes - shared - self._tally.progress()[0])
+        self._listener(Started(ref=str(self._ref), bytes_total=resolved.size_bytes, files=len(resolved.files)))
+        self._tally.start(resolved.size_bytes)
+
     def _make_room(self, needed_bytes: int) -> None:
-        self._writer.empty_trash(TRASH_SECONDS)
         if self._writer.free_bytes() < needed_bytes:
             self._writer.empty_trash(0)
         if (free := self._writer.free_bytes()) < needed_bytes:
@@ -288,7 +308,7 @@ class Download:
             files=len(self._manifest.files),
             size_bytes=self._manifest.size_bytes,
             manifest_sha256=sha256(encode(self._manifest)).hexdigest(),
-            digest="sha256",
+            digest=self._tuning.digest,
             policy="allow",
             created_at=now(),
             writer=self._holder,
@@ -318,6 +338,10 @@ class Download:
             self._writer.throw_away(place)
 
 
+def _nothing() -> None:
+    pass
+
+
 class _Tally:
     """
     Counts what a call moved, for its beat and its events, and stops the transfer when the claim is lost.
@@ -329,6 +353,7 @@ class _Tally:
         self._guard = threading.Lock()
         self._total = self._done = 0
         self._started: float | None = None
+        self._is_told = False
         self._waiting_since: float | None = None
         self._sign_changed = 0.0
         self._last_sign = b""
@@ -336,9 +361,21 @@ class _Tally:
         self.heart: Heart | None = None
         self.spoiled: VolumeError | None = None
 
-    def start(self, total: int) -> None:
+    def begin(self) -> None:
+        """
+        An attempt begins; how large the model is will be known when its listing is complete.
+        """
         with self._guard:
-            self._total, self._done, self._started = total, 0, time.monotonic()
+            self._total, self._done, self._started, self._is_told = 0, 0, time.monotonic(), False
+
+    def start(self, total: int) -> None:
+        """
+        The listing is complete. What was moved while it was still coming in is told now.
+        """
+        with self._guard:
+            self._total, early, self._is_told = total, self._done, True
+        if early:
+            self._listener(Received(ref=self._ref, size_bytes=early))
 
     def progress(self) -> tuple[int, int, int]:
         with self._guard:
@@ -353,13 +390,17 @@ class _Tally:
     def adopted(self, size_bytes: int) -> None:
         with self._guard:
             self._done += size_bytes
-        self._listener(Adopted(ref=self._ref, size_bytes=size_bytes))
+            is_told = self._is_told
+        if is_told:
+            self._listener(Adopted(ref=self._ref, size_bytes=size_bytes))
 
     def received(self, size_bytes: int) -> None:
         with self._guard:
             self._done += size_bytes
             self.fetched += size_bytes
-        self._listener(Received(ref=self._ref, size_bytes=size_bytes))
+            is_told = self._is_told
+        if is_told:
+            self._listener(Received(ref=self._ref, size_bytes=size_bytes))
 
     def retried(self, reason: str, delay: float) -> None:
         self._listener(Retried(ref=self._ref, reason=reason, delay=delay))
@@ -395,8 +436,8 @@ class _Journal:
     def __init__(self, writer: VolumeWriter, generation: str, sync_bytes: int) -> None:
         self._guard = threading.Lock()
         self._sync_bytes = sync_bytes
-        self._unsynced: dict[PurePosixPath, int] = {}
-        self._offset = 0
+        self._lines: list[bytes] = []
+        self._unwritten = self._unsynced = self._offset = 0
         self._writer = writer
         self._place = layout.journal_file(generation)
         self._fd = writer.create(self._place)
@@ -405,48 +446,96 @@ class _Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Notes are hints: one that the volume lost costs a fetch.
+        with suppress(OSError, StoreError):
+            self._write()
         with suppress(OSError):
-            os.close(self._fd)  # Notes are hints: one that the volume lost costs a fetch.
+            os.close(self._fd)
 
-    def note(self, note: PartNote) -> None:
+    def note(self, note: PartNote, size_bytes: int) -> None:
         """
-        Write a note down. The bytes it speaks of are durable already, so a lost note costs a fetch and never a lie;
-        notes are made durable whenever they speak of a whole part.
+        Write down that `size_bytes` more are on the volume. A lost note costs a fetch and never a lie.
+
+        Notes of small files are gathered until they are worth a write, and all are made durable once they speak of a
+        whole part.
         """
         line = encode(note)
         with self._guard:
-            self._unsynced[note.path] = note.stop
-            try:
-                write_all(self._fd, line, self._offset)
-                self._offset += len(line)
-                if sum(self._unsynced.values()) >= self._sync_bytes:
-                    os.fdatasync(self._fd)
-                    self._unsynced.clear()
-            except OSError as error:
-                raise self._writer.failure("writing", self._place, error) from error
+            self._lines.append(line)
+            self._unwritten += size_bytes
+            if self._unwritten >= min(self._sync_bytes, _GATHERED_BYTES):
+                self._write()
+
+    def _write(self) -> None:
+        data = b"".join(self._lines)
+        try:
+            write_all(self._fd, data, self._offset)
+            self._offset += len(data)
+            self._unsynced += self._unwritten
+            self._unwritten = 0
+            self._lines.clear()
+            if self._unsynced >= self._sync_bytes:
+                os.fdatasync(self._fd)
+                self._unsynced = 0
+        except OSError as error:
+            raise self._writer.failure("writing", self._place, error) from error
 
 
-def _find_donors(volume: Volume, key: str, own: str) -> Mapping[PurePosixPath, Sequence[Donor]]:
-    """What earlier attempts at a key left, by file; the newest attempt first."""
-    donors: dict[PurePosixPath, list[Donor]] = defaultdict(list)
-    for generation in reversed(volume.names(layout.MODELS / key)):
+@attrs.frozen
+class _Found:
+    """
+    A file of another generation and what is known to be right in it.
+    """
+
+    volume: Volume
+    place: PurePosixPath
+    notes: tuple[PartNote, ...]
+
+    def donor(self, tree: Tree) -> Donor:
+        return Donor(notes=self.notes, open_file=partial(self.volume.open_file, self.place), link=lambda path: tree.link(self.place, path))
+
+    def has_all(self, file: RemoteFile) -> bool:
+        return any(n.sha256 is not None and n.token == file.entry.token and n.stop == file.entry.size_bytes for n in self.notes)
+
+
+def _find_donors(volume: Volume, ref: ModelRef, own: str) -> Mapping[PurePosixPath, Sequence[_Found]]:
+    """
+    Files that may already hold what is wanted: complete ones of the same source first, then what dead writers left,
+    the newest attempt first. Nothing here is believed: tokens choose, digests prove.
+    """
+    donors: dict[PurePosixPath, list[_Found]] = defaultdict(list)
+    for key in volume.names(layout.KEYS):
+        if KEY.fullmatch(key) is None:
+            continue
+        with suppress(StoreFormatError, VolumeError):
+            entry = read_log(volume, key).entry
+            if entry is None or not entry.is_present or entry.uri != ref.uri:
+                continue
+            for file in read_manifest(volume, entry).files:
+                if file.sha256 is not None and file.token is not None:
+                    note = PartNote(path=file.path, token=file.token, stop=file.size_bytes, sha256=file.sha256)
+                    donors[file.path].append(_Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,)))
+    for generation in reversed(volume.names(layout.MODELS / ref.key)):
         if generation == own or layout.parse_generation(generation) is None:
             continue
         for path, notes in _read_journal(volume, generation).items():
-            place = layout.generation_dir(key, generation) / path
-            donors[path].append(Donor(notes=tuple(notes), open_file=partial(volume.open_file, place)))
+            donors[path].append(_Found(volume, layout.generation_dir(ref.key, generation) / path, tuple(notes)))
     return donors
 
 
 def reusable_bytes(volume: Volume, resolved: Resolved) -> int:
     """
-    How many bytes of a model earlier attempts have left, if all of them prove themselves.
+    How many bytes of a model need not be fetched, if all that others have of it proves itself.
     """
-    donors = _find_donors(volume, resolved.ref.key, own="")
+    donors = _find_donors(volume, resolved.ref, own="")
     total = 0
     for file in resolved.files:
-        notes = [note for donor in donors.get(file.entry.path, ()) for note in donor.notes]
-        total += max((n.stop for n in notes if n.token == file.entry.token and n.stop <= file.entry.size_bytes), default=0)
+        notes = [note for found in donors.get(file.entry.path, ()) for note in found.notes]
+        ranges = sorted((n.start, n.stop) for n in notes if n.token == file.entry.token and n.stop <= file.entry.size_bytes)
+        end = 0
+        for start, stop in ranges:
+            total += max(0, stop - max(start, end))
+            end = max(end, stop)
     return total
 
 

@@ -28,11 +28,11 @@ _NUMBER = re.compile(r"[0-9]{12}")
 
 def generation_dir(key: str, generation: str) -> PurePosixPath:
     """The model itself: plain files only."""
-    return MODELS / key / generation
+    return MODELS.joinpath(key, generation)
 
 
 def log_dir(key: str) -> PurePosixPath:
-    return KEYS / key / "log"
+    return KEYS.joinpath(key, "log")
 
 
 def slot_dir(key: str) -> PurePosixPath:

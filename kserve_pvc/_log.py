@@ -6,15 +6,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 import attrs
 
+from kserve_pvc._codec import MAX_RECORD_BYTES, decode, encode
+from kserve_pvc._entry import LogEntry
 from kserve_pvc._layout import MAX_NUMBER, log_dir, manifest_file, parse_log_name, parse_number, slot_dir
-from kserve_pvc._record import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, LogEntry, Manifest, decode, encode
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import StoreFormatError
+
+if TYPE_CHECKING:
+    from kserve_pvc._record import Manifest
 
 _REREADS = 3
 _REREAD_PAUSE = 0.05
@@ -67,26 +73,32 @@ def read_log_of(volume: Volume, ref: ModelRef) -> LogView:
 
 
 def _read_newest(volume: Volume, key: str) -> LogView:
-    records = [(seq, name) for name in volume.names(log_dir(key)) if (seq := parse_log_name(name)) is not None]
+    place = log_dir(key)
+    records = [(seq, name) for name in volume.names(place) if (seq := parse_log_name(name)) is not None]
     if not records:
         return LogView()
     # Should one number have several records, every reader takes the same; a tombstone sorts last and is the safe one.
     seq, name = max(records)
     try:
-        return LogView(seq=seq, entry=_read_entry(volume, key, name))
+        return LogView(seq=seq, entry=_read_entry(volume, key, place / name))
     except StoreFormatError as damage:
         return LogView(seq=seq, damage=damage)
 
 
-def _read_entry(volume: Volume, key: str, name: str) -> LogEntry:
-    place = log_dir(key) / name
+def _read_entry(volume: Volume, key: str, place: PurePosixPath) -> LogEntry:
     data = volume.read(place, MAX_RECORD_BYTES)
     if data is None:
         raise StoreFormatError(str(place), "it is listed and cannot be opened")
-    entry = decode(LogEntry, data, str(place))
-    if entry.name != name or entry.key != key:
+    entry = _decoded(data, str(place))
+    if entry.name != place.name or entry.key != key:
         raise StoreFormatError(str(place), "it belongs under another name, so somebody moved or forged it")
     return entry
+
+
+@lru_cache(maxsize=256)
+def _decoded(data: bytes, where: str) -> LogEntry:
+    # The volume is read each time; the same bytes need no second proof. Damage is an exception, which is not kept.
+    return decode(LogEntry, data, where)
 
 
 def read_all(volume: Volume, key: str) -> list[LogEntry]:
@@ -96,7 +108,8 @@ def read_all(volume: Volume, key: str) -> list[LogEntry]:
     Raises:
         StoreFormatError: One of them is damaged.
     """
-    return [_read_entry(volume, key, name) for name in volume.names(log_dir(key)) if parse_log_name(name) is not None]
+    place = log_dir(key)
+    return [_read_entry(volume, key, place / name) for name in volume.names(place) if parse_log_name(name) is not None]
 
 
 def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
@@ -107,6 +120,8 @@ def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
         StoreFormatError: It is missing, or not the one the record names.
     """
     from hashlib import sha256
+
+    from kserve_pvc._record import MAX_MANIFEST_BYTES, Manifest
 
     place = manifest_file(entry.generation)
     # A record that names few files does not make anybody read a huge manifest.

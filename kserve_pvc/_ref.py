@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import PurePosixPath
 
 import attrs
@@ -17,6 +18,7 @@ from kserve_pvc.errors import InvalidURIError, PolicyError, printable
 
 MAX_URI_BYTES = 2048
 _MAX_SLUG = 40
+_NOT_IN_SLUG = re.compile(r"[^a-z0-9._]+")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _URL_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"<>]*)")
@@ -27,7 +29,7 @@ _USER_INFORMATION = re.compile(r"([^/:]*@)|([^/:]*:(?![0-9]+/).*@)", re.DOTALL)
 Patterns = str | Iterable[str] | None
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(slots=False, kw_only=True)
 class ModelRef:
     """
     One model as it is asked for; equal refs share one key and one copy in a store.
@@ -49,7 +51,7 @@ class ModelRef:
         """
         return self.uri.partition("://")[2]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """
         The name of this model in a store: `<slug>-<16 hex digits>`.
@@ -106,19 +108,21 @@ def parse_ref(uri: str, *, revision: str | None = None, allow_patterns: Patterns
 
 
 def _check_location(scheme: str, location: str) -> None:
-    shown = f"{scheme}://{_without_secrets(location)}"
+    def shown() -> str:
+        return f"{scheme}://{_without_secrets(location)}"
+
     authority = location.partition("/")[0]
     # What follows a colon is a port or a password; a password may hold a slash and hide its `@` behind it.
     if "@" in authority or (not authority and "@" in location) or not _HOST_AND_PORT.fullmatch(authority):
-        raise PolicyError(shown, "credentials do not belong in a URI; use the provider's environment or `storage_options`")
+        raise PolicyError(shown(), "credentials do not belong in a URI; use the provider's environment or `storage_options`")
     if "?" in location or "#" in location:
-        raise PolicyError(shown, "a query or fragment may carry a signature and would be stored; use `revision=` for a version")
+        raise PolicyError(shown(), "a query or fragment may carry a signature and would be stored; use `revision=` for a version")
     if scheme != scheme.lower():
-        raise InvalidURIError(shown, f"schemes are lower case; write `{scheme.lower()}://`")
+        raise InvalidURIError(shown(), f"schemes are lower case; write `{scheme.lower()}://`")
     if not location.isprintable():
-        raise InvalidURIError(shown, "it holds control or unprintable characters")
+        raise InvalidURIError(shown(), "it holds control or unprintable characters")
     if len(location.encode()) > MAX_URI_BYTES:
-        raise InvalidURIError(shown[:80] + "...", f"it is longer than {MAX_URI_BYTES} bytes")
+        raise InvalidURIError(shown()[:80] + "...", f"it is longer than {MAX_URI_BYTES} bytes")
 
 
 def _without_secrets(location: str) -> str:
@@ -142,7 +146,7 @@ def _patterns(patterns: Patterns) -> tuple[str, ...]:
 
 def _slug(location: str) -> str:
     last = next((part for part in reversed(location.split("/")) if part), "")
-    slug = re.sub(r"[^a-z0-9._]+", "-", last.lower()).strip("-._")
+    slug = _NOT_IN_SLUG.sub("-", last.lower()).strip("-._")
     return slug[:_MAX_SLUG].rstrip("-._") or "model"
 
 

@@ -12,8 +12,8 @@ import attrs
 
 from kserve_pvc import _layout as layout
 from kserve_pvc._claims import is_claimed, live_readers
+from kserve_pvc._entry import Holder, LogEntry, StoreSettings, now
 from kserve_pvc._log import LogView, append, highest_slot, read_log_of
-from kserve_pvc._record import Holder, LogEntry, StoreSettings, now
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._volume import VolumeWriter, mount_of
 from kserve_pvc.errors import ModelInUseError

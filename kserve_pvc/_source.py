@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -26,12 +26,14 @@ class RemoteFile:
     One file at the source, pinned to the content it had when it was listed.
 
     `address` is the back end's own name for it; `pin` is what makes a later read fail rather than return other
-    content (an ETag, a version id, an inode with its times).
+    content (an ETag, a version id, an inode with its times). `digest` is what the listing says the bytes amount to,
+    as `name:hex` with `md5`, `crc32` or `sha256`, if it says so.
     """
 
     entry: FileEntry
     address: str
     pin: Mapping[str, str]
+    digest: str | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -60,17 +62,50 @@ def resolved(ref: ModelRef, files: Iterable[RemoteFile], *, version: str | None 
         UnsafePathError: Two names collide.
         PolicyError: More than `MAX_FILES` are listed; neither a listing nor a manifest may grow without bound.
     """
-    chosen = []
-    for number, file in enumerate(files):
-        if number >= MAX_FILES:
-            raise PolicyError(str(ref), f"it has more than {MAX_FILES} files; name a smaller part of it")
-        if ref.selects(file.entry.path):
-            chosen.append(file)
-    chosen.sort(key=lambda f: f.entry.path)
-    if not chosen:
-        raise SourceNotFoundError(str(ref), "no file is there, or the patterns let none through")
-    check_collisions(f.entry.path for f in chosen)
-    return Resolved(ref=ref, version=version or _version(chosen), files=tuple(chosen))
+    listing = Listing(ref)
+    listing.add(files)
+    return listing.resolved(version=version)
+
+
+class Listing:
+    """
+    A back end's listing as it comes in, page by page.
+    """
+
+    def __init__(self, ref: ModelRef) -> None:
+        self._ref = ref
+        self._number = 0
+        self._chosen: list[RemoteFile] = []
+
+    def add(self, files: Iterable[RemoteFile]) -> Sequence[RemoteFile]:
+        """
+        Take more files in, and return those that the patterns let through.
+
+        Raises:
+            PolicyError: More than `MAX_FILES` are listed.
+        """
+        before = len(self._chosen)
+        for file in files:
+            self._number += 1
+            if self._number > MAX_FILES:
+                raise PolicyError(str(self._ref), f"it has more than {MAX_FILES} files; name a smaller part of it")
+            if self._ref.selects(file.entry.path):
+                self._chosen.append(file)
+        return self._chosen[before:]
+
+    def resolved(self, *, version: str | None = None) -> Resolved:
+        """
+        What the source holds, once all of it is listed.
+
+        Raises:
+            SourceNotFoundError: Nothing is left.
+            UnsafePathError: Two names collide.
+        """
+        chosen = sorted(self._chosen, key=lambda f: f.entry.path)
+        if not chosen:
+            raise SourceNotFoundError(str(self._ref), "no file is there, or the patterns let none through")
+        check_collisions(f.entry.path for f in chosen)
+        return Resolved(ref=self._ref, version=version or _version(chosen), files=tuple(chosen))
 
 
 def _version(files: Iterable[RemoteFile]) -> str:
@@ -85,8 +120,13 @@ class RangeReader(Protocol):
     One answer of the source, being read.
     """
 
-    def readinto(self, buffer: memoryview) -> int:
-        """Fill the start of a buffer with the bytes that come next; 0 means the answer is over."""
+    def readinto(self, buffer: memoryview) -> int | None:
+        """
+        Fill the start of a buffer with the bytes that come next.
+
+        0 means that the answer is over; None that nothing has come for a moment (a quarter of a second or so), so that
+        whoever reads can look up and ask again. A reader that cannot tell blocks.
+        """
 
 
 class Backend(Protocol):
@@ -95,6 +135,11 @@ class Backend(Protocol):
 
     Methods are called from several threads at once. Every failure is raised as one of the `Source…Error` classes,
     translated here and nowhere else.
+
+    Three more methods are used if a back end has them: `pages(ref)`, which yields sequences of `RemoteFile` as they are
+    listed, so that files are fetched while the next page is asked for; `evidence(file)`, which asks the source for a
+    digest of a file (`name:hex`, or None), where the listing has none that is cheap or certain enough; and `close()`,
+    which lets go of idle connections once a download is over.
     """
 
     def resolve(self, ref: ModelRef) -> Resolved:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,38 +12,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
+from kserve_pvc import _defaults as defaults
 from kserve_pvc import _layout as layout
-from kserve_pvc._claims import Sign, break_claim, read_claim, reading
-from kserve_pvc._download import TRASH_SECONDS, Download, Outcome, Wish, reusable_bytes
-from kserve_pvc._events import Finished, Listener
+from kserve_pvc._codec import KEY, MAX_RECORD_BYTES
+from kserve_pvc._entry import MAX_LEASE_SECONDS, MIN_LEASE_SECONDS, LogEntry, StoreSettings, decode_settings, encode_settings, now
 from kserve_pvc._log import LogView, read_log, read_log_of, read_manifest
-from kserve_pvc._progress import Callback, make_listener
-from kserve_pvc._record import (
-    KEY,
-    MAX_LEASE_SECONDS,
-    MAX_RECORD_BYTES,
-    MIN_LEASE_SECONDS,
-    Beat,
-    Claim,
-    LogEntry,
-    Record,
-    StoreSettings,
-    decode_settings,
-    encode_settings,
-    now,
-)
 from kserve_pvc._ref import ModelRef, Patterns, parse_ref
-from kserve_pvc._removal import Removal
-from kserve_pvc._settings import Mode, pod_and_node, read_settings
-from kserve_pvc._source import Backend, BackendFactory, Resolved
-from kserve_pvc._transfer import MAX_WORKERS, PART_BYTES
-from kserve_pvc._verify import Level, Problem, Verification, compare
 from kserve_pvc._volume import Volume, VolumeWriter, mount_of
-from kserve_pvc.backends import check_scheme, make_backend
 from kserve_pvc.errors import (
     DamagedRecordError,
     LockerMismatchError,
@@ -56,10 +34,19 @@ from kserve_pvc.errors import (
     UnsafePathError,
 )
 from kserve_pvc.locks import LOCKERS
-from kserve_pvc.locks.liveness import here
 
-# Seconds to wait for another downloader. Long enough for hundreds of gigabytes, short enough to show up in monitoring.
-DEFAULT_TIMEOUT = 3600.0
+# A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks or
+# talks to a source is imported by the method that does it.
+if TYPE_CHECKING:
+    from kserve_pvc._claims import LockInfo
+    from kserve_pvc._download import Outcome
+    from kserve_pvc._plan import Plan
+    from kserve_pvc._progress import Callback
+    from kserve_pvc._record import Holder, Record
+    from kserve_pvc._settings import Mode
+    from kserve_pvc._source import Backend, BackendFactory, Resolved
+    from kserve_pvc._verify import Level, Verification
+
 LOCAL_LEASE_SECONDS = 30.0
 NETWORK_LEASE_SECONDS = 60.0
 
@@ -119,6 +106,8 @@ class Model:
         Raises:
             StoreFormatError: The manifest is damaged or gone.
         """
+        from kserve_pvc._record import Record
+
         entry, manifest = self._entry, read_manifest(Volume(self._root), self._entry)
         return Record(
             uri=entry.uri,
@@ -138,45 +127,6 @@ class Model:
         return str(self.path)
 
 
-@attrs.frozen(kw_only=True)
-class Plan:
-    """
-    What `ensure` would do. Sizes are bytes; `seconds` is an estimate at the rate last measured, or None without one.
-    """
-
-    uri: str
-    key: str
-    version: str
-    action: Literal["nothing", "download"]
-    files: int
-    size_bytes: int
-    bytes_to_fetch: int
-    bytes_reusable: int
-    free_bytes: int
-    seconds: float | None
-
-    @property
-    def fits(self) -> bool:
-        return self.bytes_to_fetch + self.bytes_reusable <= self.free_bytes
-
-
-@attrs.frozen(kw_only=True)
-class LockInfo:
-    """
-    A claim that its holder has not given back. `state` is `dead` if its process provably no longer exists.
-    """
-
-    uri: str
-    key: str
-    epoch: int
-    holder: str
-    since: str
-    state: Literal["held", "dead"]
-    bytes_done: int
-    bytes_total: int
-    bytes_per_second: int
-
-
 class ModelStore:
     """
     A directory on a shared volume that holds complete, verified models.
@@ -189,7 +139,11 @@ class ModelStore:
             created; default 30 on local and 60 on network file systems.
         backends: Factories by URI scheme, preferred to installed ones.
         storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …). Never written down.
-        part_bytes: The most that a killed process costs per worker in bytes fetched again.
+        part_bytes: The most that a killed process costs per stream in bytes fetched again.
+        digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume; the record
+            says so, and `verify` can compare only sizes.
+        stall_seconds: After how long without a byte a range is asked for again on another connection.
+        retry_seconds: How long a range is tried without any progress before `ensure` gives up.
 
     Raises:
         StoreRootError: The root is missing or no directory.
@@ -211,9 +165,13 @@ class ModelStore:
         lease_seconds: float | None = None,
         backends: Mapping[str, BackendFactory] | None = None,
         storage_options: Mapping[str, Any] | None = None,
-        part_bytes: int = PART_BYTES,
+        part_bytes: int = defaults.PART_BYTES,
+        digest: Literal["sha256", "none"] = "sha256",
+        stall_seconds: float = defaults.STALL_SECONDS,
+        retry_seconds: float = defaults.RETRY_SECONDS,
     ) -> None:
-        _check_arguments(mode, locker, lease_seconds, part_bytes)
+        _check_arguments(mode, locker, lease_seconds)
+        _check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
         self._volume = Volume(root)
         self._settings = _read_store_settings(self._volume)
         # The tool that writes exists only here: a read-only store has nothing to write with.
@@ -225,7 +183,12 @@ class ModelStore:
             _check_agreement(self._volume, self._settings, locker, lease_seconds)
         self._factories = dict(backends or {})
         self._options = dict(storage_options or {})
-        self._part_bytes = part_bytes
+        self._tuning: Mapping[str, Any] = {
+            "part_bytes": part_bytes,
+            "digest": digest,
+            "stall_seconds": stall_seconds,
+            "retry_seconds": retry_seconds,
+        }
         self._backends: dict[tuple[int, str], Backend] = {}
 
     @classmethod
@@ -248,6 +211,8 @@ class ModelStore:
             root: Instead of `KSERVE_PVC_STORE`, which defaults to `/mnt/models`.
             arguments: Passed on to `ModelStore`.
         """
+        from kserve_pvc._settings import read_settings
+
         settings = read_settings(environ, annotations)
         chosen = {"mode": settings.mode or "r", "locker": settings.locker, "lease_seconds": settings.lease_seconds, **arguments}
         return cls(settings.store if root is None else root, **chosen)
@@ -273,8 +238,8 @@ class ModelStore:
         refresh: bool = False,
         force_download: bool = False,
         local_files_only: bool = False,
-        timeout: float = DEFAULT_TIMEOUT,
-        max_workers: int = MAX_WORKERS,
+        timeout: float = defaults.TIMEOUT,
+        max_workers: int = defaults.MAX_WORKERS,
         callback: Callback | None = None,
         progress: bool | None = None,
     ) -> Model:
@@ -320,12 +285,8 @@ class ModelStore:
             return self._model(entry, "present", started)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"download the newer version of `{ref}`", _HOW_TO_WRITE)
-        check_scheme(ref.scheme, self._factories)
-        wish = Wish(after_seq=view.seq if force_download else 0, version=resolved.version if resolved else None)
-        with make_listener(progress, callback) as listener, self._flight(ref, timeout):
-            left = max(0.0, timeout - (time.monotonic() - started))
-            outcome = self._download(self._writer, ref, wish, resolved, left, max_workers, listener)
-            listener(Finished(ref=str(ref), status=outcome.status))
+        after_seq = view.seq if force_download else 0
+        outcome = self._download(self._writer, ref, after_seq, resolved, timeout, started, max_workers, callback, progress)
         status: Status = "waited" if outcome.status == "present" else outcome.status
         return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
 
@@ -333,27 +294,38 @@ class ModelStore:
         self,
         writer: VolumeWriter,
         ref: ModelRef,
-        wish: Wish,
+        after_seq: int,
         resolved: Resolved | None,
         timeout: float,
+        started: float,
         max_workers: int,
-        listener: Listener,
+        callback: Callback | None,
+        progress: bool | None,
     ) -> Outcome:
+        from kserve_pvc._download import Download, Wish
+        from kserve_pvc._events import Finished
+        from kserve_pvc._progress import make_listener
+        from kserve_pvc._transfer import Tuning
+        from kserve_pvc.backends import check_scheme
+
         assert self._settings is not None  # A read-write store has created them.
-        download = Download(
-            writer,
-            self._settings,
-            ref,
-            partial(self._backend, ref),
-            holder=here(*pod_and_node()),
-            timeout=timeout,
-            listener=listener,
-            wish=wish,
-            resolved=resolved,
-            part_bytes=self._part_bytes,
-            max_workers=max_workers,
-        )
-        return download.run()
+        check_scheme(ref.scheme, self._factories)
+        with make_listener(progress, callback) as listener, self._flight(ref, timeout):
+            download = Download(
+                writer,
+                self._settings,
+                ref,
+                partial(self._backend, ref),
+                holder=_this_process(),
+                timeout=max(0.0, timeout - (time.monotonic() - started)),
+                listener=listener,
+                wish=Wish(after_seq=after_seq, version=resolved.version if resolved else None),
+                resolved=resolved,
+                tuning=Tuning(max_workers=max_workers, **self._tuning),
+            )
+            outcome = download.run()
+            listener(Finished(ref=str(ref), status=outcome.status))
+        return outcome
 
     @contextmanager
     def _flight(self, ref: ModelRef, timeout: float) -> Iterator[None]:
@@ -421,38 +393,16 @@ class ModelStore:
         What is not guaranteed: that the free space is real (some network volumes make it up), and that nobody else
         changes anything in between.
         """
+        from kserve_pvc._plan import plan_download, plan_nothing
+
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         entry = _present(self._look(ref))
         resolved = None if entry is not None and not refresh else self._backend(ref).resolve(ref)
         if entry is not None and (resolved is None or resolved.version == entry.version):
-            return self._plan(ref, entry.version, "nothing", entry.files, entry.size_bytes, 0, 0)
+            return plan_nothing(self._volume, ref, entry)
         assert resolved is not None  # Without an entry the source was asked.
-        reusable = reusable_bytes(self._volume, resolved)
-        to_fetch = resolved.size_bytes - reusable
-        return self._plan(ref, resolved.version, "download", len(resolved.files), resolved.size_bytes, to_fetch, reusable)
-
-    def _plan(
-        self, ref: ModelRef, version: str, action: Literal["nothing", "download"], files: int, size_bytes: int, to_fetch: int, reusable: int
-    ) -> Plan:
-        rate = self._measured_rate() if to_fetch else 0
-        return Plan(
-            uri=ref.uri,
-            key=ref.key,
-            version=version,
-            action=action,
-            files=files,
-            size_bytes=size_bytes,
-            bytes_to_fetch=to_fetch,
-            bytes_reusable=reusable,
-            free_bytes=self._volume.free_bytes(),
-            seconds=to_fetch / rate if rate else (None if to_fetch else 0.0),
-        )
-
-    def _measured_rate(self) -> int:
-        """Bytes per second of the newest download whose last beat is still there; 0 if there is none."""
         newest = sorted(self.list(), key=lambda model: model.created_at, reverse=True)
-        signs = (read_claim(self._volume, model.key) for model in newest)
-        return next((s.beat.bytes_per_second for s in signs if s is not None and s.beat is not None and s.beat.bytes_per_second), 0)
+        return plan_download(self._volume, ref, resolved, newest_keys=[model.key for model in newest])
 
     def verify(
         self,
@@ -487,6 +437,8 @@ class ModelStore:
                 yield self._verify(view.entry.uri if view.entry else key, view, level)
 
     def _verify(self, uri: str, view: LogView, level: Level) -> Verification:
+        from kserve_pvc._verify import Problem, Verification, compare
+
         if level not in ("size", "full"):
             raise SettingsError("level", str(level), "write `size` or `full`")
         entry = _present(view)
@@ -511,7 +463,7 @@ class ModelStore:
         revision: str | None = None,
         allow_patterns: Patterns = None,
         ignore_patterns: Patterns = None,
-        trash_seconds: float = TRASH_SECONDS,
+        trash_seconds: float = defaults.TRASH_SECONDS,
     ) -> None:
         """
         Remove a model, or what is left of an unfinished download of it.
@@ -528,8 +480,10 @@ class ModelStore:
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
+        from kserve_pvc._removal import Removal
+
         assert self._settings is not None  # A read-write store has created them.
-        if not Removal(self._writer, self._settings, ref, here(*pod_and_node())).run(trash_seconds):
+        if not Removal(self._writer, self._settings, ref, _this_process()).run(trash_seconds):
             raise self._absent(ref, self._look(ref))
 
     @contextmanager
@@ -550,11 +504,13 @@ class ModelStore:
             if self._writer is None or self._settings is None:
                 yield model
                 return
+            from kserve_pvc._claims import reading
+
             generation = model.path.name
             with ExitStack() as lease:
                 with suppress(ReadOnlyStoreError):
-                    holder = here(*pod_and_node())
-                    lease.enter_context(reading(self._writer, generation, lease_seconds=self._settings.lease_seconds, holder=holder))
+                    lasting, holder = self._settings.lease_seconds, _this_process()
+                    lease.enter_context(reading(self._writer, generation, lease_seconds=lasting, holder=holder))
                 # Whoever removes looks for leases after its tombstone is visible: looking again closes the gap.
                 entry = _present(read_log(self._volume, model.key))
                 if entry is not None and entry.generation == generation:
@@ -565,8 +521,9 @@ class ModelStore:
         """
         Every claim that has not been given back, by key. Changes nothing.
         """
-        signs = ((key, read_claim(self._volume, key)) for key in self._keys())
-        return [_lock_info(key, sign) for key, sign in signs if sign is not None and not sign.is_released]
+        from kserve_pvc._claims import read_lock
+
+        return [lock for key in self._keys() if (lock := read_lock(self._volume, key)) is not None]
 
     def break_lock(
         self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
@@ -583,7 +540,9 @@ class ModelStore:
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         if self._writer is None or self._settings is None:
             raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
-        break_claim(self._writer, ref.key, uri=ref.uri, holder=here(*pod_and_node()), lease_seconds=self._settings.lease_seconds)
+        from kserve_pvc._claims import break_claim
+
+        break_claim(self._writer, ref.key, uri=ref.uri, holder=_this_process(), lease_seconds=self._settings.lease_seconds)
 
     def _keys(self) -> Sequence[str]:
         return [name for name in self._volume.names(layout.KEYS) if KEY.fullmatch(name)]
@@ -629,6 +588,8 @@ class ModelStore:
         return ModelNotFoundError(str(ref), str(self.root))
 
     def _backend(self, ref: ModelRef) -> Backend:
+        from kserve_pvc.backends import make_backend
+
         # Clients of remote services do not survive a fork, so each process has its own.
         name = (os.getpid(), ref.scheme)
         if name not in self._backends:
@@ -643,31 +604,28 @@ def _present(view: LogView) -> LogEntry | None:
     return view.entry if view.entry is not None and view.entry.is_present else None
 
 
-def _lock_info(key: str, sign: Sign) -> LockInfo:
-    owner = sign.owner if isinstance(sign.owner, Claim) else None
-    beat = sign.beat or Beat(count=0)
-    return LockInfo(
-        uri=owner.uri if owner else "unknown",
-        key=key,
-        epoch=int(sign.name),
-        holder=sign.holder,
-        since=owner.claimed_at.isoformat(timespec="seconds") if owner else "unknown",
-        state="dead" if sign.is_dead else "held",
-        bytes_done=beat.bytes_done,
-        bytes_total=beat.bytes_total,
-        bytes_per_second=beat.bytes_per_second,
-    )
+def _this_process() -> Holder:
+    from kserve_pvc._settings import pod_and_node
+    from kserve_pvc.locks.liveness import here
+
+    return here(*pod_and_node())
 
 
-def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None, part_bytes: int) -> None:
+def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None) -> None:
     if mode not in ("r", "rw"):
         raise SettingsError("mode", str(mode), 'write "r" or "rw"')
     if locker is not None and locker not in LOCKERS:
         raise SettingsError("locker", str(locker), f"choose one of {', '.join(LOCKERS)}")
     if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
         raise SettingsError("lease_seconds", str(lease_seconds), f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds")
-    if part_bytes < 1:
-        raise SettingsError("part_bytes", str(part_bytes), "it must be positive")
+
+
+def _check_tuning(part_bytes: int, digest: str, stall_seconds: float, retry_seconds: float) -> None:
+    for name, value in (("part_bytes", part_bytes), ("stall_seconds", stall_seconds), ("retry_seconds", retry_seconds)):
+        if not value > 0:
+            raise SettingsError(name, str(value), "it must be positive")
+    if digest not in ("sha256", "none"):
+        raise SettingsError("digest", str(digest), "write `sha256` or `none`")
 
 
 def _read_store_settings(volume: Volume) -> StoreSettings | None:
@@ -678,7 +636,7 @@ def _read_store_settings(volume: Volume) -> StoreSettings | None:
 def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
     default = NETWORK_LEASE_SECONDS if mount_of(writer.root).is_network else LOCAL_LEASE_SECONDS
     settings = StoreSettings(
-        store_id=secrets.token_hex(16), locker=locker or LOCKERS[0], lease_seconds=lease_seconds or default, created_at=now()
+        store_id=os.urandom(16).hex(), locker=locker or LOCKERS[0], lease_seconds=lease_seconds or default, created_at=now()
     )
     private = layout.staging_dir(f"create-{settings.store_id}")
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")

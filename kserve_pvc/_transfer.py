@@ -1,45 +1,74 @@
 """
-Bytes from a pinned source into a generation of our own: hashed once, written once, in bounded memory.
+Bytes from a pinned source into a generation of our own: written once, hashed in order, in bounded memory.
 
-Each worker owns one file at a time and one small buffer. A file is written in order, so its SHA-256 is known when the
-last byte is; after every part the bytes are made durable and noted in the journal, with the digest of all bytes so
-far. Whoever finds the journal of a dead writer copies those bytes, checks that digest while copying, and fetches the
-rest. Nothing of a dead writer is ever written to.
+Ranges of all files are in flight together, each received into a small buffer that is used again and again. Whoever
+fetches the range at the front of a file (the first byte that is not hashed yet) hashes it on the way; a range further
+on gets a CRC32, is written to its place, and is hashed from the page cache once the front has reached it. After every
+range the bytes are made durable and noted in the journal with a digest. Whoever finds the journal of a dead writer
+takes those bytes over, checks them while doing so, and fetches the rest. Nothing of a dead writer is ever written to.
 """
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
+import heapq
 import os
-import queue
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, suppress
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import PurePosixPath
-from typing import Protocol
+from typing import Literal, Protocol
 
 import attrs
 
+from kserve_pvc import _defaults as defaults
+from kserve_pvc._pace import Pace
 from kserve_pvc._record import FileEntry, PartNote
 from kserve_pvc._retry import delays
 from kserve_pvc._source import Backend, RemoteFile
-from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError
+from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
 
-PART_BYTES = 64 * 1024 * 1024
-MAX_WORKERS = 4
-_BUFFER_BYTES = 1024 * 1024
+_BUFFER_BYTES = 512 * 1024
+_MIB = 1024 * 1024
+# The least that is worth a request of its own; towards the end ranges shrink to it, so that all streams end together.
+_SHORTEST_RANGE = 8 * _MIB
+# Below this an MD5 of the listing is good enough; above, the source is asked for a real checksum.
+_EVIDENCE_BYTES = 16 * _MIB
+# A stream that brings less than this in the time of a stall is as good as silent.
+_TRICKLE_BYTES = 16 * 1024
+# Receive buffers of all transfers of this process together: streams beyond it wait for one.
+_BUDGET_BYTES = 32 * _MIB
+
+_budget = threading.BoundedSemaphore(_BUDGET_BYTES // _BUFFER_BYTES)
+
+
+def _forget_budget() -> None:
+    global _budget
+    _budget = threading.BoundedSemaphore(_BUDGET_BYTES // _BUFFER_BYTES)
+
+
+# What other threads held at the time of a fork is not held in the child.
+os.register_at_fork(after_in_child=_forget_budget)
 
 
 @attrs.frozen(kw_only=True)
 class Donor:
     """
-    What a dead writer left of one file: notes in rising order of `stop`, and how to open what it wrote.
+    A file that somebody else wrote and that may hold the bytes we want.
+
+    `notes` says what of it is proven by which digest. A note of a whole file also says that its writer has closed it
+    for good, so that its inode may be shared: `link` gives it a second name in our generation, or says that it cannot.
     """
 
     notes: tuple[PartNote, ...]
     open_file: Callable[[], AbstractContextManager[int]]
+    link: Callable[[PurePosixPath], bool]
 
 
 @attrs.frozen(kw_only=True)
@@ -47,15 +76,38 @@ class Destination:
     """
     Where a generation is written.
 
-    `create` opens a new file, `write` puts bytes at an offset, `finish` makes the file durable, immutable and closed,
-    `note` appends to the journal, `failure` says what an error of the volume means.
+    `create` opens a new file, `allocate` reserves room for it, `write` puts bytes at an offset, `copy` puts those of
+    another file there (from, to, start, stop), `finish` makes the file immutable and closed, and durable if asked,
+    `note` appends to the journal how far so many bytes more have come, `failure` says what an error of the volume means.
     """
 
     create: Callable[[PurePosixPath], int]
+    allocate: Callable[[int, int], None]
     write: Callable[[int, memoryview, int], None]
-    finish: Callable[[int, PurePosixPath], None]
-    note: Callable[[PartNote], None]
+    copy: Callable[[int, int, int, int], bool]
+    finish: Callable[[int, PurePosixPath, bool], None]
+    note: Callable[[PartNote, int], None]
     failure: Callable[[str, PurePosixPath, OSError], Exception]
+
+
+@attrs.frozen(kw_only=True)
+class Tuning:
+    """
+    How bytes are fetched.
+
+    Args:
+        part_bytes: The longest range, and so the most that a killed process costs per stream.
+        max_workers: The most streams at once; how many are worth while is found out on the way.
+        digest: `sha256`, or `none` to trust the transport and the volume.
+        stall_seconds: After how long without a byte a range is asked for again on another connection.
+        retry_seconds: How long a range is tried without a byte of progress before the transfer fails.
+    """
+
+    part_bytes: int = defaults.PART_BYTES
+    max_workers: int = defaults.MAX_WORKERS
+    digest: Literal["sha256", "none"] = "sha256"
+    stall_seconds: float = defaults.STALL_SECONDS
+    retry_seconds: float = defaults.RETRY_SECONDS
 
 
 class Observer(Protocol):
@@ -76,151 +128,579 @@ class _CancelledError(Exception):
     """Another worker failed first."""
 
 
-@attrs.frozen(kw_only=True)
+class _Hashes:
+    """
+    The digests of one file, fed in order: ours, and the one the source vouches for.
+    """
+
+    def __init__(self, digest: str, promised: str | None) -> None:
+        self.sha256 = hashlib.sha256() if digest == "sha256" else None
+        self._kind, _, self._promised = (promised or "").partition(":")
+        self._md5 = hashlib.md5(usedforsecurity=False) if self._kind == "md5" else None
+        self._crc32 = 0
+        if self._kind == "sha256" and self.sha256 is None:
+            self._kind = ""
+        self.is_needed = self.sha256 is not None or bool(self._kind)
+
+    def copy(self) -> _Hashes:
+        twin = copy.copy(self)
+        twin.sha256 = self.sha256 and self.sha256.copy()
+        twin._md5 = self._md5 and self._md5.copy()
+        return twin
+
+    def update(self, piece: memoryview) -> None:
+        if self.sha256 is not None:
+            self.sha256.update(piece)
+        if self._md5 is not None:
+            self._md5.update(piece)
+        elif self._kind == "crc32":
+            self._crc32 = zlib.crc32(piece, self._crc32)
+
+    def so_far(self) -> str | None:
+        return None if self.sha256 is None else self.sha256.hexdigest()
+
+    def compare(self) -> tuple[str, str] | None:
+        """What the source promised and what came, or None if it promised nothing."""
+        if self._kind == "sha256" and self.sha256 is not None:
+            found = self.sha256.hexdigest()
+        elif self._md5 is not None:
+            found = self._md5.hexdigest()
+        elif self._kind == "crc32":
+            found = f"{self._crc32:08x}"
+        else:
+            return None
+        return f"{self._kind}:{self._promised}", f"{self._kind}:{found}"
+
+
+@attrs.define(eq=False)
+class _Writing:
+    """
+    One file being written: what nobody fetches yet, what is written, and how far it is hashed.
+    """
+
+    file: RemoteFile
+    fd: int
+    hashes: _Hashes
+    gaps: list[tuple[int, int]]
+    unwritten: int
+    hashed: int = 0
+    is_hashing: bool = False
+    ready: dict[int, int] = attrs.field(factory=dict)
+
+    @property
+    def is_over(self) -> bool:
+        return not self.unwritten and not self.is_hashing and (self.hashed == self.file.entry.size_bytes or not self.hashes.is_needed)
+
+
+@attrs.frozen
+class _Span:
+    """A range for one worker. `is_front`: it begins where the file is hashed up to, so it is hashed on the way."""
+
+    of: _Writing
+    start: int
+    stop: int
+    is_front: bool
+
+
 class Transfer:
     """
     One attempt to write all files of a model.
+
+    Memory is bounded by one buffer of 512 KiB per stream and what the back end holds per open range.
     """
 
-    backend: Backend
-    destination: Destination
-    donors: Mapping[PurePosixPath, Sequence[Donor]]
-    observer: Observer
-    part_bytes: int = PART_BYTES
-    max_workers: int = MAX_WORKERS
-    _cancelled: threading.Event = attrs.field(factory=threading.Event, init=False)
-    _buffers: queue.SimpleQueue[memoryview] = attrs.field(factory=queue.SimpleQueue, init=False)
+    def __init__(
+        self,
+        *,
+        backend: Backend,
+        destination: Destination,
+        donors: Mapping[PurePosixPath, Sequence[Donor]],
+        observer: Observer,
+        tuning: Tuning,
+    ) -> None:
+        self._backend = backend
+        self._destination = destination
+        self._donors = donors
+        self._observer = observer
+        self._part_bytes = tuning.part_bytes
+        self._digest = tuning.digest
+        self._stall_seconds = tuning.stall_seconds
+        self._retry_seconds = tuning.retry_seconds
+        self._evidence: Callable[[RemoteFile], str | None] = getattr(backend, "evidence", lambda file: file.digest)
+        self._pace = Pace(tuning.max_workers)
+        self._guard = threading.Condition()
+        self._waiting: list[tuple[int, int, RemoteFile]] = []  # A heap: the largest file first.
+        self._number = 0
+        self._open: list[_Writing] = []
+        self._unassigned = 0
+        self._left = 0  # Files that are not done.
+        self._is_listed = False
+        self._failure: BaseException | None = None
+        self._done: dict[PurePosixPath, FileEntry] = {}
+        self._received = 0
+        self._leave_alone_until = 0.0
 
-    def run(self, files: Sequence[RemoteFile]) -> tuple[FileEntry, ...]:
+    def run(self, pages: Iterable[Sequence[RemoteFile]]) -> Mapping[PurePosixPath, FileEntry]:
         """
-        Write every file, the largest first, and return what was written, in the order given.
+        Write every file and return what was written.
 
-        Memory is bounded by `max_workers` buffers of 1 MiB and what the back end holds per open range.
+        Files of a page are begun while the next page is being listed.
 
         Raises:
-            StoreError: The first failure; all other workers have stopped when it is raised.
+            StoreError: The first failure; all workers have stopped when it is raised.
         """
-        workers = max(1, min(self.max_workers, len(files)))
-        for _ in range(workers):
-            self._buffers.put(memoryview(bytearray(_BUFFER_BYTES)))
-        largest_first = sorted(files, key=lambda f: -f.entry.size_bytes)
-        with ThreadPoolExecutor(workers, thread_name_prefix="kserve-pvc-transfer") as pool:
-            futures = {f.entry.path: pool.submit(self._one, f) for f in largest_first}
+        with ExitStack() as stack:
+            self._chasers = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="kserve-pvc-hash"))
+            workers: list[threading.Thread] = []
             try:
-                wait(futures.values(), return_when=FIRST_EXCEPTION)
-            finally:  # Also after a KeyboardInterrupt: no worker outlives this call.
-                if not all(f.done() and f.exception() is None for f in futures.values()):
-                    self._cancelled.set()
-                    pool.shutdown(wait=True, cancel_futures=True)
-        failures = [error for f in futures.values() if not f.cancelled() and (error := f.exception()) is not None]
-        # Whoever stopped because of another's failure may be done before it.
-        for error in sorted(failures, key=lambda error: isinstance(error, _CancelledError)):
-            raise error
-        return tuple(futures[f.entry.path].result() for f in files)
+                for page in pages:
+                    self._add(page)
+                    self._staff(workers)
+                with self._guard:
+                    self._is_listed = True
+                    self._guard.notify_all()
+                cpus = len(os.sched_getaffinity(0))
+                while not self._wait(self._pace.look(time.monotonic(), self._received, time.process_time(), cpus)):
+                    self._staff(workers)
+            except BaseException as error:  # A KeyboardInterrupt too: no worker outlives this call.
+                self._fail(error)
+            for worker in workers:
+                worker.join()
+        if self._failure is not None:
+            for writing in self._open:
+                with suppress(OSError):
+                    os.close(writing.fd)
+            raise self._failure
+        return self._done
 
-    def _one(self, file: RemoteFile) -> FileEntry:
-        buffer = self._buffers.get()
-        try:
-            return self._write_file(file, buffer)
-        except BaseException:
-            self._cancelled.set()
-            raise
-        finally:
-            self._buffers.put(buffer)
+    def _wait(self, seconds: float) -> bool:
+        with self._guard:
+            return self._guard.wait_for(lambda: self._failure is not None or not self._left, seconds)
 
-    def _write_file(self, file: RemoteFile, buffer: memoryview) -> FileEntry:
-        path = file.entry.path
-        self._check()
-        fd = self.destination.create(path)
+    def _add(self, page: Sequence[RemoteFile]) -> None:
+        with self._guard:
+            for file in page:
+                self._number += 1
+                heapq.heappush(self._waiting, (-file.entry.size_bytes, self._number, file))
+                self._unassigned += file.entry.size_bytes
+            self._left += len(page)
+            self._guard.notify_all()
+
+    def _staff(self, workers: list[threading.Thread]) -> None:
+        """Start as many workers as there may be streams and as there is work for; those above the pace rest."""
+        with self._guard:
+            if self._failure is not None:
+                raise _CancelledError
+            wanted = min(self._pace.streams, len(self._waiting) + self._unassigned // min(self._part_bytes, _SHORTEST_RANGE) + 1)
+            self._guard.notify_all()
+        while len(workers) < wanted:
+            worker = threading.Thread(target=self._work, args=(len(workers),), name=f"kserve-pvc-transfer-{len(workers)}", daemon=True)
+            workers.append(worker)
+            worker.start()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._guard:
+            # Whoever stopped because of another's failure may be done before it.
+            if self._failure is None and not isinstance(error, _CancelledError):
+                self._failure = error
+            self._guard.notify_all()
+
+    def _work(self, number: int) -> None:
+        budget = _budget
         try:
-            digest = self._fill(file, fd, buffer)
+            while not budget.acquire(timeout=0.1):
+                self._check()
+            try:
+                buffer = memoryview(bytearray(_BUFFER_BYTES))
+                last: _Writing | None = None
+                while (work := self._next(number, last)) is not None:
+                    if isinstance(work, RemoteFile):
+                        last = self._begin(work, buffer)
+                    else:
+                        self._fetch(work, buffer)
+                        last = work.of
+            finally:
+                budget.release()
         except BaseException as error:
+            self._fail(error)
+
+    def _next(self, number: int, last: _Writing | None) -> RemoteFile | _Span | None:
+        """What a worker does now: the front of a file before a new file before a range further on."""
+        with self._guard:
+            while True:
+                if self._failure is not None:
+                    raise _CancelledError
+                if number < self._pace.streams:
+                    if last is not None and last.gaps and self._is_front(last):
+                        return self._take(last)
+                    front = next((w for w in self._open if w.gaps and self._is_front(w)), None)
+                    if front is not None:
+                        return self._take(front)
+                    if self._waiting:
+                        size, _, file = heapq.heappop(self._waiting)
+                        self._unassigned += size
+                        return file
+                    longest = max((w for w in self._open if w.gaps), key=_span_bytes, default=None)
+                    if longest is not None:
+                        return self._take(longest)
+                if self._is_listed and not self._left:
+                    return None
+                self._guard.wait(1.0)
+
+    def _is_front(self, writing: _Writing) -> bool:
+        return not writing.is_hashing and writing.gaps[0][0] == writing.hashed and writing.hashes.is_needed
+
+    def _take(self, writing: _Writing) -> _Span:
+        is_front = self._is_front(writing)
+        start, end = writing.gaps[0]
+        # As long as there is much to do, ranges are long; near the end each stream's share of what is left.
+        share = self._unassigned // (2 * max(1, self._pace.streams))
+        length = min(self._part_bytes, max(_SHORTEST_RANGE, -(-share // _MIB) * _MIB))
+        stop = min(end, (start // length + 1) * length)
+        if stop < end:
+            writing.gaps[0] = (stop, end)
+        else:
+            del writing.gaps[0]
+        writing.is_hashing = writing.is_hashing or is_front
+        self._unassigned -= stop - start
+        return _Span(writing, start, stop, is_front)
+
+    def _begin(self, file: RemoteFile, buffer: memoryview) -> _Writing | None:
+        """Open a file, take over what others have of it, and fetch its first range; the rest is there for all workers."""
+        self._check()
+        size = file.entry.size_bytes
+        if (entry := self._share(file, buffer)) is not None:
+            self._finished(file, entry)
+            return None
+        promised = f"sha256:{file.entry.sha256}" if file.entry.sha256 else file.digest
+        if size > _EVIDENCE_BYTES and not file.entry.sha256:
+            promised = self._asked(file)
+        hashes = _Hashes(self._digest, promised)
+        fd = self._destination.create(file.entry.path)
+        writing = _Writing(file, fd, hashes, [(0, size)] if size else [], size)
+        try:
+            with _naming(self._destination, file.entry.path):
+                if size >= _SHORTEST_RANGE:
+                    self._destination.allocate(fd, size)
+                self._adopt(writing, buffer)
+        except BaseException:
             with suppress(OSError):
                 os.close(fd)
-            if isinstance(error, OSError) and error.errno is not None:
-                raise self.destination.failure("writing", path, error) from error
             raise
-        self.destination.finish(fd, path)
-        if file.entry.sha256 not in (None, digest):
-            raise DigestMismatchError(str(path), f"sha256:{file.entry.sha256}", f"sha256:{digest}")
-        self.destination.note(self._note(file, file.entry.size_bytes, digest))
-        return attrs.evolve(file.entry, sha256=digest)
+        with self._guard:
+            self._open.append(writing)
+            self._unassigned += _span_bytes(writing)
+            span = self._take(writing) if writing.gaps else None
+            if writing.gaps:
+                self._guard.notify_all()
+        if span is not None:
+            self._fetch(span, buffer)
+        else:
+            self._settle(writing)
+        return writing
 
-    def _fill(self, file: RemoteFile, fd: int, buffer: memoryview) -> str:
-        size = file.entry.size_bytes
-        digest, offset = self._adopt(file, fd, buffer)
-        while offset < size:
-            stop = min(size, (offset // self.part_bytes + 1) * self.part_bytes)
-            for piece in self._pieces(file, offset, stop, buffer):
-                digest.update(piece)
-                self.destination.write(fd, piece, offset)
-                offset += len(piece)
-                self.observer.received(len(piece))
-            if offset < size:
-                os.fdatasync(fd)
-                self.destination.note(self._note(file, offset, digest.hexdigest()))
-        return digest.hexdigest()
+    def _asked(self, file: RemoteFile) -> str | None:
+        """Ask the source for a digest, as patiently as for bytes."""
+        tries = _Tries(self._retry_seconds)
+        while True:
+            self._wait_until_welcome()
+            try:
+                return self._evidence(file)
+            except SourceUnavailableError as error:
+                self._pause(error, tries)
 
-    def _note(self, file: RemoteFile, stop: int, sha256: str) -> PartNote:
-        return PartNote(path=file.entry.path, token=str(file.entry.token), stop=stop, sha256=sha256)
+    def _fetch(self, span: _Span, buffer: memoryview) -> None:
+        writing, position, crc = span.of, span.start, 0
+        proves = not span.is_front and writing.hashes.sha256 is not None
+        path = writing.file.entry.path
+        with _naming(self._destination, writing.file.entry.path):
+            for piece in self._pieces(writing.file, span.start, span.stop, buffer):
+                if span.is_front:
+                    writing.hashes.update(piece)
+                elif proves:
+                    crc = zlib.crc32(piece, crc)
+                self._destination.write(writing.fd, piece, position)
+                position += len(piece)
+                self._received += len(piece)  # Only for the pace; a lost addition does not matter.
+                self._observer.received(len(piece))
+            is_last = writing.unwritten == span.stop - span.start
+            if not is_last:
+                os.fdatasync(writing.fd)
+                note = PartNote(
+                    path=path,
+                    token=str(writing.file.entry.token),
+                    start=0 if span.is_front else span.start,
+                    stop=span.stop,
+                    sha256=writing.hashes.so_far() if span.is_front else None,
+                    crc32=crc if proves else None,
+                )
+                self._destination.note(note, span.stop - span.start)
+        with self._guard:
+            writing.unwritten -= span.stop - span.start
+            if span.is_front:
+                writing.hashed, writing.is_hashing = span.stop, False
+            elif writing.hashes.is_needed:
+                writing.ready[span.start] = span.stop
+        self._settle(writing)
+
+    def _settle(self, writing: _Writing) -> None:
+        """Hash what has become the front, and end a file that has all its bytes."""
+        with self._guard:
+            is_chased = not writing.is_hashing and writing.hashed in writing.ready
+            is_over = writing.is_over and writing in self._open
+            if is_chased:
+                writing.is_hashing = True
+            elif is_over:
+                self._open.remove(writing)
+            elif writing.gaps:
+                self._guard.notify_all()
+        if is_chased:
+            self._chasers.submit(self._chase, writing)
+        elif is_over:
+            self._end(writing)
+
+    def _chase(self, writing: _Writing) -> None:
+        """Hash what was written ahead of the front, from the page cache."""
+        try:
+            buffer = memoryview(bytearray(_BUFFER_BYTES // 2))
+            while True:
+                with self._guard:
+                    stop = writing.ready.pop(writing.hashed, None)
+                    if stop is None:
+                        writing.is_hashing = False
+                        break
+                with _naming(self._destination, writing.file.entry.path):
+                    if not self._read(writing.fd, writing.hashed, stop, buffer, writing.hashes.update):
+                        raise OSError(errno.EIO, "a file is shorter than what was written to it")
+                writing.hashed = stop
+            self._settle(writing)
+        except BaseException as error:
+            self._fail(error)
+
+    def _end(self, writing: _Writing) -> None:
+        file, size = writing.file, writing.file.entry.size_bytes
+        try:
+            checked = self._compare(writing)
+        except BaseException:
+            with suppress(OSError):
+                os.close(writing.fd)
+            raise
+        self._destination.finish(writing.fd, file.entry.path, size >= _SHORTEST_RANGE)
+        sha256 = writing.hashes.so_far()
+        note = PartNote(path=file.entry.path, token=str(file.entry.token), start=0, stop=size, sha256=sha256, crc32=None)
+        self._destination.note(note, size)
+        self._finished(file, attrs.evolve(file.entry, sha256=sha256, evidence=checked))
+
+    def _finished(self, file: RemoteFile, entry: FileEntry) -> None:
+        with self._guard:
+            self._done[file.entry.path] = entry
+            self._left -= 1
+            if not self._left:
+                self._guard.notify_all()
+
+    def _compare(self, writing: _Writing) -> str | None:
+        compared = writing.hashes.compare()
+        if compared is None:
+            return None
+        promised, found = compared
+        if promised == found:
+            return promised
+        file = writing.file
+        # What looks like an MD5 in a listing is none where the server encrypts: then the source itself has another word.
+        if promised == file.digest and not file.entry.sha256 and self._asked(file) != promised:
+            return None
+        raise DigestMismatchError(str(file.entry.path), promised, found)
 
     def _pieces(self, file: RemoteFile, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
         """Yield the bytes of a range in order; after a failure go on where the last byte was."""
-        pauses = delays(random.random())
+        tries = _Tries(self._retry_seconds)
         while start < stop:
+            self._wait_until_welcome()
+            began, opened = start, time.monotonic()
             try:
-                with self.backend.open_range(file, start, stop) as reader:
+                with self._backend.open_range(file, start, stop) as reader:
                     while start < stop:
                         self._check()
                         count = reader.readinto(buffer[: min(len(buffer), stop - start)])
                         if count == 0:
                             raise SourceUnavailableError(file.address, f"the answer ended {stop - start} bytes early")
-                        start += count
-                        yield buffer[:count]
-                        pauses = delays(random.random())  # Bytes arrived: the source is well, start counting anew.
+                        if count is not None:
+                            start += count
+                            yield buffer[:count]
+                        now = time.monotonic()
+                        if now - opened > self._stall_seconds:
+                            if start - began < _TRICKLE_BYTES and start < stop:
+                                raise SourceUnavailableError(file.address, f"it sent {start - began} bytes in {now - opened:.3g} s")
+                            began, opened = start, now
+                            tries = _Tries(self._retry_seconds)
             except SourceUnavailableError as error:
-                delay = next(pauses, None)
-                if delay is None:
-                    raise
-                self.observer.retried(str(error), delay)
-                if self._cancelled.wait(delay):
-                    raise _CancelledError from error
+                if start - began >= _TRICKLE_BYTES:
+                    tries = _Tries(self._retry_seconds)  # Bytes arrived: the source is well, start counting anew.
+                self._pause(error, tries)
 
-    def _adopt(self, file: RemoteFile, fd: int, buffer: memoryview) -> tuple[hashlib._Hash, int]:
-        """Copy what dead writers left of a file, as far as it proves itself, and return the digest so far."""
-        digest, offset = hashlib.sha256(), 0
+    def _pause(self, error: SourceUnavailableError, tries: _Tries) -> None:
+        delay = None if error.is_final else tries.next_delay(error.retry_after)
+        if delay is None:
+            raise error
+        self._pace.congested(time.monotonic(), delay)
+        if error.retry_after:
+            # The source asked for it, so it is not only this stream that leaves it alone.
+            self._leave_alone_until = max(self._leave_alone_until, time.monotonic() + error.retry_after)
+        self._observer.retried(str(error), delay)
+        self._sleep(delay)
+
+    def _wait_until_welcome(self) -> None:
+        while (seconds := self._leave_alone_until - time.monotonic()) > 0:
+            self._sleep(seconds)
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self._check()
+            with self._guard:
+                self._guard.wait_for(lambda: self._failure is not None, min(left, 0.5))
+
+    def _share(self, file: RemoteFile, buffer: memoryview) -> FileEntry | None:
+        """Give a whole file of somebody else, if it proves itself, a second name instead of fetching it."""
+        if self._digest == "none":
+            return None
+        for donor, note in self._offers(file):
+            if note.sha256 is None or (note.start, note.stop) != (0, file.entry.size_bytes):
+                continue
+            try:
+                with donor.open_file() as fd:
+                    is_whole = os.fstat(fd).st_size == note.stop
+                    digest = hashlib.sha256()
+                    if not is_whole or not self._read(fd, 0, note.stop, buffer, digest.update) or digest.hexdigest() != note.sha256:
+                        continue
+                if not donor.link(file.entry.path):
+                    continue
+            except (OSError, ValueError):
+                continue  # Collected, lost, replaced or not for us to read: its bytes are fetched.
+            self._observer.adopted(note.stop)
+            self._destination.note(note, note.stop)
+            return attrs.evolve(file.entry, sha256=note.sha256)
+        return None
+
+    def _offers(self, file: RemoteFile) -> Iterator[tuple[Donor, PartNote]]:
         # Without a token nothing says that the source still means the same bytes.
-        donors = self.donors.get(file.entry.path, ()) if file.entry.token else ()
-        for donor in donors:
-            notes = [n for n in donor.notes if n.token == str(file.entry.token) and offset < n.stop <= file.entry.size_bytes]
-            with ExitStack() as opened:
-                try:
-                    source = opened.enter_context(donor.open_file())
-                except (OSError, ValueError):
-                    continue  # Collected, lost, replaced or not for us to read: its bytes are fetched.
-                for note in notes:
-                    copied = self._copy(source, fd, offset, note.stop, digest.copy(), buffer)
-                    if copied is None or copied.hexdigest() != note.sha256:
-                        break
-                    self.observer.adopted(note.stop - offset)
-                    digest, offset = copied, note.stop
-        return digest, offset
+        for donor in self._donors.get(file.entry.path, ()) if file.entry.token else ():
+            for note in donor.notes:
+                if note.token == file.entry.token and note.stop <= file.entry.size_bytes:
+                    yield donor, note
 
-    def _copy(self, source: int, target: int, start: int, stop: int, digest: hashlib._Hash, buffer: memoryview) -> hashlib._Hash | None:
+    def _adopt(self, writing: _Writing, buffer: memoryview) -> None:
+        """Copy what others have of a file, as far as it proves itself; the gaps are left to be fetched."""
+        offers = list(self._offers(writing.file))
+        # Beginnings first, each from where the one before ended; then what lies further on.
+        for donor, note in sorted(offers, key=lambda offer: (offer[1].sha256 is None, offer[1].start, offer[1].stop)):
+            is_front = note.sha256 is not None and writing.hashes.sha256 is not None
+            start = writing.hashed if is_front else note.start
+            is_proven = is_front or note.crc32 is not None or self._digest == "none"
+            if not is_proven or note.stop <= start or not _is_free(writing.gaps, start, note.stop):
+                continue
+            try:
+                with donor.open_file() as source:
+                    if not self._take_over(writing, source, note, start, buffer, is_front=is_front):
+                        continue
+            except (OSError, ValueError):
+                continue
+            writing.gaps = _without(writing.gaps, start, note.stop)
+            writing.unwritten -= note.stop - start
+            self._observer.adopted(note.stop - start)
+
+    def _take_over(self, writing: _Writing, source: int, note: PartNote, start: int, buffer: memoryview, *, is_front: bool) -> bool:
+        """Copy what a note speaks of and check the copy. False: it does not prove itself."""
+        if not self._destination.copy(source, writing.fd, start, note.stop):
+            return False
+        if is_front:
+            hashes = writing.hashes.copy()
+            if not self._read(writing.fd, start, note.stop, buffer, hashes.update) or hashes.so_far() != note.sha256:
+                return False
+            writing.hashes, writing.hashed = hashes, note.stop
+            return True
+        if note.crc32 is not None:
+            crc = _CRC32()
+            if not self._read(writing.fd, start, note.stop, buffer, crc.update) or crc.value != note.crc32:
+                return False
+        if writing.hashes.is_needed:
+            writing.ready[start] = note.stop
+        return True
+
+    def _read(self, fd: int, start: int, stop: int, buffer: memoryview, update: Callable[[memoryview], None]) -> bool:
+        """Feed a range of a file to a digest. False: the file ends before it."""
         while start < stop:
             self._check()
-            try:
-                count = os.preadv(source, [buffer[: min(len(buffer), stop - start)]], start)
-            except OSError:
-                return None
+            count = os.preadv(fd, [buffer[: min(len(buffer), stop - start)]], start)
             if count == 0:
-                return None
-            digest.update(buffer[:count])
-            self.destination.write(target, buffer[:count], start)
+                return False
+            update(buffer[:count])
             start += count
-        return digest
+        return True
 
     def _check(self) -> None:
-        if self._cancelled.is_set():
+        if self._failure is not None:
             raise _CancelledError
-        self.observer.check()
+        self._observer.check()
+
+
+class _CRC32:
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, piece: memoryview) -> None:
+        self.value = zlib.crc32(piece, self.value)
+
+
+class _Tries:
+    """
+    How often and how long something is tried that makes no progress.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._pauses = delays(random.random())
+        self._last = 0.2
+
+    def next_delay(self, retry_after: float | None) -> float | None:
+        """
+        Seconds until the next try, or None after the last. A source that is busy may be for long: only time limits it.
+        """
+        delay = next(self._pauses, None if retry_after is None else min(self._last * 2, 10.0))
+        if delay is None:
+            return None
+        self._last = delay
+        delay = max(delay, retry_after or 0.0)
+        return None if time.monotonic() + delay > self._deadline else delay
+
+
+def _span_bytes(writing: _Writing) -> int:
+    return sum(stop - start for start, stop in writing.gaps)
+
+
+def _is_free(gaps: Sequence[tuple[int, int]], start: int, stop: int) -> bool:
+    return any(first <= start and stop <= last for first, last in gaps)
+
+
+def _without(gaps: Sequence[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
+    """Gaps without a range that lies in one of them."""
+    left = []
+    for first, last in gaps:
+        if first <= start and stop <= last:
+            left += [(a, b) for a, b in ((first, start), (stop, last)) if a < b]
+        else:
+            left.append((first, last))
+    return left
+
+
+@contextmanager
+def _naming(destination: Destination, path: PurePosixPath) -> Iterator[None]:
+    """Errors of the volume, in its words."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise destination.failure("writing", path, error) from error

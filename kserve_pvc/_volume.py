@@ -14,17 +14,17 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import attrs
 
 from kserve_pvc._layout import LEASES, MANIFESTS, MODELS, STAGING, TRASH, is_claim
-from kserve_pvc._record import FoundFile
 from kserve_pvc.errors import (
     InsufficientSpaceError,
     ReadOnlyStoreError,
@@ -34,6 +34,9 @@ from kserve_pvc.errors import (
     VolumeError,
 )
 
+if TYPE_CHECKING:
+    from kserve_pvc._record import FoundFile
+
 # What a file system without the operation answers; the step then takes the next rung or does without.
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -42,6 +45,12 @@ _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # The kernel writes blanks and backslashes of mount points as octal escapes.
 _OCTAL = re.compile(r"\\([0-7]{3})")
+# Where `syncfs` reaches the medium and reports what failed on the way.
+_LOCAL_TYPES = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"}
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a file is as long as what was written to it.
+_COPY_BYTES = 1 << 30
+_PIECE_BYTES = 1024 * 1024
+_MOST_DIRECTORIES = 256
 _NETWORK_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "glusterfs", "gpfs", "9p", "virtiofs", "beegfs", "afs")
 
 
@@ -122,7 +131,7 @@ class Volume:
         """
         for _ in range(2):
             try:
-                fd = os.open(self.root / place, _READ_FLAGS)
+                fd = os.open(os.path.join(self.root, place), _READ_FLAGS)
             except OSError as error:
                 if error.errno == errno.ESTALE:
                     continue
@@ -158,7 +167,7 @@ class Volume:
         List a directory, sorted; empty if it is not there. Listing is fresh on every volume measured, `stat` is not.
         """
         try:
-            return sorted(os.listdir(self.root / place))
+            return sorted(os.listdir(os.path.join(self.root, place)))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
@@ -190,6 +199,8 @@ class Volume:
             raise self.failure("reading", place, error) from error
 
     def _walk(self, fd: int, inside: PurePosixPath) -> Iterator[FoundFile]:
+        from kserve_pvc._record import FoundFile
+
         with os.scandir(fd) as entries:
             names = sorted(entry.name for entry in entries)
         for name in names:
@@ -433,16 +444,17 @@ class VolumeWriter(Volume):
             self._set_open_mode(made, self._file_mode)
             return made
 
-    def finish(self, fd: int, place: PurePosixPath) -> None:
+    def finish(self, fd: int, place: PurePosixPath, *, durable: bool) -> None:
         """
-        Make a file of a model durable and immutable, and close it. Its descriptor is gone afterwards, well or not.
+        Make a file of a model immutable, durable too if asked, and close it. Its descriptor is gone afterwards, well or not.
 
         A failed `close` fails the file: a network volume may report a failed write nowhere else.
         """
         with self._translated("syncing", place):
             try:
                 self._set_open_mode(fd, self._file_mode & 0o444)
-                os.fsync(fd)
+                if durable:
+                    os.fsync(fd)
             except BaseException:
                 with suppress(OSError):
                     os.close(fd)
@@ -453,6 +465,19 @@ class VolumeWriter(Volume):
         with suppress(OSError):
             if stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 != mode:
                 os.fchmod(fd, mode)
+
+    @contextmanager
+    def writing_tree(self, place: PurePosixPath) -> Iterator[Tree]:
+        """
+        Write a new tree of files, made durable when the `with` ends well.
+        """
+        self.make_directory(place)
+        tree = Tree(self, place)
+        try:
+            yield tree
+            tree.settle()
+        finally:
+            tree.close()
 
     def sync_tree(self, place: PurePosixPath) -> None:
         """
@@ -478,7 +503,7 @@ class VolumeWriter(Volume):
         """
         if not {MODELS, STAGING, MANIFESTS, LEASES} & set(place.parents) and not is_claim(place):
             raise UnsafePathError(str(place), "only models and what belongs to one generation are ever thrown away")
-        trashed = TRASH / f"{int(time.time()):012d}-{secrets.token_hex(8)}"
+        trashed = TRASH / f"{int(time.time()):012d}-{os.urandom(8).hex()}"
         with self._translated("moving to the trash", place):
             self.make_directory(TRASH)
             try:
@@ -522,6 +547,87 @@ class VolumeWriter(Volume):
                 return
 
 
+class Tree:
+    """
+    A directory of model files being written by one process.
+
+    Every directory is entered once. On a local file system one `syncfs` at the end makes all small files and
+    directories durable together; elsewhere, where that reaches only this node's kernel, every file is synced by itself.
+    Both are before the commit record, and that is all that durability needs: nobody reads a generation without one.
+    """
+
+    def __init__(self, writer: VolumeWriter, place: PurePosixPath) -> None:
+        self._writer = writer
+        self._place = place
+        self._guard = threading.Lock()
+        self._directories: dict[PurePosixPath, int] = {}
+        # Opened before the first write, so that an error of any write since is reported by `syncfs` on it.
+        self._root = os.open(writer.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._syncs_at_once = mount_of(writer.root).type in _LOCAL_TYPES
+
+    def create(self, path: PurePosixPath) -> int:
+        """
+        Create a new file and return its descriptor, open for reading and writing.
+        """
+        with self._writer._translated("creating", self._place / path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with self._directory(path.parent) as parent:
+                fd = self._writer._open_at(parent, self._place / path, flags, self._writer._file_mode)
+            self._writer._set_open_mode(fd, self._writer._file_mode)
+            return fd
+
+    def link(self, existing: PurePosixPath, path: PurePosixPath) -> bool:
+        """
+        Give a file that nobody writes any more a second name in this tree. False: the volume cannot, or it is gone.
+        """
+        try:
+            with self._writer._parent(existing) as source, self._directory(path.parent) as parent:
+                os.link(existing.name, path.name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED and error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            return False
+        return True
+
+    def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> None:
+        """
+        Make a file immutable and close it. Large files are made durable at once, while others are still being fetched.
+        """
+        self._writer.finish(fd, self._place / path, durable=is_large or not self._syncs_at_once)
+
+    def settle(self) -> None:
+        """
+        Make everything durable that is not yet.
+        """
+        with self._writer._translated("syncing", self._place):
+            if self._syncs_at_once:
+                _call("syncfs", self._root)
+                return
+        self._writer.sync_tree(self._place)
+
+    def close(self) -> None:
+        """
+        Let go of all directories.
+        """
+        for fd in (*self._directories.values(), self._root):
+            os.close(fd)
+        self._directories.clear()
+
+    @contextmanager
+    def _directory(self, path: PurePosixPath) -> Iterator[int]:
+        with self._guard:
+            kept = self._directories.get(path)
+            fd = self._writer._ensure_directory(self._place / path) if kept is None else kept
+            # A model of many directories must not use up the descriptors.
+            if kept is None and len(self._directories) < _MOST_DIRECTORIES:
+                kept = self._directories[path] = fd
+        try:
+            yield fd
+        finally:
+            if kept is None:
+                os.close(fd)
+
+
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """
     Write all of the data at an offset; a short write goes on where it stopped.
@@ -530,6 +636,53 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
+
+
+def allocate(fd: int, size: int) -> None:
+    """
+    Reserve room for a file, where the volume can: a full volume says so at once, and files lie in one piece.
+
+    `os.posix_fallocate` writes a byte into every block where the volume cannot, so the system call itself is made.
+    """
+    try:
+        _call("fallocate", fd, _KEEP_SIZE, 0, size)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise
+
+
+def _call(name: str, *arguments: int) -> None:
+    """A system call of Linux that Python does not have."""
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    if function(arguments[0], *map(ctypes.c_int64, arguments[1:])) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def copy_range(source: int, target: int, start: int, stop: int) -> bool:
+    """
+    Copy a range of one file to the same place of another: as a shared extent, on the server, or byte by byte.
+
+    Returns:
+        False if the source ends before the range does.
+    """
+    while start < stop:
+        try:
+            count = os.copy_file_range(source, target, min(stop - start, _COPY_BYTES), start, start)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED | {errno.EBADF, errno.EOVERFLOW, errno.EIO}:
+                raise
+            count = 0
+        if count == 0:  # Some file systems say so instead of that they cannot.
+            piece = os.pread(source, min(stop - start, _PIECE_BYTES), start)
+            if not piece:
+                return False
+            write_all(target, piece, start)
+            count = len(piece)
+        start += count
+    return True
 
 
 def _sync_directory(fd: int) -> None:

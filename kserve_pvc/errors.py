@@ -34,6 +34,11 @@ class StoreError(Exception):
         # Fields may hold what a remote or another tenant said: escaped here, once, for all of them.
         return printable(self._message())
 
+    def __repr__(self) -> str:
+        # As attrs would write it. Once for all of them, since every start of a process pays for what attrs generates.
+        facts = ", ".join(f"{name}={value!r}" for name, value in self.fields.items())
+        return f"{type(self).__name__}({facts})" if facts else super().__repr__()
+
     @property
     def fields(self) -> dict[str, object]:
         """
@@ -42,7 +47,7 @@ class StoreError(Exception):
         return {field.name: getattr(self, field.name) for field in getattr(type(self), "__attrs_attrs__", ())}
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class InvalidURIError(StoreError, ValueError):
     """
     The source URI, its revision or its patterns cannot be understood.
@@ -56,7 +61,7 @@ class InvalidURIError(StoreError, ValueError):
         return f"`{self.uri}` is not a usable source URI: {self.reason}"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class UnknownSchemeError(StoreError, ValueError):
     """
     No installed back end serves the scheme of a URI.
@@ -70,7 +75,7 @@ class UnknownSchemeError(StoreError, ValueError):
         return f"no usable back end for `{self.scheme}://`; {self.remedy}"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class SettingsError(StoreError, ValueError):
     """
     An argument or environment variable has a value that means nothing.
@@ -85,7 +90,7 @@ class SettingsError(StoreError, ValueError):
         return f"`{self.name}` is `{self.value}`; {self.remedy}"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class LockerMismatchError(StoreError, ValueError):
     """
     This process and the store disagree about how writers exclude each other.
@@ -106,7 +111,7 @@ class LockerMismatchError(StoreError, ValueError):
         )
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class StoreRootError(StoreError, NotADirectoryError):
     """
     The path given as a store cannot be one.
@@ -119,7 +124,7 @@ class StoreRootError(StoreError, NotADirectoryError):
         return f"`{self.root}` cannot be a store: {self.reason}"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class StoreFormatError(StoreError, ValueError):
     """
     A file of the store does not say what this version can trust.
@@ -134,7 +139,7 @@ class StoreFormatError(StoreError, ValueError):
         return f"`{self.path}` cannot be trusted: {self.reason}"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class ModelNotFoundError(StoreError, FileNotFoundError):
     """
     The model is not in the store, and this call may not fetch it.
@@ -148,7 +153,7 @@ class ModelNotFoundError(StoreError, FileNotFoundError):
         return f"`{self.ref}` is not in the store at `{self.root}`; `ensure` it from a read-write store first"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class DamagedRecordError(ModelNotFoundError, StoreFormatError):
     """
     The newest record of a model is damaged, so the model counts as absent until it is fetched again.
@@ -167,7 +172,7 @@ class DamagedRecordError(ModelNotFoundError, StoreFormatError):
         )
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class ModelInUseError(StoreError, BlockingIOError):
     """
     The model has live readers, so it was kept.
@@ -180,7 +185,7 @@ class ModelInUseError(StoreError, BlockingIOError):
         return f"`{self.ref}` is in use by {', '.join(self.readers)}; try again once they have closed it"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class ReadOnlyStoreError(StoreError, PermissionError):
     """
     The call would have to write, and the store or its volume may only be read.
@@ -195,7 +200,7 @@ class ReadOnlyStoreError(StoreError, PermissionError):
         return f"cannot {self.wish}: the store at `{self.root}` is read-only here; {self.remedy}"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class LockTimeoutError(StoreError, TimeoutError):
     """
     Another downloader was still at work when the time to wait for it was over.
@@ -219,7 +224,7 @@ class LockTimeoutError(StoreError, TimeoutError):
         )
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class InsufficientSpaceError(StoreError, OSError):
     """
     The volume has no room for the model. Sizes are in bytes; `needed_bytes` is 0 if a quota or the volume stopped a write.
@@ -238,7 +243,7 @@ class InsufficientSpaceError(StoreError, OSError):
         )
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class VolumeError(StoreError, OSError):
     """
     The volume failed an operation; what was being written was given up and nothing was published.
@@ -252,7 +257,7 @@ class VolumeError(StoreError, OSError):
         return f"{self.operation} failed on `{self.path}`: {self.reason}; see the volume's own logs, then call again"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class SourceNotFoundError(StoreError, FileNotFoundError):
     """
     The source answered that there is nothing under this URI.
@@ -266,7 +271,7 @@ class SourceNotFoundError(StoreError, FileNotFoundError):
         return f"nothing to fetch at `{self.uri}`: {self.reason}; check bucket, path, revision and patterns"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class SourceDeniedError(StoreError, PermissionError):
     """
     The source refused the credentials, or their absence.
@@ -280,21 +285,26 @@ class SourceDeniedError(StoreError, PermissionError):
         return f"access to `{self.uri}` was denied: {self.reason}; check the credentials and their permissions"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class SourceUnavailableError(StoreError, ConnectionError):
     """
     The source could not be reached or did not answer properly. The only error that is retried.
+
+    `retry_after` is how many seconds a busy source asks to be left alone for, or None if it is not busy; `is_final`
+    means that asking again would not help.
     """
 
     exit_code: ClassVar[int] = 7
     uri: str
     reason: str
+    retry_after: float | None = None
+    is_final: bool = False
 
     def _message(self) -> str:
         return f"`{self.uri}` is not answering: {self.reason}; check endpoint and network, then call again"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class SourceChangedError(StoreError, RuntimeError):
     """
     The source changed while it was being read, so no byte of the attempt was published.
@@ -308,7 +318,7 @@ class SourceChangedError(StoreError, RuntimeError):
         return f"`{self.path}` of `{self.uri}` changed while it was being read; call again once the upload is over"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class DigestMismatchError(StoreError, ValueError):
     """
     The bytes that arrived do not have the digest or length the source announced.
@@ -323,7 +333,7 @@ class DigestMismatchError(StoreError, ValueError):
         return f"`{self.path}` should be `{self.expected}` but is `{self.actual}`; nothing was published, call again"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class UnsafePathError(StoreError, ValueError):
     """
     A name from a remote or from the volume would leave its place, or cannot be stored faithfully.
@@ -337,7 +347,7 @@ class UnsafePathError(StoreError, ValueError):
         return f"`{self.name}` is refused: {self.rule}; nothing was written"
 
 
-@attrs.define(slots=False, str=False, eq=False)
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class PolicyError(StoreError, PermissionError):
     """
     The request is understood and refused on principle.

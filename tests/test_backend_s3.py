@@ -81,7 +81,7 @@ def test_a_listing_pins_every_object(backend, upload):
     assert [(str(f.entry.path), f.entry.size_bytes, f.entry.token, f.entry.sha256) for f in found] == [
         (name, len(FILES[name]), md5(FILES[name]), None) for name in sorted(FILES)
     ]
-    assert [dict(f.pin) for f in found] == [{"IfMatch": f'"{f.entry.token}"'} for f in found]
+    assert [dict(f.pin) for f in found] == [{"If-Match": f'"{f.entry.token}"'} for f in found]
     assert [f.address for f in found] == [f"{uri.removeprefix('s3://')}/{f.entry.path}" for f in found]
 
 
@@ -258,7 +258,7 @@ def test_a_file_is_read_in_parts(root, s3, proxy, upload):
     ModelStore(root, mode="rw", part_bytes=PART_BYTES, **s3).ensure(uri, progress=False)
 
     asked = [r.range for r in proxy.requests if r.method == "GET" and r.path.endswith("a.bin")]
-    assert asked == [f"bytes={start}-{min(start + PART_BYTES, 700_000) - 1}" for start in range(0, 700_000, PART_BYTES)]
+    assert sorted(asked) == sorted(f"bytes={start}-{min(start + PART_BYTES, 700_000) - 1}" for start in range(0, 700_000, PART_BYTES))
     assert proxy.body_bytes() == sum(map(len, FILES.values()))
 
 
@@ -412,8 +412,8 @@ def test_an_answer_for_another_range_is_refused(root, origin, upload, rewrite):
     with TamperingProxy(origin.endpoint, rewrite=rewrite) as proxy:
         backend = S3Backend(through(proxy, origin)["storage_options"])
         (file,) = backend.resolve(parse_ref(f"{uri}/weights/a.bin")).files
-        with pytest.raises(SourceUnavailableError, match="it was asked for `bytes 0-699999/700000` and answered"):
-            read(backend, file, 0, 700_000)
+        with pytest.raises(SourceUnavailableError, match="it was asked for `bytes 0-349999/700000` and answered"):
+            read(backend, file, 0, 350_000)
 
 
 def test_a_busy_server_is_asked_again(root, origin, upload):

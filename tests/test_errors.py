@@ -199,6 +199,14 @@ def test_an_insufficient_space_error_tells_a_quota_from_a_plan():
     assert "has 7 bytes free and the last write did not fit; " in str(stopped)
 
 
+def test_an_error_shows_its_facts_to_a_developer():
+    """
+    The repr of an error names its class and every field.
+    """
+    assert repr(errors.ModelNotFoundError("s3://b/m", "/mnt")) == "ModelNotFoundError(ref='s3://b/m', root='/mnt')"
+    assert repr(StoreError("why")) == "StoreError('why')"
+
+
 @pytest.mark.parametrize("cls", [StoreError, *ERRORS], ids=lambda cls: cls.__name__)
 def test_an_error_can_be_imported_from_the_package(cls):
     """

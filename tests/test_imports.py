@@ -3,6 +3,7 @@ Who may import whom, who may touch the volume, and what importing the package co
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import kserve_pvc
 
 PACKAGE = Path(kserve_pvc.__file__).parent
 
-PURE = {"errors", "_names", "_ref", "_record", "_layout", "_source", "_protocol", "_events", "_retry"}
+PURE = {"errors", "_codec", "_defaults", "_entry", "_names", "_ref", "_record", "_layout", "_source", "_protocol", "_events", "_retry"}
 EDGE = {"_settings", "_volume", "_transfer", "_verify", "_progress", "locks", "backends"}
-TOP = {"_log", "_claims", "_download", "_removal", "_store"}
+TOP = {"_log", "_claims", "_download", "_plan", "_removal", "_store"}
 DOORS = {"_cli", "__main__"}
 FRONT = {"__init__"}
 
@@ -254,31 +255,153 @@ def test_a_change_of_the_volume_is_noticed(tmp_path, line, change):
 # Heavy or optional; the command line and a hit in the store must not pay for them.
 LAZY = {
     *("s3fs", "fsspec", "aiohttp", "aiobotocore", "botocore", "boto3", "google", "azure", "huggingface_hub", "requests", "urllib3"),
-    *("ssl", "asyncio", "portalocker", "tqdm", "importlib.metadata", "multiprocessing", "subprocess", "kubernetes", "redis"),
+    *("ssl", "socket", "http.client", "asyncio", "portalocker", "tqdm", "kubernetes", "redis", "importlib.metadata"),
+    *("multiprocessing", "concurrent.futures", "subprocess", "ctypes", "secrets", "random", "shutil"),
 }
+# What a hit in the store loads of this package: nothing that downloads, removes, checks, locks or shows progress.
+HIT = {"_codec", "_defaults", "_entry", "_layout", "_log", "_ref", "_store", "_volume", "errors", "locks"}
+
+
+def run(program: str) -> str:
+    """
+    What a program prints as its last line in a fresh interpreter.
+    """
+    result = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()[-1]
 
 
 def loaded_by(statement: str) -> set[str]:
     """
     The modules that are there after a statement in a fresh interpreter.
     """
-    program = f"{statement}\nimport sys\nprint(*sys.modules)"
-    result = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+    return set(run(f"{statement}\nimport sys\nprint(*sys.modules)").split())
 
 
-def test_importing_the_package_stays_light():
+def ours(loaded: set[str]) -> set[str]:
+    return {name.removeprefix("kserve_pvc.") for name in loaded if name.startswith("kserve_pvc.")}
+
+
+@pytest.fixture
+def warm(tmp_path):
     """
-    `import kserve_pvc` loads no cloud SDK, no network and no progress bar, beyond what attrs and the interpreter load.
+    The root of a store that holds a model, and the model's URI.
     """
-    loaded = loaded_by("import kserve_pvc") - loaded_by("import attrs")
+    source, root = tmp_path / "source", tmp_path / "volume"
+    source.mkdir()
+    root.mkdir()
+    (source / "weights.bin").write_bytes(b"weights")
+    uri = f"file://{source}"
+    kserve_pvc.ModelStore(root, mode="rw").ensure(uri, progress=False)
+    return str(root), uri
 
-    assert "kserve_pvc._store" in loaded
+
+def test_importing_the_package_loads_nothing_else():
+    """
+    `import kserve_pvc` runs its one file: not even attrs is loaded before a name is used.
+    """
+    assert loaded_by("import importlib, kserve_pvc") - loaded_by("import importlib") == {"kserve_pvc"}
+
+
+@pytest.mark.parametrize(
+    "hit",
+    [
+        "ModelStore(root).get(uri)",
+        "ModelStore(root).ensure(uri)",
+        "ModelStore(root, mode='rw').get(uri)",
+        "ModelStore(root, mode='rw').ensure(uri)",
+        "assert uri in ModelStore(root)",
+        "assert len(ModelStore(root).list()) == 1",
+    ],
+)
+def test_a_hit_stays_light(warm, hit):
+    """
+    A model that is there is found without an SDK, the network, a thread pool, a progress bar, or our own download side.
+    """
+    root, uri = warm
+
+    loaded = loaded_by(f"from kserve_pvc import ModelStore\nroot, uri = {root!r}, {uri!r}\n{hit}")
+
     assert loaded & LAZY == set()
+    assert ours(loaded) == HIT
+
+
+@pytest.mark.parametrize("verb", ["path", "ensure"])
+def test_a_hit_from_the_shell_stays_light(warm, verb):
+    """
+    The command line adds its own module and the settings to what a hit loads, and nothing heavy.
+    """
+    root, uri = warm
+
+    loaded = loaded_by(f"from kserve_pvc._cli import main\nassert main([{verb!r}, {uri!r}, '--store', {root!r}]) == 0")
+
+    assert loaded & LAZY == set()
+    assert ours(loaded) == HIT | {"_cli", "_settings"}
+
+
+@pytest.mark.parametrize("hit", ["assert uri in store", "store.get(uri)", "store.ensure(uri)"])
+def test_a_hit_reads_one_directory_and_one_record(warm, hit):
+    """
+    A store that is open lists the log and opens its newest record; it opens and lists nothing else.
+    """
+    root, uri = warm
+    program = f"""
+import json, sys
+from kserve_pvc import ModelStore
+store, uri, seen = ModelStore({root!r}, mode="rw"), {uri!r}, []
+sys.addaudithook(lambda event, found: seen.append((event, str(found[0]))) if event == "open" or event.startswith("os.") else None)
+{hit}
+print(json.dumps(seen))
+"""
+
+    seen = json.loads(run(program))
+
+    log = next(Path(root).glob(".kserve-pvc/keys/*/log"))
+    assert seen == [["os.listdir", str(log)], ["open", str(log / "000000000001.commit")]]
 
 
 def test_what_is_lazy_would_be_noticed():
     """
-    The check above sees a module that an import pulls in behind another one.
+    The checks above see a module that an import pulls in behind another one.
     """
     assert {"asyncio", "ssl"} <= loaded_by("import asyncio") & LAZY
+    assert {"_download", "_transfer", "_claims"} <= ours(loaded_by("import kserve_pvc._download")) - HIT
+
+
+def test_every_public_name_is_there():
+    """
+    Each name in `__all__` is found and listed, in order, though it is loaded only when it is used.
+    """
+    program = (
+        "import json, kserve_pvc\nbefore = dir(kserve_pvc)\nfrom kserve_pvc import *\nprint(json.dumps([before, dir(), dir(kserve_pvc)]))"
+    )
+
+    before, star, after = json.loads(run(program))
+
+    assert kserve_pvc.__all__ == sorted(kserve_pvc.__all__)
+    assert set(kserve_pvc.__all__) <= set(before) & set(star) & set(after)
+    assert all(getattr(kserve_pvc, name).__name__ == name for name in kserve_pvc.__all__)
+
+
+def test_type_checkers_see_the_names_that_are_loaded():
+    """
+    What `__init__` imports for type checkers is what it loads, name by name and from the same module.
+    """
+    checked = [node for node in ast.parse(Path(kserve_pvc.__file__).read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
+
+    shown = {name for node in checked for name in imported(ast.Module(node.body, type_ignores=[]))}
+    loaded = {f"kserve_pvc.{kserve_pvc._HOMES.get(name, 'errors')}.{name}" for name in kserve_pvc.__all__}
+
+    assert shown == loaded
+    assert set(kserve_pvc._HOMES) <= set(kserve_pvc.__all__)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    """
+    A misspelled name fails as in any module, and a submodule is still found by importing it.
+    """
+    with pytest.raises(AttributeError, match="module 'kserve_pvc' has no attribute 'ModelStor'"):
+        kserve_pvc.ModelStor  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'ModelStor'"):
+        exec("from kserve_pvc import ModelStor")
+
+    assert run("from kserve_pvc import errors\nprint(errors.StoreError.__name__)") == "StoreError"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kserve_pvc import InvalidURIError, ModelRef, PolicyError
-from kserve_pvc._record import KEY
+from kserve_pvc._codec import KEY
 from kserve_pvc._ref import parse_ref, redact
 from kserve_pvc.errors import printable
 

@@ -48,10 +48,10 @@ def test_a_reader_looks_again_under_its_lease(store, monkeypatch):
     """
     A model that was replaced before the lease could count is let go, and the newer one is held.
     """
-    from kserve_pvc import _store
+    from kserve_pvc import _claims
 
     first = store.ensure(URI, progress=False)
-    honest, newer = _store.reading, []
+    honest, newer = _claims.reading, []
 
     def reading(*args, **kwargs):
         if not newer:
@@ -62,7 +62,7 @@ def test_a_reader_looks_again_under_its_lease(store, monkeypatch):
             )
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(_store, "reading", reading)
+    monkeypatch.setattr(_claims, "reading", reading)
     with store.open(URI) as held:
         path = held.path
 

@@ -1,31 +1,39 @@
 """
-`s3://`: Amazon S3 and what speaks its protocol, through s3fs.
+`s3://`: Amazon S3 and what speaks its protocol.
 
-s3fs is the control plane: credentials, endpoints, retries of single requests and error texts. Bytes are read here,
-each range pinned with If-Match or VersionId, because `S3FileSystem.get` pre-sizes the final path, pins nothing and
-holds hundreds of megabytes.
+s3fs is the control plane: profiles, roles, SSO, proxies of credentials and every configuration that botocore knows.
+Where the credentials are plain (arguments, the environment, or none) requests are signed here, because loading an SDK
+takes longer than fetching a small model. Either way bytes come by plain HTTP requests that are pinned with If-Match or
+VersionId, straight into the caller's buffer.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any
+import os
+import random
+import re
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from itertools import chain
+from typing import Any, Protocol
+from urllib.parse import quote, unquote_plus
 
 import attrs
-from aiobotocore.response import AioReadTimeoutError
-from aiohttp import ClientError as HTTPClientError
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-from fsspec.asyn import sync
-from s3fs import S3FileSystem
 
-from kserve_pvc._names import check_name
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef, redact
+from kserve_pvc._retry import delays
 from kserve_pvc._source import RemoteFile, Resolved, resolved
+from kserve_pvc.backends._direct import Reader, read_refusal, retry_after, unavailable
+from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of
+from kserve_pvc.backends._sigv4 import Credentials, encode_query, sign
 from kserve_pvc.errors import (
     InvalidURIError,
+    SettingsError,
     SourceChangedError,
     SourceDeniedError,
     SourceNotFoundError,
@@ -33,12 +41,56 @@ from kserve_pvc.errors import (
     StoreError,
 )
 
-_PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
-# A caller who is told to stop looks up after each buffer, and a slow source may take minutes to fill one.
-_MOMENT = 0.25
-_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403", "AccountProblem"}
+DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403", "AccountProblem"}
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
-_FOREIGN = (OSError, KeyError, BotoCoreError, HTTPClientError, AioReadTimeoutError, asyncio.TimeoutError)
+_CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
+_BUSY = {"SlowDown", "TooManyRequests", "RequestLimitExceeded", "Throttling", "429", "503", "ServiceUnavailable"}
+_LIST_ATTEMPTS = 4
+_MAX_PAGE_BYTES = 16 * 1024 * 1024
+_ANSWER_SECONDS = 60.0
+# An MD5 costs more than fetching and hashing together, so it is compared only where that is soon done.
+_MAX_MD5_BYTES = 16 * 1024 * 1024
+_MD5 = re.compile(r'"([0-9a-f]{32})"')
+# What needs none of botocore's special rules: no ARN, no access point, no directory bucket.
+_PLAIN_BUCKET = re.compile(r"(?!.*--)[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_PLAIN_OPTIONS = {"key", "secret", "token", "anon", "endpoint_url", "client_kwargs", "config_kwargs", "use_listings_cache"}
+_PLAIN_CLIENT = {"endpoint_url", "region_name", "verify", "aws_access_key_id", "aws_secret_access_key", "aws_session_token"}
+# Any of these in the environment changes what botocore or fsspec would do in ways that only they know.
+_SDK_VARIABLES = (
+    "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
+    "AWS_USE_FIPS_ENDPOINT",
+    "AWS_USE_DUALSTACK_ENDPOINT",
+    "AWS_S3_US_EAST_1_REGIONAL_ENDPOINT",
+)
+_OTHER_PARTITIONS = ("cn-", "us-iso", "eu-iso")
+
+
+class RefusedError(Exception):
+    """
+    What the service said instead of giving what it was asked for: its own word, and a sentence for people.
+    """
+
+    def __init__(self, code: str, reason: str, *, busy: float | None = None) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.busy = busy
+
+
+class Access(Protocol):
+    """
+    How the service is asked: signed here, or through s3fs.
+    """
+
+    def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
+        """The headers of one object, by lower-case name. Raises `RefusedError`."""
+
+    def pages(self, bucket: str, prefix: str) -> Iterator[list[tuple[str, int, str]]]:
+        """Key, size and ETag of all objects below a prefix, page by page. Raises `RefusedError`."""
+
+    def request(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> tuple[Target, Mapping[str, str]]:
+        """The address and headers of a GET. Raises `RefusedError`."""
 
 
 class S3Backend:
@@ -49,140 +101,317 @@ class S3Backend:
     files; keys that end in `/` and hold nothing are markers of directories. `revision` is the VersionId of one object.
 
     Args:
-        options: Arguments of `s3fs.S3FileSystem`. Without them, AWS's own environment and files count.
+        options: Arguments of `s3fs.S3FileSystem`. Without them, AWS's own environment and files count. One more of
+            our own: `etag_is_md5=False`, for servers whose ETags of 32 digits are no MD5.
+        environ: What stands for the environment of the process.
     """
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        config = {**_PATIENCE, **options.get("config_kwargs", {})}
-        self._fs = S3FileSystem(**{"use_listings_cache": False, **options, "config_kwargs": config, "skip_instance_cache": True})
-        # botocore's three tries are enough: who takes no connection is given up after 15 s, who says nothing after 90 s.
-        self._fs.retries = 1
+    def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
+        if find_spec("s3fs") is None:
+            raise ImportError("No module named 's3fs'", name="s3fs")
+        self._options = {name: value for name, value in options.items() if name != "etag_is_md5"}
+        self._etag_is_md5 = bool(options.get("etag_is_md5", True))
+        self._environ = environ
+        verify = self._options.get("client_kwargs", {}).get("verify")
+        self._client = HTTPClient(environ=environ, ca_bundle=verify)
+        self._plain = _plain_access(self._options, environ, self._client)
+        self._sdk: Access | None = None
+
+    def _access(self, bucket: str) -> Access:
+        if self._plain is not None and _PLAIN_BUCKET.fullmatch(bucket):
+            return self._plain
+        if self._sdk is None:
+            from kserve_pvc.backends._s3fs import S3fsAccess
+
+            self._sdk = S3fsAccess(self._options)
+        return self._sdk
 
     def resolve(self, ref: ModelRef) -> Resolved:
+        return resolved(ref, chain.from_iterable(self.pages(ref)))
+
+    def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
         bucket, _, key = ref.location.partition("/")
         if not bucket:
             raise InvalidURIError(ref.uri, "it names no bucket; write `s3://bucket/path`")
         with _translated(ref.uri):
-            if key and not key.endswith("/") and (single := self._single(ref, bucket, key)) is not None:
-                return resolved(ref, [single])
+            access = self._access(bucket)
+            if key and not key.endswith("/") and (single := self._single(access, ref, bucket, key)) is not None:
+                yield [single]
+                return
             if ref.revision is not None:
                 raise SourceNotFoundError(str(ref), "there is no such version; the revision of an S3 URI is the VersionId of one object")
-            return resolved(ref, self._below(ref, bucket, key.rstrip("/") + "/" if key.strip("/") else ""))
+            yield from self._below(access, ref, bucket, key.rstrip("/") + "/" if key.strip("/") else "")
 
-    def _single(self, ref: ModelRef, bucket: str, key: str) -> RemoteFile | None:
+    def _single(self, access: Access, ref: ModelRef, bucket: str, key: str) -> RemoteFile | None:
         """The object itself, if the URI names one; it wins over a prefix of the same name."""
-        version = {} if ref.revision is None else {"VersionId": ref.revision}
         try:
-            head = self._fs.call_s3("head_object", Bucket=bucket, Key=key, **version)
-        except OSError as error:
+            head = access.head(bucket, key, ref.revision)
+        except RefusedError as refusal:
             # Without the right to list, S3 answers 403 for what is not there: the listing then tells what it is.
-            if _code(error) in _MISSING or (_code(error) in _DENIED and ref.revision is None):
+            if refusal.code in _MISSING or (refusal.code in DENIED and ref.revision is None):
                 return None
             raise
-        name = check_name(key.rpartition("/")[2])
-        version_id = head.get("VersionId") if head.get("VersionId") != "null" else None
-        return _file(bucket, key, str(name), head["ContentLength"], head["ETag"], ref.revision or version_id)
+        size, etag = head.get("content-length", ""), head.get("etag")
+        if not size.isascii() or not size.isdigit() or etag is None:
+            raise RefusedError("", "its answer has no length or no ETag, so it does not speak S3")
+        version = ref.revision or head.get("x-amz-version-id", "null")
+        return self._file(bucket, key, key.rpartition("/")[2], int(size[:19]), etag, None if version == "null" else version)
 
-    def _below(self, ref: ModelRef, bucket: str, prefix: str) -> Iterator[RemoteFile]:
-        page: dict[str, Any] = {}
-        while not page or page.get("IsTruncated"):
-            more = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
-            page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-            for item in page.get("Contents", ()):
-                if item["Key"].endswith("/") and item["Size"] == 0:
-                    continue
-                if not item["Key"].startswith(prefix):
-                    raise SourceUnavailableError(ref.uri, f"it was asked for `{prefix}` and listed `{item['Key']}`")
-                name = check_name(item["Key"].removeprefix(prefix))
-                yield _file(bucket, item["Key"], str(name), item["Size"], item["ETag"], None)
+    def _below(self, access: Access, ref: ModelRef, bucket: str, prefix: str) -> Iterator[Sequence[RemoteFile]]:
+        for page in access.pages(bucket, prefix):
+            files = []
+            for key, size, etag in page:
+                if not key.startswith(prefix):
+                    raise SourceUnavailableError(ref.uri, f"it was asked for `{prefix}` and listed `{key}`")
+                if size or not key.endswith("/"):
+                    files.append(self._file(bucket, key, key[len(prefix) :], size, etag, None))
+            yield files
 
-    @contextmanager
-    def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_S3Reader]:
+    def _file(self, bucket: str, key: str, name: str, size: int, etag: str, version: str | None) -> RemoteFile:
+        # A VersionId names bytes for ever; an ETag at least makes the read of other bytes fail.
+        pin = {"VersionId": version} if version else {"If-Match": etag}
+        digest = _MD5.fullmatch(etag) if self._etag_is_md5 and size <= _MAX_MD5_BYTES else None
+        entry = FileEntry(path=name, size_bytes=size, token=version or etag.strip('"'))
+        return RemoteFile(entry=entry, address=f"{bucket}/{key}", pin=pin, digest=f"md5:{digest[1]}" if digest else None)
+
+    def open_range(self, file: RemoteFile, start: int, stop: int) -> Reader:
+        return Reader(self._client, self, file, f"s3://{file.address}", start, stop)
+
+    def request(self, file: RemoteFile, *, renewed: bool) -> tuple[Target, Mapping[str, str]]:
         bucket, _, key = file.address.partition("/")
-        wanted = f"bytes={start}-{stop - 1}"
-        with _translated(f"s3://{file.address}", changed=str(file.entry.path)):
-            answer = self._fs.call_s3("get_object", Bucket=bucket, Key=key, Range=wanted, **file.pin)
-            try:
-                _check_range(file, answer, start, stop)
-                yield _S3Reader(self._fs.loop, answer["Body"])
-            finally:
-                with suppress(Exception):
-                    sync(self._fs.loop, _close, answer["Body"])
+        with _translated(f"s3://{file.address}"):
+            return self._access(bucket).request(bucket, key, file.pin, renewed=renewed)
 
+    def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
+        refusal = _refusal(status, headers, body)
+        if refusal.code in _CHANGED | _MISSING:
+            # What was listed a moment ago has since gone or become another.
+            return SourceChangedError(f"s3://{file.address}", str(file.entry.path))
+        return _meaning(refusal, f"s3://{file.address}") if refusal.code in DENIED or refusal.busy is not None else None
 
-@attrs.define
-class _S3Reader:
-    loop: asyncio.AbstractEventLoop
-    body: Any
+    def close(self) -> None:
+        """
+        Let go of idle connections. Whoever goes on gets new ones.
+        """
+        self._client.close()
 
-    def readinto(self, buffer: memoryview) -> int:
-        return int(sync(self.loop, _fill, self.body, buffer))
+    def evidence(self, file: RemoteFile) -> str | None:
+        """
+        Ask for a checksum of a whole object that the service vouches for, as `name:hex`.
 
-
-async def _fill(body: Any, buffer: memoryview) -> int:
-    """Fill a buffer as far as the answer goes in a moment: one hop to the event loop for each buffer, not for each packet."""
-    filled, clock = 0, asyncio.get_running_loop().time
-    enough = clock() + _MOMENT
-    while filled < len(buffer) and (not filled or clock() < enough):
-        try:
-            chunk = await body.read(len(buffer) - filled)
-        except _FOREIGN:
-            if not filled:
-                raise
-            break  # What arrived before counts; the next call meets the same error with nothing in hand.
-        if not chunk:
-            break
-        buffer[filled : filled + len(chunk)] = chunk
-        filled += len(chunk)
-    return filled
-
-
-async def _close(body: Any) -> None:
-    body.close()
-
-
-def _file(bucket: str, key: str, name: str, size: int, etag: str, version: str | None) -> RemoteFile:
-    # A VersionId names bytes for ever; an ETag at least makes the read of other bytes fail.
-    pin = {"VersionId": version} if version else {"IfMatch": etag}
-    token = version or etag.strip('"')
-    return RemoteFile(entry=FileEntry(path=name, size_bytes=size, token=token), address=f"{bucket}/{key}", pin=pin)
-
-
-def _check_range(file: RemoteFile, answer: Mapping[str, Any], start: int, stop: int) -> None:
-    expected = f"bytes {start}-{stop - 1}/{file.entry.size_bytes}"
-    if answer.get("ContentRange") != expected:
-        raise SourceUnavailableError(f"s3://{file.address}", f"it was asked for `{expected}` and answered `{answer.get('ContentRange')}`")
+        That is its SHA-256 or CRC32 if it was uploaded with one, else its ETag where that is an MD5: not after a
+        multipart upload, and not where S3 encrypts with keys of its own service or of the customer.
+        """
+        bucket, _, key = file.address.partition("/")
+        with _translated(f"s3://{file.address}"):
+            head = self._access(bucket).head(bucket, key, file.pin.get("VersionId"))
+        if "If-Match" in file.pin and head.get("etag") != file.pin["If-Match"]:
+            raise SourceChangedError(f"s3://{file.address}", str(file.entry.path))
+        if head.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT":
+            for name in ("sha256", "crc32"):
+                if (digest := _from_base64(head.get(f"x-amz-checksum-{name}", ""))) is not None:
+                    return f"{name}:{digest}"
+        is_plain = head.get("x-amz-server-side-encryption", "AES256") == "AES256" and not any("customer" in name for name in head)
+        return file.digest if is_plain else None
 
 
 @contextmanager
-def _translated(uri: str, changed: str | None = None) -> Iterator[None]:
-    """Say what a foreign error means. With `changed`, what was listed a moment ago has since gone or become another."""
+def _translated(uri: str) -> Iterator[None]:
     try:
         yield
-    except StoreError:
-        raise
-    except _FOREIGN as error:
-        text = str(error)
-        # A traceback prints the cause: where that names a URL with secrets in it, it is left out.
-        raise _meaning(error, uri, changed) from (error if redact(text) == text else None)
+    except RefusedError as refusal:
+        raise _meaning(refusal, uri) from refusal.__cause__
+    except HTTPError as error:
+        raise SourceUnavailableError(uri, str(error), is_final=error.is_final) from error
 
 
-def _meaning(error: Exception, uri: str, changed: str | None) -> StoreError:
-    code, reason = _code(error), redact(str(error)).rstrip(". ") or type(error).__name__
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+def _from_base64(text: str) -> str | None:
+    import binascii
+
+    try:
+        return binascii.a2b_base64(text, strict_mode=True).hex() or None
+    except ValueError:  # A checksum of checksums ends in `-<parts>`.
+        return None
+
+
+@attrs.define(eq=False)
+class _PlainAccess:
+    """
+    Requests that are signed here, or not at all.
+    """
+
+    client: HTTPClient
+    endpoint: Target | None
+    region: str
+    credentials: Credentials | None
+    is_virtual: bool
+    _regions: dict[str, str] = attrs.field(factory=dict, init=False)
+
+    def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
+        query = {} if version is None else {"versionId": version}
+        status, headers, body = self._ask("HEAD", bucket, key, query, {"x-amz-checksum-mode": "ENABLED"})
+        if status != 200:
+            raise _refusal(status, headers, body)
+        return headers
+
+    def pages(self, bucket: str, prefix: str) -> Iterator[list[tuple[str, int, str]]]:
+        query = {"list-type": "2", "prefix": prefix, "encoding-type": "url"}
+        tokens: set[str] = set()
+        while True:
+            status, headers, body = self._ask("GET", bucket, "", query, {})
+            if status != 200:
+                raise _refusal(status, headers, body)
+            page, token = parse_listing(body)
+            yield page
+            if token is None:
+                return
+            if token in tokens:
+                raise RefusedError("", "its listing does not end: it names a page a second time")
+            tokens.add(token)
+            query = {**query, "continuation-token": token}
+
+    def request(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> tuple[Target, Mapping[str, str]]:
+        del renewed  # These credentials are all there are.
+        query = {"versionId": pin["VersionId"]} if "VersionId" in pin else {}
+        return self._signed("GET", bucket, key, query, {} if query else {"if-match": pin["If-Match"]})
+
+    def _signed(
+        self, method: str, bucket: str, key: str, query: Mapping[str, str], headers: Mapping[str, str]
+    ) -> tuple[Target, Mapping[str, str]]:
+        region = self._regions.get(bucket, self.region)
+        path = f"/{quote(key, safe='/~')}"
+        place = self.endpoint or Target("https", f"s3.{region}.amazonaws.com", 443, "")
+        if self.is_virtual and ("." not in bucket or place.scheme == "http"):
+            place = attrs.evolve(place, host=f"{bucket}.{place.host}")
+        else:
+            path = f"/{bucket}{path if key else ''}"
+        path = place.path.rstrip("/") + path
+        target = attrs.evolve(place, path=f"{path}?{encode_query(query)}" if query else path)
+        if self.credentials is None:
+            return target, headers
+        return target, sign(method, target.authority, path, query, headers, self.credentials, region, datetime.now(UTC))
+
+    def _ask(
+        self, method: str, bucket: str, key: str, query: Mapping[str, str], headers: Mapping[str, str]
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """A small request, asked again while the service is busy or the network fails, and once at another region."""
+        pauses = delays(random.random(), attempts=_LIST_ATTEMPTS)
+        while True:
+            pause = next(pauses, None)
+            try:
+                target, signed = self._signed(method, bucket, key, query, headers)
+                with self.client.open(method, target, signed) as answer:
+                    if answer.status == 200:
+                        return 200, answer.headers, answer.read(_MAX_PAGE_BYTES, time.monotonic() + _ANSWER_SECONDS)
+                    body = read_refusal(answer)
+            except HTTPError as error:
+                if error.is_final or pause is None:
+                    raise
+            else:
+                region = answer.headers.get("x-amz-bucket-region")
+                if region and bucket not in self._regions and region != self.region and re.fullmatch(r"[a-z0-9-]{1,40}", region):
+                    self._regions[bucket] = region  # Said by S3 itself, at whatever status; asked there once.
+                    continue
+                if pause is None or (answer.status < 500 and answer.status != 429):
+                    return answer.status, answer.headers, body
+                pause = max(pause, min(retry_after(answer.headers), _ANSWER_SECONDS))
+            time.sleep(pause)
+
+
+def _plain_access(options: Mapping[str, Any], environ: Mapping[str, str], client: HTTPClient) -> _PlainAccess | None:
+    """Decide whether what is configured is simple enough to be asked without an SDK."""
+    arguments, config = options.get("client_kwargs", {}), options.get("config_kwargs", {})
+    addressing = config.get("s3", {}).get("addressing_style", "auto")
+    known = (options, _PLAIN_OPTIONS), (arguments, _PLAIN_CLIENT), (config, {"s3"}), (config.get("s3", {}), {"addressing_style"})
+    if any(set(given) - plain for given, plain in known):
+        return None
+    if any(environ.get(name) for name in _SDK_VARIABLES) or any(name.startswith("FSSPEC_") for name in environ) or _has_files(environ):
+        return None
+    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    key, secret, token = (options.get(short) or arguments.get(name) for short, name in zip(("key", "secret", "token"), names, strict=True))
+    if not key and not secret:
+        key, secret, token = (environ.get(name.upper()) for name in names)
+    if not options.get("anon") and not (key and secret):
+        return None
+    url = options.get("endpoint_url") or arguments.get("endpoint_url")
+    if not url and environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
+        url = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
+    region = arguments.get("region_name") or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    if not url and region.startswith(_OTHER_PARTITIONS):
+        return None
+    try:
+        endpoint = target_of(url) if url else None
+    except HTTPError as error:
+        raise SettingsError("endpoint_url", redact(str(url)), "write `https://host:port`") from error
+    # As botocore does: the bucket goes into the name of the host, but not at an endpoint that was named.
+    is_virtual = addressing == "virtual" or (addressing == "auto" and endpoint is None)
+    credentials = None if options.get("anon") else Credentials(str(key), str(secret), token)
+    return _PlainAccess(client, endpoint, region, credentials, is_virtual)
+
+
+def _has_files(environ: Mapping[str, str]) -> bool:
+    """Whether AWS's files are there, which may say anything about endpoints, regions and proxies."""
+    home = environ.get("HOME", "")
+    places = (environ.get("AWS_CONFIG_FILE") or f"{home}/.aws/config",)
+    return any(os.path.exists(place) for place in places)
+
+
+def parse_listing(body: bytes) -> tuple[list[tuple[str, int, str]], str | None]:
+    """
+    Read one answer of ListObjectsV2: key, size and ETag of each object, and where the next page begins.
+
+    Raises:
+        RefusedError: It is no such answer.
+    """
+    root = _parse(body)
+    if root is None or root.tag.rpartition("}")[2] != "ListBucketResult":
+        raise RefusedError("", "its listing is no ListBucketResult, so it does not speak S3")
+    space = root.tag[: -len("ListBucketResult")]
+    # Blanks come as `+`, and `+` as `%2B`.
+    decode = unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
+    page = []
+    names = (f"{space}Key", f"{space}Size", f"{space}ETag")
+    for item in root.iter(f"{space}Contents"):
+        key, size, etag = map(item.findtext, names)
+        if key is None or etag is None or size is None or not size.isascii() or not size.isdigit():
+            raise RefusedError("", "its listing names an object without key, size or ETag, so it does not speak S3")
+        page.append((decode(key), int(size[:19]), etag))
+    if root.findtext(f"{space}IsTruncated") != "true":
+        return page, None
+    token = root.findtext(f"{space}NextContinuationToken")
+    if not token:
+        raise RefusedError("", "its listing goes on and does not say where, so it does not speak S3")
+    return page, token
+
+
+def _parse(body: bytes) -> ET.Element | None:
+    # Without a document type there are no entities to expand. Decoded first, so that no other encoding hides one.
+    try:
+        text = body.decode("utf-8")
+        return None if "<!" in text else ET.fromstring(text)
+    except (ValueError, ET.ParseError):
+        return None
+
+
+def _refusal(status: int, headers: Mapping[str, str], body: bytes) -> RefusedError:
+    root = _parse(body) if body else None
+    code = message = None
+    if root is not None and root.tag.rpartition("}")[2] == "Error":
+        words = {child.tag.rpartition("}")[2]: child.text for child in root}
+        code, message = words.get("Code"), words.get("Message")
+    if 300 <= status < 400:
+        return RefusedError(str(status), unavailable("", status, headers).reason)
+    code = code or str(status)
+    busy = retry_after(headers) if status in (429, 503) or code in _BUSY else None
+    return RefusedError(code, f"{code}: {message}" if message else f"it answered {code}", busy=busy)
+
+
+def _meaning(refusal: RefusedError, uri: str) -> StoreError:
+    code, reason = refusal.code, redact(refusal.reason).rstrip(". ")
+    if code == "NoCredentials":
         return SourceDeniedError(uri, f"{reason}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or anon")
-    if isinstance(error, KeyError):
-        return SourceUnavailableError(uri, f"its answer has no {reason}, so it does not speak S3")
-    if changed is not None and (code in _MISSING or code in ("PreconditionFailed", "412")):
-        return SourceChangedError(uri, changed)
-    if code in _DENIED or isinstance(error, PermissionError):
+    if code in DENIED:
         return SourceDeniedError(uri, reason)
-    if code in _MISSING or isinstance(error, FileNotFoundError):
+    if code in _MISSING:
         return SourceNotFoundError(uri, reason)
-    return SourceUnavailableError(uri, reason)
-
-
-def _code(error: BaseException) -> str:
-    """The service's own word for an error, which s3fs keeps as the cause of the one it raises."""
-    source = error if isinstance(error, ClientError) else error.__cause__
-    return str(source.response.get("Error", {}).get("Code", "")) if isinstance(source, ClientError) else ""
+    return SourceUnavailableError(uri, reason, retry_after=refusal.busy)

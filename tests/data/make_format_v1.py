@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from memory import MemorySource
 
-from kserve_pvc import ModelStore, _store
+from kserve_pvc import ModelStore
 from kserve_pvc._record import Holder
+from kserve_pvc.locks import liveness
 
 MODELS = {
     "s3://models/tiny": {"config.json": b'{"layers": 2}\n', "weights/part-1.bin": bytes(range(256)) * 8, "empty": b""},
@@ -22,7 +23,7 @@ MODELS = {
 
 
 def main(place: str) -> None:
-    _store.here = lambda *_: Holder(
+    liveness.here = lambda *_: Holder(
         pod="warm-job-x7k2p", node="node-1", uid=1000, pid=7, boot_id="6f1c", pid_namespace="pid:[1]", started=12
     )
     source = MemorySource(MODELS)

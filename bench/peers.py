@@ -1,0 +1,157 @@
+"""
+Who is compared: one entry for each way to get a model, and the commands they are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_CLIENTS = Path(__file__).with_name("clients.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """
+    One download or listing: from where, and to where.
+
+    Attributes:
+        destination: An empty directory. `home` is another, for what a client keeps beside it.
+        ca: The certificate that signed the endpoint's, if that speaks TLS.
+        files: How many there are.
+    """
+
+    uri: str
+    endpoint: str
+    destination: Path
+    home: Path
+    ca: Path | None
+    files: int
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The same for every client: only what is needed, and nothing of the user's."""
+        trust = {} if self.ca is None else dict.fromkeys(("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), str(self.ca))
+        return {
+            "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+            "HOME": str(self.home),
+            "LANG": "C.UTF-8",
+            "AWS_ACCESS_KEY_ID": "testkey",
+            "AWS_SECRET_ACCESS_KEY": "testsecret",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            **trust,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """
+    One way to do a job.
+
+    Attributes:
+        missing: Why it cannot take part, or None.
+        prints_directory: Whether the last line of its output says where the files are; else they are in the destination.
+        extra: What it needs in its environment beside the job's.
+    """
+
+    name: str
+    command: Callable[[Job], list[str]]
+    missing: Callable[[], str | None]
+    prints_directory: bool = False
+    extra: Callable[[Job], Mapping[str, str]] = field(default=lambda job: {})
+
+
+def _python(name: str, client: str, module: str, **more: object) -> Peer:
+    def command(job: Job) -> list[str]:
+        # -P: what lies beside the script is no module of the client's.
+        return [sys.executable, "-P", str(_CLIENTS), client, job.uri, *([] if client.endswith(_LISTING) else [str(job.destination)])]
+
+    def missing() -> str | None:
+        return None if importlib.util.find_spec(module) else f"`{module}` is not installed"
+
+    return Peer(name=name, command=command, missing=missing, **more)  # type: ignore[arg-type]
+
+
+_LISTING = ("_list", "_resolve", "_plan")
+
+
+def _binary(program: str) -> str | None:
+    """The program itself, not the Python script that a package may have put before it."""
+    if spec := importlib.util.find_spec(program):
+        inside = Path(str(spec.origin)).with_name("bin") / program
+        if inside.exists():
+            return str(inside)
+    beside = Path(sys.executable).with_name(program)
+    return str(beside) if beside.exists() else shutil.which(program)
+
+
+def _native(name: str, program: str, arguments: Callable[[Job], list[str]], *, then_hash: bool = False, **more: object) -> Peer:
+    def command(job: Job) -> list[str]:
+        download = [str(_binary(program)), *arguments(job)]
+        return ["sh", "-c", f"{shlex.join(download)} && {_hash_all(job)}"] if then_hash else download
+
+    def missing() -> str | None:
+        if then_hash and shutil.which("openssl") is None:
+            return "there is no `openssl` to hash with"
+        return None if _binary(program) else f"there is no `{program}`"
+
+    return Peer(name=name, command=command, missing=missing, **more)  # type: ignore[arg-type]
+
+
+def _hash_all(job: Job) -> str:
+    """
+    Hash every file, two at a time.
+
+    By `openssl`, because it uses the processor's instructions for SHA-256 and the `sha256sum` of many systems does not:
+    that one takes up to six times as long, which would flatter whoever hashes on the way.
+    """
+    batch = max(1, job.files // 16)
+    place = shlex.quote(str(job.destination))
+    return f"find {place} -type f -print0 | xargs -0 -P 2 -n {batch} openssl dgst -sha256 -r > /dev/null"
+
+
+def _s5cmd(job: Job) -> list[str]:
+    return ["--endpoint-url", job.endpoint, "--log", "error", "cp", f"{job.uri}/*", f"{job.destination}/"]
+
+
+def _rclone(job: Job) -> list[str]:
+    return ["copy", f"origin:{job.uri.removeprefix('s3://')}", str(job.destination)]
+
+
+def _rclone_environ(job: Job) -> Mapping[str, str]:
+    settings = {"TYPE": "s3", "PROVIDER": "Other", "ENV_AUTH": "true", "ENDPOINT": job.endpoint, "FORCE_PATH_STYLE": "true"}
+    return {f"RCLONE_CONFIG_ORIGIN_{name}": value for name, value in settings.items()}
+
+
+def _hugging_face_environ(job: Job) -> Mapping[str, str]:
+    return {"HF_ENDPOINT": job.endpoint, "HF_HOME": str(job.home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+OURS = "ours"
+DOWNLOADERS = [
+    _python(OURS, "ours", "kserve_pvc", prints_directory=True),
+    _python("ours, hashing off", "ours_unverified", "kserve_pvc", prints_directory=True),
+    _python("kserve-storage", "kserve", "kserve_storage"),
+    _python("s3fs get", "s3fs", "s3fs"),
+    _python("boto3", "boto3", "boto3"),
+    _python("huggingface_hub", "huggingface", "huggingface_hub", extra=_hugging_face_environ),
+    _python("obstore", "obstore", "obstore"),
+    _native("s5cmd", "s5cmd", _s5cmd),
+    _native("rclone", "rclone", _rclone, extra=_rclone_environ),
+    _native("s5cmd, then sha256", "s5cmd", _s5cmd, then_hash=True),
+    _native("rclone, then sha256", "rclone", _rclone, then_hash=True, extra=_rclone_environ),
+]
+LISTERS = [
+    _python("ours", "ours_resolve", "kserve_pvc"),
+    _python("ours, plan", "ours_plan", "kserve_pvc"),
+    _python("boto3", "boto3_list", "boto3"),
+    _python("obstore", "obstore_list", "obstore"),
+]

@@ -1,0 +1,73 @@
+"""
+How many streams are worth while: found out by trying, as nobody knows the path between a volume and its source.
+
+More streams help where each is slow (a limit per connection, a long way), and only cost where the processor or the
+line is full. So a transfer begins with a few, doubles them while that brings at least a sixth more, goes back by one
+step when it does not, and halves them when the source says that it is too much.
+"""
+
+from __future__ import annotations
+
+FIRST_STREAMS = 4
+_WINDOW_SECONDS = 0.25
+_GAIN = 1.15
+_REST_SECONDS = 5.0
+# Above this share of all processors the client itself is the limit.
+_FULL = 0.6
+
+
+class Pace:
+    """
+    The number of streams over time. Reads no clock: whoever asks says what time it is.
+
+    Args:
+        most: Never more than so many.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = max(1, most)
+        self.streams = min(FIRST_STREAMS, self._most)
+        self._before = 0  # How many there were before the last try, if one is under way.
+        self._best = 0.0
+        self._rest_until = 0.0
+        self._since: tuple[float, int, float] | None = None
+
+    def look(self, now: float, received: int, cpu_seconds: float, cpus: int) -> float:
+        """
+        Judge what has come since the last look.
+
+        Args:
+            now: Monotonic seconds.
+            received: Bytes so far.
+            cpu_seconds: What this process has used so far, of so many `cpus`.
+
+        Returns:
+            In how many seconds to look again.
+        """
+        if self._since is None:
+            self._since = now, received, cpu_seconds
+        since, before, cpu_before = self._since
+        if now - since < _WINDOW_SECONDS:
+            return _WINDOW_SECONDS - (now - since)
+        rate = (received - before) / (now - since)
+        is_full = (cpu_seconds - cpu_before) / ((now - since) * cpus) > _FULL
+        self._since = now, received, cpu_seconds
+        if now < self._rest_until:
+            return _WINDOW_SECONDS
+        if self._before and rate < self._best * _GAIN:
+            self.streams, self._before, self._rest_until = self._before, 0, now + _REST_SECONDS
+        elif is_full or self.streams == self._most:
+            self._best, self._before = rate, 0
+        elif received:
+            self._best, self._before = rate, self.streams
+            self.streams = min(self._most, self.streams * 2)
+        return _WINDOW_SECONDS
+
+    def congested(self, now: float, seconds: float) -> None:
+        """
+        The source refused, or fell silent: half as many streams, and no more of them for a while.
+        """
+        if now < self._rest_until and not self._before:
+            return  # One storm is answered once.
+        self.streams, self._before = max(1, self.streams // 2), 0
+        self._rest_until = now + max(seconds, _REST_SECONDS)

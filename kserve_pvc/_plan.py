@@ -1,0 +1,87 @@
+"""
+What `ensure` would do, worked out without doing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import attrs
+
+from kserve_pvc._claims import read_claim
+from kserve_pvc._download import reusable_bytes
+from kserve_pvc._entry import LogEntry
+from kserve_pvc._ref import ModelRef
+from kserve_pvc._source import Resolved
+from kserve_pvc._volume import Volume
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """
+    What `ensure` would do. Sizes are bytes; `seconds` is an estimate at the rate last measured, or None without one.
+    """
+
+    uri: str
+    key: str
+    version: str
+    action: Literal["nothing", "download"]
+    files: int
+    size_bytes: int
+    bytes_to_fetch: int
+    bytes_reusable: int
+    free_bytes: int
+    seconds: float | None
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes_to_fetch + self.bytes_reusable <= self.free_bytes
+
+
+def plan_nothing(volume: Volume, ref: ModelRef, entry: LogEntry) -> Plan:
+    """
+    Plan for a model that is present as it is wanted.
+    """
+    return Plan(
+        uri=ref.uri,
+        key=ref.key,
+        version=entry.version,
+        action="nothing",
+        files=entry.files,
+        size_bytes=entry.size_bytes,
+        bytes_to_fetch=0,
+        bytes_reusable=0,
+        free_bytes=volume.free_bytes(),
+        seconds=0.0,
+    )
+
+
+def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, newest_keys: Iterable[str]) -> Plan:
+    """
+    Plan for what the source holds, less what dead writers left of it.
+
+    Args:
+        newest_keys: The models of the store, newest first, whose downloads tell the rate.
+    """
+    reusable = reusable_bytes(volume, resolved)
+    to_fetch = resolved.size_bytes - reusable
+    rate = _measured_rate(volume, newest_keys) if to_fetch else 0
+    return Plan(
+        uri=ref.uri,
+        key=ref.key,
+        version=resolved.version,
+        action="download",
+        files=len(resolved.files),
+        size_bytes=resolved.size_bytes,
+        bytes_to_fetch=to_fetch,
+        bytes_reusable=reusable,
+        free_bytes=volume.free_bytes(),
+        seconds=to_fetch / rate if rate else (None if to_fetch else 0.0),
+    )
+
+
+def _measured_rate(volume: Volume, newest_keys: Iterable[str]) -> int:
+    """Bytes per second of the newest download whose last beat is still there; 0 if there is none."""
+    signs = (read_claim(volume, key) for key in newest_keys)
+    return next((s.beat.bytes_per_second for s in signs if s is not None and s.beat is not None and s.beat.bytes_per_second), 0)

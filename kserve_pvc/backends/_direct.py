@@ -1,0 +1,152 @@
+"""
+Ranges of pinned objects by plain HTTP requests: what all back ends share whose service can be asked directly.
+
+The back end makes the request (an address and signed headers) and says what a refusal means; everything between is
+here: which answers count, that an answer is for the bytes that were asked for, and that they are of the pinned content.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol
+
+from kserve_pvc._source import RemoteFile
+from kserve_pvc.backends._http import Answer, Exchange, HTTPClient, HTTPError, Target
+from kserve_pvc.errors import SourceChangedError, SourceUnavailableError, StoreError
+
+_MAX_ERROR_BYTES = 64 * 1024
+_ERROR_SECONDS = 10.0
+_BUSY = (429, 503)
+_FINAL_STATUS = (301, 302, 303, 307, 308, 400, 405, 501)
+
+
+class Requests(Protocol):
+    """
+    How a back end asks for an object. Called from many threads at once.
+    """
+
+    def request(self, file: RemoteFile, *, renewed: bool) -> tuple[Target, Mapping[str, str]]:
+        """
+        The address of a file and the headers that pin its version and carry the credentials, without a range.
+
+        `renewed` means that the credentials used before were refused: ask for new ones where that can help.
+        """
+
+    def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
+        """What an answer that is no success means; None if it has no meaning of its own for this service."""
+
+
+class Reader:
+    """
+    Bytes `start` to `stop` (not included) of a pinned file, as `RangeReader` wants them.
+
+    The request is sent when the first bytes are asked for, and nothing waits longer than a moment, so that whoever
+    reads may look up. A refusal is taken for an expired signature once: then the request is signed anew.
+    """
+
+    def __init__(self, client: HTTPClient, requests: Requests, file: RemoteFile, where: str, start: int, stop: int) -> None:
+        self._client = client
+        self._requests = requests
+        self._file = file
+        self._where = where
+        self._range = (start, stop)
+        self._is_renewed = False
+        self._exchange: Exchange | None = None
+        self._answer: Answer | None = None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._exchange is not None:
+            self._exchange.__exit__(kind, error, trace)
+
+    def readinto(self, buffer: memoryview) -> int | None:
+        """
+        Fill the start of a buffer with what comes next. None: nothing has come for a moment; 0: the answer is over.
+
+        Raises:
+            SourceChangedError: The answer is of other content than was pinned.
+            SourceUnavailableError: There is no answer, or not the one that was asked for.
+            StoreError: What the back end calls a refusal.
+        """
+        try:
+            if self._answer is None and not self._begin():
+                return None
+            assert self._answer is not None  # It has begun.
+            return self._answer.readinto(buffer)
+        except HTTPError as error:
+            raise SourceUnavailableError(self._where, str(error), is_final=error.is_final) from error
+
+    def _begin(self) -> bool:
+        start, stop = self._range
+        if self._exchange is None:
+            target, headers = self._requests.request(self._file, renewed=self._is_renewed)
+            self._exchange = self._client.send("GET", target, {**headers, "Range": f"bytes={start}-{stop - 1}"})
+        answer = self._exchange.answer()
+        if answer is None:
+            return False
+        if answer.status in (200, 206):
+            _check(self._file, self._where, answer, start, stop)
+            self._answer = answer
+            return True
+        body = read_refusal(answer)
+        self._exchange.__exit__(None, None, None)
+        self._exchange = None
+        if answer.status in (401, 403) and not self._is_renewed:
+            self._is_renewed = True
+            return False
+        refusal = self._requests.refusal(self._file, answer.status, answer.headers, body)
+        raise refusal or unavailable(self._where, answer.status, answer.headers)
+
+
+def read_refusal(answer: Answer) -> bytes:
+    """
+    Read what a server says about a refusal, as far as it says it; nothing if it does not.
+    """
+    try:
+        return answer.read(_MAX_ERROR_BYTES, time.monotonic() + _ERROR_SECONDS)
+    except HTTPError:
+        return b""
+
+
+def unavailable(where: str, status: int, headers: Mapping[str, str], reason: str = "") -> SourceUnavailableError:
+    """
+    The error for an answer that is neither success nor a refusal, with how long the server asks to be left alone.
+    """
+    text = f"it answered {status}" + (f" ({reason})" if reason else "")
+    if 300 <= status < 400:
+        text += " and points elsewhere, where credentials are never sent; name the right endpoint"
+    busy = retry_after(headers) if status in _BUSY or "retry-after" in headers else None
+    return SourceUnavailableError(where, text, retry_after=busy, is_final=status in _FINAL_STATUS)
+
+
+def retry_after(headers: Mapping[str, str]) -> float:
+    """
+    Seconds that a busy server wants to be left alone for (RFC 9110, 10.2.3); 0 if it does not say.
+    """
+    text = headers.get("retry-after", "")
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+
+
+def _check(file: RemoteFile, where: str, answer: Answer, start: int, stop: int) -> None:
+    size = file.entry.size_bytes
+    etag, pinned = answer.headers.get("etag"), file.pin.get("If-Match")
+    if etag is not None and pinned is not None and etag != pinned:
+        raise SourceChangedError(where, str(file.entry.path))
+    expected = f"bytes {start}-{stop - 1}/{size}"
+    # A whole object may come without a range: then its length has to be the one that was pinned.
+    got = answer.headers.get("content-range") if answer.status == 206 else f"bytes 0-{(answer.length or 0) - 1}/{answer.length}"
+    if got != expected:
+        raise SourceUnavailableError(where, f"it was asked for `{expected}` and answered `{got}`")
+    if answer.length is not None and answer.length != stop - start:
+        raise SourceUnavailableError(where, f"it was asked for {stop - start} bytes and announced {answer.length}")

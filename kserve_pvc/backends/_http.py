@@ -1,0 +1,725 @@
+"""
+A small HTTP/1.1 client that only reads: bodies go straight from the socket into a buffer of the caller.
+
+The clients of the standard library and of the SDKs copy every byte several times, into buffers that are new each time,
+and spend more on the head of an answer than a small file costs. This one receives into the caller's memory with one
+system call for each buffer, keeps connections open, and trusts no answer further than it can see. Over TLS it decrypts
+from memory (`ssl.MemoryBIO`), because an `SSLSocket` makes two system calls for each record of 16 KiB.
+"""
+
+from __future__ import annotations
+
+import base64
+import socket
+import struct
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import attrs
+
+if TYPE_CHECKING:
+    import ssl
+
+_T = TypeVar("_T")
+
+CONNECT_SECONDS = 5.0
+# How long a read waits before its caller may look up: whoever is told to stop does so within this time.
+MOMENT = 0.25
+_MAX_HEAD_BYTES = 32 * 1024
+_HEAD_PIECE = 2048
+_MAX_INTERIM_ANSWERS = 8
+_RECORDS_BYTES = 256 * 1024
+# Servers close idle connections after five seconds at the earliest; a younger one is worth trying.
+_MAX_IDLE_SECONDS = 4.0
+# How long a server may think before its answer starts, where the caller does not say.
+_ANSWER_SECONDS = 30.0
+
+
+class HTTPError(Exception):
+    """
+    A request that got no proper answer. With `is_final` another try would end the same.
+    """
+
+    def __init__(self, reason: str, *, is_final: bool = False) -> None:
+        super().__init__(reason)
+        self.is_final = is_final
+
+
+class _StaleError(HTTPError):
+    """A connection that was kept open had been closed by the server before the request came."""
+
+
+@attrs.frozen
+class Target:
+    """
+    Where a URL leads: what to connect to, and what to ask for there.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def authority(self) -> str:
+        """What belongs into the `Host` header: without the port where it is the usual one."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+_PORTS = {"http": 80, "https": 443}
+
+
+def target_of(url: str) -> Target:
+    """
+    Take a URL apart.
+
+    Raises:
+        HTTPError: It is no http or https URL.
+    """
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if parts.scheme not in _PORTS or not parts.hostname or port == 0:
+        raise HTTPError("its address is no http or https URL", is_final=True)
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Target(parts.scheme, parts.hostname, port or _PORTS[parts.scheme], path)
+
+
+class HTTPClient:
+    """
+    Connections to servers, kept open between requests and used by any number of threads, each by one at a time.
+
+    Args:
+        ca_bundle: File or directory of certificates to trust, False to check none, or None for those of the system.
+        environ: Where `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` are looked up, in either case.
+    """
+
+    def __init__(self, *, environ: Mapping[str, str], ca_bundle: str | bool | None = None) -> None:
+        self._environ = environ
+        self._ca_bundle = ca_bundle
+        self._idle: dict[tuple[str, str, int], deque[_Connection]] = defaultdict(deque)
+        self._guard = threading.Lock()
+        self._context: ssl.SSLContext | None = None
+
+    @contextmanager
+    def open(self, method: str, target: Target, headers: Mapping[str, str]) -> Iterator[Answer]:
+        """
+        Send a request, wait for its answer, and give it; its body is read inside the `with`.
+
+        Raises:
+            HTTPError: There is no answer, or none that makes sense.
+        """
+        with self.send(method, target, headers) as exchange:
+            deadline = time.monotonic() + _ANSWER_SECONDS
+            while (answer := exchange.answer()) is None:
+                if time.monotonic() > deadline:
+                    raise HTTPError(f"it did not answer within {_ANSWER_SECONDS:g} s")
+            yield answer
+
+    def send(self, method: str, target: Target, headers: Mapping[str, str]) -> Exchange:
+        """
+        Send a request and do not wait. Redirects are not followed.
+
+        Raises:
+            HTTPError: There is no connection.
+        """
+        return Exchange(self, method, target, headers)
+
+    def head(self, method: str, target: Target, connection: _Connection, headers: Mapping[str, str]) -> bytes:
+        """
+        The head of a request as it goes over a connection.
+        """
+        place = f"http://{target.authority}{target.path}" if connection.is_forwarded else target.path
+        lines = [f"{method} {place} HTTP/1.1", f"Host: {target.authority}"]
+        if connection.is_forwarded and connection.proxy_password:
+            lines.append(f"Proxy-Authorization: {connection.proxy_password}")
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        # An answer in another encoding would have other bytes than the range that was asked for.
+        head = "\r\n".join([*lines, "Accept-Encoding: identity", "", ""])
+        if head.count("\n") != len(lines) + 2 or head.count("\r") != len(lines) + 2:
+            raise HTTPError("a header holds a line break", is_final=True)
+        return head.encode("latin-1", "strict")
+
+    def take(self, target: Target) -> _Connection | None:
+        """
+        A connection that was kept, if there is a young one.
+        """
+        with self._guard:
+            idle = self._idle[target.scheme, target.host, target.port]
+            while idle:
+                connection = idle.pop()  # The one used last is the likeliest to be alive.
+                if time.monotonic() - connection.used < _MAX_IDLE_SECONDS:
+                    return connection
+                connection.close()
+        return None
+
+    def give_back(self, target: Target, connection: _Connection) -> None:
+        """
+        Keep a connection for the next request to the same place.
+        """
+        connection.used = time.monotonic()
+        with self._guard:
+            self._idle[target.scheme, target.host, target.port].append(connection)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """
+        Close every connection that nobody uses.
+        """
+        with self._guard:
+            for idle in self._idle.values():
+                while idle:
+                    idle.pop().close()
+
+    def connect(self, target: Target) -> _Connection:
+        """
+        Make a connection, through a proxy where one is named.
+        """
+        proxy = self._proxy(target)
+        deadline = time.monotonic() + CONNECT_SECONDS
+        sock = _dial(proxy or target)
+        try:
+            password = _basic(proxy) if proxy else ""
+            if target.scheme == "http":
+                return _Connection(sock, _Plain(sock), is_forwarded=proxy is not None, proxy_password=password)
+            if proxy:
+                _tunnel(sock, target, password, deadline)
+            return _Connection(sock, _Sealed(sock, self._tls(), target.host, deadline))
+        except BaseException:
+            sock.close()
+            raise
+
+    def _proxy(self, target: Target) -> _Proxy | None:
+        url = self._look(f"{target.scheme}_proxy") or self._look("all_proxy")
+        if not url or _is_direct(target, self._look("no_proxy")):
+            return None
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            port = parts.port or 80
+        except ValueError:
+            port = 0
+        if parts.scheme != "http" or not parts.hostname or not port:
+            raise HTTPError(f"the proxy for {target.scheme} is no `http://host:port`", is_final=True)
+        return _Proxy(parts.hostname, port, unquote(parts.username or ""), unquote(parts.password or ""))
+
+    def _look(self, name: str) -> str:
+        # Whoever runs under CGI gets `HTTP_PROXY` from a header of a request, so there only the lower case counts.
+        is_forged = name == "http_proxy" and "REQUEST_METHOD" in self._environ
+        return self._environ.get(name) or ("" if is_forged else self._environ.get(name.upper(), ""))
+
+    def _tls(self) -> ssl.SSLContext:
+        # Loading the certificates takes longer than a small download: once for all connections.
+        with self._guard:
+            if self._context is None:
+                self._context = make_context(self._ca_bundle, self._environ)
+            return self._context
+
+
+class Exchange:
+    """
+    One request and its answer, on a connection of its own until it is closed.
+
+    A connection whose answer was read to the end is kept for others; any other is closed, since what it still holds
+    answers nobody's question.
+    """
+
+    def __init__(self, client: HTTPClient, method: str, target: Target, headers: Mapping[str, str]) -> None:
+        self._client = client
+        self._method = method
+        self._target = target
+        self._headers = headers
+        self._answer: Answer | None = None
+        kept = client.take(target)
+        self._is_kept = kept is not None
+        self._connection = kept or client.connect(target)
+        self._guarded(self._send)
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        answer = self._answer
+        if kind is None and answer is not None and answer.is_over and answer.keeps_alive:
+            self._client.give_back(self._target, self._connection)
+        else:
+            self._connection.close()
+
+    def answer(self) -> Answer | None:
+        """
+        The head of the answer, or None if it has not come within a moment.
+
+        Raises:
+            HTTPError: There will be none.
+        """
+        if self._answer is None:
+            self._answer = self._guarded(lambda: self._connection.receive_head(self._method))
+        return self._answer
+
+    def _send(self) -> None:
+        self._connection.send(self._client.head(self._method, self._target, self._connection, self._headers))
+
+    def _guarded(self, act: Callable[[], _T]) -> _T | None:
+        """A server may close a connection that was kept at any time: then the request goes out once more, on a new one."""
+        try:
+            return act()
+        except _StaleError:
+            self._connection.close()
+            if not self._is_kept:
+                raise
+        except BaseException:
+            self._connection.close()
+            raise
+        self._is_kept = False
+        self._connection = self._client.connect(self._target)
+        self._guarded(self._send)
+        return None
+
+
+@attrs.frozen
+class _Proxy:
+    host: str
+    port: int
+    user: str = attrs.field(repr=False)
+    password: str = attrs.field(repr=False)
+
+
+def make_context(ca_bundle: str | bool | None, environ: Mapping[str, str]) -> ssl.SSLContext:
+    """
+    Decide which certificates to trust.
+
+    `ca_bundle` wins, then `AWS_CA_BUNDLE`, `REQUESTS_CA_BUNDLE`, `CURL_CA_BUNDLE`, then what OpenSSL finds by itself
+    (`SSL_CERT_FILE`, `SSL_CERT_DIR`, the system's store). Slim images have none, and what certifi or botocore bring is used.
+
+    Raises:
+        HTTPError: The bundle cannot be read.
+    """
+    import ssl
+
+    if ca_bundle is False:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context
+    named = ca_bundle if isinstance(ca_bundle, str) else None
+    source = "the CA bundle"
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if named is None and environ.get(name):
+            named, source = environ[name], name
+    try:
+        if named is not None:
+            from pathlib import Path
+
+            is_directory = Path(named).is_dir()
+            return ssl.create_default_context(cafile=None if is_directory else named, capath=named if is_directory else None)
+        context = ssl.create_default_context()
+        if not context.get_ca_certs() and not _has_directory():
+            bundle = _packaged_bundle()
+            if bundle is not None:
+                context.load_verify_locations(bundle)
+        return context
+    except (OSError, ssl.SSLError) as error:
+        raise HTTPError(f"{source} `{named or ''}` cannot be read: {error}", is_final=True) from error
+
+
+def _packaged_bundle() -> str | None:
+    """The certificates that come with certifi or botocore, found without importing them."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    for package in ("certifi", "botocore"):
+        spec = find_spec(package)
+        place = Path(spec.origin).parent / "cacert.pem" if spec is not None and spec.origin else None
+        if place is not None and place.is_file():
+            return str(place)
+    return None
+
+
+def _has_directory() -> bool:
+    """Certificates of a directory are loaded when they are needed, so a context does not count them."""
+    import ssl
+    from pathlib import Path
+
+    place = ssl.get_default_verify_paths().capath
+    return place is not None and any(Path(place).iterdir())
+
+
+def _is_direct(target: Target, no_proxy: str) -> bool:
+    host = target.host.lower()
+    for name in (n.strip().lower().lstrip(".") for n in no_proxy.split(",")):
+        if name == "*" or (name and (host == name or host.endswith("." + name) or f"{host}:{target.port}" == name)):
+            return True
+    return False
+
+
+def _basic(proxy: _Proxy) -> str:
+    if not proxy.user:
+        return ""
+    return "Basic " + base64.b64encode(f"{proxy.user}:{proxy.password}".encode()).decode()
+
+
+def _dial(place: Target | _Proxy) -> socket.socket:
+    try:
+        sock = socket.create_connection((place.host, place.port), timeout=CONNECT_SECONDS)
+    except OSError as error:
+        name = "proxy " if isinstance(place, _Proxy) else ""
+        raise HTTPError(f"no connection to {name}{place.host}:{place.port}: {error.strerror or error}") from error
+    except UnicodeError as error:
+        raise HTTPError(f"`{place.host}` is no name of a host", is_final=True) from error
+    sock.settimeout(None)
+    moment = struct.pack("ll", int(MOMENT), int(MOMENT % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, moment)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CONNECT_SECONDS), 0))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _tunnel(sock: socket.socket, target: Target, password: str, deadline: float) -> None:
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    lines = [f"CONNECT {host}:{target.port} HTTP/1.1", f"Host: {host}:{target.port}"]
+    if password:
+        lines.append(f"Proxy-Authorization: {password}")
+    connection = _Connection(sock, _Plain(sock))
+    connection.send("\r\n".join([*lines, "", ""]).encode("latin-1"))
+    while (answer := connection.receive_head("CONNECT")) is None:
+        if time.monotonic() > deadline:
+            raise HTTPError("the proxy did not answer CONNECT in time")
+    if answer.status != 200:
+        raise HTTPError(f"the proxy answered {answer.status} to CONNECT", is_final=answer.status in (401, 403, 405, 407))
+
+
+class _Wire(Protocol):
+    """
+    How bytes come and go; two ways of it, in the clear and under TLS.
+    """
+
+    def send(self, data: bytes) -> None: ...
+
+    def receive(self, buffer: memoryview) -> int | None:
+        """Receive into a buffer. None: nothing has come for a moment; 0: nothing will come any more."""
+
+    def fill(self, buffer: memoryview) -> int | None:
+        """Receive until a buffer is full, the other side has ended, or a moment has passed."""
+
+
+class _Plain:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def send(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def receive(self, buffer: memoryview) -> int | None:
+        try:
+            return self._sock.recv_into(buffer)
+        except BlockingIOError:
+            return None
+
+    def fill(self, buffer: memoryview) -> int | None:
+        try:
+            return self._sock.recv_into(buffer, len(buffer), socket.MSG_WAITALL)
+        except BlockingIOError:
+            return None
+
+
+class _Sealed:
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str, deadline: float) -> None:
+        import ssl
+
+        self._ssl = ssl
+        self._sock = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._records = memoryview(bytearray(_RECORDS_BYTES))
+        self._session = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._shake_hands(deadline)
+
+    def _shake_hands(self, deadline: float) -> None:
+        while True:
+            try:
+                self._session.do_handshake()
+                self._flush()
+                return
+            except self._ssl.SSLWantReadError:
+                self._flush()
+                if self._pull() is None and time.monotonic() > deadline:
+                    raise HTTPError(f"the TLS handshake took more than {CONNECT_SECONDS:g} s") from None
+            except self._ssl.SSLCertVerificationError as error:
+                reason = f"certificate verification failed: {error.verify_message}; name the CA to trust in AWS_CA_BUNDLE or SSL_CERT_FILE"
+                raise HTTPError(reason, is_final=True) from error
+            except (self._ssl.SSLError, OSError) as error:
+                with suppress(OSError):
+                    self._flush()
+                # A broken-off handshake may be the weather; an answer that is no TLS will stay that.
+                is_end = isinstance(error, self._ssl.SSLEOFError | ConnectionError)
+                raise HTTPError(f"the TLS handshake failed: {getattr(error, 'reason', None) or error}", is_final=not is_end) from error
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            self._sock.sendall(self._outgoing.read())
+
+    def _pull(self) -> int | None:
+        """Take what the socket has. None: nothing for a moment; 0: the end."""
+        try:
+            count = self._sock.recv_into(self._records)
+        except BlockingIOError:
+            return None
+        if count:
+            self._incoming.write(self._records[:count])
+        else:
+            self._incoming.write_eof()
+        return count
+
+    def send(self, data: bytes) -> None:
+        self._session.write(data)
+        self._flush()
+
+    def receive(self, buffer: memoryview) -> int | None:
+        while True:
+            try:
+                count: int = self._session.read(len(buffer), buffer)  # type: ignore[assignment]
+                return count
+            except self._ssl.SSLWantReadError:
+                if self._outgoing.pending:
+                    self._flush()
+                if self._pull() is None:
+                    return None
+            except (self._ssl.SSLZeroReturnError, self._ssl.SSLEOFError):
+                return 0
+
+    def fill(self, buffer: memoryview) -> int | None:
+        filled, enough = 0, time.monotonic() + MOMENT
+        while filled < len(buffer):
+            count = self.receive(buffer[filled:])
+            if not count:
+                return filled or count
+            filled += count
+            if not self._incoming.pending and time.monotonic() > enough:
+                break
+        return filled
+
+
+class _Connection:
+    """
+    One connection, and the bytes that came with a head but belong to what follows it.
+    """
+
+    def __init__(self, sock: socket.socket, wire: _Wire, *, is_forwarded: bool = False, proxy_password: str = "") -> None:
+        self._sock = sock
+        self._wire = wire
+        self._buffer = memoryview(bytearray(_MAX_HEAD_BYTES))
+        self._start = self._stop = 0
+        self.is_forwarded = is_forwarded
+        self.proxy_password = proxy_password
+        self.used = 0.0
+        self._interim = 0
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def send(self, data: bytes) -> None:
+        # What came after the answer before has no question, and must not answer the next one.
+        if self._start != self._stop:
+            raise _StaleError("the server sent more than it was asked for")
+        self._interim = 0
+        try:
+            self._wire.send(data)
+        except OSError as error:
+            raise _StaleError(f"the connection broke: {error.strerror or error}") from error
+
+    def receive_head(self, method: str) -> Answer | None:
+        """
+        The head of the next answer, or None if it is not there within a moment.
+        """
+        while (block := self._receive_block()) is not None:
+            answer = Answer(self, method, block.decode("latin-1").split("\r\n"))
+            if answer.status >= 200:
+                return answer
+            self._interim += 1
+            if self._interim > _MAX_INTERIM_ANSWERS:
+                raise HTTPError(f"it sent {self._interim} interim answers and no final one")
+        return None
+
+    def _receive_block(self) -> bytes | None:
+        """Receive up to the next empty line. None: it has not come for a moment."""
+        while True:
+            found = bytes(self._buffer[self._start : self._stop])
+            end = found.find(b"\r\n\r\n")
+            if end >= 0:
+                self._start += end + 4
+                return found[:end]
+            if self._stop == len(self._buffer):
+                self._shift()
+            if self._stop == len(self._buffer):
+                raise HTTPError(f"the head of its answer is longer than {_MAX_HEAD_BYTES} bytes")
+            # Little more than a head: the body is to go straight into the caller's buffer.
+            count = self._receive(self._buffer[self._stop : self._stop + _HEAD_PIECE])
+            if count is None:
+                return None
+            if count == 0:
+                if self._start == self._stop:
+                    raise _StaleError("it closed the connection without an answer")
+                raise HTTPError("it closed the connection in the head of an answer")
+            self._stop += count
+
+    def _shift(self) -> None:
+        kept = bytes(self._buffer[self._start : self._stop])
+        self._buffer[: len(kept)] = kept
+        self._start, self._stop = 0, len(kept)
+
+    def _receive(self, buffer: memoryview) -> int | None:
+        try:
+            return self._wire.receive(buffer)
+        except OSError as error:
+            kind = _StaleError if self._start == self._stop else HTTPError
+            raise kind(f"the connection broke: {error.strerror or error}") from error
+
+    def read(self, buffer: memoryview) -> int | None:
+        """What came with the head first, then from the wire."""
+        if self._start < self._stop:
+            count = min(len(buffer), self._stop - self._start)
+            buffer[:count] = self._buffer[self._start : self._start + count]
+            self._start += count
+            if self._start == self._stop:
+                self._start = self._stop = 0
+            return count
+        try:
+            return self._wire.fill(buffer)
+        except OSError as error:
+            raise HTTPError(f"the connection broke: {error.strerror or error}") from error
+
+    def read_line(self, deadline: float) -> bytes:
+        """A short line of a chunked body."""
+        line = bytearray()
+        while not line.endswith(b"\r\n"):
+            if len(line) > 1024:
+                raise HTTPError("a line of its chunked answer does not end")
+            if self._start == self._stop:
+                self._start, self._stop = 0, 0
+                count = self._receive(self._buffer)
+                if count is None and time.monotonic() > deadline:
+                    raise HTTPError("it fell silent inside an answer")
+                if count == 0:
+                    raise HTTPError("it closed the connection inside an answer")
+                self._stop = count or 0
+                continue
+            line.append(self._buffer[self._start])
+            self._start += 1
+        return bytes(line[:-2])
+
+
+class Answer:
+    """
+    The head of an answer, and its body being read.
+
+    `status` is its number, `headers` are by lower-case name; a header that comes twice holds both, joined by a comma.
+    `length` is how many bytes the body has, if the server said so.
+    """
+
+    def __init__(self, connection: _Connection, method: str, lines: list[str]) -> None:
+        self._connection = connection
+        version, _, rest = lines[0].partition(" ")
+        code = rest[:3]
+        if version not in ("HTTP/1.1", "HTTP/1.0") or not code.isascii() or not code.isdigit() or len(code) < 3:
+            raise HTTPError("its answer is no HTTP")
+        self.status = int(code)
+        self.headers: dict[str, str] = {}
+        for line in lines[1:]:
+            name, colon, value = line.partition(":")
+            name, value = name.lower(), value.strip()
+            if not colon or not name or name != name.strip():
+                raise HTTPError("the head of its answer is malformed")
+            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
+        self._frame(method)
+        connection_words = {word.strip().lower() for word in self.headers.get("connection", "").split(",")}
+        self.keeps_alive = "close" not in connection_words and (version == "HTTP/1.1" or "keep-alive" in connection_words)
+
+    def _frame(self, method: str) -> None:
+        self.length: int | None = None
+        self._is_chunked = False
+        self.is_over = False
+        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
+        if method == "HEAD" or self.status in (204, 304) or self.status < 200 or (method == "CONNECT" and self.status == 200):
+            self._left, self.is_over = 0, True
+        elif coding is not None:
+            # Both at once is how one answer is made to look like two.
+            if coding.lower() != "chunked" or length is not None:
+                raise HTTPError(f"its answer has the transfer encoding `{coding}`")
+            self._is_chunked, self._left = True, 0
+        elif length is not None:
+            if not length.isascii() or not length.isdigit() or len(length) > 18:
+                raise HTTPError(f"its answer has the length `{length[:40]}`")
+            self.length = self._left = int(length)
+            self.is_over = self._left == 0
+        else:
+            self._left = -1  # Until the server closes the connection.
+
+    def readinto(self, buffer: memoryview) -> int | None:
+        """
+        Receive the bytes that come next. None: nothing has come for a moment; 0: the body is over.
+
+        Raises:
+            HTTPError: The connection broke, or ended before the body did.
+        """
+        if self._is_chunked and self._left == 0 and not self.is_over:
+            self._next_chunk()
+        if self.is_over:
+            return 0
+        count = self._connection.read(buffer if self._left < 0 else buffer[: self._left])
+        if count is None:
+            return None
+        if count == 0:
+            if self._left < 0:
+                self.is_over, self.keeps_alive = True, False
+                return 0
+            raise HTTPError(f"it closed the connection {self._left} bytes before the end of its answer")
+        if self._left > 0:
+            self._left -= count
+            if self._left == 0:
+                self._end_of_piece()
+        return count
+
+    def _end_of_piece(self) -> None:
+        if not self._is_chunked:
+            self.is_over = True
+        elif self._connection.read_line(time.monotonic() + _ANSWER_SECONDS):
+            raise HTTPError("a chunk of its answer is longer than it said")
+
+    def _next_chunk(self) -> None:
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        size = self._connection.read_line(deadline).partition(b";")[0].strip()
+        try:
+            self._left = int(size, 16)
+        except ValueError:
+            self._left = -1
+        if self._left < 0 or size[:1] in (b"+", b"-"):
+            raise HTTPError("a chunk of its answer has no length")
+        if self._left == 0:
+            for _ in range(100):
+                if not self._connection.read_line(deadline):
+                    self.is_over = True
+                    return
+            raise HTTPError("the trailer of its answer does not end")
+
+    def read(self, limit: int, deadline: float) -> bytes:
+        """
+        Read a small body whole.
+
+        Raises:
+            HTTPError: It is longer than `limit` bytes, breaks off, or is not over by `deadline`.
+        """
+        data, buffer = bytearray(), memoryview(bytearray(64 * 1024))
+        while (count := self.readinto(buffer)) != 0:
+            data += buffer[: count or 0]
+            if len(data) > limit:
+                raise HTTPError(f"its answer is longer than {limit} bytes")
+            if time.monotonic() > deadline:
+                raise HTTPError("its answer did not end in time")
+        return bytes(data)
