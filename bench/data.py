@@ -96,6 +96,13 @@ def shape(workload: str, *, quick: bool) -> dict[str, int]:
     raise ValueError(f"there is no workload `{workload}`")
 
 
+def parts(workload: str) -> list[str]:
+    """
+    The models of a workload, by the names that `shape` and `make` know; all but `w8` have one, of the same name.
+    """
+    return [f"w8-{size}" for size in (1, 4, 16)] if workload == "w8" else [workload]
+
+
 def make(root: Path, workload: str, *, quick: bool = False) -> Model:
     """
     Write the files of a workload below `root/BUCKET/<workload>`.
@@ -127,7 +134,7 @@ def _write(path: Path, size: int, number: int, *, sparse: bool) -> None:
 
 
 def _stamp(number: int, start: int) -> bytes:
-    return number.to_bytes(4, "big") + (start // MIB).to_bytes(4, "big")
+    return (number + 1).to_bytes(4, "big") + (start // MIB).to_bytes(4, "big")
 
 
 def _is_stamped(path: Path, number: int) -> bool:

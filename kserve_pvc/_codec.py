@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
@@ -28,6 +29,9 @@ MAX_RECORD_BYTES = 64 * 1024
 KEY = re.compile(r"[a-z0-9._-]{1,40}-[0-9a-f]{16}")
 GENERATION = re.compile(r"[0-9]{12}-[0-9a-f]{32}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# A field of this kind is written only if it says something.
+OMITTED = {"omitted": True}
 
 _T = TypeVar("_T")
 
@@ -71,7 +75,7 @@ def encode(record: attrs.AttrsInstance) -> bytes:
     """
     Write a record down, with its format number and checksum.
     """
-    body = {"format": FORMAT, **attrs.asdict(record, value_serializer=_plain)}
+    body = {"format": FORMAT, **_fields_of(record)}
     return _canonical({**body, "checksum": hashlib.sha256(_canonical(body)).hexdigest()}) + b"\n"
 
 
@@ -99,7 +103,7 @@ def encode_plain(value: attrs.AttrsInstance) -> bytes:
     """
     Write a value down as JSON that people read and edit, so without a checksum.
     """
-    return (json.dumps({"format": FORMAT, **attrs.asdict(value, value_serializer=_plain)}, indent=2) + "\n").encode()
+    return (json.dumps({"format": FORMAT, **_fields_of(value)}, indent=2) + "\n").encode()
 
 
 def decode_plain(cls: type[_T], data: bytes, where: str, *, what: str) -> _T:
@@ -141,10 +145,30 @@ def _short(error: Exception) -> str:
     return message if len(message) <= 200 else message[:200] + "..."
 
 
-def _plain(_: object, __: object, value: Any) -> Any:
+def _fields_of(record: attrs.AttrsInstance) -> dict[str, Any]:
+    """As `attrs.asdict`, in a quarter of its time: a manifest may have 250,000 files."""
+    fields = {}
+    for name, default in _written(type(record)):
+        value = getattr(record, name)
+        if value != default:
+            fields[name] = _plain(value)
+    return fields
+
+
+@lru_cache
+def _written(cls: type[attrs.AttrsInstance]) -> Sequence[tuple[str, Any]]:
+    """The fields of a class, each with the value that is left out."""
+    return [(field.name, field.default if field.metadata == OMITTED else attrs.NOTHING) for field in attrs.fields(cls)]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, PurePosixPath):
+        return str(value)
     if isinstance(value, datetime):
         return value.isoformat()
-    return str(value) if isinstance(value, PurePosixPath) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else _fields_of(value)
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:

@@ -35,7 +35,7 @@ from kserve_pvc.errors import InsufficientSpaceError, LockTimeoutError, StoreErr
 from kserve_pvc.locks.flock import FileLock
 from kserve_pvc.locks.lease import Heart, LeaseLostError
 
-# Notes of small files are written together once they speak of so much.
+# The note of a range of this length is written at once.
 _GATHERED_BYTES = 8 * 1024 * 1024
 _MAX_JOURNAL_BYTES = 64 * 1024 * 1024
 
@@ -433,10 +433,10 @@ class _Journal:
     The notes of one attempt, each a line with its own checksum; several workers note, one file is written.
     """
 
-    def __init__(self, writer: VolumeWriter, generation: str, sync_bytes: int) -> None:
+    def __init__(self, writer: VolumeWriter, generation: str, part_bytes: int) -> None:
         self._guard = threading.Lock()
-        self._sync_bytes = sync_bytes
-        self._lines: list[bytes] = []
+        self._part_bytes = part_bytes
+        self._notes: list[tuple[PurePosixPath, str, int, int, str | None, int | None]] = []
         self._unwritten = self._unsynced = self._offset = 0
         self._writer = writer
         self._place = layout.journal_file(generation)
@@ -445,36 +445,39 @@ class _Journal:
     def __enter__(self) -> _Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        # Notes are hints: one that the volume lost costs a fetch.
+    def __exit__(self, kind: object, *_: object) -> None:
+        # A download that is over has no heir; one that failed has. Notes are hints: one that is lost costs a fetch.
         with suppress(OSError, StoreError):
-            self._write()
+            if kind is not None:
+                self._write()
         with suppress(OSError):
             os.close(self._fd)
 
-    def note(self, note: PartNote, size_bytes: int) -> None:
+    def note(self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None) -> None:
         """
-        Write down that `size_bytes` more are on the volume. A lost note costs a fetch and never a lie.
+        Write down what is on the volume, as in `PartNote`. A lost note costs a fetch and never a lie.
 
-        Notes of small files are gathered until they are worth a write, and all are made durable once they speak of a
-        whole part.
+        Notes of small files are gathered until together they speak of a part, or of a range long enough to matter:
+        many a download is over before that.
         """
-        line = encode(note)
         with self._guard:
-            self._lines.append(line)
-            self._unwritten += size_bytes
-            if self._unwritten >= min(self._sync_bytes, _GATHERED_BYTES):
+            self._notes.append((path, token, start, stop, sha256, crc32))
+            self._unwritten += stop - start
+            if self._unwritten >= self._part_bytes or stop - start >= _GATHERED_BYTES:
                 self._write()
 
     def _write(self) -> None:
-        data = b"".join(self._lines)
+        data = b"".join(
+            encode(PartNote(path=path, token=token, start=start, stop=stop, sha256=sha256, crc32=crc32))
+            for path, token, start, stop, sha256, crc32 in self._notes
+        )
         try:
             write_all(self._fd, data, self._offset)
             self._offset += len(data)
             self._unsynced += self._unwritten
             self._unwritten = 0
-            self._lines.clear()
-            if self._unsynced >= self._sync_bytes:
+            self._notes.clear()
+            if self._unsynced >= self._part_bytes:
                 os.fdatasync(self._fd)
                 self._unsynced = 0
         except OSError as error:

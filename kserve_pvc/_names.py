@@ -19,6 +19,8 @@ MAX_PART_BYTES = 255
 MAX_NAME_BYTES = 1024
 
 _DRIVE = re.compile(r"[A-Za-z]:")
+# Nearly every name is of this kind, which breaks no rule if it is short: looked at once, as models have many files.
+_PLAIN = re.compile(r"[\w.+=@-]*[\w+=@-](?:/[\w.+=@-]*[\w+=@-])*", re.ASCII)
 
 
 def check_name(name: str) -> PurePosixPath:
@@ -28,9 +30,10 @@ def check_name(name: str) -> PurePosixPath:
     Raises:
         UnsafePathError: The name is absolute, escapes, is not normal, or cannot be a POSIX file name.
     """
-    rule = _broken_rule(name)
-    if rule is not None:
-        raise UnsafePathError(name, rule)
+    if len(name) > MAX_PART_BYTES or _PLAIN.fullmatch(name) is None:
+        rule = _broken_rule(name)
+        if rule is not None:
+            raise UnsafePathError(name, rule)
     return PurePosixPath(name)
 
 
@@ -63,22 +66,27 @@ def check_collisions(paths: Iterable[PurePosixPath]) -> None:
     Raises:
         UnsafePathError: Names both offenders.
     """
-    seen: dict[tuple[str, ...], PurePosixPath] = {}
-    directories: dict[tuple[str, ...], PurePosixPath] = {}
+    seen: dict[str, str] = {}
+    directories: dict[str, str] = {}
     for path in paths:
-        folded = tuple(_fold(part) for part in path.parts)
+        name = str(path)
+        folded = _fold(name)
         if folded in seen:
-            raise UnsafePathError(str(path), f"it collides with `{seen[folded]}` on a volume that ignores case or Unicode form")
-        seen[folded] = path
-        for depth in range(1, len(path.parts)):
-            parent = PurePosixPath(*path.parts[:depth])
-            twin = directories.setdefault(folded[:depth], parent)
-            if twin != parent:
-                raise UnsafePathError(str(path), f"its directory collides with `{twin}` on a volume that ignores case or Unicode form")
-    for folded, path in seen.items():
+            raise UnsafePathError(name, f"it collides with `{seen[folded]}` on a volume that ignores case or Unicode form")
+        seen[folded] = name
+        parent, _, _ = name.rpartition("/")
+        while parent and directories.get(folded := _fold(parent)) != parent:
+            if folded in directories:
+                twin = directories[folded]
+                raise UnsafePathError(name, f"its directory collides with `{twin}` on a volume that ignores case or Unicode form")
+            directories[folded] = parent
+            parent, _, _ = parent.rpartition("/")
+    for folded, name in seen.items():
         if folded in directories:
-            raise UnsafePathError(str(path), "it is both a file and a directory in the source")
+            raise UnsafePathError(name, "it is both a file and a directory in the source")
 
 
 def _fold(part: str) -> str:
+    if part.isascii():
+        return part.lower()
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part).casefold())

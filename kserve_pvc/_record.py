@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 from attrs.validators import and_, instance_of, lt, matches_re, optional
 
-from kserve_pvc._codec import GENERATION, KEY, SHA256, build, decode, encode, moment, number, size, text
+from kserve_pvc._codec import GENERATION, KEY, OMITTED, SHA256, build, decode, encode, moment, number, size, text
 from kserve_pvc._entry import Holder, LogEntry, StoreSettings, now, to_holder
 from kserve_pvc._names import check_collisions, check_name
 
@@ -41,9 +41,12 @@ BEAT_BYTES = 256
 
 
 def _path(value: str | PurePosixPath) -> PurePosixPath:
-    if not isinstance(value, str | PurePosixPath):
+    if isinstance(value, PurePosixPath):
+        check_name(str(value))
+        return value
+    if not isinstance(value, str):
         raise TypeError("a path must be a text")
-    return check_name(str(value))
+    return check_name(value)
 
 
 @attrs.frozen(kw_only=True)
@@ -60,7 +63,7 @@ class FileEntry:
     size_bytes: int = attrs.field(validator=size)
     sha256: str | None = attrs.field(default=None, validator=optional(matches_re(SHA256)))
     token: str | None = attrs.field(default=None, validator=optional(text))
-    evidence: str | None = attrs.field(default=None, validator=optional(matches_re(r"[a-z0-9]{1,16}:[0-9a-f]{8,128}")))
+    evidence: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(r"[a-z0-9]{1,16}:[0-9a-f]{8,128}")))
 
 
 def _files(value: Any) -> tuple[FileEntry, ...]:
@@ -158,10 +161,10 @@ class PartNote:
 
     path: PurePosixPath = attrs.field(converter=_path)
     token: str = attrs.field(validator=text)
-    start: int = attrs.field(default=0, validator=size)
+    start: int = attrs.field(default=0, metadata=OMITTED, validator=size)
     stop: int = attrs.field(validator=size)
     sha256: str | None = attrs.field(default=None, validator=optional(matches_re(SHA256)))
-    crc32: int | None = attrs.field(default=None, validator=optional(and_(size, lt(2**32))))
+    crc32: int | None = attrs.field(default=None, metadata=OMITTED, validator=optional(and_(size, lt(2**32))))
 
     def __attrs_post_init__(self) -> None:
         if self.start > self.stop or (self.start and self.sha256 is not None):

@@ -78,7 +78,7 @@ class Destination:
 
     `create` opens a new file, `allocate` reserves room for it, `write` puts bytes at an offset, `copy` puts those of
     another file there (from, to, start, stop), `finish` makes the file immutable and closed, and durable if asked,
-    `note` appends to the journal how far so many bytes more have come, `failure` says what an error of the volume means.
+    `note` appends to the journal the fields of a `PartNote`, `failure` says what an error of the volume means.
     """
 
     create: Callable[[PurePosixPath], int]
@@ -86,7 +86,7 @@ class Destination:
     write: Callable[[int, memoryview, int], None]
     copy: Callable[[int, int, int, int], bool]
     finish: Callable[[int, PurePosixPath, bool], None]
-    note: Callable[[PartNote, int], None]
+    note: Callable[[PurePosixPath, str, int, int, str | None, int | None], None]
     failure: Callable[[str, PurePosixPath, OSError], Exception]
 
 
@@ -378,6 +378,9 @@ class Transfer:
         hashes = _Hashes(self._digest, promised)
         fd = self._destination.create(file.entry.path)
         writing = _Writing(file, fd, hashes, [(0, size)] if size else [], size)
+        if size <= min(_SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors:
+            self._write_small(writing, buffer)
+            return None
         try:
             with _naming(self._destination, file.entry.path):
                 if size >= _SHORTEST_RANGE:
@@ -398,6 +401,24 @@ class Transfer:
         else:
             self._settle(writing)
         return writing
+
+    def _write_small(self, writing: _Writing, buffer: memoryview) -> None:
+        """A file that one worker fetches by itself: nobody else needs to know of it before it is done."""
+        position, path = 0, writing.file.entry.path
+        try:
+            for piece in self._pieces(writing.file, 0, writing.unwritten, buffer):
+                writing.hashes.update(piece)
+                self._destination.write(writing.fd, piece, position)
+                position += len(piece)
+                self._observer.received(len(piece))
+            self._received += position
+        except BaseException as error:
+            with suppress(OSError):
+                os.close(writing.fd)
+            if isinstance(error, OSError) and not isinstance(error, StoreError) and error.errno is not None:
+                raise self._destination.failure("writing", path, error) from error
+            raise
+        self._end(writing)
 
     def _asked(self, file: RemoteFile) -> str | None:
         """Ask the source for a digest, as patiently as for bytes."""
@@ -426,15 +447,11 @@ class Transfer:
             is_last = writing.unwritten == span.stop - span.start
             if not is_last:
                 os.fdatasync(writing.fd)
-                note = PartNote(
-                    path=path,
-                    token=str(writing.file.entry.token),
-                    start=0 if span.is_front else span.start,
-                    stop=span.stop,
-                    sha256=writing.hashes.so_far() if span.is_front else None,
-                    crc32=crc if proves else None,
-                )
-                self._destination.note(note, span.stop - span.start)
+                token, so_far = str(writing.file.entry.token), writing.hashes.so_far()
+                if span.is_front and so_far is not None:
+                    self._destination.note(path, token, 0, span.stop, so_far, None)
+                else:
+                    self._destination.note(path, token, span.start, span.stop, None, crc if proves else None)
         with self._guard:
             writing.unwritten -= span.stop - span.start
             if span.is_front:
@@ -487,8 +504,7 @@ class Transfer:
             raise
         self._destination.finish(writing.fd, file.entry.path, size >= _SHORTEST_RANGE)
         sha256 = writing.hashes.so_far()
-        note = PartNote(path=file.entry.path, token=str(file.entry.token), start=0, stop=size, sha256=sha256, crc32=None)
-        self._destination.note(note, size)
+        self._destination.note(file.entry.path, str(file.entry.token), 0, size, sha256, None)
         self._finished(file, attrs.evolve(file.entry, sha256=sha256, evidence=checked))
 
     def _finished(self, file: RemoteFile, entry: FileEntry) -> None:
@@ -578,7 +594,7 @@ class Transfer:
             except (OSError, ValueError):
                 continue  # Collected, lost, replaced or not for us to read: its bytes are fetched.
             self._observer.adopted(note.stop)
-            self._destination.note(note, note.stop)
+            self._destination.note(note.path, note.token, 0, note.stop, note.sha256, None)
             return attrs.evolve(file.entry, sha256=note.sha256)
         return None
 

@@ -140,12 +140,12 @@ def retry_after(headers: Mapping[str, str]) -> float:
 
 def _check(file: RemoteFile, where: str, answer: Answer, start: int, stop: int) -> None:
     size = file.entry.size_bytes
-    etag, pinned = answer.headers.get("etag"), file.pin.get("If-Match")
+    etag, pinned = answer.header("etag"), file.pin.get("If-Match")
     if etag is not None and pinned is not None and etag != pinned:
         raise SourceChangedError(where, str(file.entry.path))
     expected = f"bytes {start}-{stop - 1}/{size}"
     # A whole object may come without a range: then its length has to be the one that was pinned.
-    got = answer.headers.get("content-range") if answer.status == 206 else f"bytes 0-{(answer.length or 0) - 1}/{answer.length}"
+    got = answer.header("content-range") if answer.status == 206 else f"bytes 0-{(answer.length or 0) - 1}/{answer.length}"
     if got != expected:
         raise SourceUnavailableError(where, f"it was asked for `{expected}` and answered `{got}`")
     if answer.length is not None and answer.length != stop - start:

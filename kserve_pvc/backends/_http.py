@@ -15,17 +15,13 @@ import struct
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
-
-import attrs
 
 if TYPE_CHECKING:
     import ssl
-
-_T = TypeVar("_T")
 
 CONNECT_SECONDS = 5.0
 # How long a read waits before its caller may look up: whoever is told to stop does so within this time.
@@ -54,8 +50,7 @@ class _StaleError(HTTPError):
     """A connection that was kept open had been closed by the server before the request came."""
 
 
-@attrs.frozen
-class Target:
+class Target(NamedTuple):
     """
     Where a URL leads: what to connect to, and what to ask for there.
     """
@@ -138,15 +133,15 @@ class HTTPClient:
         The head of a request as it goes over a connection.
         """
         place = f"http://{target.authority}{target.path}" if connection.is_forwarded else target.path
-        lines = [f"{method} {place} HTTP/1.1", f"Host: {target.authority}"]
+        # An answer in another encoding would have other bytes than the range that was asked for.
+        lines = [f"{method} {place} HTTP/1.1", f"Host: {target.authority}", "Accept-Encoding: identity"]
         if connection.is_forwarded and connection.proxy_password:
             lines.append(f"Proxy-Authorization: {connection.proxy_password}")
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        # An answer in another encoding would have other bytes than the range that was asked for.
-        head = "\r\n".join([*lines, "Accept-Encoding: identity", "", ""])
-        if head.count("\n") != len(lines) + 2 or head.count("\r") != len(lines) + 2:
+        head = "\r\n".join(lines)
+        if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
             raise HTTPError("a header holds a line break", is_final=True)
-        return head.encode("latin-1", "strict")
+        return head.encode("latin-1", "strict") + b"\r\n\r\n"
 
     def take(self, target: Target) -> _Connection | None:
         """
@@ -242,7 +237,13 @@ class Exchange:
         kept = client.take(target)
         self._is_kept = kept is not None
         self._connection = kept or client.connect(target)
-        self._guarded(self._send)
+        try:
+            self._send()
+        except _StaleError:
+            self._start_over()
+        except BaseException:
+            self._connection.close()
+            raise
 
     def __enter__(self) -> Exchange:
         return self
@@ -262,35 +263,30 @@ class Exchange:
             HTTPError: There will be none.
         """
         if self._answer is None:
-            self._answer = self._guarded(lambda: self._connection.receive_head(self._method))
+            try:
+                self._answer = self._connection.receive_head(self._method)
+            except _StaleError:
+                self._start_over()
         return self._answer
 
     def _send(self) -> None:
         self._connection.send(self._client.head(self._method, self._target, self._connection, self._headers))
 
-    def _guarded(self, act: Callable[[], _T]) -> _T | None:
+    def _start_over(self) -> None:
         """A server may close a connection that was kept at any time: then the request goes out once more, on a new one."""
-        try:
-            return act()
-        except _StaleError:
-            self._connection.close()
-            if not self._is_kept:
-                raise
-        except BaseException:
-            self._connection.close()
-            raise
+        self._connection.close()
+        if not self._is_kept:
+            raise  # noqa: PLE0704
         self._is_kept = False
         self._connection = self._client.connect(self._target)
-        self._guarded(self._send)
-        return None
+        self._send()
 
 
-@attrs.frozen
-class _Proxy:
+class _Proxy(NamedTuple):
     host: str
     port: int
-    user: str = attrs.field(repr=False)
-    password: str = attrs.field(repr=False)
+    user: str
+    password: str
 
 
 def make_context(ca_bundle: str | bool | None, environ: Mapping[str, str]) -> ssl.SSLContext:
@@ -539,7 +535,7 @@ class _Connection:
         The head of the next answer, or None if it is not there within a moment.
         """
         while (block := self._receive_block()) is not None:
-            answer = Answer(self, method, block.decode("latin-1").split("\r\n"))
+            answer = Answer(self, method, block)
             if answer.status >= 200:
                 return answer
             self._interim += 1
@@ -619,39 +615,50 @@ class Answer:
     """
     The head of an answer, and its body being read.
 
-    `status` is its number, `headers` are by lower-case name; a header that comes twice holds both, joined by a comma.
-    `length` is how many bytes the body has, if the server said so.
+    `status` is its number, `length` is how many bytes the body has, if the server said so.
     """
 
-    def __init__(self, connection: _Connection, method: str, lines: list[str]) -> None:
+    def __init__(self, connection: _Connection, method: str, head: bytes) -> None:
         self._connection = connection
-        version, _, rest = lines[0].partition(" ")
-        code = rest[:3]
-        if version not in ("HTTP/1.1", "HTTP/1.0") or not code.isascii() or not code.isdigit() or len(code) < 3:
+        # Found when they are asked for: a small file is soon fetched, and few headers matter.
+        self._head = head + b"\r\n"
+        self._lower = self._head.lower()
+        code = head[9:12]
+        if not head.startswith((b"HTTP/1.1 ", b"HTTP/1.0 ")) or not code.isdigit() or len(code) < 3:
             raise HTTPError("its answer is no HTTP")
         self.status = int(code)
-        self.headers: dict[str, str] = {}
-        for line in lines[1:]:
-            name, colon, value = line.partition(":")
-            name, value = name.lower(), value.strip()
-            if not colon or not name or name != name.strip():
-                raise HTTPError("the head of its answer is malformed")
-            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
+        words = (self.header("connection") or "").lower()
+        self.keeps_alive = "keep-alive" in words if head.startswith(b"HTTP/1.0") else "close" not in words
         self._frame(method)
-        connection_words = {word.strip().lower() for word in self.headers.get("connection", "").split(",")}
-        self.keeps_alive = "close" not in connection_words and (version == "HTTP/1.1" or "keep-alive" in connection_words)
+
+    def header(self, name: str) -> str | None:
+        """
+        The value of a header by its lower-case name; of one that comes twice, both, joined by a comma.
+        """
+        found, wanted, start = None, f"\r\n{name}:".encode(), 0
+        while (start := self._lower.find(wanted, start)) >= 0:
+            start += len(wanted)
+            value = self._head[start : self._head.index(b"\r\n", start)].decode("latin-1").strip()
+            found = value if found is None else f"{found}, {value}"
+        return found
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """All headers by lower-case name."""
+        names = {line.partition(b":")[0].decode("latin-1") for line in self._lower.split(b"\r\n")[1:] if b":" in line}
+        return {name: self.header(name) or "" for name in names}
 
     def _frame(self, method: str) -> None:
         self.length: int | None = None
         self._is_chunked = False
         self.is_over = False
-        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
+        coding, length = self.header("transfer-encoding"), self.header("content-length")
         if method == "HEAD" or self.status in (204, 304) or self.status < 200 or (method == "CONNECT" and self.status == 200):
             self._left, self.is_over = 0, True
         elif coding is not None:
             # Both at once is how one answer is made to look like two.
             if coding.lower() != "chunked" or length is not None:
-                raise HTTPError(f"its answer has the transfer encoding `{coding}`")
+                raise HTTPError(f"its answer has the transfer encoding `{coding[:40]}`")
             self._is_chunked, self._left = True, 0
         elif length is not None:
             if not length.isascii() or not length.isdigit() or len(length) > 18:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
 from collections.abc import Mapping
-from datetime import datetime
 from functools import lru_cache
 from urllib.parse import quote
 
@@ -39,7 +39,7 @@ def sign(
     headers: Mapping[str, str],
     credentials: Credentials,
     region: str,
-    moment: datetime,
+    moment: float,
 ) -> dict[str, str]:
     """
     Sign a request to S3, and return the headers given and those that sign it.
@@ -48,22 +48,28 @@ def sign(
         host: As the `Host` header has it.
         path: As the request line has it, quoted.
         query: Not quoted.
-        headers: Those that begin with `x-amz-` have to be here; names in lower case.
-        moment: The time in UTC; servers refuse it when it is more than a quarter of an hour off.
+        headers: In lower case. S3 wants those that begin with `x-amz-` signed; others are, too.
+        moment: Seconds since 1970; servers refuse a time that is more than a quarter of an hour off.
     """
-    stamp = moment.strftime("%Y%m%dT%H%M%SZ")
+    stamp = _stamp(int(moment))
     signed = {**headers, "host": host, "x-amz-content-sha256": _EMPTY_BODY, "x-amz-date": stamp}
     if credentials.session_token:
         signed["x-amz-security-token"] = credentials.session_token
-    names = ";".join(sorted(signed))
-    lines = "".join(f"{name}:{signed[name]}\n" for name in sorted(signed))
-    request = f"{method}\n{path}\n{encode_query(query)}\n{lines}\n{names}\n{_EMPTY_BODY}"
+    names = sorted(signed)
+    lines = "\n".join([f"{name}:{signed[name]}" for name in names])
+    words = ";".join(names)
+    request = f"{method}\n{path}\n{encode_query(query)}\n{lines}\n\n{words}\n{_EMPTY_BODY}"
     scope = f"{stamp[:8]}/{region}/s3/aws4_request"
     text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
     signature = hmac.digest(_signing_key(credentials.secret, stamp[:8], region), text.encode(), "sha256").hex()
     del signed["host"]
-    signed["Authorization"] = f"AWS4-HMAC-SHA256 Credential={credentials.key}/{scope}, SignedHeaders={names}, Signature={signature}"
+    signed["Authorization"] = f"AWS4-HMAC-SHA256 Credential={credentials.key}/{scope}, SignedHeaders={words}, Signature={signature}"
     return signed
+
+
+@lru_cache(maxsize=2)
+def _stamp(second: int) -> str:
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
 
 
 def encode_query(query: Mapping[str, str]) -> str:

@@ -16,7 +16,6 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from itertools import chain
 from typing import Any, Protocol
@@ -280,16 +279,16 @@ class _PlainAccess:
     ) -> tuple[Target, Mapping[str, str]]:
         region = self._regions.get(bucket, self.region)
         path = f"/{quote(key, safe='/~')}"
-        place = self.endpoint or Target("https", f"s3.{region}.amazonaws.com", 443, "")
-        if self.is_virtual and ("." not in bucket or place.scheme == "http"):
-            place = attrs.evolve(place, host=f"{bucket}.{place.host}")
+        scheme, host, port, base = self.endpoint or Target("https", f"s3.{region}.amazonaws.com", 443, "")
+        if self.is_virtual and ("." not in bucket or scheme == "http"):
+            host = f"{bucket}.{host}"
         else:
             path = f"/{bucket}{path if key else ''}"
-        path = place.path.rstrip("/") + path
-        target = attrs.evolve(place, path=f"{path}?{encode_query(query)}" if query else path)
+        path = base.rstrip("/") + path
+        target = Target(scheme, host, port, f"{path}?{encode_query(query)}" if query else path)
         if self.credentials is None:
             return target, headers
-        return target, sign(method, target.authority, path, query, headers, self.credentials, region, datetime.now(UTC))
+        return target, sign(method, target.authority, path, query, headers, self.credentials, region, time.time())
 
     def _ask(
         self, method: str, bucket: str, key: str, query: Mapping[str, str], headers: Mapping[str, str]
@@ -308,7 +307,7 @@ class _PlainAccess:
                 if error.is_final or pause is None:
                     raise
             else:
-                region = answer.headers.get("x-amz-bucket-region")
+                region = answer.header("x-amz-bucket-region")
                 if region and bucket not in self._regions and region != self.region and re.fullmatch(r"[a-z0-9-]{1,40}", region):
                     self._regions[bucket] = region  # Said by S3 itself, at whatever status; asked there once.
                     continue

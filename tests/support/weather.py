@@ -253,11 +253,12 @@ def refuse(status: int, code: str, *, body: bytes | None = None, **headers: str)
 
 def changed(change: Callable[[Answer], object]) -> Misbehaviour:
     """
-    Send the answer after a change to it.
+    Send the answer after a change to it; refusals are sent as they are.
     """
 
     def act(exchange: Exchange) -> None:
-        change(exchange.answer)
+        if exchange.answer.status < 300:
+            change(exchange.answer)
         exchange.reply()
 
     return act
@@ -525,6 +526,9 @@ def _read_head(connection: socket.socket) -> bytes:
         if not piece or len(head) > _MAX_HEAD_BYTES:
             return b""
         head += piece
+        if not head[:1].isalpha():  # Such as the greeting of TLS: answered as web servers do.
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return b""
     return head
 
 
