@@ -70,7 +70,7 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Ours and everybody else, taking turns. `nox -s bench -- --quick --rounds 3 --only w2,w3`; `-- --help` tells more."""
     session.install(f"{_wheel(session)}[s3]", *PEERS)
-    nginx = _nginx(session)
+    nginx = os.environ.get("BENCH_NGINX") or _nginx(session)
     results = Path(session.create_tmp()).resolve() / "results"
     session.run("python", "bench", "--out", str(results), *session.posargs, env={"BENCH_NGINX": nginx})
 

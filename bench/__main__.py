@@ -44,12 +44,16 @@ _ROOM_BYTES = 1 << 30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.show and not options.out:
+        parser.error("--show needs --out, where the results are")
     results = report.Results.read(options.out / "results.json") if options.out else report.Results()
     if results.quick != options.quick and not options.show:
         # Small models and large ones in one document would be compared with each other.
         results = report.Results(quick=options.quick)
     if not options.show:
+        results.machine, results.versions = report.machine(), report.versions()
         with _directory(options.scratch or _SHARED_MEMORY) as scratch:
             for part in [part for workload in options.only for part in data.parts(workload)]:
                 _measure(options, part, scratch, results)
@@ -169,8 +173,7 @@ def _race(
         files=len(model.sizes),
         interpreter_rss=measure.interpreter_rss(),
     )
-    every = peers.PEERS[workload.partition("-")[0]]
-    chosen = [peer for peer in every if options.peers is None or any(word in peer.name for word in options.peers)]
+    chosen = [peer for peer in peers.PEERS[workload] if options.peers is None or any(word in peer.name for word in options.peers)]
     room = shutil.disk_usage(destination).free
     for peer in chosen:
         if why := _hindrance(peer, series, origin, room):
@@ -183,14 +186,21 @@ def _race(
         for peer in chosen if number % 2 == 0 else chosen[::-1]:
             if peer.name in series.skipped:
                 continue
-            print(f"{workload} {variant}, round {number + 1} of {options.rounds}: {peer.name}\x1b[K", end="\r", file=sys.stderr, flush=True)
+            _say(f"{workload} {variant}, round {number + 1} of {options.rounds}: {peer.name}")
             outcome = _once(peer, series, model, origin, destination)
             if isinstance(outcome, str):
                 series.skipped[peer.name] = outcome
             elif number >= 0:
                 series.samples[peer.name].append(outcome)
+    _say("")
     results.series[series.key] = series
     print(report.table(series, peers.ours(series.samples)), "\n", flush=True)
+
+
+def _say(text: str) -> None:
+    """Show to whoever sits there what is going on, in one line that the next text takes."""
+    if sys.stderr.isatty():
+        print(f"{text}\x1b[K", end="\r", file=sys.stderr, flush=True)
 
 
 def _hindrance(peer: peers.Peer, series: report.Series, origin: origins.Origin, room_bytes: int) -> str | None:

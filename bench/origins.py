@@ -315,11 +315,11 @@ def check(endpoint: str, ca: Path | None, root: Path) -> None:
     etag = fields.get("etag", "")
     listing = _ask(endpoint, ca, f"/{bucket}?list-type=2&prefix={quote(key)}", {})[2].decode().replace("&quot;", '"')
     found = {
-        "a range": (partial, fields.get("content-range"), body),
+        "a range": (partial, fields.get("content-range"), body[:8]),
         "a range beyond the end": _ask(endpoint, ca, target, {"Range": f"bytes={size}-"})[0],
         "another If-Match": _ask(endpoint, ca, target, {"If-Match": '"another"'})[0],
         "another If-Match of a range": _ask(endpoint, ca, target, {"If-Match": '"another"', **ranged})[0],
-        "its own If-Match of a range": _ask(endpoint, ca, target, {"If-Match": etag, **ranged})[::2],
+        "its own If-Match of a range": _brief(_ask(endpoint, ca, target, {"If-Match": etag, **ranged})),
         "the ETag in the listing": etag in listing,
     }
     expected = {
@@ -332,6 +332,11 @@ def check(endpoint: str, ca: Path | None, root: Path) -> None:
     }
     if wrong := [f"{what}: {found[what]!r}, not {expected[what]!r}" for what in expected if found[what] != expected[what]]:
         raise RuntimeError(f"the origin at {endpoint} is no origin to measure with: {'; '.join(wrong)}")
+
+
+def _brief(answer: tuple[int, dict[str, str], bytes]) -> tuple[int, bytes]:
+    """What fits into a message if it is wrong."""
+    return answer[0], answer[2][:8]
 
 
 def _ask(endpoint: str, ca: Path | None, target: str, fields: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:

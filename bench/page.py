@@ -26,7 +26,7 @@ def write(place: Path, results: report.Results) -> None:
     if not (begin and end):
         raise ValueError(f"`{place}` needs the lines `{_BEGIN}` and `{_END}` for the results to stand between")
     static = place.parents[1] / _STATIC
-    lines = [*_machine(), *_bars(results)]
+    lines = [*_machine(results), *_bars(results)]
     for series in results.series.values():
         name = f"bench-{series.key}-wall.svg"
         (static / name).write_text(report.plot(series))
@@ -38,9 +38,9 @@ def write(place: Path, results: report.Results) -> None:
     place.write_text("\n".join([before + begin, "", *lines, end + after]))
 
 
-def _machine() -> list[str]:
-    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.machine().items())
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions().items())
+def _machine(results: report.Results) -> list[str]:
+    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results.machine.items())
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return [f"Measured on: {described}. Versions: {versions}.", ""]
 
 

@@ -185,8 +185,14 @@ REPLICAS = [
     _together("s5cmd, 8 replicas", _BY_NAME["s5cmd"], 8),
 ]
 IN_A_GIGABYTE = "ours, in 1 GiB"
-MEMORY = [_BY_NAME[OURS], _limited(IN_A_GIGABYTE, _BY_NAME[OURS], 1 << 30)]
-PEERS = {"w1": DOWNLOADERS, "w2": DOWNLOADERS, "w3": DOWNLOADERS, "w4": LISTERS, "w6": REPLICAS, "w8": MEMORY}
+PEERS = {
+    **dict.fromkeys(("w1", "w2", "w3"), DOWNLOADERS),
+    "w4": LISTERS,
+    "w6": REPLICAS,
+    "w8-1": [_BY_NAME[OURS]],
+    "w8-4": [_BY_NAME[OURS], _limited(IN_A_GIGABYTE, _BY_NAME[OURS], 1 << 30)],
+    "w8-16": [_BY_NAME[OURS]],
+}
 
 
 def ours(names: Iterable[str]) -> list[str]:

@@ -109,6 +109,34 @@ class Facts:
         return statistics.median(self.values[name]) if self.values.get(name) else None
 
 
+def machine() -> dict[str, object]:
+    """
+    Where it was measured, as far as it matters for the numbers.
+    """
+    model = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    memory = next(int(line.split()[1]) // 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": model,
+        "memory_mib": memory,
+        "kernel": platform.release().partition("-")[0],
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """
+    Which peers are installed, as packages.
+    """
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 @dataclass(kw_only=True)
 class Results:
     """
@@ -116,6 +144,8 @@ class Results:
     """
 
     quick: bool = False
+    machine: dict[str, object] = field(default_factory=machine)
+    versions: dict[str, str] = field(default_factory=versions)
     series: dict[str, Series] = field(default_factory=dict)
     facts: dict[str, Facts] = field(default_factory=dict)
 
@@ -129,15 +159,21 @@ class Results:
         document = json.loads(path.read_text())
         all_series = [Series(**{**item, "samples": _samples(item["samples"])}) for item in document["series"]]
         facts = [Facts(**item) for item in document["facts"]]
-        return cls(quick=document["quick"], series={one.key: one for one in all_series}, facts={one.key: one for one in facts})
+        return cls(
+            quick=document["quick"],
+            machine=document["machine"],
+            versions=document["versions"],
+            series={one.key: one for one in all_series},
+            facts={one.key: one for one in facts},
+        )
 
     def write(self, path: Path, bars: Sequence[object]) -> None:
         """
         Write all of it as JSON, every single run included, with where it was measured and how it compares.
         """
         document = {
-            "machine": machine(),
-            "versions": versions(),
+            "machine": self.machine,
+            "versions": self.versions,
             "quick": self.quick,
             "bars": bars,
             "series": [asdict(series) for series in self.series.values()],
@@ -208,43 +244,17 @@ def columns(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def machine() -> dict[str, object]:
-    """
-    Where it was measured, as far as it matters for the numbers.
-    """
-    model = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    memory = next(int(line.split()[1]) // 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": model,
-        "memory_mib": memory,
-        "kernel": platform.release().partition("-")[0],
-        "python": platform.python_version(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """
-    Which peers are installed, as packages.
-    """
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def plot(series: Series, value: str = "wall", unit: str = "s", scale: float = 1.0) -> str:
     """
-    Draw the medians of a series as horizontal bars, in SVG that takes the colours of the page it stands in.
+    Draw the medians of a series as horizontal bars, in SVG for light pages and dark ones.
     """
     medians = {peer: median / scale for peer in series.samples if (median := series.median(peer, value)) is not None}
-    longest, row, label, width = max(medians.values(), default=1.0), 24, 170, 640
+    longest, row, label, width = max(medians.values(), default=1.0), 24, 200, 680
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {row * len(medians) + 8}" role="img" '
         f'font-family="system-ui, sans-serif" font-size="13" fill="currentColor">',
+        # An image of a page knows nothing of the page's colours, only whether its reader prefers dark ones.
+        "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>",
         f"<title>{series.title}, {value} in {unit}</title>",
     ]
     for place, (peer, median) in enumerate(sorted(medians.items(), key=lambda item: item[1])):

@@ -15,7 +15,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import PurePosixPath
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import attrs
 
@@ -26,14 +26,17 @@ from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take
 from kserve_pvc._codec import KEY
 from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Waiting
 from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log, read_log_of, read_manifest
+from kserve_pvc._pace import Tuning
 from kserve_pvc._record import Beat, Claim, Holder, LogEntry, Manifest, PartNote, StoreSettings, decode, encode, now
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._source import Backend, Listing, RemoteFile, Resolved
-from kserve_pvc._transfer import Destination, Donor, Transfer, Tuning
-from kserve_pvc._volume import Tree, Volume, VolumeWriter, allocate, copy_range, write_all
-from kserve_pvc.errors import InsufficientSpaceError, LockTimeoutError, StoreError, StoreFormatError, VolumeError
+from kserve_pvc._volume import Tree, Volume, VolumeWriter, copy_range, write_all
+from kserve_pvc.errors import InsufficientSpaceError, LockTimeoutError, StoreError, StoreFormatError, UnsafePathError, VolumeError
 from kserve_pvc.locks.flock import FileLock
 from kserve_pvc.locks.lease import Heart, LeaseLostError
+
+if TYPE_CHECKING:
+    from kserve_pvc._transfer import Donor
 
 # The note of a range of this length is written at once.
 _GATHERED_BYTES = 8 * 1024 * 1024
@@ -216,16 +219,19 @@ class Download:
         except VolumeError as error:
             self._tally.spoiled = error
             return protocol.Spoiled()
-        except InsufficientSpaceError:
-            # It will not fit a second time either, and what is left of it takes room from others.
+        except (InsufficientSpaceError, UnsafePathError):
+            # It will not do a second time either, and what is left of it takes room from others.
             with suppress(OSError):
                 self._collect(self._claim.generation)
             raise
         return protocol.Fetched()
 
     def _write_generation(self, generation: str, backend: Backend) -> Manifest:
+        # Of eight processes that ask at once, seven only wait.
+        from kserve_pvc._transfer import Destination, Transfer
+
         place = layout.generation_dir(self._key, generation)
-        donors = _find_donors(self._writer, self._ref, own=generation)
+        donors = _find_donors(self._writer, self._ref, own=generation, with_complete=not self._wish.after_seq)
         self._tally.begin()
         pages = self._pages(backend, donors)
         # Nothing is made for a source that holds nothing.
@@ -235,7 +241,7 @@ class Download:
         with self._writer.writing_tree(place) as tree, _Journal(self._writer, generation, self._tuning.part_bytes) as journal:
             destination = Destination(
                 create=tree.create,
-                allocate=allocate,
+                allocate=tree.allocate,
                 write=write_all,
                 copy=copy_range,
                 finish=tree.finish,
@@ -243,7 +249,9 @@ class Download:
                 failure=lambda operation, path, error: self._writer.failure(operation, place / path, error),
             )
             offered = {path: [f.donor(tree) for f in found] for path, found in donors.items()}
-            transfer = Transfer(backend=backend, destination=destination, donors=offered, observer=self._tally, tuning=self._tuning)
+            transfer = Transfer(
+                backend=backend, destination=destination, donors=offered, observer=self._tally, tuning=self._tuning, uri=str(self._ref)
+            )
             done = transfer.run(chain([first], pages))
         assert self._resolved is not None  # All pages were listed.
         files = tuple(done[f.entry.path] for f in self._resolved.files)
@@ -254,11 +262,15 @@ class Download:
     def _pages(self, backend: Backend, donors: Mapping[PurePosixPath, Sequence[_Found]]) -> Iterator[Sequence[RemoteFile]]:
         """What the source holds, page by page if it is listed only now."""
         if self._resolved is None and (pages := getattr(backend, "pages", None)) is not None:
-            listing = Listing(self._ref)
+            listing, before = Listing(self._ref), None
             for page in pages(self._ref):
-                yield listing.add(page)
+                # One page behind, so that a model of one page is known whole before anything of it is written.
+                if before is not None:
+                    yield before
+                before = listing.add(page)
             self._resolved = listing.resolved()
             self._start(self._resolved, donors)
+            yield before or ()
             return
         if self._resolved is None:
             self._resolved = backend.resolve(self._ref)
@@ -495,19 +507,23 @@ class _Found:
     notes: tuple[PartNote, ...]
 
     def donor(self, tree: Tree) -> Donor:
+        from kserve_pvc._transfer import Donor
+
         return Donor(notes=self.notes, open_file=partial(self.volume.open_file, self.place), link=lambda path: tree.link(self.place, path))
 
     def has_all(self, file: RemoteFile) -> bool:
         return any(n.sha256 is not None and n.token == file.entry.token and n.stop == file.entry.size_bytes for n in self.notes)
 
 
-def _find_donors(volume: Volume, ref: ModelRef, own: str) -> Mapping[PurePosixPath, Sequence[_Found]]:
+def _find_donors(volume: Volume, ref: ModelRef, *, own: str = "", with_complete: bool = True) -> Mapping[PurePosixPath, Sequence[_Found]]:
     """
     Files that may already hold what is wanted: complete ones of the same source first, then what dead writers left,
     the newest attempt first. Nothing here is believed: tokens choose, digests prove.
+
+    Whoever insists on a download does so because of doubts about what is there: then nothing complete is offered.
     """
     donors: dict[PurePosixPath, list[_Found]] = defaultdict(list)
-    for key in volume.names(layout.KEYS):
+    for key in volume.names(layout.KEYS) if with_complete else ():
         if KEY.fullmatch(key) is None:
             continue
         with suppress(StoreFormatError, VolumeError):
@@ -530,7 +546,7 @@ def reusable_bytes(volume: Volume, resolved: Resolved) -> int:
     """
     How many bytes of a model need not be fetched, if all that others have of it proves itself.
     """
-    donors = _find_donors(volume, resolved.ref, own="")
+    donors = _find_donors(volume, resolved.ref)
     total = 0
     for file in resolved.files:
         notes = [note for found in donors.get(file.entry.path, ()) for note in found.notes]

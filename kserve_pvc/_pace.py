@@ -1,6 +1,7 @@
 """
-How many streams are worth while: found out by trying, as nobody knows the path between a volume and its source.
+How a transfer goes about it: how patient it is, and how many streams are worth while.
 
+The number of streams is found out by trying, as nobody knows the path between a volume and its source.
 More streams help where each is slow (a limit per connection, a long way), and only cost where the processor or the
 line is full. So a transfer begins with a few, doubles them while that brings at least a sixth more, goes back by one
 step when it does not, and halves them when the source says that it is too much.
@@ -8,12 +9,38 @@ step when it does not, and halves them when the source says that it is too much.
 
 from __future__ import annotations
 
+from typing import Literal
+
+import attrs
+
+from kserve_pvc import _defaults as defaults
+
 FIRST_STREAMS = 4
 _WINDOW_SECONDS = 0.25
 _GAIN = 1.15
 _REST_SECONDS = 5.0
 # Above this share of all processors the client itself is the limit.
 _FULL = 0.6
+
+
+@attrs.frozen(kw_only=True)
+class Tuning:
+    """
+    How bytes are fetched.
+
+    Args:
+        part_bytes: The longest range, and so the most that a killed process costs per stream.
+        max_workers: The most streams at once; how many are worth while is found out on the way.
+        digest: `sha256`, or `none` to trust the transport and the volume.
+        stall_seconds: After how long without a byte a range is asked for again on another connection.
+        retry_seconds: How long a range is tried without a byte of progress before the transfer fails.
+    """
+
+    part_bytes: int = defaults.PART_BYTES
+    max_workers: int = defaults.MAX_WORKERS
+    digest: Literal["sha256", "none"] = "sha256"
+    stall_seconds: float = defaults.STALL_SECONDS
+    retry_seconds: float = defaults.RETRY_SECONDS
 
 
 class Pace:

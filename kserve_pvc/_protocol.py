@@ -16,7 +16,7 @@ import attrs
 
 MAX_SPOILED_ATTEMPTS = 3
 _LONGEST_PAUSE = 1.0
-_SHORTEST_PAUSE = 0.02
+_SHORTEST_PAUSE = 0.05
 
 
 @attrs.frozen(kw_only=True)
@@ -282,6 +282,7 @@ def _wait(state: State, now: float) -> Step:
     waited = state.waited_for(now)
     if waited >= state.rules.timeout:
         return state, (GiveUp(reason="timeout", waited=waited, idle=now - state.idle_since),)
-    # A twentieth of the time waited so far: the last waiter is ready within 5 % of the download it waited for.
+    # A twentieth of the time waited so far: the last waiter is ready within 5 % of the download it waited for. Not less
+    # than a twentieth of a second: looking takes the processor from a downloader on the same node.
     pause = min(max(_SHORTEST_PAUSE, waited / 20), _LONGEST_PAUSE, state.rules.lease_seconds / 4)
     return attrs.evolve(state, waited=True), (Pause(seconds=min(pause, max(state.rules.timeout - waited, 0.001))),)

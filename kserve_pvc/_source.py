@@ -140,10 +140,11 @@ class Backend(Protocol):
     Methods are called from several threads at once. Every failure is raised as one of the `Source…Error` classes,
     translated here and nowhere else.
 
-    Three more methods are used if a back end has them: `pages(ref)`, which yields sequences of `RemoteFile` as they are
+    Four more methods are used if a back end has them: `pages(ref)`, which yields sequences of `RemoteFile` as they are
     listed, so that files are fetched while the next page is asked for; `evidence(file)`, which asks the source for a
-    digest of a file (`name:hex`, or None), where the listing has none that is cheap or certain enough; and `close()`,
-    which lets go of idle connections once a download is over.
+    digest of a file (`name:hex`, or None), where the listing has none that is cheap or certain enough;
+    `tune(stall_seconds=, retry_seconds=)`, which says how patient to be; and `close()`, which lets go of idle
+    connections once a download is over.
     """
 
     def resolve(self, ref: ModelRef) -> Resolved:

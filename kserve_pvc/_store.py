@@ -304,8 +304,8 @@ class ModelStore:
     ) -> Outcome:
         from kserve_pvc._download import Download, Wish
         from kserve_pvc._events import Finished
+        from kserve_pvc._pace import Tuning
         from kserve_pvc._progress import make_listener
-        from kserve_pvc._transfer import Tuning
         from kserve_pvc.backends import check_scheme
 
         assert self._settings is not None  # A read-write store has created them.
@@ -593,7 +593,10 @@ class ModelStore:
         # Clients of remote services do not survive a fork, so each process has its own.
         name = (os.getpid(), ref.scheme)
         if name not in self._backends:
-            self._backends[name] = make_backend(ref.scheme, self._factories, self._options)
+            backend = make_backend(ref.scheme, self._factories, self._options)
+            if (tune := getattr(backend, "tune", None)) is not None:
+                tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])
+            self._backends[name] = backend
         return self._backends[name]
 
 

@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import PurePosixPath
-from typing import Literal, Protocol
+from typing import Protocol
 
 import attrs
 
-from kserve_pvc import _defaults as defaults
-from kserve_pvc._pace import Pace
+from kserve_pvc._pace import Pace, Tuning
 from kserve_pvc._record import FileEntry, PartNote
 from kserve_pvc._retry import delays
 from kserve_pvc._source import Backend, RemoteFile
@@ -90,26 +89,6 @@ class Destination:
     failure: Callable[[str, PurePosixPath, OSError], Exception]
 
 
-@attrs.frozen(kw_only=True)
-class Tuning:
-    """
-    How bytes are fetched.
-
-    Args:
-        part_bytes: The longest range, and so the most that a killed process costs per stream.
-        max_workers: The most streams at once; how many are worth while is found out on the way.
-        digest: `sha256`, or `none` to trust the transport and the volume.
-        stall_seconds: After how long without a byte a range is asked for again on another connection.
-        retry_seconds: How long a range is tried without a byte of progress before the transfer fails.
-    """
-
-    part_bytes: int = defaults.PART_BYTES
-    max_workers: int = defaults.MAX_WORKERS
-    digest: Literal["sha256", "none"] = "sha256"
-    stall_seconds: float = defaults.STALL_SECONDS
-    retry_seconds: float = defaults.RETRY_SECONDS
-
-
 class Observer(Protocol):
     """
     Hears of every byte, and ends the transfer by raising from `check`.
@@ -135,6 +114,7 @@ class _Hashes:
 
     def __init__(self, digest: str, promised: str | None) -> None:
         self.sha256 = hashlib.sha256() if digest == "sha256" else None
+        self.promised = promised
         self._kind, _, self._promised = (promised or "").partition(":")
         self._md5 = hashlib.md5(usedforsecurity=False) if self._kind == "md5" else None
         self._crc32 = 0
@@ -185,6 +165,7 @@ class _Writing:
     unwritten: int
     hashed: int = 0
     is_hashing: bool = False
+    is_adopted: bool = False
     ready: dict[int, int] = attrs.field(factory=dict)
 
     @property
@@ -217,8 +198,10 @@ class Transfer:
         donors: Mapping[PurePosixPath, Sequence[Donor]],
         observer: Observer,
         tuning: Tuning,
+        uri: str,
     ) -> None:
         self._backend = backend
+        self._uri = uri
         self._destination = destination
         self._donors = donors
         self._observer = observer
@@ -260,8 +243,11 @@ class Transfer:
                     self._is_listed = True
                     self._guard.notify_all()
                 cpus = len(os.sched_getaffinity(0))
-                while not self._wait(self._pace.look(time.monotonic(), self._received, time.process_time(), cpus)):
+                while True:
+                    seconds = self._pace.look(time.monotonic(), self._received, time.process_time(), cpus)
                     self._staff(workers)
+                    if self._wait(seconds):
+                        break
             except BaseException as error:  # A KeyboardInterrupt too: no worker outlives this call.
                 self._fail(error)
             for worker in workers:
@@ -289,8 +275,6 @@ class Transfer:
     def _staff(self, workers: list[threading.Thread]) -> None:
         """Start as many workers as there may be streams and as there is work for; those above the pace rest."""
         with self._guard:
-            if self._failure is not None:
-                raise _CancelledError
             wanted = min(self._pace.streams, len(self._waiting) + self._unassigned // min(self._part_bytes, _SHORTEST_RANGE) + 1)
             self._guard.notify_all()
         while len(workers) < wanted:
@@ -498,14 +482,30 @@ class Transfer:
         file, size = writing.file, writing.file.entry.size_bytes
         try:
             checked = self._compare(writing)
+        except DigestMismatchError:
+            if writing.is_adopted:
+                self._start_over(writing)
+                return
+            os.close(writing.fd)
+            raise
         except BaseException:
-            with suppress(OSError):
-                os.close(writing.fd)
+            os.close(writing.fd)
             raise
         self._destination.finish(writing.fd, file.entry.path, size >= _SHORTEST_RANGE)
         sha256 = writing.hashes.so_far()
         self._destination.note(file.entry.path, str(file.entry.token), 0, size, sha256, None)
-        self._finished(file, attrs.evolve(file.entry, sha256=sha256, evidence=checked))
+        self._finished(file, file.entry.proven(sha256, checked))
+
+    def _start_over(self, writing: _Writing) -> None:
+        """What a dead writer left was as it had noted, and still not what the source has: all of it is fetched."""
+        size = writing.file.entry.size_bytes
+        promised = writing.hashes.promised
+        writing.hashes, writing.is_adopted = _Hashes(self._digest, promised), False
+        writing.gaps, writing.unwritten, writing.hashed = [(0, size)], size, 0
+        with self._guard:
+            self._open.append(writing)
+            self._unassigned += size
+            self._guard.notify_all()
 
     def _finished(self, file: RemoteFile, entry: FileEntry) -> None:
         with self._guard:
@@ -519,13 +519,18 @@ class Transfer:
         if compared is None:
             return None
         promised, found = compared
-        if promised == found:
-            return promised
         file = writing.file
-        # What looks like an MD5 in a listing is none where the server encrypts: then the source itself has another word.
-        if promised == file.digest and not file.entry.sha256 and self._asked(file) != promised:
-            return None
-        raise DigestMismatchError(str(file.entry.path), promised, found)
+        if promised != found and promised == file.digest and not file.entry.sha256:
+            # What looks like an MD5 in a listing is none where the server encrypts: then the source has another word.
+            better = self._asked(file)
+            if better is None:
+                return None
+            hashes = _Hashes("sha256", better)
+            self._read(writing.fd, 0, file.entry.size_bytes, memoryview(bytearray(_BUFFER_BYTES)), hashes.update)
+            promised, found = hashes.compare() or (better, "nothing that can be compared with it")
+        if promised != found:
+            raise DigestMismatchError(str(file.entry.path), promised, found)
+        return promised
 
     def _pieces(self, file: RemoteFile, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
         """Yield the bytes of a range in order; after a failure go on where the last byte was."""
@@ -539,14 +544,16 @@ class Transfer:
                         self._check()
                         count = reader.readinto(buffer[: min(len(buffer), stop - start)])
                         if count == 0:
-                            raise SourceUnavailableError(file.address, f"the answer ended {stop - start} bytes early")
+                            raise SourceUnavailableError(self._uri, f"its answer for `{file.entry.path}` ended {stop - start} bytes early")
                         if count is not None:
                             start += count
                             yield buffer[:count]
                         now = time.monotonic()
                         if now - opened > self._stall_seconds:
                             if start - began < _TRICKLE_BYTES and start < stop:
-                                raise SourceUnavailableError(file.address, f"it sent {start - began} bytes in {now - opened:.3g} s")
+                                self._pace.congested(now, 0.0)
+                                text = f"it sent {start - began} bytes of `{file.entry.path}` in {now - opened:.3g} s"
+                                raise SourceUnavailableError(self._uri, text)
                             began, opened = start, now
                             tries = _Tries(self._retry_seconds)
             except SourceUnavailableError as error:
@@ -558,7 +565,8 @@ class Transfer:
         delay = None if error.is_final else tries.next_delay(error.retry_after)
         if delay is None:
             raise error
-        self._pace.congested(time.monotonic(), delay)
+        if error.retry_after is not None:
+            self._pace.congested(time.monotonic(), delay)
         if error.retry_after:
             # The source asked for it, so it is not only this stream that leaves it alone.
             self._leave_alone_until = max(self._leave_alone_until, time.monotonic() + error.retry_after)
@@ -595,7 +603,7 @@ class Transfer:
                 continue  # Collected, lost, replaced or not for us to read: its bytes are fetched.
             self._observer.adopted(note.stop)
             self._destination.note(note.path, note.token, 0, note.stop, note.sha256, None)
-            return attrs.evolve(file.entry, sha256=note.sha256)
+            return file.entry.proven(note.sha256, None)
         return None
 
     def _offers(self, file: RemoteFile) -> Iterator[tuple[Donor, PartNote]]:
@@ -621,6 +629,7 @@ class Transfer:
                         continue
             except (OSError, ValueError):
                 continue
+            writing.is_adopted = True
             writing.gaps = _without(writing.gaps, start, note.stop)
             writing.unwritten -= note.stop - start
             self._observer.adopted(note.stop - start)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM}
+_CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # The kernel writes blanks and backslashes of mount points as octal escapes.
@@ -425,7 +426,7 @@ class VolumeWriter(Volume):
         with self._translated("creating", place):
             fd = self._ensure_directory(place.parent)
             try:
-                made = self._open_at(fd, place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode)
+                made = self._open_at(fd, place, _CREATE_FLAGS, self._file_mode)
             finally:
                 os.close(fd)
             self._set_open_mode(made, self._file_mode)
@@ -443,23 +444,6 @@ class VolumeWriter(Volume):
                 os.close(fd)
             self._set_open_mode(made, self._file_mode)
             return made
-
-    def finish(self, fd: int, place: PurePosixPath, *, durable: bool) -> None:
-        """
-        Make a file of a model immutable, durable too if asked, and close it. Its descriptor is gone afterwards, well or not.
-
-        A failed `close` fails the file: a network volume may report a failed write nowhere else.
-        """
-        with self._translated("syncing", place):
-            try:
-                self._set_open_mode(fd, self._file_mode & 0o444)
-                if durable:
-                    os.fsync(fd)
-            except BaseException:
-                with suppress(OSError):
-                    os.close(fd)
-                raise
-            os.close(fd)
 
     def _set_open_mode(self, fd: int, mode: int) -> None:
         with suppress(OSError):
@@ -563,18 +547,24 @@ class Tree:
         self._directories: dict[PurePosixPath, int] = {}
         # Opened before the first write, so that an error of any write since is reported by `syncfs` on it.
         self._root = os.open(writer.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._syncs_at_once = mount_of(writer.root).type in _LOCAL_TYPES
+        self._syncs_at_once = mount_of(writer.root).type in _LOCAL_TYPES and _has("syncfs")
 
     def create(self, path: PurePosixPath) -> int:
         """
         Create a new file and return its descriptor, open for reading and writing.
         """
-        with self._writer._translated("creating", self._place / path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
             with self._directory(path.parent) as parent:
-                fd = self._writer._open_at(parent, self._place / path, flags, self._writer._file_mode)
-            self._writer._set_open_mode(fd, self._writer._file_mode)
-            return fd
+                return os.open(path.name, _CREATE_FLAGS, self._writer._file_mode, dir_fd=parent)
+        except OSError as error:
+            raise self._writer.failure("creating", self._place / path, error) from error
+
+    def allocate(self, fd: int, size_bytes: int) -> None:
+        """
+        Reserve room for a large file, and let others of the store's group take over what is there if this process dies.
+        """
+        self._writer._set_open_mode(fd, self._writer._file_mode)
+        allocate(fd, size_bytes)
 
     def link(self, existing: PurePosixPath, path: PurePosixPath) -> bool:
         """
@@ -592,8 +582,23 @@ class Tree:
     def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> None:
         """
         Make a file immutable and close it. Large files are made durable at once, while others are still being fetched.
+
+        Its descriptor is gone afterwards, well or not. A failed `close` fails the file: a network volume may report a
+        failed write nowhere else.
         """
-        self._writer.finish(fd, self._place / path, durable=is_large or not self._syncs_at_once)
+        try:
+            try:
+                with suppress(OSError):  # Object and SMB mounts refuse.
+                    os.fchmod(fd, self._writer._file_mode & 0o444)
+                if is_large or not self._syncs_at_once:
+                    os.fsync(fd)
+            except BaseException:
+                with suppress(OSError):
+                    os.close(fd)
+                raise
+            os.close(fd)
+        except OSError as error:
+            raise self._writer.failure("syncing", self._place / path, error) from error
 
     def settle(self) -> None:
         """
@@ -651,8 +656,19 @@ def allocate(fd: int, size: int) -> None:
             raise
 
 
+def _has(name: str) -> bool:
+    try:
+        import ctypes
+
+        return hasattr(ctypes.CDLL(None), name)
+    except (ImportError, OSError):  # A Python that was built without it.
+        return False
+
+
 def _call(name: str, *arguments: int) -> None:
     """A system call of Linux that Python does not have."""
+    if not _has(name):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     import ctypes
 
     function = getattr(ctypes.CDLL(None, use_errno=True), name)

@@ -11,7 +11,7 @@ from memory import MemorySource
 
 from kserve_pvc import Model, ModelStore, _download
 from kserve_pvc import _layout as layout
-from kserve_pvc._volume import VolumeWriter
+from kserve_pvc._volume import Tree, VolumeWriter
 
 URI = "s3://bucket/model"
 FILES = {"a.bin": b"a" * 1000, "b.bin": b"b" * 1000, "c.bin": b"c" * 1000}
@@ -41,7 +41,7 @@ def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, 
     """
     first, second = stores
     committed, second_is_writing, first_has_collected = Event(), Event(), Event()
-    honest_append, honest_create = _download.append, VolumeWriter.create
+    honest_append, honest_create = _download.append, Tree.create
     appends: list[object] = []
 
     def append(*args, **kwargs):
@@ -53,14 +53,14 @@ def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, 
             assert second_is_writing.wait(10)
         return entry
 
-    def create(self, place):
-        if self is second._writer and place.name == "b.bin":
+    def create(self, path):
+        if self._writer is second._writer and path.name == "b.bin":
             second_is_writing.set()
             assert first_has_collected.wait(10)
-        return honest_create(self, place)
+        return honest_create(self, path)
 
     monkeypatch.setattr(_download, "append", append)
-    monkeypatch.setattr(VolumeWriter, "create", create)
+    monkeypatch.setattr(Tree, "create", create)
 
     def ensure_first() -> None:
         first.ensure(URI, progress=False)
@@ -105,16 +105,16 @@ def test_a_loser_collects_what_it_wrote(root, stores, monkeypatch):
     A writer whose directory was collected and made anew by its own writing leaves none of it behind.
     """
     first, second = stores
-    honest = VolumeWriter.create
+    honest = Tree.create
     meanwhile: list[Model] = []
 
-    def create(self, place):
-        if self is first._writer and place.name == "b.bin":
+    def create(self, path):
+        if self._writer is first._writer and path.name == "b.bin":
             second.break_lock(URI)
             meanwhile.append(second.ensure(URI, progress=False))
-        return honest(self, place)
+        return honest(self, path)
 
-    monkeypatch.setattr(VolumeWriter, "create", create)
+    monkeypatch.setattr(Tree, "create", create)
 
     model = first.ensure(URI, max_workers=1, progress=False)
 

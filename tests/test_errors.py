@@ -39,7 +39,7 @@ CONTRACT = {
 }
 # Facts that the message leaves out.
 UNSAID = {(errors.DamagedRecordError, "root")}
-SAMPLES = {"str": "sample", "int": 70, "float": 1.5, "tuple[str, ...]": ("first", "second")}
+SAMPLES = {"str": "sample", "int": 70, "float": 1.5, "float | None": 2.5, "bool": True, "tuple[str, ...]": ("first", "second")}
 
 
 def walk(cls: type[StoreError]) -> set[type[StoreError]]:

@@ -126,7 +126,9 @@ def test_no_inodes_left_is_a_lack_of_space(mount, tmp_path):
 AS_OTHER = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
+from kserve_pvc import _claims, _download, _progress, _removal, _transfer
 from kserve_pvc.backends.file import FileBackend
+import ctypes
 # Another user may not be able to read this interpreter's libraries, so everything is imported before.
 os.umask(0o077)
 os.setgroups([int(group) for group in sys.argv[6:]]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))
@@ -233,18 +235,18 @@ def test_a_link_planted_for_a_file_of_the_model_is_not_written_through(root, sou
     """
     A link that appears under the name of a file before it is written fails the attempt and keeps its target.
     """
-    from kserve_pvc._volume import VolumeWriter
+    from kserve_pvc._volume import Tree
 
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    honest = VolumeWriter.create
+    honest = Tree.create
 
-    def create(self, place):
-        if place.name == "config.json":
-            (root / place).symlink_to(victim)
-        return honest(self, place)
+    def create(self, path):
+        if path.name == "config.json":
+            (root / self._place / path).symlink_to(victim)
+        return honest(self, path)
 
-    monkeypatch.setattr(VolumeWriter, "create", create)
+    monkeypatch.setattr(Tree, "create", create)
     with pytest.raises(StoreError):
         ModelStore(root, mode="rw").ensure(f"file://{source}", progress=False)
 
@@ -283,18 +285,18 @@ def test_a_transient_error_of_the_volume_costs_one_attempt(root, source, monkeyp
     """
     When making a file durable fails once, the next generation succeeds within the same call, on new inodes.
     """
-    from kserve_pvc._volume import VolumeWriter
+    from kserve_pvc._volume import Tree
 
-    honest, failed = VolumeWriter.finish, []
+    honest, failed = Tree.finish, []
 
-    def finish(self, fd, place):
+    def finish(self, fd, path, is_large):
         if not failed:
-            failed.append(place)
+            failed.append(path)
             os.close(fd)
-            raise VolumeError(str(place), "syncing", "Input/output error")
-        honest(self, fd, place)
+            raise VolumeError(str(path), "syncing", "Input/output error")
+        honest(self, fd, path, is_large)
 
-    monkeypatch.setattr(VolumeWriter, "finish", finish)
+    monkeypatch.setattr(Tree, "finish", finish)
     model = ModelStore(root, mode="rw").ensure(f"file://{source}", progress=False)
 
     assert len(failed) == 1

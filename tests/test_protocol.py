@@ -80,7 +80,7 @@ def claim(epoch: int, reason: str) -> tuple[Action, ...]:
 
 
 AGAIN = (Release(), Look())
-WAIT = (Pause(seconds=0.02),)
+WAIT = (Pause(seconds=0.05),)
 WON = Claimed(now=0, won=True)
 
 
@@ -137,7 +137,7 @@ def test_a_waiting_call_returns_as_soon_as_the_model_is_there():
     """
     Whoever waited gets the model with the status that says so.
     """
-    answers = play(look(0, epoch=1, sign=b"a"), Paused(), look(0.02, epoch=1, sign=b"b"), Paused(), found(0.04))
+    answers = play(look(0, epoch=1, sign=b"a"), Paused(), look(0.05, epoch=1, sign=b"b"), Paused(), found(0.04))
 
     assert answers == [WAIT, (Look(),), WAIT, (Look(),), (Return(status="waited"),)]
 
@@ -371,7 +371,7 @@ def test_a_pause_is_bounded_on_every_side(lease, timeout, start, share):
         assert 0 < action.seconds <= min(1.0, lease / 4, max(left, 0.001))
 
 
-@pytest.mark.parametrize(("waited", "pause"), [(0.0, 0.02), (0.2, 0.02), (2.0, 0.1), (10.0, 0.5), (20.0, 1.0), (3000.0, 1.0)])
+@pytest.mark.parametrize(("waited", "pause"), [(0.0, 0.05), (0.2, 0.05), (2.0, 0.1), (10.0, 0.5), (20.0, 1.0), (3000.0, 1.0)])
 def test_a_pause_is_a_twentieth_of_the_wait(waited, pause):
     """
     The last waiter is ready within 5 % of the download it waited for, and a short download costs no long pause.

@@ -418,7 +418,7 @@ WRONG = [
     (NOTE, "path", ["../a", "/a", "a//b", "", "a\0", "a\\b", "a.", "a ", 5, None, ["a"], True]),
     (NOTE, "token", [None, 1]),
     (NOTE, "stop", [-1, 1.0, "70", None, True]),
-    (NOTE, "sha256", ["", SHA256[:-1], None]),
+    (NOTE, "sha256", ["", SHA256[:-1], 0]),
 ]
 
 

@@ -12,7 +12,7 @@ from memory import MemorySource
 from kserve_pvc import ModelInUseError, ModelNotFoundError, ModelStore
 from kserve_pvc import _layout as layout
 from kserve_pvc._log import read_all
-from kserve_pvc._volume import Volume, VolumeWriter
+from kserve_pvc._volume import Tree, Volume, VolumeWriter
 
 URI = "s3://bucket/model"
 FILES = {"a.bin": b"a" * 1000, "b.bin": b"b" * 1000}
@@ -105,15 +105,15 @@ def test_a_download_under_way_is_not_removed(root, store, monkeypatch):
     What somebody is fetching cannot be removed, and the download ends well.
     """
     writing, go_on = Event(), Event()
-    honest = VolumeWriter.create
+    honest = Tree.create
 
-    def create(self, place):
-        if place.name == "b.bin":
+    def create(self, path):
+        if path.name == "b.bin":
             writing.set()
             assert go_on.wait(10)
-        return honest(self, place)
+        return honest(self, path)
 
-    monkeypatch.setattr(VolumeWriter, "create", create)
+    monkeypatch.setattr(Tree, "create", create)
     models = []
     thread = Thread(target=lambda: models.append(store.ensure(URI, max_workers=1, progress=False)))
     thread.start()

@@ -63,7 +63,7 @@ ONLY_S3FS = {"requester_pays": False}
 # Long enough to outlast any weather that passes, and short enough not to wait for what never will.
 PATIENT, HASTY = 30.0, 0.6
 MAX_REQUESTS = 100
-REMEDY = re.compile(r"\b(call again|check|ask|name|set|write)\b")
+REMEDY = re.compile(r"\b(call again|check|ask|name|set|write|remove)\b")
 SECRETS = (StormyS3.secret, StormyS3.token, "proxy-password", "leaked-signature", "Signature=", "AWS4-HMAC")
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
@@ -405,21 +405,22 @@ DOUBTFUL = {
 }
 
 
-@pytest.mark.parametrize("digest", ["sha256", "none"])
 @pytest.mark.parametrize("act", DOUBTFUL.values(), ids=DOUBTFUL)
-def test_doubtful_answers_give_exact_bytes_or_none(root, storm, act, digest):
+def test_doubtful_answers_give_exact_bytes_or_none(root, storm, act):
     """
     Where an answer can be read in two ways, nothing but the pinned bytes becomes visible: exact, or a typed error.
     """
-    storm.script("get", act, key=BIG)
-    store = make_store(root, storm, patience=HASTY, digest=digest)
+    # Alone, so that nothing but its own next range can be answered wrongly.
+    storm.delete(BUCKET, "llama/config.json")
+    storm.script("get", act)
+    store = make_store(root, storm, patience=HASTY)
 
     try:
         model = store.ensure(URI, progress=False, max_workers=1)
     except SourceUnavailableError as failure:
-        check_failure(failure, store, storm)
+        check_failure(failure, store, storm, files={BIG: FILES[BIG]})
     else:
-        assert read_tree(model.path) == FILES
+        assert read_tree(model.path) == {BIG: FILES[BIG]}
 
 
 LASTING = {
@@ -615,8 +616,7 @@ def cut_and_then(event):
     return act
 
 
-@pytest.mark.parametrize("digest", ["sha256", "none"])
-@pytest.mark.parametrize("pins", [True, False], ids=["if-match", "no-if-match"])
+@pytest.mark.parametrize(("pins", "digest"), [(True, "sha256"), (False, "none")], ids=["if-match", "no-if-match-no-digest"])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("change", ["replaced", "grown", "deleted"])
 def test_an_object_that_changes_is_never_mixed(root, storm, change, moment, pins, digest):
@@ -681,7 +681,7 @@ def connected():
 
 
 @pytest.mark.parametrize("place", ["another host", "another port", "metadata", "file"])
-@pytest.mark.parametrize("status", [301, 302, 307])
+@pytest.mark.parametrize("status", [301, 307])
 @pytest.mark.parametrize("kind", ["head", "list", "get"])
 def test_no_redirect_is_followed(root, storm, connected, kind, status, place):
     """
@@ -707,7 +707,9 @@ def test_no_redirect_is_followed(root, storm, connected, kind, status, place):
 SMALL = "llama/config.json"
 
 
-def listed(*keys: str, size: object = len(FILES["config.json"]), etag: str = multipart_etag(FILES["config.json"]), more: str = "") -> str:
+def listed(
+    *keys: str, size: object = len(FILES["config.json"]), etag: str = f'"{multipart_etag(FILES["config.json"])}"', more: str = ""
+) -> str:
     """
     The inside of a listing, with what comes after it.
     """

@@ -21,16 +21,20 @@ GROUP = "kserve_pvc.backends"
 
 # What to install for schemes whose back end needs a package that is not there.
 _EXTRAS = {"s3": "s3"}
+_BUILT_IN = {"file", "s3"}
 
 
 def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
     """
     Make sure that somebody serves a scheme, without importing it.
 
+    This distribution serves some, which is known without reading the metadata of all others; whether another one
+    claims them too is looked at before they are used.
+
     Raises:
         UnknownSchemeError: No distribution serves it, or two do.
     """
-    if scheme not in factories:
+    if scheme not in factories and scheme not in _BUILT_IN:
         _find(scheme)
 
 

@@ -141,7 +141,8 @@ def retry_after(headers: Mapping[str, str]) -> float:
 def _check(file: RemoteFile, where: str, answer: Answer, start: int, stop: int) -> None:
     size = file.entry.size_bytes
     etag, pinned = answer.header("etag"), file.pin.get("If-Match")
-    if etag is not None and pinned is not None and etag != pinned:
+    # Some servers list without the quotes that they answer with.
+    if etag is not None and pinned is not None and etag.strip('"') != pinned.strip('"'):
         raise SourceChangedError(where, str(file.entry.path))
     expected = f"bytes {start}-{stop - 1}/{size}"
     # A whole object may come without a range: then its length has to be the one that was pinned.

@@ -10,6 +10,8 @@ from memory (`ssl.MemoryBIO`), because an `SSLSocket` makes two system calls for
 from __future__ import annotations
 
 import base64
+import os
+import re
 import socket
 import struct
 import threading
@@ -29,6 +31,7 @@ MOMENT = 0.25
 _MAX_HEAD_BYTES = 32 * 1024
 _HEAD_PIECE = 2048
 _MAX_INTERIM_ANSWERS = 8
+_MAX_TRAILERS = 100
 _RECORDS_BYTES = 256 * 1024
 # Servers close idle connections after five seconds at the earliest; a younger one is worth trying.
 _MAX_IDLE_SECONDS = 4.0
@@ -77,11 +80,11 @@ def target_of(url: str) -> Target:
     Raises:
         HTTPError: It is no http or https URL.
     """
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         port = parts.port
-    except ValueError:
-        port = 0
+    except ValueError as error:
+        raise HTTPError("its address is no http or https URL", is_final=True) from error
     if parts.scheme not in _PORTS or not parts.hostname or port == 0:
         raise HTTPError("its address is no http or https URL", is_final=True)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -92,6 +95,8 @@ class HTTPClient:
     """
     Connections to servers, kept open between requests and used by any number of threads, each by one at a time.
 
+    `answer_seconds` is how long `open` waits for an answer to begin.
+
     Args:
         ca_bundle: File or directory of certificates to trust, False to check none, or None for those of the system.
         environ: Where `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` are looked up, in either case.
@@ -100,6 +105,7 @@ class HTTPClient:
     def __init__(self, *, environ: Mapping[str, str], ca_bundle: str | bool | None = None) -> None:
         self._environ = environ
         self._ca_bundle = ca_bundle
+        self.answer_seconds = _ANSWER_SECONDS
         self._idle: dict[tuple[str, str, int], deque[_Connection]] = defaultdict(deque)
         self._guard = threading.Lock()
         self._context: ssl.SSLContext | None = None
@@ -113,10 +119,10 @@ class HTTPClient:
             HTTPError: There is no answer, or none that makes sense.
         """
         with self.send(method, target, headers) as exchange:
-            deadline = time.monotonic() + _ANSWER_SECONDS
+            deadline = time.monotonic() + self.answer_seconds
             while (answer := exchange.answer()) is None:
                 if time.monotonic() > deadline:
-                    raise HTTPError(f"it did not answer within {_ANSWER_SECONDS:g} s")
+                    raise HTTPError(f"it did not answer within {self.answer_seconds:g} s")
             yield answer
 
     def send(self, method: str, target: Target, headers: Mapping[str, str]) -> Exchange:
@@ -141,7 +147,10 @@ class HTTPClient:
         head = "\r\n".join(lines)
         if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
             raise HTTPError("a header holds a line break", is_final=True)
-        return head.encode("latin-1", "strict") + b"\r\n\r\n"
+        try:
+            return head.encode("latin-1") + b"\r\n\r\n"
+        except UnicodeEncodeError as error:
+            raise HTTPError("a header holds what HTTP cannot carry", is_final=True) from error
 
     def take(self, target: Target) -> _Connection | None:
         """
@@ -151,7 +160,7 @@ class HTTPClient:
             idle = self._idle[target.scheme, target.host, target.port]
             while idle:
                 connection = idle.pop()  # The one used last is the likeliest to be alive.
-                if time.monotonic() - connection.used < _MAX_IDLE_SECONDS:
+                if time.monotonic() - connection.used < _MAX_IDLE_SECONDS and connection.is_quiet():
                     return connection
                 connection.close()
         return None
@@ -198,14 +207,14 @@ class HTTPClient:
         url = self._look(f"{target.scheme}_proxy") or self._look("all_proxy")
         if not url or _is_direct(target, self._look("no_proxy")):
             return None
-        parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
-            port = parts.port or 80
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            host, port = parts.hostname, parts.port or 80
         except ValueError:
-            port = 0
-        if parts.scheme != "http" or not parts.hostname or not port:
+            host, port = None, 0
+        if not host or parts.scheme != "http":
             raise HTTPError(f"the proxy for {target.scheme} is no `http://host:port`", is_final=True)
-        return _Proxy(parts.hostname, port, unquote(parts.username or ""), unquote(parts.password or ""))
+        return _Proxy(host, port, unquote(parts.username or ""), unquote(parts.password or ""))
 
     def _look(self, name: str) -> str:
         # Whoever runs under CGI gets `HTTP_PROXY` from a header of a request, so there only the lower case counts.
@@ -366,8 +375,8 @@ def _dial(place: Target | _Proxy) -> socket.socket:
     try:
         sock = socket.create_connection((place.host, place.port), timeout=CONNECT_SECONDS)
     except OSError as error:
-        name = "proxy " if isinstance(place, _Proxy) else ""
-        raise HTTPError(f"no connection to {name}{place.host}:{place.port}: {error.strerror or error}") from error
+        name = f"the proxy {place.host}:{place.port}" if isinstance(place, _Proxy) else f"{place.scheme}://{place.authority}"
+        raise HTTPError(f"no connection to {name}: {error.strerror or error}") from error
     except UnicodeError as error:
         raise HTTPError(f"`{place.host}` is no name of a host", is_final=True) from error
     sock.settimeout(None)
@@ -405,6 +414,9 @@ class _Wire(Protocol):
     def fill(self, buffer: memoryview) -> int | None:
         """Receive until a buffer is full, the other side has ended, or a moment has passed."""
 
+    def has_more(self) -> bool:
+        """Whether there is something to receive already, be it the end."""
+
 
 class _Plain:
     def __init__(self, sock: socket.socket) -> None:
@@ -424,6 +436,9 @@ class _Plain:
             return self._sock.recv_into(buffer, len(buffer), socket.MSG_WAITALL)
         except BlockingIOError:
             return None
+
+    def has_more(self) -> bool:
+        return _is_readable(self._sock)
 
 
 class _Sealed:
@@ -445,7 +460,8 @@ class _Sealed:
                 return
             except self._ssl.SSLWantReadError:
                 self._flush()
-                if self._pull() is None and time.monotonic() > deadline:
+                self._pull()
+                if time.monotonic() > deadline:
                     raise HTTPError(f"the TLS handshake took more than {CONNECT_SECONDS:g} s") from None
             except self._ssl.SSLCertVerificationError as error:
                 reason = f"certificate verification failed: {error.verify_message}; name the CA to trust in AWS_CA_BUNDLE or SSL_CERT_FILE"
@@ -501,6 +517,19 @@ class _Sealed:
                 break
         return filled
 
+    def has_more(self) -> bool:
+        return bool(self._session.pending() or self._incoming.pending) or _is_readable(self._sock)
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    try:
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
 
 class _Connection:
     """
@@ -515,15 +544,20 @@ class _Connection:
         self.is_forwarded = is_forwarded
         self.proxy_password = proxy_password
         self.used = 0.0
+        self._owner = os.getpid()
         self._interim = 0
 
     def close(self) -> None:
         self._sock.close()
 
+    def is_quiet(self) -> bool:
+        """
+        Whether it can be used again: what came after an answer has no question, and must not answer the next one. After
+        a fork two processes hold one end of it, and only the one that made it may speak.
+        """
+        return self._owner == os.getpid() and self._start == self._stop and not self._wire.has_more()
+
     def send(self, data: bytes) -> None:
-        # What came after the answer before has no question, and must not answer the next one.
-        if self._start != self._stop:
-            raise _StaleError("the server sent more than it was asked for")
         self._interim = 0
         try:
             self._wire.send(data)
@@ -544,7 +578,8 @@ class _Connection:
         return None
 
     def _receive_block(self) -> bytes | None:
-        """Receive up to the next empty line. None: it has not come for a moment."""
+        """Receive up to the next empty line. None: it is not there within a moment."""
+        enough = time.monotonic() + MOMENT
         while True:
             found = bytes(self._buffer[self._start : self._stop])
             end = found.find(b"\r\n\r\n")
@@ -557,7 +592,8 @@ class _Connection:
                 raise HTTPError(f"the head of its answer is longer than {_MAX_HEAD_BYTES} bytes")
             # Little more than a head: the body is to go straight into the caller's buffer.
             count = self._receive(self._buffer[self._stop : self._stop + _HEAD_PIECE])
-            if count is None:
+            if count is None or time.monotonic() > enough:
+                self._stop += count or 0
                 return None
             if count == 0:
                 if self._start == self._stop:
@@ -591,24 +627,24 @@ class _Connection:
         except OSError as error:
             raise HTTPError(f"the connection broke: {error.strerror or error}") from error
 
-    def read_line(self, deadline: float) -> bytes:
-        """A short line of a chunked body."""
-        line = bytearray()
-        while not line.endswith(b"\r\n"):
-            if len(line) > 1024:
+    def read_line(self) -> bytes | None:
+        """
+        A short line of a chunked body, or None if it is not there within a moment.
+        """
+        enough = time.monotonic() + MOMENT
+        while (end := bytes(self._buffer[self._start : self._stop]).find(b"\r\n")) < 0:
+            if self._stop - self._start > 1024:
                 raise HTTPError("a line of its chunked answer does not end")
-            if self._start == self._stop:
-                self._start, self._stop = 0, 0
-                count = self._receive(self._buffer)
-                if count is None and time.monotonic() > deadline:
-                    raise HTTPError("it fell silent inside an answer")
-                if count == 0:
-                    raise HTTPError("it closed the connection inside an answer")
-                self._stop = count or 0
-                continue
-            line.append(self._buffer[self._start])
-            self._start += 1
-        return bytes(line[:-2])
+            self._shift()
+            count = self._receive(self._buffer[self._stop : self._stop + _HEAD_PIECE])
+            if count == 0:
+                raise HTTPError("it closed the connection inside an answer")
+            self._stop += count or 0
+            if count is None or time.monotonic() > enough:
+                return None
+        line = bytes(self._buffer[self._start : self._start + end])
+        self._start += end + 2
+        return line
 
 
 class Answer:
@@ -650,7 +686,9 @@ class Answer:
 
     def _frame(self, method: str) -> None:
         self.length: int | None = None
-        self._is_chunked = False
+        self._is_chunked = self._is_trailer = False
+        self._is_framed = True  # A chunk has ended, or none has begun.
+        self._trailers = 0
         self.is_over = False
         coding, length = self.header("transfer-encoding"), self.header("content-length")
         if method == "HEAD" or self.status in (204, 304) or self.status < 200 or (method == "CONNECT" and self.status == 200):
@@ -675,8 +713,8 @@ class Answer:
         Raises:
             HTTPError: The connection broke, or ended before the body did.
         """
-        if self._is_chunked and self._left == 0 and not self.is_over:
-            self._next_chunk()
+        if self._is_chunked and self._left == 0 and not self.is_over and not self._next_chunk():
+            return None
         if self.is_over:
             return 0
         count = self._connection.read(buffer if self._left < 0 else buffer[: self._left])
@@ -689,31 +727,34 @@ class Answer:
             raise HTTPError(f"it closed the connection {self._left} bytes before the end of its answer")
         if self._left > 0:
             self._left -= count
-            if self._left == 0:
-                self._end_of_piece()
+            self._is_framed = self._left > 0
+            self.is_over = self._left == 0 and not self._is_chunked
         return count
 
-    def _end_of_piece(self) -> None:
-        if not self._is_chunked:
-            self.is_over = True
-        elif self._connection.read_line(time.monotonic() + _ANSWER_SECONDS):
-            raise HTTPError("a chunk of its answer is longer than it said")
-
-    def _next_chunk(self) -> None:
-        deadline = time.monotonic() + _ANSWER_SECONDS
-        size = self._connection.read_line(deadline).partition(b";")[0].strip()
-        try:
-            self._left = int(size, 16)
-        except ValueError:
-            self._left = -1
-        if self._left < 0 or size[:1] in (b"+", b"-"):
-            raise HTTPError("a chunk of its answer has no length")
-        if self._left == 0:
-            for _ in range(100):
-                if not self._connection.read_line(deadline):
+    def _next_chunk(self) -> bool:
+        """Read what stands between two chunks, or after the last. False: not all of it is there yet."""
+        while (line := self._connection.read_line()) is not None:
+            if self._is_trailer:
+                self._trailers += 1
+                if not line:
                     self.is_over = True
-                    return
-            raise HTTPError("the trailer of its answer does not end")
+                    return True
+                if self._trailers > _MAX_TRAILERS:
+                    raise HTTPError("the trailer of its answer does not end")
+            elif not self._is_framed:
+                # The line break that ends a chunk.
+                if line:
+                    raise HTTPError("a chunk of its answer is longer than it said")
+                self._is_framed = True
+            else:
+                size = line.partition(b";")[0].strip()
+                if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
+                    raise HTTPError("a chunk of its answer has no length")
+                self._left = int(size, 16)
+                if self._left:
+                    return True
+                self._is_trailer = True
+        return False
 
     def read(self, limit: int, deadline: float) -> bytes:
         """

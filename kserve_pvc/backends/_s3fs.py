@@ -34,7 +34,8 @@ class S3fsAccess:
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        config = {**_PATIENCE, **options.get("config_kwargs", {})}
+        # botocore would sign URLs by the older rules, which newer regions and encrypted objects refuse.
+        config = {**_PATIENCE, "signature_version": "s3v4", **options.get("config_kwargs", {})}
         self._fs = S3FileSystem(**{"use_listings_cache": False, **options, "config_kwargs": config, "skip_instance_cache": True})
         # botocore's three tries are enough.
         self._fs.retries = 1

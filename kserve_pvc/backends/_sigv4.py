@@ -76,7 +76,7 @@ def encode_query(query: Mapping[str, str]) -> str:
     """
     Write a query as signatures want it: sorted, everything but unreserved characters quoted.
     """
-    return "&".join(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in sorted(query.items()))
+    return "&".join(sorted(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in query.items()))
 
 
 @lru_cache(maxsize=4)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, unquote_plus
 
@@ -46,12 +47,14 @@ _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
 _BUSY = {"SlowDown", "TooManyRequests", "RequestLimitExceeded", "Throttling", "429", "503", "ServiceUnavailable"}
 _LIST_ATTEMPTS = 4
 _MAX_PAGE_BYTES = 16 * 1024 * 1024
-_ANSWER_SECONDS = 60.0
 # An MD5 costs more than fetching and hashing together, so it is compared only where that is soon done.
 _MAX_MD5_BYTES = 16 * 1024 * 1024
 _MD5 = re.compile(r'"([0-9a-f]{32})"')
 # What needs none of botocore's special rules: no ARN, no access point, no directory bucket.
 _PLAIN_BUCKET = re.compile(r"(?!.*--)[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+# A bucket that can be part of a host's name, and a host that can have none in front.
+_HOST_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_ADDRESS = re.compile(r"[0-9.]+|.*:.*")
 _PLAIN_OPTIONS = {"key", "secret", "token", "anon", "endpoint_url", "client_kwargs", "config_kwargs", "use_listings_cache"}
 _PLAIN_CLIENT = {"endpoint_url", "region_name", "verify", "aws_access_key_id", "aws_secret_access_key", "aws_session_token"}
 # Any of these in the environment changes what botocore or fsspec would do in ways that only they know.
@@ -151,10 +154,10 @@ class S3Backend:
                 return None
             raise
         size, etag = head.get("content-length", ""), head.get("etag")
-        if not size.isascii() or not size.isdigit() or etag is None:
+        if not _is_size(size) or etag is None:
             raise RefusedError("", "its answer has no length or no ETag, so it does not speak S3")
         version = ref.revision or head.get("x-amz-version-id", "null")
-        return self._file(bucket, key, key.rpartition("/")[2], int(size[:19]), etag, None if version == "null" else version)
+        return self._file(bucket, key, key.rpartition("/")[2], int(size), etag, None if version == "null" else version)
 
     def _below(self, access: Access, ref: ModelRef, bucket: str, prefix: str) -> Iterator[Sequence[RemoteFile]]:
         for page in access.pages(bucket, prefix):
@@ -188,6 +191,14 @@ class S3Backend:
             return SourceChangedError(f"s3://{file.address}", str(file.entry.path))
         return _meaning(refusal, f"s3://{file.address}") if refusal.code in DENIED or refusal.busy is not None else None
 
+    def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
+        """
+        How long a listing may stay silent, and how long it is tried.
+        """
+        self._client.answer_seconds = stall_seconds
+        if self._plain is not None:
+            self._plain.retry_seconds = retry_seconds
+
     def close(self) -> None:
         """
         Let go of idle connections. Whoever goes on gets new ones.
@@ -202,10 +213,14 @@ class S3Backend:
         multipart upload, and not where S3 encrypts with keys of its own service or of the customer.
         """
         bucket, _, key = file.address.partition("/")
+        gone = SourceChangedError(f"s3://{file.address}", str(file.entry.path))
         with _translated(f"s3://{file.address}"):
-            head = self._access(bucket).head(bucket, key, file.pin.get("VersionId"))
-        if "If-Match" in file.pin and head.get("etag") != file.pin["If-Match"]:
-            raise SourceChangedError(f"s3://{file.address}", str(file.entry.path))
+            try:
+                head = self._access(bucket).head(bucket, key, file.pin.get("VersionId"))
+            except RefusedError as refusal:
+                raise gone if refusal.code in _MISSING else refusal from None
+        if "If-Match" in file.pin and head.get("etag", "").strip('"') != file.pin["If-Match"].strip('"'):
+            raise gone
         if head.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT":
             for name in ("sha256", "crc32"):
                 if (digest := _from_base64(head.get(f"x-amz-checksum-{name}", ""))) is not None:
@@ -244,6 +259,7 @@ class _PlainAccess:
     region: str
     credentials: Credentials | None
     is_virtual: bool
+    retry_seconds: float = 300.0
     _regions: dict[str, str] = attrs.field(factory=dict, init=False)
 
     def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
@@ -280,7 +296,7 @@ class _PlainAccess:
         region = self._regions.get(bucket, self.region)
         path = f"/{quote(key, safe='/~')}"
         scheme, host, port, base = self.endpoint or Target("https", f"s3.{region}.amazonaws.com", 443, "")
-        if self.is_virtual and ("." not in bucket or scheme == "http"):
+        if self.is_virtual and _HOST_BUCKET.fullmatch(bucket) and ("." not in bucket or scheme == "http") and not _ADDRESS.fullmatch(host):
             host = f"{bucket}.{host}"
         else:
             path = f"/{bucket}{path if key else ''}"
@@ -294,17 +310,17 @@ class _PlainAccess:
         self, method: str, bucket: str, key: str, query: Mapping[str, str], headers: Mapping[str, str]
     ) -> tuple[int, Mapping[str, str], bytes]:
         """A small request, asked again while the service is busy or the network fails, and once at another region."""
-        pauses = delays(random.random(), attempts=_LIST_ATTEMPTS)
+        pauses, deadline = delays(random.random(), attempts=_LIST_ATTEMPTS), time.monotonic() + self.retry_seconds
         while True:
             pause = next(pauses, None)
             try:
                 target, signed = self._signed(method, bucket, key, query, headers)
                 with self.client.open(method, target, signed) as answer:
                     if answer.status == 200:
-                        return 200, answer.headers, answer.read(_MAX_PAGE_BYTES, time.monotonic() + _ANSWER_SECONDS)
+                        return 200, answer.headers, answer.read(_MAX_PAGE_BYTES, time.monotonic() + 2 * self.client.answer_seconds)
                     body = read_refusal(answer)
             except HTTPError as error:
-                if error.is_final or pause is None:
+                if error.is_final or pause is None or time.monotonic() + pause > deadline:
                     raise
             else:
                 region = answer.header("x-amz-bucket-region")
@@ -313,7 +329,9 @@ class _PlainAccess:
                     continue
                 if pause is None or (answer.status < 500 and answer.status != 429):
                     return answer.status, answer.headers, body
-                pause = max(pause, min(retry_after(answer.headers), _ANSWER_SECONDS))
+                pause = max(pause, retry_after(answer.headers))
+                if time.monotonic() + pause > deadline:
+                    return answer.status, answer.headers, body
             time.sleep(pause)
 
 
@@ -350,9 +368,8 @@ def _plain_access(options: Mapping[str, Any], environ: Mapping[str, str], client
 
 def _has_files(environ: Mapping[str, str]) -> bool:
     """Whether AWS's files are there, which may say anything about endpoints, regions and proxies."""
-    home = environ.get("HOME", "")
-    places = (environ.get("AWS_CONFIG_FILE") or f"{home}/.aws/config",)
-    return any(os.path.exists(place) for place in places)
+    places = environ.get("AWS_CONFIG_FILE") or "~/.aws/config", environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
+    return any(Path(place).expanduser().exists() for place in places)
 
 
 def parse_listing(body: bytes) -> tuple[list[tuple[str, int, str]], str | None]:
@@ -372,15 +389,19 @@ def parse_listing(body: bytes) -> tuple[list[tuple[str, int, str]], str | None]:
     names = (f"{space}Key", f"{space}Size", f"{space}ETag")
     for item in root.iter(f"{space}Contents"):
         key, size, etag = map(item.findtext, names)
-        if key is None or etag is None or size is None or not size.isascii() or not size.isdigit():
+        if key is None or etag is None or size is None or not _is_size(size):
             raise RefusedError("", "its listing names an object without key, size or ETag, so it does not speak S3")
-        page.append((decode(key), int(size[:19]), etag))
+        page.append((decode(key), int(size), etag))
     if root.findtext(f"{space}IsTruncated") != "true":
         return page, None
     token = root.findtext(f"{space}NextContinuationToken")
     if not token:
         raise RefusedError("", "its listing goes on and does not say where, so it does not speak S3")
     return page, token
+
+
+def _is_size(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 def _parse(body: bytes) -> ET.Element | None:

@@ -15,7 +15,9 @@ import shell
 _BECOME = """
 import os, sys
 from kserve_pvc import *
+from kserve_pvc import _claims, _download, _plan, _progress, _removal, _transfer
 from kserve_pvc.backends.file import FileBackend
+import ctypes
 
 os.setgroups([])
 os.setgid({uid})

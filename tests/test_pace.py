@@ -1,0 +1,189 @@
+"""
+How many streams a transfer finds to be worth while, on sources and lines that are only numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kserve_pvc._pace import FIRST_STREAMS, Pace
+
+MB = 1_000_000
+
+
+class Line:
+    """
+    A transfer on a clock of its own: `rate` says how many bytes a second so many streams bring, `cpu` what they use.
+    """
+
+    def __init__(self, pace: Pace, rate: Callable[[int], float], cpu: Callable[[int], float] = lambda streams: 0.0, cpus: int = 4) -> None:
+        self.pace, self.rate, self.cpu, self.cpus = pace, rate, cpu, cpus
+        self.now = self.received = self.used = 0.0
+
+    def run(self, seconds: float) -> Iterator[int]:
+        """The number of streams after each look."""
+        end = self.now + seconds
+        while self.now < end:
+            pause = self.pace.look(self.now, int(self.received), self.used, self.cpus)
+            assert 0 < pause <= 1
+            yield self.pace.streams
+            self.now += pause
+            self.received += self.rate(self.pace.streams) * pause
+            self.used += self.cpu(self.pace.streams) * pause
+
+
+def per_stream(streams: int) -> float:
+    return 10 * MB * streams
+
+
+def full(streams: int) -> float:
+    return min(per_stream(streams), 40 * MB)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 7, 32])
+def test_a_limit_for_each_connection_is_met_by_more_of_them(most):
+    """
+    Where each stream is slow there are soon as many as are allowed, and never more.
+    """
+    streams = list(Line(Pace(most), per_stream).run(5))
+
+    assert (streams[0], streams[-1], max(streams)) == (min(FIRST_STREAMS, most), most, most)
+    assert streams == sorted(streams)
+
+
+def test_a_full_line_gets_no_more_streams(most=32):
+    """
+    A try that brings nothing is taken back, and repeated only now and then.
+    """
+    streams = list(Line(Pace(most), full).run(20))
+
+    assert set(streams) == {FIRST_STREAMS, 2 * FIRST_STREAMS}
+    assert streams.count(2 * FIRST_STREAMS) <= len(streams) / 10
+
+
+def test_more_streams_that_bring_less_are_taken_back():
+    """
+    Where streams hinder each other there are soon as few as before.
+    """
+    streams = list(Line(Pace(32), lambda streams: 40 * MB if streams <= FIRST_STREAMS else 20 * MB).run(4))
+
+    assert (streams[-1], max(streams)) == (FIRST_STREAMS, 2 * FIRST_STREAMS)
+
+
+def test_a_line_that_becomes_wider_is_used():
+    """
+    What did not help once is tried again, so that a limit which is gone is found.
+    """
+    line = Line(Pace(32), full)
+    for _ in line.run(20):
+        pass
+    line.rate = per_stream
+
+    assert list(line.run(10))[-1] == 32
+
+
+@pytest.mark.parametrize(("busy", "expected"), [(0.5, 32), (0.7, FIRST_STREAMS)])
+def test_a_full_processor_gets_no_more_streams(busy, expected):
+    """
+    Where the client itself is the limit, streams would only take turns.
+    """
+    streams = list(Line(Pace(32), per_stream, cpu=lambda streams: busy * 4).run(10))
+
+    assert streams[-1] == expected
+
+
+def test_nothing_received_is_no_reason_for_more():
+    """
+    As long as no byte has come there is nothing to judge by.
+    """
+    assert set(Line(Pace(32), lambda streams: 0.0).run(10)) == {FIRST_STREAMS}
+
+
+def test_a_look_too_early_judges_nothing():
+    """
+    Whoever looks twice within a window is told when it is over.
+    """
+    pace = Pace(32)
+    pace.look(0.0, 0, 0.0, 4)
+
+    assert [pace.look(0.1, 5 * MB, 0.0, 4), pace.streams] == [pytest.approx(0.15), FIRST_STREAMS]
+
+
+def test_too_much_halves_the_streams_rests_and_recovers():
+    """
+    After a refusal there are half as many, for a while no more, and in the end as many as before.
+    """
+    line = Line(Pace(32), per_stream)
+    for _ in line.run(5):
+        pass
+    line.pace.congested(line.now, 1.0)
+
+    assert set(line.run(4.5)) == {16}
+    assert list(line.run(5))[-1] == 32
+
+
+def test_one_storm_is_answered_once():
+    """
+    Refusals of many streams at the same time count like one, later ones again.
+    """
+    pace = Pace(32)
+    line = Line(pace, per_stream)
+    for _ in line.run(5):
+        pass
+    for _ in range(32):
+        pace.congested(line.now, 2.0)
+    after_one = pace.streams
+    pace.congested(line.now + 6, 2.0)
+
+    assert (after_one, pace.streams) == (16, 8)
+
+
+def test_a_source_that_asks_for_long_is_left_alone_for_long():
+    """
+    The rest lasts as long as the pause that the source wants.
+    """
+    line = Line(Pace(32), per_stream)
+    for _ in line.run(5):
+        pass
+    line.pace.congested(line.now, 30.0)
+
+    assert set(line.run(29)) == {16}
+
+
+def test_one_stream_is_always_left():
+    """
+    However often a source refuses, somebody goes on asking.
+    """
+    pace = Pace(32)
+    for hour in range(20):
+        pace.congested(hour * 3600.0, 1.0)
+
+    assert pace.streams == 1
+
+
+@given(
+    most=st.integers(-1, 40),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("look"), st.floats(0, 3), st.integers(0, 10**9), st.floats(0, 5)),
+            st.tuples(st.just("congested"), st.floats(0, 100), st.just(0), st.just(0.0)),
+        ),
+        max_size=60,
+    ),
+)
+def test_the_number_of_streams_keeps_its_bounds(most, steps):
+    """
+    Whatever is seen, there are never more streams than allowed nor fewer than one, and the next look is soon.
+    """
+    pace, now, received, used = Pace(most), 0.0, 0, 0.0
+    for what, seconds, size, cpu in steps:
+        if what == "look":
+            now, received, used = now + seconds, received + size, used + cpu
+            assert 0 < pace.look(now, received, used, 2) <= 1
+        else:
+            pace.congested(now, seconds)
+        assert 1 <= pace.streams <= max(1, most)
