@@ -3,8 +3,8 @@ How a transfer goes about it: how patient it is, and how many streams are worth 
 
 The number of streams is found out by trying, as nobody knows the path between a volume and its source.
 More streams help where each is slow (a limit per connection, a long way), and only cost where the processor or the
-line is full. So a transfer begins with a few, doubles them while that brings at least a sixth more, goes back by one
-step when it does not, and halves them when the source says that it is too much.
+line is full. So a transfer begins with a few, doubles them while they mostly wait for bytes and that brings at least
+a seventh more, goes back by one step when it does not, and halves them when the source says that it is too much.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ FIRST_STREAMS = 4
 _WINDOW_SECONDS = 0.25
 _GAIN = 1.15
 _REST_SECONDS = 5.0
-# Above this share of all processors the client itself is the limit.
-_FULL = 0.6
+# Streams that wait for the source less than this share of their time are kept busy by hashing and writing.
+_WAITING = 0.5
 
 
 @attrs.frozen(kw_only=True)
@@ -59,31 +59,31 @@ class Pace:
         self._rest_until = 0.0
         self._since: tuple[float, int, float] | None = None
 
-    def look(self, now: float, received: int, cpu_seconds: float, cpus: int) -> float:
+    def look(self, now: float, received: int, waited: float) -> float:
         """
         Judge what has come since the last look.
 
         Args:
             now: Monotonic seconds.
             received: Bytes so far.
-            cpu_seconds: What this process has used so far, of so many `cpus`.
+            waited: Seconds that all streams together have spent so far on getting them from the source.
 
         Returns:
             In how many seconds to look again.
         """
         if self._since is None:
-            self._since = now, received, cpu_seconds
-        since, before, cpu_before = self._since
+            self._since = now, received, waited
+        since, before, waited_before = self._since
         if now - since < _WINDOW_SECONDS:
             return _WINDOW_SECONDS - (now - since)
         rate = (received - before) / (now - since)
-        is_full = (cpu_seconds - cpu_before) / ((now - since) * cpus) > _FULL
-        self._since = now, received, cpu_seconds
+        is_busy = (waited - waited_before) / ((now - since) * self.streams) < _WAITING
+        self._since = now, received, waited
         if now < self._rest_until:
             return _WINDOW_SECONDS
         if self._before and rate < self._best * _GAIN:
             self.streams, self._before, self._rest_until = self._before, 0, now + _REST_SECONDS
-        elif is_full or self.streams == self._most:
+        elif is_busy or self.streams == self._most:
             self._best, self._before = rate, 0
         elif received:
             self._best, self._before = rate, self.streams

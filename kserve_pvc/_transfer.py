@@ -33,7 +33,7 @@ from kserve_pvc._retry import delays
 from kserve_pvc._source import Backend, RemoteFile
 from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
 
-_BUFFER_BYTES = 512 * 1024
+_BUFFER_BYTES = 1024 * 1024
 _MIB = 1024 * 1024
 # The least that is worth a request of its own; towards the end ranges shrink to it, so that all streams end together.
 _SHORTEST_RANGE = 8 * _MIB
@@ -187,7 +187,7 @@ class Transfer:
     """
     One attempt to write all files of a model.
 
-    Memory is bounded by one buffer of 512 KiB per stream and what the back end holds per open range.
+    Memory is bounded by one buffer of 1 MiB per stream and what the back end holds per open range.
     """
 
     def __init__(
@@ -220,7 +220,8 @@ class Transfer:
         self._is_listed = False
         self._failure: BaseException | None = None
         self._done: dict[PurePosixPath, FileEntry] = {}
-        self._received = 0
+        # For the pace only, so an addition that is lost between threads does not matter.
+        self._received, self._waited = 0, 0.0
         self._leave_alone_until = 0.0
 
     def run(self, pages: Iterable[Sequence[RemoteFile]]) -> Mapping[PurePosixPath, FileEntry]:
@@ -237,14 +238,14 @@ class Transfer:
             workers: list[threading.Thread] = []
             try:
                 for page in pages:
+                    self._check()  # A listing may take long: a failure ends it.
                     self._add(page)
                     self._staff(workers)
                 with self._guard:
                     self._is_listed = True
                     self._guard.notify_all()
-                cpus = len(os.sched_getaffinity(0))
                 while True:
-                    seconds = self._pace.look(time.monotonic(), self._received, time.process_time(), cpus)
+                    seconds = self._pace.look(time.monotonic(), self._received, self._waited)
                     self._staff(workers)
                     if self._wait(seconds):
                         break
@@ -426,7 +427,7 @@ class Transfer:
                     crc = zlib.crc32(piece, crc)
                 self._destination.write(writing.fd, piece, position)
                 position += len(piece)
-                self._received += len(piece)  # Only for the pace; a lost addition does not matter.
+                self._received += len(piece)
                 self._observer.received(len(piece))
             is_last = writing.unwritten == span.stop - span.start
             if not is_last:
@@ -542,13 +543,15 @@ class Transfer:
                 with self._backend.open_range(file, start, stop) as reader:
                     while start < stop:
                         self._check()
+                        asked = time.monotonic()
                         count = reader.readinto(buffer[: min(len(buffer), stop - start)])
+                        now = time.monotonic()
+                        self._waited += now - asked
                         if count == 0:
                             raise SourceUnavailableError(self._uri, f"its answer for `{file.entry.path}` ended {stop - start} bytes early")
                         if count is not None:
                             start += count
                             yield buffer[:count]
-                        now = time.monotonic()
                         if now - opened > self._stall_seconds:
                             if start - began < _TRICKLE_BYTES and start < stop:
                                 self._pace.congested(now, 0.0)
@@ -590,6 +593,8 @@ class Transfer:
             return None
         for donor, note in self._offers(file):
             if note.sha256 is None or (note.start, note.stop) != (0, file.entry.size_bytes):
+                continue
+            if file.entry.sha256 not in (None, note.sha256):
                 continue
             try:
                 with donor.open_file() as fd:

@@ -547,7 +547,10 @@ class Tree:
         self._directories: dict[PurePosixPath, int] = {}
         # Opened before the first write, so that an error of any write since is reported by `syncfs` on it.
         self._root = os.open(writer.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._syncs_at_once = mount_of(writer.root).type in _LOCAL_TYPES and _has("syncfs")
+        kind = mount_of(writer.root).type
+        self._syncs_at_once = kind in _LOCAL_TYPES and _has("syncfs")
+        # Memory has no pieces to lay out, and reserving it costs as much as writing it.
+        self._allocates = kind != "tmpfs"
 
     def create(self, path: PurePosixPath) -> int:
         """
@@ -564,7 +567,8 @@ class Tree:
         Reserve room for a large file, and let others of the store's group take over what is there if this process dies.
         """
         self._writer._set_open_mode(fd, self._writer._file_mode)
-        allocate(fd, size_bytes)
+        if self._allocates:
+            allocate(fd, size_bytes)
 
     def link(self, existing: PurePosixPath, path: PurePosixPath) -> bool:
         """

@@ -17,23 +17,24 @@ MB = 1_000_000
 
 class Line:
     """
-    A transfer on a clock of its own: `rate` says how many bytes a second so many streams bring, `cpu` what they use.
+    A transfer on a clock of its own: `rate` says how many bytes a second so many streams bring, `waiting` which share of
+    their time they wait for them.
     """
 
-    def __init__(self, pace: Pace, rate: Callable[[int], float], cpu: Callable[[int], float] = lambda streams: 0.0, cpus: int = 4) -> None:
-        self.pace, self.rate, self.cpu, self.cpus = pace, rate, cpu, cpus
-        self.now = self.received = self.used = 0.0
+    def __init__(self, pace: Pace, rate: Callable[[int], float], waiting: Callable[[int], float] = lambda streams: 1.0) -> None:
+        self.pace, self.rate, self.waiting = pace, rate, waiting
+        self.now = self.received = self.waited = 0.0
 
     def run(self, seconds: float) -> Iterator[int]:
         """The number of streams after each look."""
         end = self.now + seconds
         while self.now < end:
-            pause = self.pace.look(self.now, int(self.received), self.used, self.cpus)
+            pause = self.pace.look(self.now, int(self.received), self.waited)
             assert 0 < pause <= 1
             yield self.pace.streams
             self.now += pause
             self.received += self.rate(self.pace.streams) * pause
-            self.used += self.cpu(self.pace.streams) * pause
+            self.waited += self.waiting(self.pace.streams) * self.pace.streams * pause
 
 
 def per_stream(streams: int) -> float:
@@ -55,11 +56,11 @@ def test_a_limit_for_each_connection_is_met_by_more_of_them(most):
     assert streams == sorted(streams)
 
 
-def test_a_full_line_gets_no_more_streams(most=32):
+def test_a_full_line_gets_no_more_streams():
     """
     A try that brings nothing is taken back, and repeated only now and then.
     """
-    streams = list(Line(Pace(most), full).run(20))
+    streams = list(Line(Pace(32), full).run(20))
 
     assert set(streams) == {FIRST_STREAMS, 2 * FIRST_STREAMS}
     assert streams.count(2 * FIRST_STREAMS) <= len(streams) / 10
@@ -86,14 +87,23 @@ def test_a_line_that_becomes_wider_is_used():
     assert list(line.run(10))[-1] == 32
 
 
-@pytest.mark.parametrize(("busy", "expected"), [(0.5, 32), (0.7, FIRST_STREAMS)])
-def test_a_full_processor_gets_no_more_streams(busy, expected):
+@pytest.mark.parametrize(("waiting", "expected"), [(0.6, 32), (0.4, FIRST_STREAMS)])
+def test_streams_that_are_kept_busy_get_no_company(waiting, expected):
     """
-    Where the client itself is the limit, streams would only take turns.
+    Where hashing and writing are the limit, more streams would only take turns.
     """
-    streams = list(Line(Pace(32), per_stream, cpu=lambda streams: busy * 4).run(10))
+    streams = list(Line(Pace(32), per_stream, waiting=lambda streams: waiting).run(10))
 
     assert streams[-1] == expected
+
+
+def test_streams_become_as_many_as_have_to_wait():
+    """
+    Streams that waited alone and are kept busy together stay as many as they are.
+    """
+    streams = list(Line(Pace(32), per_stream, waiting=lambda streams: 1.0 if streams < 16 else 0.1).run(10))
+
+    assert streams[-1] == 16
 
 
 def test_nothing_received_is_no_reason_for_more():
@@ -108,9 +118,9 @@ def test_a_look_too_early_judges_nothing():
     Whoever looks twice within a window is told when it is over.
     """
     pace = Pace(32)
-    pace.look(0.0, 0, 0.0, 4)
+    pace.look(0.0, 0, 0.0)
 
-    assert [pace.look(0.1, 5 * MB, 0.0, 4), pace.streams] == [pytest.approx(0.15), FIRST_STREAMS]
+    assert [pace.look(0.1, 5 * MB, 0.1), pace.streams] == [pytest.approx(0.15), FIRST_STREAMS]
 
 
 def test_too_much_halves_the_streams_rests_and_recovers():
@@ -179,11 +189,11 @@ def test_the_number_of_streams_keeps_its_bounds(most, steps):
     """
     Whatever is seen, there are never more streams than allowed nor fewer than one, and the next look is soon.
     """
-    pace, now, received, used = Pace(most), 0.0, 0, 0.0
-    for what, seconds, size, cpu in steps:
+    pace, now, received, waited = Pace(most), 0.0, 0, 0.0
+    for what, seconds, size, more in steps:
         if what == "look":
-            now, received, used = now + seconds, received + size, used + cpu
-            assert 0 < pace.look(now, received, used, 2) <= 1
+            now, received, waited = now + seconds, received + size, waited + more
+            assert 0 < pace.look(now, received, waited) <= 1
         else:
             pace.congested(now, seconds)
         assert 1 <= pace.streams <= max(1, most)

@@ -81,6 +81,7 @@ def test_signatures_are_botocores(method, key, query, headers, secret, token, re
 @settings(deadline=None)
 @given(query=st.dictionaries(TEXT.filter(bool), TEXT, max_size=5))
 @example({"~": "", "é": ""})
+@example({"0": "", "00": ""})
 def test_queries_are_ordered_as_they_are_written(query):
     """
     A signature covers a query in the order of its quoted names, which is that of botocore.

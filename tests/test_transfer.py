@@ -397,7 +397,7 @@ def test_a_failed_sync_is_never_noted(place, monkeypatch):
 
     monkeypatch.setattr(os, "fdatasync", fail)
 
-    with pytest.raises(InsufficientSpaceError, match="writing a.bin"):
+    with pytest.raises(InsufficientSpaceError, match=r"writing a\.bin"):
         run(Source({"a.bin": DATA}), place, workers=3)
 
     assert place.notes == []
@@ -622,6 +622,50 @@ def test_a_file_that_does_not_prove_itself_is_never_shared(place, dead, ruin):
     assert (place.directory / "a.bin").stat().st_nlink == 1
 
 
+@pytest.mark.parametrize("kind", ["sha256", "md5", "crc32"])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_what_was_left_gives_way_to_what_the_source_vouches_for(place, dead, kind, workers):
+    """
+    Bytes that are as their writer noted, and still not what the source has, cost a fetch of the whole file and no failure.
+    """
+    left = bytes([DATA[0] ^ 1]) + DATA[1 : 2 * PART]
+    (dead.directory / "a.bin").write_bytes(left)
+    offered = donor(dead, "a.bin", place, [note("a.bin", 0, 2 * PART, sha256=sha256(left))])
+    source = Source({"a.bin": DATA})
+
+    entries = transfer(source, place, None, {"a.bin": [offered]}, workers).run([[source.remote("a.bin", digest=KINDS[kind])]])
+
+    assert place.content() == {"a.bin": DATA}
+    found = entries[PurePosixPath("a.bin")]
+    assert (found.sha256, found.evidence) == (sha256(DATA), KINDS[kind])
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_source_that_contradicts_itself_fails_after_one_more_fetch(place, dead, workers):
+    """
+    If all of it was fetched and it still is not what the source said, the model fails.
+    """
+    source = Source({"a.bin": DATA})
+
+    with pytest.raises(DigestMismatchError):
+        transfer(source, place, None, {"a.bin": [donor(dead, "a.bin", place)]}, workers).run([[source.remote("a.bin", sha256="0" * 64)]])
+
+    assert sum(stop - start for _, start, stop in source.ranges) == 4 * PART
+
+
+def test_a_whole_file_of_another_digest_is_never_shared(place, dead):
+    """
+    Where the source announces a SHA-256, a file that proves to be another is not linked, whatever its token.
+    """
+    other = bytes([DATA[0] ^ 1]) + DATA[1:]
+    offered = donor(dead, "a.bin", place, [whole(dead, other)])
+    source = Source({"a.bin": DATA})
+
+    transfer(source, place, None, {"a.bin": [offered]}).run([[source.remote("a.bin", sha256=sha256(DATA))]])
+
+    assert place.content() == {"a.bin": DATA}
+
+
 def refuse(path: PurePosixPath) -> bool:
     raise PermissionError(13, "Permission denied")
 
@@ -821,25 +865,26 @@ def test_bytes_that_arrive_start_the_count_anew(place):
 
 def test_a_busy_source_is_left_alone_for_as_long_as_it_asks(place):
     """
-    Retry-After of one range holds back every stream.
+    Retry-After of one range holds back every stream: no range is asked for before it is over.
     """
-    files = dict.fromkeys("abcdef", DATA[:500])
-    source, recorder, asked = Source(files), Recorder(), []
+    files = {f"{number:02d}": DATA[:500] for number in range(24)}
+    source, recorder, told, opened_at = Source(files), Recorder(), [], []
 
     def busy_once(name: str, offset: int) -> bool:
-        if not asked:
-            asked.append((time.monotonic(), set(source.ranges)))
-            raise SourceUnavailableError(name, "busy", retry_after=0.4)
+        time.sleep(0.005)
+        if name == "02" and not told:
+            told.append(time.monotonic())
+            raise SourceUnavailableError(name, "busy", retry_after=0.5)
         return True
 
     source.on_read = busy_once
-    honest, opened_at = source.open_range, []
+    honest = source.open_range
     source.open_range = lambda *args: (opened_at.append(time.monotonic()), honest(*args))[1]
-    run(source, place, recorder, workers=1)
+    run(source, place, recorder, workers=4)
 
-    assert place.content() == files
-    assert [moment for moment in opened_at if asked[0][0] + 0.01 < moment < asked[0][0] + 0.39] == []
-    assert recorder.retries == 1
+    assert (place.content(), recorder.retries) == (files, 1)
+    assert [moment for moment in opened_at if told[0] + 0.1 < moment < told[0] + 0.49] == []
+    assert max(opened_at) >= told[0] + 0.5
 
 
 def test_a_busy_source_is_asked_as_long_as_time_is_left(place):

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from threading import Barrier, Thread
 
 import pytest
 
-from kserve_pvc import StoreFormatError, StoreRootError, UnsafePathError, VolumeError
-from kserve_pvc._volume import Mount, Volume, VolumeWriter, mount_of
+from kserve_pvc import StoreFormatError, StoreRootError, UnsafePathError, VolumeError, _volume
+from kserve_pvc._volume import Mount, Tree, Volume, VolumeWriter, allocate, copy_range, mount_of, write_all
 
 PLACE = PurePosixPath(".kserve-pvc/keys/k/log/000000000001.commit")
 PRIVATE = PurePosixPath(".kserve-pvc/staging/g/record")
@@ -125,13 +126,37 @@ def test_a_number_is_reserved_once(root):
     assert sorted(won) == [False] * 7 + [True]
 
 
-def test_a_failed_close_fails_the_file(root, monkeypatch):
+GENERATION = PurePosixPath("models/k/g")
+
+
+@pytest.fixture
+def nothing_is_left_open():
+    """
+    Whatever happens, no descriptor is left over.
+    """
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def in_a_tree(root: Path) -> Tree:
+    """
+    A tree that is written on a volume where each file is synced by itself.
+    """
+    writer = VolumeWriter(root)
+    writer.make_directory(GENERATION)
+    tree = Tree(writer, GENERATION)
+    tree._syncs_at_once = False
+    return tree
+
+
+@pytest.mark.parametrize("is_large", [True, False])
+def test_a_failed_close_fails_the_file(root, monkeypatch, is_large, nothing_is_left_open):
     """
     An error that only `close` reports, as network volumes do, is an error of the file.
     """
-    writer = VolumeWriter(root)
-    place = PurePosixPath("models/k/g/file")
-    fd = writer.create(place)
+    tree = in_a_tree(root)
+    fd = tree.create(PurePosixPath("file"))
     honest = os.close
 
     def close(number):
@@ -142,16 +167,17 @@ def test_a_failed_close_fails_the_file(root, monkeypatch):
     monkeypatch.setattr(os, "close", close)
 
     with pytest.raises(OSError, match="did not fit"):
-        writer.finish(fd, place)
+        tree.finish(fd, PurePosixPath("file"), is_large)
+    monkeypatch.undo()
+    tree.close()
 
 
-def test_a_failed_fsync_is_never_repeated_on_the_same_descriptor(root, monkeypatch):
+def test_a_failed_fsync_is_never_repeated_on_the_same_descriptor(root, monkeypatch, nothing_is_left_open):
     """
     After `fsync` has failed once the descriptor is closed, because a second one would report success.
     """
-    writer = VolumeWriter(root)
-    place = PurePosixPath("models/k/g/file")
-    fd = writer.create(place)
+    tree = in_a_tree(root)
+    fd = tree.create(PurePosixPath("file"))
     synced = []
 
     def fsync(number):
@@ -160,11 +186,13 @@ def test_a_failed_fsync_is_never_repeated_on_the_same_descriptor(root, monkeypat
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(VolumeError):
-        writer.finish(fd, place)
+        tree.finish(fd, PurePosixPath("file"), True)
+    monkeypatch.undo()
 
     assert synced == [fd]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+    tree.close()
 
 
 def test_finished_files_cannot_be_opened_for_writing_by_mode(root):
@@ -172,15 +200,314 @@ def test_finished_files_cannot_be_opened_for_writing_by_mode(root):
     A file of a model ends with the root's read bits and no write bits, whatever the umask.
     """
     root.chmod(0o775)
-    writer, place = VolumeWriter(root), PurePosixPath("models/k/g/file")
     old = os.umask(0o077)
     try:
-        writer.finish(writer.create(place), place)
+        with VolumeWriter(root).writing_tree(GENERATION) as tree:
+            tree.finish(tree.create(PurePosixPath("below/file")), PurePosixPath("below/file"), False)
     finally:
         os.umask(old)
 
-    assert (root / place).stat().st_mode & 0o777 == 0o444
-    assert (root / place).parent.stat().st_mode & 0o777 == 0o775
+    assert (root / GENERATION / "below/file").stat().st_mode & 0o777 == 0o444
+    assert {(root / GENERATION / below).stat().st_mode & 0o777 for below in (".", "below")} == {0o775}
+
+
+def test_a_tree_of_many_directories_holds_few_descriptors(root, monkeypatch, nothing_is_left_open):
+    """
+    Directories are kept open up to a number, and all files are where they belong.
+    """
+    monkeypatch.setattr(_volume, "_MOST_DIRECTORIES", 5)
+    before = len(os.listdir("/proc/self/fd"))
+
+    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+        for number in range(100):
+            path = PurePosixPath(f"{number % 20}/deep/{number}")
+            fd = tree.create(path)
+            write_all(fd, b"%d" % number, 0)
+            tree.finish(fd, path, False)
+        most = len(os.listdir("/proc/self/fd"))
+
+    assert most <= before + 6
+    assert {path.name: path.read_text() for path in (root / GENERATION).rglob("*") if path.is_file()} == {
+        str(n): str(n) for n in range(100)
+    }
+
+
+def test_a_tree_is_entered_by_many_threads(root, nothing_is_left_open):
+    """
+    Threads that need the same new directories at the same moment all get them.
+    """
+    barrier, failed = Barrier(8), []
+
+    def act(number: int, tree: Tree) -> None:
+        barrier.wait()
+        try:
+            for part in range(10):
+                path = PurePosixPath(f"{part}/{part}/{number}")
+                tree.finish(tree.create(path), path, False)
+        except BaseException as error:
+            failed.append(error)
+
+    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+        threads = [Thread(target=act, args=(number, tree)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert failed == []
+    assert len([path for path in (root / GENERATION).rglob("*") if path.is_file()]) == 80
+
+
+@pytest.mark.parametrize("planted", ["directory", "file"])
+def test_a_link_that_was_planted_leads_a_tree_nowhere(root, tmp_path, planted, nothing_is_left_open):
+    """
+    Neither a directory nor a file of a tree is written through a link.
+    """
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    place = root / GENERATION
+    place.mkdir(parents=True)
+    (place / ("below" if planted == "directory" else "file")).symlink_to(outside if planted == "directory" else outside / "file")
+
+    with VolumeWriter(root).writing_tree(GENERATION) as tree, pytest.raises((UnsafePathError, VolumeError)):
+        tree.create(PurePosixPath("below/file" if planted == "directory" else "file"))
+
+    assert list(outside.iterdir()) == []
+
+
+def test_a_file_is_created_once(root):
+    """
+    What is there already is never opened for writing.
+    """
+    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+        os.close(tree.create(PurePosixPath("file")))
+        with pytest.raises(VolumeError):
+            tree.create(PurePosixPath("file"))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_tree_is_durable_when_it_ends_well(root, monkeypatch, at_once):
+    """
+    Where one sync reaches the medium it is made once, else every file and directory is synced; a tree that failed needs none.
+    """
+    synced, honest = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), honest(fd)))
+    monkeypatch.setattr(_volume, "_call", lambda name, *arguments: synced.append(name))
+    writer, path = VolumeWriter(root), PurePosixPath("below/file")
+
+    def write(place: PurePosixPath, error: Exception | None = None) -> set[str]:
+        with suppress(ZeroDivisionError), writer.writing_tree(place) as tree:
+            tree._syncs_at_once = at_once
+            tree.finish(tree.create(path), path, False)
+            synced.clear()
+            made.append(tree)
+            if error is not None:
+                raise error
+        return set(synced)
+
+    made: list[Tree] = []
+    well, failed = write(GENERATION), write(GENERATION.with_name("h"), ZeroDivisionError())
+
+    above = {str(root / p) for p in (".", "models", "models/k", "models/k/g", "models/k/g/below")}
+    assert (well, failed) == ({"syncfs"} if at_once else above, set())
+
+
+def test_a_file_is_synced_by_itself_where_nothing_else_does(root, monkeypatch):
+    """
+    On a network volume each file is synced as it ends; on a local one only large files are.
+    """
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    tree = in_a_tree(root)
+    for at_once in (False, True):
+        tree._syncs_at_once = at_once
+        for is_large in (False, True):
+            path = PurePosixPath(f"{'local' if at_once else 'network'}-{'large' if is_large else 'small'}")
+            tree.finish(tree.create(path), path, is_large)
+    tree.close()
+
+    assert [name for name in synced if "-" in name] == ["network-small", "network-large", "local-large"]
+
+
+def test_an_error_of_the_sync_fails_the_tree(root, monkeypatch, nothing_is_left_open):
+    """
+    What the medium did not take is no model.
+    """
+
+    def fail(name, *arguments):
+        raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(_volume, "_call", fail)
+    with pytest.raises(VolumeError), VolumeWriter(root).writing_tree(GENERATION) as tree:
+        tree._syncs_at_once = True
+
+
+def test_a_file_gets_a_second_name_in_a_tree(root, nothing_is_left_open):
+    """
+    A link is the same file, made in directories that are made for it.
+    """
+    (root / "models/k/old/below").mkdir(parents=True)
+    (root / "models/k/old/below/file").write_text("content")
+    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+        said = tree.link(PurePosixPath("models/k/old/below/file"), PurePosixPath("deep/down/file"))
+
+    assert said is True
+    assert (root / GENERATION / "deep/down/file").samefile(root / "models/k/old/below/file")
+
+
+def test_a_file_that_is_gone_gets_no_second_name(root, nothing_is_left_open):
+    """
+    What was collected meanwhile is no error.
+    """
+    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+        assert tree.link(PurePosixPath("models/k/old/file"), PurePosixPath("file")) is False
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.ESTALE])
+def test_a_volume_without_links_says_so(root, monkeypatch, code):
+    """
+    Where no second name can be given the answer is no, and other failures are told.
+    """
+    (root / "old").write_text("content")
+
+    def link(*_args, **_kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+        assert tree.link(PurePosixPath("old"), PurePosixPath("file")) is False
+        code = errno.EIO
+        with pytest.raises(OSError, match="Input/output"):
+            tree.link(PurePosixPath("old"), PurePosixPath("file"))
+
+
+@pytest.mark.parametrize("planted", ["file", "directory"])
+def test_no_second_name_is_given_through_a_link(root, tmp_path, planted, nothing_is_left_open):
+    """
+    A link on the way to the existing file is not followed: nothing from outside gets into a model.
+    """
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/file").write_text("secret")
+    (root / "models/k").mkdir(parents=True)
+    if planted == "directory":
+        (root / "models/k/old").symlink_to(tmp_path / "outside")
+    else:
+        (root / "models/k/old").mkdir()
+        (root / "models/k/old/file").symlink_to(tmp_path / "outside/file")
+
+    with suppress(OSError, ValueError), VolumeWriter(root).writing_tree(GENERATION) as tree:
+        tree.link(PurePosixPath("models/k/old/file"), PurePosixPath("file"))
+
+    found = root / GENERATION / "file"
+    assert found.is_symlink() or not found.exists()
+    assert (tmp_path / "outside/file").stat().st_nlink == 1
+
+
+def test_room_is_reserved_without_a_byte(root):
+    """
+    A file keeps its length, so that a file of a dead writer ends where its writing did.
+    """
+    with open(root / "file", "w+b") as file:
+        allocate(file.fileno(), 1_000_000)
+        found = os.fstat(file.fileno())
+
+    assert found.st_size == 0
+
+
+@pytest.mark.parametrize(("code", "is_told"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False), (errno.EIO, False)])
+def test_only_a_full_volume_fails_a_reservation(root, monkeypatch, code, is_told):
+    """
+    A volume that cannot reserve is written without; one that is full says so at once.
+    """
+
+    def call(name, *arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(_volume, "_call", call)
+    with open(root / "file", "w+b") as file, pytest.raises(OSError, match=os.strerror(code)) if is_told else nullcontext():
+        allocate(file.fileno(), 1)
+
+
+def test_a_full_volume_is_noticed_before_the_first_byte(mount):
+    """
+    On a real full volume a reservation that does not fit fails as it is made.
+    """
+    place = mount("-t", "tmpfs", "-o", "size=1m", "tmpfs")
+    with open(place / "file", "w+b") as file, pytest.raises(OSError, match="No space") as caught:
+        allocate(file.fileno(), 2 * 2**20)
+
+    assert caught.value.errno == errno.ENOSPC
+
+
+WAYS = ["kernel", "exdev", "unsupported", "nothing", "short", "fault"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """
+    How `copy_file_range` answers: as this kernel does, with an error, with nothing, or with less than was asked for.
+    """
+    honest = os.copy_file_range
+
+    def copy(source, target, count, at, to):
+        if request.param in ("exdev", "unsupported", "fault"):
+            code = {"exdev": errno.EXDEV, "unsupported": errno.ENOSYS, "fault": errno.EIO}[request.param]
+            raise OSError(code, os.strerror(code))
+        return 0 if request.param == "nothing" else honest(source, target, min(count, 7), at, to)
+
+    if request.param != "kernel":
+        monkeypatch.setattr(os, "copy_file_range", copy)
+    monkeypatch.setattr(_volume, "_PIECE_BYTES", 11)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 100), (0, 0), (1, 99), (37, 38), (100, 100)])
+def test_a_range_is_copied_to_its_place(root, way, start, stop):
+    """
+    However the volume copies, exactly the range arrives, in its place, and nothing else changes.
+    """
+    (root / "a").write_bytes(bytes(range(100)))
+    (root / "b").write_bytes(b"x" * 200)
+    with open(root / "a", "rb") as source, open(root / "b", "r+b") as target:
+        said = copy_range(source.fileno(), target.fileno(), start, stop)
+
+    assert said is True
+    assert (root / "b").read_bytes() == b"x" * start + bytes(range(start, stop)) + b"x" * (200 - stop)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 101), (99, 200), (100, 101), (150, 160)])
+def test_a_source_that_ends_early_is_told(root, way, start, stop):
+    """
+    A file that is shorter than the range gives False, whichever way was taken.
+    """
+    (root / "a").write_bytes(bytes(100))
+    with open(root / "a", "rb") as source, open(root / "b", "w+b") as target:
+        assert copy_range(source.fileno(), target.fileno(), start, stop) is False
+
+
+def test_a_full_volume_is_told_by_a_copy(root, monkeypatch):
+    """
+    What no other way of copying cures is raised.
+    """
+
+    def copy(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    (root / "a").write_bytes(bytes(100))
+    with open(root / "a", "rb") as source, open(root / "b", "w+b") as target, pytest.raises(OSError, match="No space"):
+        copy_range(source.fileno(), target.fileno(), 0, 100)
+
+
+def test_a_copy_goes_from_one_volume_to_another(root, mount):
+    """
+    Between real file systems that share nothing the bytes are copied one by one.
+    """
+    place = mount("-t", "tmpfs", "tmpfs")
+    (root / "a").write_bytes(bytes(range(256)) * 100)
+    with open(root / "a", "rb") as source, open(place / "b", "w+b") as target:
+        assert copy_range(source.fileno(), target.fileno(), 0, 25_600)
+
+    assert (place / "b").read_bytes() == bytes(range(256)) * 100
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo", "directory", "huge"])

@@ -76,7 +76,8 @@ def encode_query(query: Mapping[str, str]) -> str:
     """
     Write a query as signatures want it: sorted, everything but unreserved characters quoted.
     """
-    return "&".join(sorted(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in query.items()))
+    pairs = sorted((quote(name, safe=""), quote(value, safe="")) for name, value in query.items())
+    return "&".join(f"{name}={value}" for name, value in pairs)
 
 
 @lru_cache(maxsize=4)

@@ -353,7 +353,7 @@ def _plain_access(options: Mapping[str, Any], environ: Mapping[str, str], client
     url = options.get("endpoint_url") or arguments.get("endpoint_url")
     if not url and environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
         url = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
-    region = arguments.get("region_name") or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    region = arguments.get("region_name") or environ.get("AWS_DEFAULT_REGION") or environ.get("AWS_REGION") or "us-east-1"
     if not url and region.startswith(_OTHER_PARTITIONS):
         return None
     try:

@@ -1,0 +1,388 @@
+"""
+How S3 is asked: with signatures of our own where that is enough, through s3fs where only that knows how.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import botocore.session
+import pytest
+from botocore.config import Config
+from trees import model_files, read_tree
+from weather import StormyS3, refuse
+
+from kserve_pvc import ModelStore, SettingsError, SourceChangedError, SourceDeniedError, SourceNotFoundError
+from kserve_pvc._ref import parse_ref
+from kserve_pvc.backends import s3 as module
+from kserve_pvc.backends._http import HTTPClient
+from kserve_pvc.backends.s3 import S3Backend
+
+BUCKET = "models"
+FILES = model_files(seed=22)
+KEYS = {"key": "AKIA", "secret": "secret"}
+IN_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "secret"}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """
+    A home without files of AWS, and an environment that says nothing about it.
+    """
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def is_plain(options: dict, environ: dict, uri: str = "s3://bucket/model") -> bool:
+    """
+    Whether requests for a model are signed here.
+    """
+    backend = S3Backend(options, environ)
+    return isinstance(backend._access(parse_ref(uri).location.partition("/")[0]), module._PlainAccess)
+
+
+@pytest.mark.parametrize(
+    ("options", "environ"),
+    [
+        (KEYS, {}),
+        ({**KEYS, "token": "session"}, {}),
+        ({}, IN_ENVIRONMENT),
+        ({}, {**IN_ENVIRONMENT, "AWS_SESSION_TOKEN": "session", "AWS_REGION": "eu-west-1"}),
+        ({"anon": True}, {}),
+        ({"client_kwargs": {"aws_access_key_id": "AKIA", "aws_secret_access_key": "secret", "region_name": "eu-west-1"}}, {}),
+        ({**KEYS, "client_kwargs": {"verify": False, "endpoint_url": "https://minio.example"}}, {}),
+        ({**KEYS, "config_kwargs": {"s3": {"addressing_style": "path"}}}, {}),
+        ({**KEYS, "use_listings_cache": False, "etag_is_md5": False}, {}),
+        (KEYS, {"AWS_PROFILE": "", "AWS_USE_FIPS_ENDPOINT": ""}),
+        ({**KEYS, "endpoint_url": "https://minio.example"}, {"AWS_REGION": "cn-north-1"}),
+    ],
+)
+def test_what_is_simple_is_signed_here(home, options, environ):
+    """
+    Credentials as they are, or none, and at most an endpoint, a region and a style of addresses need no SDK.
+    """
+    assert is_plain(options, {"HOME": str(home), **environ})
+
+
+@pytest.mark.parametrize(
+    ("options", "environ"),
+    [
+        ({}, {}),
+        ({}, {"AWS_ACCESS_KEY_ID": "AKIA"}),
+        ({"key": "AKIA"}, {"AWS_SECRET_ACCESS_KEY": "secret"}),
+        ({}, {"AWS_WEB_IDENTITY_TOKEN_FILE": "/token", "AWS_ROLE_ARN": "arn:aws:iam::1:role/r"}),
+        ({"profile": "other"}, IN_ENVIRONMENT),
+        ({**KEYS, "requester_pays": True}, {}),
+        ({**KEYS, "default_block_size": 5_000_000}, {}),
+        ({**KEYS, "s3_additional_kwargs": {"SSECustomerKey": "k"}}, {}),
+        ({**KEYS, "client_kwargs": {"use_ssl": False}}, {}),
+        ({**KEYS, "config_kwargs": {"proxies": {"https": "http://proxy"}}}, {}),
+        ({**KEYS, "config_kwargs": {"s3": {"use_accelerate_endpoint": True}}}, {}),
+        ({**KEYS, "config_kwargs": {"signature_version": "s3"}}, {}),
+        (KEYS, {"AWS_PROFILE": "work"}),
+        (KEYS, {"AWS_DEFAULT_PROFILE": "work"}),
+        (KEYS, {"AWS_USE_FIPS_ENDPOINT": "true"}),
+        (KEYS, {"AWS_USE_DUALSTACK_ENDPOINT": "true"}),
+        (KEYS, {"FSSPEC_S3_ENDPOINT_URL": "http://minio.example"}),
+        (KEYS, {"FSSPEC_S3": "{}"}),
+        (KEYS, {"AWS_REGION": "cn-north-1"}),
+        (KEYS, {"AWS_DEFAULT_REGION": "us-iso-east-1"}),
+        ({**KEYS, "client_kwargs": {"region_name": "eu-isoe-west-1"}}, {}),
+    ],
+)
+def test_what_only_the_sdk_knows_is_left_to_it(home, monkeypatch, options, environ):
+    """
+    Roles, profiles, partitions and whatever else changes a request go through s3fs.
+    """
+    made = []
+    monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", made.append)
+
+    assert (is_plain(options, {"HOME": str(home), **environ}), made) == (False, [options])
+
+
+@pytest.mark.parametrize("name", ["home", "AWS_CONFIG_FILE", "tilde"])
+def test_a_configuration_file_is_left_to_the_sdk(home, monkeypatch, name):
+    """
+    A file that may say anything about endpoints, regions and proxies is read by those who know all of it.
+    """
+    monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", lambda options: None)
+    place = home / (".aws/config" if name == "home" else "elsewhere")
+    named = {"home": {}, "AWS_CONFIG_FILE": {"AWS_CONFIG_FILE": str(place)}, "tilde": {"AWS_CONFIG_FILE": "~/elsewhere"}}[name]
+    environ = {"HOME": str(home), **named}
+    before = is_plain(KEYS, environ)
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("[default]\nregion = eu-west-3\n")
+
+    assert (before, is_plain(KEYS, environ)) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        "arn:aws:s3:us-west-2:123456789012:accesspoint:mine",
+        "arn:aws:s3-outposts:us-west-2:123456789012:outpost:op-1:accesspoint:mine",
+        "bucket--usw2-az1--x-s3",
+        "mine-a1b2c3--s3alias",
+        "mine--op-s3",
+    ],
+)
+def test_a_bucket_with_rules_of_its_own_is_left_to_the_sdk(home, monkeypatch, bucket):
+    """
+    Access points, outposts and directory buckets are addressed and signed in other ways; others of the same back end are not.
+    """
+    made = []
+    monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", lambda options: made.append(1))
+    backend = S3Backend(KEYS, {"HOME": str(home)})
+
+    backend._access(bucket)
+
+    assert made == [1]
+    assert isinstance(backend._access("bucket"), module._PlainAccess)
+
+
+def plain(options: dict, environ: dict | None = None) -> module._PlainAccess:
+    made = module._plain_access(options, {"HOME": "/none", **(environ or {})}, HTTPClient(environ={}))
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "who"),
+    [
+        (
+            {**KEYS, "token": "t"},
+            {"AWS_ACCESS_KEY_ID": "other", "AWS_SECRET_ACCESS_KEY": "x", "AWS_SESSION_TOKEN": "y"},
+            ("AKIA", "secret", "t"),
+        ),
+        (KEYS, {"AWS_SESSION_TOKEN": "of another"}, ("AKIA", "secret", None)),
+        ({}, {**IN_ENVIRONMENT, "AWS_SESSION_TOKEN": "t"}, ("AKIA", "secret", "t")),
+        ({"anon": True}, IN_ENVIRONMENT, None),
+    ],
+)
+def test_credentials_are_never_mixed(options, environ, who):
+    """
+    Key, secret and session token come from one place, arguments first.
+    """
+    found = plain(options, environ).credentials
+
+    assert (found and (found.key, found.secret, found.session_token)) == who
+
+
+@pytest.mark.parametrize(
+    ("environ", "host"),
+    [
+        ({}, "s3.us-east-1.amazonaws.com"),
+        ({"AWS_DEFAULT_REGION": "eu-west-1"}, "s3.eu-west-1.amazonaws.com"),
+        ({"AWS_ENDPOINT_URL": "http://all.example"}, "all.example"),
+        ({"AWS_ENDPOINT_URL": "http://all.example", "AWS_ENDPOINT_URL_S3": "http://s3.example"}, "s3.example"),
+        ({"AWS_ENDPOINT_URL": "http://all.example", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, "s3.us-east-1.amazonaws.com"),
+    ],
+)
+def test_the_endpoint_is_that_of_the_environment(environ, host):
+    """
+    AWS's own variables say where the service is, as botocore reads them.
+    """
+    target, _ = plain({**KEYS, "config_kwargs": {"s3": {"addressing_style": "path"}}}, environ).request(
+        "bucket", "k", {"If-Match": "e"}, renewed=False
+    )
+
+    assert target.host == host
+
+
+@pytest.mark.parametrize(
+    "url", ["minio.example:9000", "ftp://minio.example", "http://", "http://host:port", "http://[::1", "http://a\u2100b"]
+)
+def test_an_endpoint_that_is_no_url_is_refused(home, url):
+    """
+    The setting is named before anything is asked.
+    """
+    with pytest.raises(SettingsError, match="endpoint_url"):
+        S3Backend({**KEYS, "endpoint_url": url}, {"HOME": str(home)})
+
+
+@cache
+def botocores(region: str, endpoint: str | None, style: str) -> Any:
+    """
+    A client of botocore's, which is slow to make.
+    """
+    config = Config(signature_version="s3v4", s3={"addressing_style": style})
+    names = {"aws_access_key_id": "AKIA", "aws_secret_access_key": "secret"}
+    return botocore.session.Session().create_client("s3", region_name=region, endpoint_url=endpoint, config=config, **names)
+
+
+KEY = "a b/é+~!'()*&=#%41/\U0001f999.bin"
+
+
+@pytest.mark.parametrize("bucket", ["bucket", "with.dots", "My_Bucket", "-bucket", "x" * 64])
+@pytest.mark.parametrize("style", ["auto", "virtual", "path"])
+@pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:9000", "http://minio.example:9000", "https://minio.example/base/"])
+def test_addresses_are_botocores(home, endpoint, style, bucket):
+    """
+    A bucket stands in the name of the host exactly where botocore puts it there.
+    """
+    if (endpoint, style, bucket) == ("http://127.0.0.1:9000", "virtual", "with.dots"):
+        pytest.skip("botocore makes `with.dots.127.0.0.1` of it, which is no name of a host")
+    # For other regions botocore writes some addresses without the region, which S3 then redirects.
+    region = "us-gov-west-1"
+    options = {**KEYS, "client_kwargs": {"region_name": region}, "config_kwargs": {"s3": {"addressing_style": style}}}
+    backend = S3Backend({**options, **({"endpoint_url": endpoint} if endpoint else {})}, {"HOME": str(home)})
+
+    target, _ = backend._access(bucket).request(bucket, KEY, {"If-Match": '"e"'}, renewed=False)
+
+    expected = botocores(region, endpoint, style).generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": KEY})
+    assert f"{target.scheme}://{target.authority}{target.path.partition('?')[0]}" == expected.partition("?")[0]
+
+
+def test_another_region_is_asked_where_the_bucket_is(home, root):
+    """
+    A bucket that is said to be elsewhere is asked there, once for all of its objects, and its credentials sign for that region.
+    """
+    with StormyS3() as storm:
+        storm.put(BUCKET, "model/a.bin", b"a" * 100)
+        storm.put(BUCKET, "model/b.bin", b"b" * 100)
+        elsewhere = refuse(400, "AuthorizationHeaderMalformed", x_amz_bucket_region="eu-west-3")
+        storm.script("head", elsewhere, times=1)
+        store = ModelStore(root, mode="rw", storage_options=storm.options)
+        model = store.ensure(f"s3://{BUCKET}/model", progress=False)
+        regions = [r.headers["authorization"].split("/")[2] for r in storm.requests]
+
+    assert read_tree(model.path) == {"a.bin": b"a" * 100, "b.bin": b"b" * 100}
+    assert (regions[0], set(regions[1:])) == ("us-east-1", {"eu-west-3"})
+
+
+@pytest.mark.parametrize("region", ["us-east-1", "evil.example/", "EU", "eu-west-3"])
+def test_a_region_that_leads_nowhere_is_asked_once(home, region):
+    """
+    A server that always points elsewhere, or nowhere, is not followed for ever; what it says is no part of a name of a host.
+    """
+    with StormyS3() as storm:
+        storm.script("head", refuse(400, "AuthorizationHeaderMalformed", x_amz_bucket_region=region))
+        backend = S3Backend(storm.options, {"HOME": str(home)})
+        with pytest.raises(Exception, match=r"Malformed|400"):
+            backend.resolve(parse_ref(f"s3://{BUCKET}/model"))
+        regions = [r.headers["authorization"].split("/")[2] for r in storm.requests]
+        backend.close()
+
+    assert regions == (["us-east-1", "eu-west-3"] if region == "eu-west-3" else ["us-east-1"])
+
+
+@pytest.fixture(params=["option", "config file"])
+def through_s3fs(request, home, origin, proxy, monkeypatch) -> dict[str, object]:
+    """
+    Arguments of a store that reaches the real server through s3fs, because of an option or of a profile.
+    """
+    if request.param == "option":
+        return {"endpoint_url": proxy.endpoint, "key": origin.key, "secret": origin.secret, "default_block_size": 2**20}
+    (home / "config").write_text(f"[profile work]\nendpoint_url = {proxy.endpoint}\nregion = us-east-1\n")
+    (home / "credentials").write_text(f"[work]\naws_access_key_id = {origin.key}\naws_secret_access_key = {origin.secret}\n")
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(home / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(home / "credentials"))
+    return {}
+
+
+ODD = {**FILES, "a b/ä+~!'()&=#%41.bin": b"odd", "\U0001f999/x": b"", "q?x=1;y": b"query"}
+
+
+def test_a_model_comes_through_s3fs(root, through_s3fs, proxy, upload):
+    """
+    Odd names, empty files and parts arrive exactly, the bytes by requests with signed addresses that are pinned.
+    """
+    uri = upload(ODD)
+    from kserve_pvc.backends._s3fs import S3fsAccess
+
+    store = ModelStore(root, mode="rw", part_bytes=100_000, storage_options=through_s3fs)
+    model = store.ensure(uri, progress=False)
+
+    assert read_tree(model.path) == ODD
+    assert store.verify(uri, "full").ok
+    asked = sorted(r.range for r in proxy.requests if r.method == "GET" and r.path.endswith("a.bin"))
+    assert asked == sorted(f"bytes={start}-{start + 99_999}" for start in range(0, 700_000, 100_000))
+    assert isinstance(store._backend(parse_ref(uri))._sdk, S3fsAccess)
+
+
+def test_both_ways_see_the_same(root, through_s3fs, origin, upload):
+    """
+    What one way lists, pins and vouches for is what the other does.
+    """
+    ref = parse_ref(upload(ODD))
+    ours, theirs = (
+        S3Backend({"endpoint_url": origin.endpoint, "key": origin.key, "secret": origin.secret}, {"HOME": "/none"}),
+        S3Backend(through_s3fs),
+    )
+
+    found = [backend.resolve(ref) for backend in (ours, theirs)]
+
+    assert found[0] == found[1]
+    assert [[backend.evidence(f) for f in found[0].files] for backend in (ours, theirs)] == [[f.digest for f in found[0].files]] * 2
+    for backend in (ours, theirs):
+        backend.close()
+
+
+def test_a_replaced_object_is_refused_through_s3fs(through_s3fs, origin, upload):
+    """
+    A signed address says for which content it is; other content is an error, also where the address was kept.
+    """
+    uri = upload(FILES)
+    backend = S3Backend(through_s3fs)
+    file = next(f for f in backend.resolve(parse_ref(uri)).files if str(f.entry.path) == "weights/a.bin")
+    before = read(backend, file, 10, 1000)
+    origin.put(BUCKET, file.address.partition("/")[2], b"x" * 700_000)
+
+    with pytest.raises(SourceChangedError):
+        read(backend, file, 10, 1000)
+    backend.close()
+    assert before == FILES["weights/a.bin"][10:1000]
+
+
+def read(backend: S3Backend, file, start: int, stop: int) -> bytes:
+    buffer, data = memoryview(bytearray(stop - start)), b""
+    with backend.open_range(file, start, stop) as reader:
+        while len(data) < stop - start and (count := reader.readinto(buffer[: stop - start - len(data)])) != 0:
+            data += bytes(buffer[: count or 0])
+    return data
+
+
+def test_versions_come_through_s3fs(root, through_s3fs, origin):
+    """
+    A VersionId is a revision on this way too, and one that is none is not found.
+    """
+    client = origin._client
+    origin.make_bucket("versioned-s3fs")
+    client.put_bucket_versioning(Bucket="versioned-s3fs", VersioningConfiguration={"Status": "Enabled"})
+    first, second = (client.put_object(Bucket="versioned-s3fs", Key="m/w.bin", Body=data)["VersionId"] for data in (b"first", b"second!"))
+    store, uri = ModelStore(root, mode="rw", storage_options=through_s3fs), "s3://versioned-s3fs/m/w.bin"
+
+    models = [store.ensure(uri, revision=revision, progress=False) for revision in (first, second, None)]
+
+    assert [read_tree(model.path) for model in models] == [{"w.bin": data} for data in (b"first", b"second!", b"second!")]
+    with pytest.raises(SourceNotFoundError):
+        store.ensure(uri, revision="no-such-version", progress=False)
+
+
+def test_what_is_missing_or_denied_is_told_through_s3fs(root, through_s3fs, origin, proxy, upload, monkeypatch):
+    """
+    The errors are those of the other way.
+    """
+    uri = upload(FILES)
+    for missing in (f"s3://{BUCKET}/none/at/all", "s3://no-such-bucket/model"):
+        with pytest.raises(SourceNotFoundError):
+            ModelStore(root, mode="rw", storage_options=through_s3fs).ensure(missing, progress=False)
+
+    denied = {"endpoint_url": proxy.endpoint, "key": "nokey", "secret": "nosecret", "default_block_size": 2**20}
+    with pytest.raises(SourceDeniedError, match="check the credentials"):
+        ModelStore(root, mode="rw", storage_options=denied).ensure(uri, progress=False)
+
+
+def test_nobody_to_be_is_told_through_s3fs(home, root, origin, upload, monkeypatch):
+    """
+    Without any credentials the error says which variables name them.
+    """
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    with pytest.raises(SourceDeniedError, match="AWS_ACCESS_KEY_ID"):
+        ModelStore(root, mode="rw", storage_options={"endpoint_url": origin.endpoint}).ensure(upload(FILES), progress=False)
