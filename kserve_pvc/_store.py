@@ -280,7 +280,7 @@ class ModelStore:
             raise self._absent(ref, view)
         if self._writer is None and (entry is None or force_download):
             raise ReadOnlyStoreError(str(self.root), f"download `{ref}`", _HOW_TO_WRITE) from view.damage
-        resolved = self._backend(ref).resolve(ref) if refresh else None
+        resolved = self._resolve(ref) if refresh else None
         if entry is not None and resolved is not None and not force_download and entry.version == resolved.version:
             return self._model(entry, "present", started)
         if self._writer is None:
@@ -376,7 +376,7 @@ class ModelStore:
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, UnsafePathError: As `ensure`.
         """
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        return self._backend(ref).resolve(ref)
+        return self._resolve(ref)
 
     def plan(
         self,
@@ -397,7 +397,7 @@ class ModelStore:
 
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         entry = _present(self._look(ref))
-        resolved = None if entry is not None and not refresh else self._backend(ref).resolve(ref)
+        resolved = None if entry is not None and not refresh else self._resolve(ref)
         if entry is not None and (resolved is None or resolved.version == entry.version):
             return plan_nothing(self._volume, ref, entry)
         assert resolved is not None  # Without an entry the source was asked.
@@ -586,6 +586,14 @@ class ModelStore:
         if view.damage is not None:
             return DamagedRecordError(str(ref), str(self.root), view.damage.path, view.damage.reason)
         return ModelNotFoundError(str(ref), str(self.root))
+
+    def _resolve(self, ref: ModelRef) -> Resolved:
+        backend = self._backend(ref)
+        try:
+            return backend.resolve(ref)
+        finally:
+            if (close := getattr(backend, "close", None)) is not None:
+                close()
 
     def _backend(self, ref: ModelRef) -> Backend:
         from kserve_pvc.backends import make_backend

@@ -52,6 +52,7 @@ _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a file is as long as what was written to 
 _COPY_BYTES = 1 << 30
 _PIECE_BYTES = 1024 * 1024
 _MOST_DIRECTORIES = 256
+_MOST_SYNCED_ALONE = 100
 _NETWORK_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "glusterfs", "gpfs", "9p", "virtiofs", "beegfs", "afs")
 
 
@@ -535,9 +536,10 @@ class Tree:
     """
     A directory of model files being written by one process.
 
-    Every directory is entered once. On a local file system one `syncfs` at the end makes all small files and
-    directories durable together; elsewhere, where that reaches only this node's kernel, every file is synced by itself.
-    Both are before the commit record, and that is all that durability needs: nobody reads a generation without one.
+    Every directory is entered once. On a local file system small files are made durable together at the end: a few one
+    by one, many by one `syncfs`, which also writes what others have there and so is worth it only for many. Elsewhere,
+    where `syncfs` reaches only this node's kernel, every file is synced when it is finished. All of it is before the
+    commit record, and that is all that durability needs: nobody reads a generation without one.
     """
 
     def __init__(self, writer: VolumeWriter, place: PurePosixPath) -> None:
@@ -551,6 +553,7 @@ class Tree:
         self._syncs_at_once = kind in _LOCAL_TYPES and _has("syncfs")
         # Memory has no pieces to lay out, and reserving it costs as much as writing it.
         self._allocates = kind != "tmpfs"
+        self._unsynced: list[PurePosixPath] = []
 
     def create(self, path: PurePosixPath) -> int:
         """
@@ -596,6 +599,8 @@ class Tree:
                     os.fchmod(fd, self._writer._file_mode & 0o444)
                 if is_large or not self._syncs_at_once:
                     os.fsync(fd)
+                else:
+                    self._unsynced.append(path)
             except BaseException:
                 with suppress(OSError):
                     os.close(fd)
@@ -609,9 +614,16 @@ class Tree:
         Make everything durable that is not yet.
         """
         with self._writer._translated("syncing", self._place):
-            if self._syncs_at_once:
+            if len(self._unsynced) > _MOST_SYNCED_ALONE:
                 _call("syncfs", self._root)
                 return
+            for path in self._unsynced:
+                with self._directory(path.parent) as parent:
+                    fd = os.open(path.name, _READ_FLAGS, dir_fd=parent)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
         self._writer.sync_tree(self._place)
 
     def close(self) -> None:
