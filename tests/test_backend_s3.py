@@ -380,7 +380,7 @@ def test_a_source_that_cuts_every_connection_is_given_up(root, origin, upload):
     with TamperingProxy(origin.endpoint, cuts=(1_500_000, *[0] * 50)) as proxy:
         store = ModelStore(root, mode="rw", part_bytes=1_000_000, **through(proxy, origin))
         with pytest.raises(SourceUnavailableError, match="check endpoint and network, then call again"):
-            store.ensure(uri, progress=False)
+            store.ensure(uri, progress=False, max_workers=1)
         proxy.cuts.clear()
         model = store.ensure(uri, progress=False)
 

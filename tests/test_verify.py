@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from kserve_pvc import FileEntry, Problem, UnsafePathError, Verification
+from kserve_pvc import FileEntry, ModelStore, Problem, UnsafePathError, Verification
 from kserve_pvc._record import FoundFile
 from kserve_pvc._verify import compare, sha256_of
 
@@ -205,3 +205,18 @@ def test_a_verification_is_as_good_as_its_problems(problems, ok):
     report = Verification(uri="s3://b/m", level="size", files=1, bytes=1, problems=problems)
 
     assert report.ok is ok
+
+
+def test_what_was_never_hashed_is_not_vouched_for(root, tmp_path):
+    """
+    A model fetched with hashing off is well at level size; at level full each file is told as one that nobody can judge.
+    """
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.bin").write_bytes(b"weights")
+    uri = f"file://{tmp_path}/model"
+    store = ModelStore(root, mode="rw", digest="none")
+    model = store.ensure(uri, progress=False)
+
+    assert [file.sha256 for file in model.record.files] == [None]
+    assert store.verify(uri).ok
+    assert [(p.path, p.kind, "never hashed" in p.detail) for p in store.verify(uri, "full").problems] == [("weights.bin", "digest", True)]
