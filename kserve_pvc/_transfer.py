@@ -419,7 +419,7 @@ class Transfer:
         writing, position, crc = span.of, span.start, 0
         proves = not span.is_front and writing.hashes.sha256 is not None
         path = writing.file.entry.path
-        with _naming(self._destination, writing.file.entry.path):
+        with _naming(self._destination, path):
             for piece in self._pieces(writing.file, span.start, span.stop, buffer):
                 if span.is_front:
                     writing.hashes.update(piece)
@@ -432,9 +432,9 @@ class Transfer:
             is_last = writing.unwritten == span.stop - span.start
             if not is_last:
                 os.fdatasync(writing.fd)
-                token, so_far = str(writing.file.entry.token), writing.hashes.so_far()
-                if span.is_front and so_far is not None:
-                    self._destination.note(path, token, 0, span.stop, so_far, None)
+                token = str(writing.file.entry.token)
+                if span.is_front and writing.hashes.sha256 is not None:
+                    self._destination.note(path, token, 0, span.stop, writing.hashes.so_far(), None)
                 else:
                     self._destination.note(path, token, span.start, span.stop, None, crc if proves else None)
         with self._guard:
