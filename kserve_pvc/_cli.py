@@ -151,7 +151,7 @@ def _plan(store: ModelStore, arguments: argparse.Namespace) -> int:
         return 0
     seconds = "at an unknown rate" if plan.seconds is None else f"in about {plan.seconds:.0f} s"
     print(f"would fetch {amount(plan.bytes_to_fetch)} of {amount(plan.size_bytes)} in {count(plan.files, 'file')} {seconds}")
-    print(f"would take over {amount(plan.bytes_reusable)} that an unfinished download left")
+    print(f"would take over {amount(plan.bytes_reusable)} that is there already")
     print(f"{amount(plan.free_bytes)} are free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
     return 0
 
@@ -304,7 +304,7 @@ def _add_ensure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force-download", action="store_true", help="fetch even if it is present")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
     parser.add_argument("--timeout", type=float, default=defaults.TIMEOUT, metavar="SECONDS", help="wait that long for another downloader")
-    parser.add_argument("--max-workers", type=int, default=defaults.MAX_WORKERS, metavar="N", help="files fetched at the same time")
+    parser.add_argument("--max-workers", type=int, default=defaults.MAX_WORKERS, metavar="N", help="most streams at the same time")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

@@ -278,7 +278,9 @@ class Download:
         yield self._resolved.files
 
     def _start(self, resolved: Resolved, donors: Mapping[PurePosixPath, Sequence[_Found]]) -> None:
-        shared = sum(f.entry.size_bytes for f in resolved.files if any(d.has_all(f) for d in donors.get(f.entry.path, ())))
+        shared = 0
+        if self._tuning.digest != "none":  # Without digests nothing can prove itself, so nothing is shared.
+            shared = sum(f.entry.size_bytes for f in resolved.files if any(d.has_all(f) for d in donors.get(f.entry.path, ())))
         # What was written while the rest was listed no longer has to fit.
         self._make_room(resolved.size_bytes - shared - self._tally.progress()[0])
         self._listener(Started(ref=str(self._ref), bytes_total=resolved.size_bytes, files=len(resolved.files)))

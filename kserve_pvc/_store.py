@@ -252,11 +252,12 @@ class ModelStore:
         Args:
             uri: As KServe spells it, such as `s3://bucket/path`.
             revision: Which version of the source; what it means is the back end's (an S3 VersionId, …).
-            refresh: Ask the source, and fetch a newer version beside the old one.
-            force_download: Fetch even if it is present, into a new directory.
+            refresh: Ask the source, and fetch a newer version beside the old one; files that have not changed are linked
+                or copied once their digest is proven.
+            force_download: Fetch even if it is present, into a new directory, taking nothing from complete models.
             local_files_only: Never use the network.
             timeout: Seconds to wait for another downloader; `math.inf` waits for ever.
-            max_workers: Files fetched at the same time.
+            max_workers: The most streams at the same time; how many are worth while is found out on the way.
             callback: Told the size and every step in bytes, as fsspec does it.
             progress: None shows bars on a terminal and lines elsewhere, False nothing.
 

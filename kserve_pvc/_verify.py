@@ -21,6 +21,7 @@ Kind = Literal["missing", "extra", "type", "size", "digest", "record", "unreadab
 OpenFile = Callable[[PurePosixPath], AbstractContextManager[int]]
 
 _BUFFER_BYTES = 1024 * 1024
+_UNHASHED = "no sha256 of it was recorded, because the store that fetched it was told not to hash"
 
 
 @attrs.frozen(kw_only=True)
@@ -76,7 +77,7 @@ def compare(expected: Iterable[FileEntry], found: Iterable[FoundFile], open_file
 def _compare_digest(entry: FileEntry, open_file: OpenFile) -> Iterator[Problem]:
     if entry.sha256 is None:
         # Not to be told from a good one: whoever asks for proof is not told that all is well.
-        yield Problem(path=str(entry.path), kind="digest", detail="it was never hashed, because the store that fetched it was told not to")
+        yield Problem(path=str(entry.path), kind="digest", detail=_UNHASHED)
         return
     try:
         with open_file(entry.path) as fd:

@@ -584,6 +584,8 @@ class Tree:
             if error.errno not in _UNSUPPORTED and error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
             return False
+        if self._syncs_at_once:
+            self._unsynced.append(path)  # Whoever wrote it may have died before it was durable.
         return True
 
     def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> None:

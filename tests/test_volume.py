@@ -367,6 +367,21 @@ def test_a_file_gets_a_second_name_in_a_tree(root, nothing_is_left_open):
     assert (root / GENERATION / "deep/down/file").samefile(root / "models/k/old/below/file")
 
 
+def test_a_file_with_a_second_name_is_made_durable(root, monkeypatch):
+    """
+    A dead writer's small file may never have been synced, so whoever links it syncs it before its own record.
+    """
+    (root / "old").mkdir()
+    (root / "old/file").write_text("content")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+        tree._syncs_at_once = True
+        tree.link(PurePosixPath("old/file"), PurePosixPath("file"))
+
+    assert str(root / GENERATION / "file") in synced
+
+
 def test_a_file_that_is_gone_gets_no_second_name(root, nothing_is_left_open):
     """
     What was collected meanwhile is no error.
