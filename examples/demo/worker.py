@@ -24,6 +24,9 @@ from kserve_pvc import ModelStore
 
 Role = Literal["server", "reader"]
 
+# What a kill may cost is one part for each stream.
+STREAMS = 4
+PART_BYTES = 16 * 1024 * 1024
 _LOOK_SECONDS = 0.005
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _WRITES = {
@@ -70,12 +73,10 @@ def serve(root: Path, uri: str) -> Report:
     """
     Get the model as every replica does: one call, whoever else is asking.
     """
-    import s3fs  # noqa: F401 - its import takes longer than the race that is to be shown
-
     _wait_for_start()
     asked_at, began = time.monotonic(), _Moment()
     with redirect_stderr(io.StringIO()) as said:
-        model = ModelStore(root, mode="rw").ensure(uri, callback=began)
+        model = ModelStore(root, mode="rw", part_bytes=PART_BYTES).ensure(uri, callback=began, max_workers=STREAMS)
     return Report(
         status=model.status,
         asked_at=asked_at,
