@@ -4,6 +4,7 @@ Models that lie on a mounted file system already.
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,13 @@ def rewrite(path: Path) -> None:
     os.utime(path, ns=(0, before + 1))
 
 
+def rewrite_and_set_the_time_back(path: Path) -> None:
+    before = path.stat().st_mtime_ns
+    time.sleep(0.05)  # The clock of inodes ticks every ten milliseconds at the slowest.
+    path.write_bytes(b"y" * path.stat().st_size)
+    os.utime(path, ns=(0, before))
+
+
 def replace_by_a_link(path: Path) -> None:
     path.rename(path.with_name("moved"))
     path.symlink_to("moved")
@@ -246,13 +254,14 @@ CHANGES = [
     lambda path: path.write_bytes(path.read_bytes() + b"more"),
     lambda path: os.truncate(path, 5),
     rewrite,
+    rewrite_and_set_the_time_back,
     replace_by_rename,
     replace_by_a_link,
     Path.unlink,
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=["grown", "truncated", "rewritten", "replaced", "linked", "deleted"])
+@pytest.mark.parametrize("change", CHANGES, ids=["grown", "truncated", "rewritten", "set back", "replaced", "linked", "deleted"])
 def test_a_file_that_changed_since_it_was_listed_is_not_read(tmp_path, change):
     """
     A file that was written to, replaced, linked or deleted after the listing fails instead of giving other bytes.
@@ -282,7 +291,7 @@ def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path):
         read(file, 0, 100)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=["grown", "truncated", "rewritten", "replaced", "linked", "deleted"])
+@pytest.mark.parametrize("change", CHANGES, ids=["grown", "truncated", "rewritten", "set back", "replaced", "linked", "deleted"])
 def test_a_file_that_changes_between_two_parts_is_never_published(root, source, change):
     """
     When a file changes half-way the download fails, nothing is present, and the next one gets the new content whole.

@@ -13,7 +13,7 @@ import pytest
 from memory import MemorySource
 from trees import digests, read_tree
 
-from kserve_pvc import Model, ModelStore
+from kserve_pvc import InsufficientSpaceError, Model, ModelStore
 from kserve_pvc import _layout as layout
 
 URI, OTHER = "s3://bucket/model", "s3://bucket/other"
@@ -254,3 +254,19 @@ def test_a_model_that_was_shared_in_vain_leaves_nothing(root, store, source, old
     assert store.get(URI).path == old.path
     new = store.ensure(URI, refresh=True, progress=False)
     assert (read_tree(new.path), new.bytes_fetched <= CHANGED) == (NEW, True)
+
+
+@pytest.mark.parametrize(("digest", "fits"), [("sha256", True), ("none", False)])
+def test_room_is_asked_for_what_cannot_be_shared(root, source, old, monkeypatch, digest, fits):
+    """
+    Files that get a second name need no room; without hashing nothing can prove itself, so all of the model does.
+    """
+    source.models[URI] = NEW
+    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: CHANGED)
+    store = ModelStore(root, mode="rw", backends={"s3": source}, digest=digest)
+
+    if fits:
+        assert store.ensure(URI, refresh=True, progress=False).bytes_fetched == CHANGED
+    else:
+        with pytest.raises(InsufficientSpaceError):
+            store.ensure(URI, refresh=True, progress=False)

@@ -33,8 +33,8 @@ class FileBackend:
     """
     Copies a file or directory of the local file system. Only regular files; links are refused, not followed.
 
-    Content is pinned by device, inode, size and modification time, which a careful writer can defeat. Copy from
-    directories that nobody edits meanwhile.
+    Content is pinned by device, inode, size and the times of its last change. Two changes within one tick of the kernel's
+    clock, and some made through memory maps, look like one. Copy from directories that nobody edits meanwhile.
     """
 
     options: Mapping[str, Any] = attrs.field(repr=False)
@@ -108,7 +108,8 @@ def _file(path: Path, inside: PurePosixPath, found: os.stat_result) -> RemoteFil
 
 
 def _token(found: os.stat_result) -> str:
-    return f"{found.st_dev:x}-{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"
+    # Compared, never interpreted. Anybody can set the time of the content back, but not the one of the inode.
+    return f"{found.st_dev:x}-{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}-{found.st_ctime_ns:x}"
 
 
 def _changed(file: RemoteFile) -> SourceChangedError:
