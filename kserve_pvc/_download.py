@@ -113,6 +113,7 @@ class Download:
         self._claim: Claim | None = None
         self._tally = _Tally(str(ref), listener)
         self._manifest: Manifest | None = None
+        self._manifest_sha256 = ""
 
     def run(self) -> Outcome:
         """
@@ -256,7 +257,9 @@ class Download:
         assert self._resolved is not None  # All pages were listed.
         files = tuple(done[f.entry.path] for f in self._resolved.files)
         manifest = Manifest(key=self._key, generation=generation, version=self._resolved.version, files=files)
-        self._writer.write_private(layout.manifest_file(generation), encode(manifest))
+        data = encode(manifest)
+        self._manifest_sha256 = sha256(data).hexdigest()
+        self._writer.write_private(layout.manifest_file(generation), data)
         return manifest
 
     def _pages(self, backend: Backend, donors: Mapping[PurePosixPath, Sequence[_Found]]) -> Iterator[Sequence[RemoteFile]]:
@@ -321,7 +324,7 @@ class Download:
             version=self._manifest.version,
             files=len(self._manifest.files),
             size_bytes=self._manifest.size_bytes,
-            manifest_sha256=sha256(encode(self._manifest)).hexdigest(),
+            manifest_sha256=self._manifest_sha256,
             digest=self._tuning.digest,
             policy="allow",
             created_at=now(),

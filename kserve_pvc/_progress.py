@@ -53,10 +53,14 @@ def make_listener(progress: bool | None, callback: Callback | None, stream: Text
                 listener(event)
 
     try:
-        yield tell
+        yield tell if listeners else _silent
     finally:
         if bars is not None:
             bars.close()
+
+
+def _silent(event: Event) -> None:
+    pass
 
 
 def _is_interactive(stream: TextIO) -> bool:

@@ -19,10 +19,11 @@ import random
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import PurePosixPath
+from types import TracebackType
 from typing import Protocol
 
 import attrs
@@ -30,13 +31,16 @@ import attrs
 from kserve_pvc._pace import Pace, Tuning
 from kserve_pvc._record import FileEntry, PartNote
 from kserve_pvc._retry import delays
-from kserve_pvc._source import Backend, RemoteFile
+from kserve_pvc._source import Backend, RangeReader, RemoteFile
 from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
 
 _BUFFER_BYTES = 1024 * 1024
 _MIB = 1024 * 1024
 # The least that is worth a request of its own; towards the end ranges shrink to it, so that all streams end together.
 _SHORTEST_RANGE = 8 * _MIB
+# Requests for small files that one worker has in flight. More workers for the same number of requests are slower: what
+# they do for a small file is short, and most of it needs the interpreter's lock.
+_ASKED_AHEAD = 4
 # Below this an MD5 of the listing is good enough; above, the source is asked for a real checksum.
 _EVIDENCE_BYTES = 16 * _MIB
 # A stream that brings less than this in the time of a stall is as good as silent.
@@ -173,6 +177,24 @@ class _Writing:
         return not self.unwritten and not self.is_hashing and (self.hashed == self.file.entry.size_bytes or not self.hashes.is_needed)
 
 
+class _AskedRange:
+    """
+    A range that was asked for before anybody reads it, as a context manager around its reader. It is closed once.
+    """
+
+    def __init__(self, context: AbstractContextManager[RangeReader]) -> None:
+        self._context: AbstractContextManager[RangeReader] | None = context
+        self._reader = context.__enter__()
+
+    def __enter__(self) -> RangeReader:
+        return self._reader
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(kind, error, trace)
+
+
 @attrs.frozen
 class _Span:
     """A range for one worker. `is_front`: it begins where the file is hashed up to, so it is hashed on the way."""
@@ -216,6 +238,8 @@ class Transfer:
         self._number = 0
         self._open: list[_Writing] = []
         self._unassigned = 0
+        self._asking = 0  # Ranges that are being fetched or were asked for.
+        self._at_small_files = 0  # Workers that are.
         self._left = 0  # Files that are not done.
         self._is_listed = False
         self._failure: BaseException | None = None
@@ -223,6 +247,9 @@ class Transfer:
         # For the pace only, so an addition that is lost between threads does not matter.
         self._received, self._waited = 0, 0.0
         self._leave_alone_until = 0.0
+        self._chasers: list[threading.Thread] = []
+        self._to_chase: deque[_Writing] = deque()
+        self._chasing = 0
 
     def run(self, pages: Iterable[Sequence[RemoteFile]]) -> Mapping[PurePosixPath, FileEntry]:
         """
@@ -233,26 +260,24 @@ class Transfer:
         Raises:
             StoreError: The first failure; all workers have stopped when it is raised.
         """
-        with ExitStack() as stack:
-            self._chasers = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="kserve-pvc-hash"))
-            workers: list[threading.Thread] = []
-            try:
-                for page in pages:
-                    self._check()  # A listing may take long: a failure ends it.
-                    self._add(page)
-                    self._staff(workers)
-                with self._guard:
-                    self._is_listed = True
-                    self._guard.notify_all()
-                while True:
-                    seconds = self._pace.look(time.monotonic(), self._received, self._waited)
-                    self._staff(workers)
-                    if self._wait(seconds):
-                        break
-            except BaseException as error:  # A KeyboardInterrupt too: no worker outlives this call.
-                self._fail(error)
-            for worker in workers:
-                worker.join()
+        workers: list[threading.Thread] = []
+        try:
+            for page in pages:
+                self._check()  # A listing may take long: a failure ends it.
+                self._add(page)
+                self._staff(workers)
+            with self._guard:
+                self._is_listed = True
+                self._guard.notify_all()
+            while True:
+                seconds = self._pace.look(time.monotonic(), self._received, self._waited)
+                self._staff(workers)
+                if self._wait(seconds):
+                    break
+        except BaseException as error:  # A KeyboardInterrupt too: no worker outlives this call.
+            self._fail(error)
+        for thread in (*workers, *self._chasers):  # Only workers start chasers, so these are all.
+            thread.join()
         if self._failure is not None:
             for writing in self._open:
                 with suppress(OSError):
@@ -299,11 +324,15 @@ class Transfer:
                 buffer = memoryview(bytearray(_BUFFER_BYTES))
                 last: _Writing | None = None
                 while (work := self._next(number, last)) is not None:
-                    if isinstance(work, RemoteFile):
-                        last = self._begin(work, buffer)
-                    else:
+                    if isinstance(work, _Span):
                         self._fetch(work, buffer)
                         last = work.of
+                    elif self._is_small(work):
+                        last = self._write_small_files(work, buffer)
+                    else:
+                        last = self._begin(work, buffer)
+                    with self._guard:
+                        self._asking -= 1
             finally:
                 budget.release()
         except BaseException as error:
@@ -315,22 +344,37 @@ class Transfer:
             while True:
                 if self._failure is not None:
                     raise _CancelledError
-                if number < self._pace.streams:
-                    if last is not None and last.gaps and self._is_front(last):
-                        return self._take(last)
-                    front = next((w for w in self._open if w.gaps and self._is_front(w)), None)
-                    if front is not None:
-                        return self._take(front)
-                    if self._waiting:
-                        size, _, file = heapq.heappop(self._waiting)
-                        self._unassigned += size
-                        return file
-                    longest = max((w for w in self._open if w.gaps), key=_span_bytes, default=None)
-                    if longest is not None:
-                        return self._take(longest)
+                if number < self._pace.streams and self._asking < self._pace.streams:
+                    work = self._choose(last)
+                    if work is not None:
+                        self._asking += 1
+                        return work
                 if self._is_listed and not self._left:
                     return None
                 self._guard.wait(1.0)
+
+    def _choose(self, last: _Writing | None) -> RemoteFile | _Span | None:
+        if last is not None and last.gaps and self._is_front(last):
+            return self._take(last)
+        front = next((w for w in self._open if w.gaps and self._is_front(w)), None)
+        if front is not None:
+            return self._take(front)
+        # Who writes small files asks for some at a time, so fewer are enough.
+        if self._waiting and (not self._is_small(self._waiting[0][2]) or self._at_small_files * _ASKED_AHEAD < self._pace.streams):
+            file = self._take_file()
+            self._at_small_files += self._is_small(file)
+            return file
+        longest = max((w for w in self._open if w.gaps), key=_span_bytes, default=None)
+        return None if longest is None else self._take(longest)
+
+    def _take_file(self) -> RemoteFile:
+        size, _, file = heapq.heappop(self._waiting)
+        self._unassigned += size
+        return file
+
+    def _is_small(self, file: RemoteFile) -> bool:
+        """Whether one worker fetches all of it with one request: nobody else needs to know of it before it is done."""
+        return file.entry.size_bytes <= min(_SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors
 
     def _is_front(self, writing: _Writing) -> bool:
         return not writing.is_hashing and writing.gaps[0][0] == writing.hashed and writing.hashes.is_needed
@@ -357,15 +401,8 @@ class Transfer:
         if (entry := self._share(file, buffer)) is not None:
             self._finished(file, entry)
             return None
-        promised = f"sha256:{file.entry.sha256}" if file.entry.sha256 else file.digest
-        if size > _EVIDENCE_BYTES and not file.entry.sha256:
-            promised = self._asked(file)
-        hashes = _Hashes(self._digest, promised)
-        fd = self._destination.create(file.entry.path)
-        writing = _Writing(file, fd, hashes, [(0, size)] if size else [], size)
-        if size <= min(_SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors:
-            self._write_small(writing, buffer)
-            return None
+        writing = self._create(file)
+        fd = writing.fd
         try:
             with _naming(self._destination, file.entry.path):
                 if size >= _SHORTEST_RANGE:
@@ -387,11 +424,62 @@ class Transfer:
             self._settle(writing)
         return writing
 
-    def _write_small(self, writing: _Writing, buffer: memoryview) -> None:
-        """A file that one worker fetches by itself: nobody else needs to know of it before it is done."""
-        position, path = 0, writing.file.entry.path
+    def _create(self, file: RemoteFile) -> _Writing:
+        size, promised = file.entry.size_bytes, file.digest
+        if file.entry.sha256:
+            promised = f"sha256:{file.entry.sha256}"
+        elif size > _EVIDENCE_BYTES:
+            promised = self._asked(file)
+        hashes = _Hashes(self._digest, promised)
+        return _Writing(file, self._destination.create(file.entry.path), hashes, [(0, size)] if size else [], size)
+
+    def _write_small_files(self, file: RemoteFile, buffer: memoryview) -> None:
+        """
+        Write small files, one after the other, and ask for some before it is their turn: neither side waits then.
+        """
+        asked: deque[tuple[RemoteFile, _AskedRange | None]] = deque([(file, None)])
         try:
-            for piece in self._pieces(writing.file, 0, writing.unwritten, buffer):
+            while asked:
+                while len(asked) < _ASKED_AHEAD and (following := self._next_small()) is not None:
+                    asked.append((following, self._ask_ahead(following)))
+                self._write_small(*asked[0], buffer, len(asked))
+                asked.popleft()
+                if asked:
+                    with self._guard:
+                        self._asking -= 1
+        finally:
+            for _, ahead in asked:
+                if ahead is not None:
+                    ahead.__exit__(None, None, None)
+        with self._guard:
+            self._at_small_files -= 1
+            if self._waiting:
+                self._guard.notify_all()
+
+    def _next_small(self) -> RemoteFile | None:
+        with self._guard:
+            if self._failure is not None or not self._waiting or not self._is_small(self._waiting[0][2]):
+                return None
+            # What else there is to do comes first, and nobody asks for more than the pace allows.
+            if self._asking >= self._pace.streams or any(w.gaps for w in self._open):
+                return None
+            self._asking += 1
+            return self._take_file()
+
+    def _ask_ahead(self, file: RemoteFile) -> _AskedRange | None:
+        """If that fails, it will fail once more when it is its turn, and be told or tried again then."""
+        if not file.entry.size_bytes or self._leave_alone_until > time.monotonic():
+            return None
+        try:
+            return _AskedRange(self._backend.open_range(file, 0, file.entry.size_bytes))
+        except StoreError:
+            return None
+
+    def _write_small(self, file: RemoteFile, asked: _AskedRange | None, buffer: memoryview, streams: int) -> None:
+        self._check()
+        writing, position, path = self._create(file), 0, file.entry.path
+        try:
+            for piece in self._pieces(file, 0, writing.unwritten, buffer, asked, streams):
                 writing.hashes.update(piece)
                 self._destination.write(writing.fd, piece, position)
                 position += len(piece)
@@ -452,32 +540,47 @@ class Transfer:
             is_over = writing.is_over and writing in self._open
             if is_chased:
                 writing.is_hashing = True
+                self._to_chase.append(writing)
+                # One for each processor: more would only take turns.
+                is_new = self._chasing < (os.cpu_count() or 1)
+                self._chasing += is_new
             elif is_over:
                 self._open.remove(writing)
             elif writing.gaps:
                 self._guard.notify_all()
-        if is_chased:
-            self._chasers.submit(self._chase, writing)
+        if is_chased and is_new:
+            chaser = threading.Thread(target=self._chase, name=f"kserve-pvc-hash-{len(self._chasers)}", daemon=True)
+            self._chasers.append(chaser)
+            chaser.start()
         elif is_over:
             self._end(writing)
 
-    def _chase(self, writing: _Writing) -> None:
-        """Hash what was written ahead of the front, from the page cache."""
+    def _chase(self) -> None:
+        """Hash what was written ahead of the front, from the page cache, as long as there is any."""
+        buffer = memoryview(bytearray(_BUFFER_BYTES // 2))
         try:
-            buffer = memoryview(bytearray(_BUFFER_BYTES // 2))
             while True:
                 with self._guard:
-                    stop = writing.ready.pop(writing.hashed, None)
-                    if stop is None:
-                        writing.is_hashing = False
-                        break
-                with _naming(self._destination, writing.file.entry.path):
-                    if not self._read(writing.fd, writing.hashed, stop, buffer, writing.hashes.update):
-                        raise OSError(errno.EIO, "a file is shorter than what was written to it")
-                writing.hashed = stop
-            self._settle(writing)
+                    if not self._to_chase:
+                        self._chasing -= 1
+                        return
+                    writing = self._to_chase.popleft()
+                self._catch_up(writing, buffer)
+                self._settle(writing)
         except BaseException as error:
             self._fail(error)
+
+    def _catch_up(self, writing: _Writing, buffer: memoryview) -> None:
+        while True:
+            with self._guard:
+                stop = writing.ready.pop(writing.hashed, None)
+                if stop is None:
+                    writing.is_hashing = False
+                    return
+            with _naming(self._destination, writing.file.entry.path):
+                if not self._read(writing.fd, writing.hashed, stop, buffer, writing.hashes.update):
+                    raise OSError(errno.EIO, "a file is shorter than what was written to it")
+            writing.hashed = stop
 
     def _end(self, writing: _Writing) -> None:
         file, size = writing.file, writing.file.entry.size_bytes
@@ -533,20 +636,27 @@ class Transfer:
             raise DigestMismatchError(str(file.entry.path), promised, found)
         return promised
 
-    def _pieces(self, file: RemoteFile, start: int, stop: int, buffer: memoryview) -> Iterator[memoryview]:
-        """Yield the bytes of a range in order; after a failure go on where the last byte was."""
+    def _pieces(
+        self, file: RemoteFile, start: int, stop: int, buffer: memoryview, asked: _AskedRange | None = None, streams: int = 1
+    ) -> Iterator[memoryview]:
+        """
+        Yield the bytes of a range in order; after a failure go on where the last byte was.
+
+        `asked` is the range if it was asked for before, `streams` is how many wait when this one does.
+        """
         tries = _Tries(self._retry_seconds)
         while start < stop:
             self._wait_until_welcome()
             began, opened = start, time.monotonic()
             try:
-                with self._backend.open_range(file, start, stop) as reader:
+                opened_range, asked = asked or self._backend.open_range(file, start, stop), None
+                with opened_range as reader:
                     while start < stop:
                         self._check()
-                        asked = time.monotonic()
+                        began_asking = time.monotonic()
                         count = reader.readinto(buffer[: min(len(buffer), stop - start)])
                         now = time.monotonic()
-                        self._waited += now - asked
+                        self._waited += (now - began_asking) * streams
                         if count == 0:
                             raise SourceUnavailableError(self._uri, f"its answer for `{file.entry.path}` ended {stop - start} bytes early")
                         if count is not None:

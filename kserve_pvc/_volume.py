@@ -550,7 +550,7 @@ class Tree:
         # Opened before the first write, so that an error of any write since is reported by `syncfs` on it.
         self._root = os.open(writer.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         kind = mount_of(writer.root).type
-        self._syncs_at_once = kind in _LOCAL_TYPES and _has("syncfs")
+        self._syncs_at_once = kind in _LOCAL_TYPES
         # Memory has no pieces to lay out, and reserving it costs as much as writing it.
         self._allocates = kind != "tmpfs"
         self._unsynced: list[PurePosixPath] = []
@@ -560,6 +560,8 @@ class Tree:
         Create a new file and return its descriptor, open for reading and writing.
         """
         try:
+            if (kept := self._directories.get(path.parent)) is not None:  # What most files of a large model find.
+                return os.open(path.name, _CREATE_FLAGS, self._writer._file_mode, dir_fd=kept)
             with self._directory(path.parent) as parent:
                 return os.open(path.name, _CREATE_FLAGS, self._writer._file_mode, dir_fd=parent)
         except OSError as error:
@@ -616,7 +618,7 @@ class Tree:
         Make everything durable that is not yet.
         """
         with self._writer._translated("syncing", self._place):
-            if len(self._unsynced) > _MOST_SYNCED_ALONE:
+            if len(self._unsynced) > _MOST_SYNCED_ALONE and _has("syncfs"):
                 _call("syncfs", self._root)
                 return
             for path in self._unsynced:

@@ -42,8 +42,8 @@ class Reader:
     """
     Bytes `start` to `stop` (not included) of a pinned file, as `RangeReader` wants them.
 
-    The request is sent when the first bytes are asked for, and nothing waits longer than a moment, so that whoever
-    reads may look up. A refusal is taken for an expired signature once: then the request is signed anew.
+    The request is sent when the `with` begins, and nothing waits longer than a moment, so that whoever reads may look
+    up. A refusal is taken for an expired signature once: then the request is signed anew.
     """
 
     def __init__(self, client: HTTPClient, requests: Requests, file: RemoteFile, where: str, start: int, stop: int) -> None:
@@ -57,11 +57,16 @@ class Reader:
         self._answer: Answer | None = None
 
     def __enter__(self) -> Reader:
+        try:
+            self._send()
+        except HTTPError as error:
+            raise SourceUnavailableError(self._where, str(error), is_final=error.is_final) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._exchange is not None:
-            self._exchange.__exit__(kind, error, trace)
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.__exit__(kind, error, trace)
 
     def readinto(self, buffer: memoryview) -> int | None:
         """
@@ -80,12 +85,18 @@ class Reader:
         except HTTPError as error:
             raise SourceUnavailableError(self._where, str(error), is_final=error.is_final) from error
 
+    def _send(self) -> Exchange:
+        start, stop = self._range
+        target, headers = self._requests.request(self._file, renewed=self._is_renewed)
+        if stop - start < self._file.entry.size_bytes:
+            headers = {**headers, "Range": f"bytes={start}-{stop - 1}"}
+        self._exchange = self._client.send("GET", target, headers)
+        return self._exchange
+
     def _begin(self) -> bool:
         start, stop = self._range
-        if self._exchange is None:
-            target, headers = self._requests.request(self._file, renewed=self._is_renewed)
-            self._exchange = self._client.send("GET", target, {**headers, "Range": f"bytes={start}-{stop - 1}"})
-        answer = self._exchange.answer()
+        exchange = self._exchange or self._send()
+        answer = exchange.answer()
         if answer is None:
             return False
         if answer.status in (200, 206):
@@ -93,8 +104,7 @@ class Reader:
             self._answer = answer
             return True
         body = read_refusal(answer)
-        self._exchange.__exit__(None, None, None)
-        self._exchange = None
+        self.__exit__(None, None, None)
         if answer.status in (401, 403) and not self._is_renewed:
             self._is_renewed = True
             return False
@@ -145,7 +155,7 @@ def _check(file: RemoteFile, where: str, answer: Answer, start: int, stop: int) 
     if etag is not None and pinned is not None and etag.strip('"') != pinned.strip('"'):
         raise SourceChangedError(where, str(file.entry.path))
     expected = f"bytes {start}-{stop - 1}/{size}"
-    # A whole object may come without a range: then its length has to be the one that was pinned.
+    # A whole object comes without a range: then its length has to be the one that was pinned.
     got = answer.header("content-range") if answer.status == 206 else f"bytes 0-{(answer.length or 0) - 1}/{answer.length}"
     if got != expected:
         raise SourceUnavailableError(where, f"it was asked for `{expected}` and answered `{got}`")

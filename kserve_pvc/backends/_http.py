@@ -614,18 +614,22 @@ class _Connection:
             raise kind(f"the connection broke: {error.strerror or error}") from error
 
     def read(self, buffer: memoryview) -> int | None:
-        """What came with the head first, then from the wire."""
-        if self._start < self._stop:
-            count = min(len(buffer), self._stop - self._start)
-            buffer[:count] = self._buffer[self._start : self._start + count]
-            self._start += count
+        """What came with the head first, then from the wire: together, so that a small body is whole at once."""
+        early = min(len(buffer), self._stop - self._start)
+        if early:
+            buffer[:early] = self._buffer[self._start : self._start + early]
+            self._start += early
             if self._start == self._stop:
                 self._start = self._stop = 0
-            return count
+            if early == len(buffer):
+                return early
         try:
-            return self._wire.fill(buffer)
+            count = self._wire.fill(buffer[early:] if early else buffer)
         except OSError as error:
+            if early:
+                return early  # Whoever asks for more will hear of it.
             raise HTTPError(f"the connection broke: {error.strerror or error}") from error
+        return early + (count or 0) if early else count
 
     def read_line(self) -> bytes | None:
         """
