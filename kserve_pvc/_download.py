@@ -8,14 +8,13 @@ import os
 import random
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import attrs
 
@@ -23,24 +22,20 @@ from kserve_pvc import _defaults as defaults
 from kserve_pvc import _layout as layout
 from kserve_pvc import _protocol as protocol
 from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take_claim
-from kserve_pvc._codec import KEY
 from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Waiting
-from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log, read_log_of, read_manifest
+from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log_of
 from kserve_pvc._pace import Tuning
-from kserve_pvc._record import Beat, Claim, Holder, LogEntry, Manifest, PartNote, StoreSettings, decode, encode, now
+from kserve_pvc._record import Beat, Claim, Holder, LogEntry, Manifest, PartNote, StoreSettings, encode, now
 from kserve_pvc._ref import ModelRef
+from kserve_pvc._reuse import Found, find_donors
 from kserve_pvc._source import Backend, Listing, RemoteFile, Resolved
-from kserve_pvc._volume import Tree, Volume, VolumeWriter, copy_range, write_all
+from kserve_pvc._volume import VolumeWriter, copy_range, write_all
 from kserve_pvc.errors import InsufficientSpaceError, LockTimeoutError, StoreError, StoreFormatError, UnsafePathError, VolumeError
 from kserve_pvc.locks.flock import FileLock
 from kserve_pvc.locks.lease import Heart, LeaseLostError
 
-if TYPE_CHECKING:
-    from kserve_pvc._transfer import Donor
-
 # The note of a range of this length is written at once.
 _GATHERED_BYTES = 8 * 1024 * 1024
-_MAX_JOURNAL_BYTES = 64 * 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
@@ -232,7 +227,7 @@ class Download:
         from kserve_pvc._transfer import Destination, Transfer
 
         place = layout.generation_dir(self._key, generation)
-        donors = _find_donors(self._writer, self._ref, own=generation, with_complete=not self._wish.after_seq)
+        donors = find_donors(self._writer, self._ref, own=generation, with_complete=not self._wish.after_seq)
         self._tally.begin()
         pages = self._pages(backend, donors)
         # Nothing is made for a source that holds nothing.
@@ -262,7 +257,7 @@ class Download:
         self._writer.write_private(layout.manifest_file(generation), data)
         return manifest
 
-    def _pages(self, backend: Backend, donors: Mapping[PurePosixPath, Sequence[_Found]]) -> Iterator[Sequence[RemoteFile]]:
+    def _pages(self, backend: Backend, donors: Mapping[PurePosixPath, Sequence[Found]]) -> Iterator[Sequence[RemoteFile]]:
         """What the source holds, page by page if it is listed only now."""
         if self._resolved is None and (pages := getattr(backend, "pages", None)) is not None:
             listing, before = Listing(self._ref), None
@@ -280,7 +275,7 @@ class Download:
         self._start(self._resolved, donors)
         yield self._resolved.files
 
-    def _start(self, resolved: Resolved, donors: Mapping[PurePosixPath, Sequence[_Found]]) -> None:
+    def _start(self, resolved: Resolved, donors: Mapping[PurePosixPath, Sequence[Found]]) -> None:
         shared = 0
         if self._tuning.digest != "none":  # Without digests nothing can prove itself, so nothing is shared.
             shared = sum(f.entry.size_bytes for f in resolved.files if any(d.has_all(f) for d in donors.get(f.entry.path, ())))
@@ -499,76 +494,3 @@ class _Journal:
                 self._unsynced = 0
         except OSError as error:
             raise self._writer.failure("writing", self._place, error) from error
-
-
-@attrs.frozen
-class _Found:
-    """
-    A file of another generation and what is known to be right in it.
-    """
-
-    volume: Volume
-    place: PurePosixPath
-    notes: tuple[PartNote, ...]
-
-    def donor(self, tree: Tree) -> Donor:
-        from kserve_pvc._transfer import Donor
-
-        return Donor(notes=self.notes, open_file=partial(self.volume.open_file, self.place), link=lambda path: tree.link(self.place, path))
-
-    def has_all(self, file: RemoteFile) -> bool:
-        return any(n.sha256 is not None and n.token == file.entry.token and n.stop == file.entry.size_bytes for n in self.notes)
-
-
-def _find_donors(volume: Volume, ref: ModelRef, *, own: str = "", with_complete: bool = True) -> Mapping[PurePosixPath, Sequence[_Found]]:
-    """
-    Files that may already hold what is wanted: complete ones of the same source first, then what dead writers left,
-    the newest attempt first. Nothing here is believed: tokens choose, digests prove.
-
-    Whoever insists on a download does so because of doubts about what is there: then nothing complete is offered.
-    """
-    donors: dict[PurePosixPath, list[_Found]] = defaultdict(list)
-    for key in volume.names(layout.KEYS) if with_complete else ():
-        if KEY.fullmatch(key) is None:
-            continue
-        with suppress(StoreFormatError, VolumeError):
-            entry = read_log(volume, key).entry
-            if entry is None or not entry.is_present or entry.uri != ref.uri:
-                continue
-            for file in read_manifest(volume, entry).files:
-                if file.sha256 is not None and file.token is not None:
-                    note = PartNote(path=file.path, token=file.token, stop=file.size_bytes, sha256=file.sha256)
-                    donors[file.path].append(_Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,)))
-    for generation in reversed(volume.names(layout.MODELS / ref.key)):
-        if generation == own or layout.parse_generation(generation) is None:
-            continue
-        for path, notes in _read_journal(volume, generation).items():
-            donors[path].append(_Found(volume, layout.generation_dir(ref.key, generation) / path, tuple(notes)))
-    return donors
-
-
-def reusable_bytes(volume: Volume, resolved: Resolved) -> int:
-    """
-    How many bytes of a model need not be fetched, if all that others have of it proves itself.
-    """
-    donors = _find_donors(volume, resolved.ref)
-    total = 0
-    for file in resolved.files:
-        notes = [note for found in donors.get(file.entry.path, ()) for note in found.notes]
-        ranges = sorted((n.start, n.stop) for n in notes if n.token == file.entry.token and n.stop <= file.entry.size_bytes)
-        end = 0
-        for start, stop in ranges:
-            total += max(0, stop - max(start, end))
-            end = max(end, stop)
-    return total
-
-
-def _read_journal(volume: Volume, generation: str) -> dict[PurePosixPath, list[PartNote]]:
-    place = layout.journal_file(generation)
-    notes: dict[PurePosixPath, list[PartNote]] = defaultdict(list)
-    with suppress(StoreFormatError, VolumeError):
-        for line in (volume.read(place, _MAX_JOURNAL_BYTES) or b"").splitlines():
-            # The first line that does not check out is the torn end of a killed writer, or forged: nothing after it counts.
-            note = decode(PartNote, line, str(place))
-            notes[note.path].append(note)
-    return notes

@@ -9,10 +9,9 @@ from typing import Literal
 
 import attrs
 
-from kserve_pvc._claims import read_claim
-from kserve_pvc._download import reusable_bytes
 from kserve_pvc._entry import LogEntry
 from kserve_pvc._ref import ModelRef
+from kserve_pvc._reuse import reusable_bytes
 from kserve_pvc._source import Resolved
 from kserve_pvc._volume import Volume
 
@@ -66,7 +65,8 @@ def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, newest_k
     """
     reusable = reusable_bytes(volume, resolved)
     to_fetch = resolved.size_bytes - reusable
-    rate = _measured_rate(volume, newest_keys) if to_fetch else 0
+    keys = list(newest_keys) if to_fetch else []
+    rate = _measured_rate(volume, keys) if keys else 0
     return Plan(
         uri=ref.uri,
         key=ref.key,
@@ -83,5 +83,7 @@ def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, newest_k
 
 def _measured_rate(volume: Volume, newest_keys: Iterable[str]) -> int:
     """Bytes per second of the newest download whose last beat is still there; 0 if there is none."""
+    from kserve_pvc._claims import read_claim  # An empty store has no claims to read.
+
     signs = (read_claim(volume, key) for key in newest_keys)
     return next((s.beat.bytes_per_second for s in signs if s is not None and s.beat is not None and s.beat.bytes_per_second), 0)

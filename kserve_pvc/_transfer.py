@@ -38,9 +38,9 @@ _BUFFER_BYTES = 1024 * 1024
 _MIB = 1024 * 1024
 # The least that is worth a request of its own; towards the end ranges shrink to it, so that all streams end together.
 _SHORTEST_RANGE = 8 * _MIB
-# Requests for small files that one worker has in flight. More workers for the same number of requests are slower: what
-# they do for a small file is short, and most of it needs the interpreter's lock.
-_ASKED_AHEAD = 4
+# Of the files that one worker fetches whole, those up to here are tiny: more of what is done for one needs the
+# interpreter's lock than not, so that more workers are slower than more requests of one worker.
+_TINY_BYTES = 256 * 1024
 # Below this an MD5 of the listing is good enough; above, the source is asked for a real checksum.
 _EVIDENCE_BYTES = 16 * _MIB
 # A stream that brings less than this in the time of a stall is as good as silent.
@@ -328,7 +328,8 @@ class Transfer:
                         self._fetch(work, buffer)
                         last = work.of
                     elif self._is_small(work):
-                        last = self._write_small_files(work, buffer)
+                        self._write_small_files(work, buffer)
+                        last = None
                     else:
                         last = self._begin(work, buffer)
                     with self._guard:
@@ -360,7 +361,9 @@ class Transfer:
         if front is not None:
             return self._take(front)
         # Who writes small files asks for some at a time, so fewer are enough.
-        if self._waiting and (not self._is_small(self._waiting[0][2]) or self._at_small_files * _ASKED_AHEAD < self._pace.streams):
+        if self._waiting and (
+            not self._is_small(self._waiting[0][2]) or self._at_small_files * _at_once(self._waiting[0][2]) < self._pace.streams
+        ):
             file = self._take_file()
             self._at_small_files += self._is_small(file)
             return file
@@ -440,7 +443,7 @@ class Transfer:
         asked: deque[tuple[RemoteFile, _AskedRange | None]] = deque([(file, None)])
         try:
             while asked:
-                while len(asked) < _ASKED_AHEAD and (following := self._next_small()) is not None:
+                while len(asked) < _at_once(asked[0][0]) and (following := self._next_small()) is not None:
                     asked.append((following, self._ask_ahead(following)))
                 self._write_small(*asked[0], buffer, len(asked))
                 asked.popleft()
@@ -812,6 +815,11 @@ class _Tries:
         self._last = delay
         delay = max(delay, retry_after or 0.0)
         return None if time.monotonic() + delay > self._deadline else delay
+
+
+def _at_once(file: RemoteFile) -> int:
+    """How many small files one worker asks for at the same time."""
+    return 4 if file.entry.size_bytes <= _TINY_BYTES else 2
 
 
 def _span_bytes(writing: _Writing) -> int:

@@ -365,7 +365,7 @@ def test_a_connection_that_is_cut_goes_on_where_it_was(root, origin, upload):
         sent = proxy.body_bytes()
 
     assert read_tree(model.path) == {"weights.bin": data}
-    assert (retried[0], len(retried), retried == sorted(set(retried))) == (0, 4, True)
+    assert (retried[0], len(retried), retried == sorted(set(retried))) == (3_000_000, 3, True)
     # What was on its way into the buffer of 1 MiB when a connection was cut is lost, and what the client had not read yet.
     assert sent - len(data) <= 3 * (1024 + 256) * 1024
     assert model.bytes_fetched == len(data)
@@ -427,7 +427,7 @@ def test_a_busy_server_is_asked_again(root, origin, upload):
         busy[asked] += 1
         if "a.bin" not in asked or busy[asked] > 2:
             return answer
-        return answer.replace(b"206 Partial Content", b"503 Slow Down")
+        return answer.replace(b"200 OK", b"503 Slow Down")
 
     with TamperingProxy(origin.endpoint, rewrite=refuse) as proxy:
         model = ModelStore(root, mode="rw", **through(proxy, origin)).ensure(uri, progress=False)

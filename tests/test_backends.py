@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import shell
 from sources import FakeBackend
 from trees import read_tree
 
-from kserve_pvc import ModelStore, UnknownSchemeError
+from kserve_pvc import ModelStore, UnknownSchemeError, backends
 from kserve_pvc.backends import GROUP, make_backend
 from kserve_pvc.backends.file import FileBackend
 
@@ -87,6 +88,41 @@ def test_the_built_in_back_ends_are_found_by_entry_point(tmp_path, scheme, name)
     What ships with the package is registered as plug-ins are.
     """
     assert find(tmp_path, scheme).stdout.strip() == name
+
+
+def test_what_is_known_without_the_metadata_is_what_the_metadata_says():
+    """
+    The table that saves reading all metadata names the entry points of this distribution, no more and no less.
+    """
+    registered = {p.name: tuple(p.value.split(":")) for p in metadata.entry_points(group=GROUP) if p.dist.name == "kserve-pvc"}
+
+    assert registered == backends._BUILT_IN
+
+
+@pytest.mark.parametrize(("name", "expected"), [("kserve_pvc-9.dist-info", False), ("other-1.dist-info", True), ("o.egg-info", True)])
+def test_distributions_with_plugins_are_noticed(tmp_path, monkeypatch, name, expected):
+    """
+    Any distribution but ours that mentions the group makes the metadata worth reading; one that is packed may.
+    """
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "entry_points.txt").write_text(f"[{GROUP}]\ns3 = a:b\n")
+    (tmp_path / "plain-1.dist-info").mkdir()
+    (tmp_path / "plain-1.dist-info" / "entry_points.txt").write_text("[console_scripts]\na = a:b\n")
+    monkeypatch.setattr(sys, "path", ["/nowhere", str(tmp_path)])
+    assert backends._has_plugins() is expected
+
+    (tmp_path / "packed.egg").touch()
+    assert backends._has_plugins() is True
+
+
+@pytest.mark.parametrize("scheme", ["s3", "file"])
+def test_a_plugin_that_claims_a_built_in_scheme_is_told_of(site, scheme):
+    """
+    Nobody takes over a scheme of ours unseen.
+    """
+    place = site("other-store", f"{scheme} = other_store:Backend\n", {"other_store": PLUGIN})
+
+    assert re.search("`kserve-pvc` and `other-store` both claim it", find(place, scheme).stdout)
 
 
 def test_a_missing_package_is_named_with_its_extra():

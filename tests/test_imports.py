@@ -32,7 +32,7 @@ PURE = {
     "_retry",
 }
 EDGE = {"_settings", "_volume", "_transfer", "_verify", "_progress", "locks", "backends"}
-TOP = {"_log", "_claims", "_download", "_plan", "_removal", "_store"}
+TOP = {"_log", "_claims", "_download", "_plan", "_removal", "_reuse", "_store"}
 DOORS = {"_cli", "__main__"}
 FRONT = {"__init__"}
 

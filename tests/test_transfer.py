@@ -1289,6 +1289,99 @@ class Without:
         self.open_range = source.open_range
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4, 5, 9])
+def test_no_more_is_asked_for_than_the_pace_allows(place, workers):
+    """
+    Small files are asked for before their turn, and requests that nobody reads yet count among those in flight.
+    """
+    source = Source({f"{i:02}.bin": bytes([i]) * (i * 20) for i in range(40)})
+    most, honest = [], source.open_range
+
+    @contextmanager
+    def open_range(file, start, stop):
+        with honest(file, start, stop) as reader:
+            most.append(source.open)
+            yield reader
+
+    source.open_range = open_range
+    transfer(source, place, workers=workers).run([source.all()])
+
+    assert place.content() == source.files
+    assert max(most) == min(workers, 4)  # Nobody waits for bytes here, so there are never more than the first streams.
+    assert sorted(source.ranges) == [(name, 0, len(data)) for name, data in source.files.items() if data]
+
+
+def test_tiny_files_are_written_by_one_worker_as_long_as_that_is_enough(place):
+    """
+    One worker that asks for four files at once is faster than four that take turns with the interpreter's lock.
+    """
+    source, threads = Source({f"{i:02}.bin": bytes([i]) * 20 for i in range(40)}), set()
+    source.on_read = lambda name, offset: bool(threads.add(threading.current_thread().name)) or True
+    transfer(source, place, workers=4).run([source.all()])
+
+    assert len(threads) == 1
+    assert place.content() == source.files
+
+
+@pytest.mark.parametrize("name", ["00.bin", "01.bin", "39.bin"])
+def test_what_was_asked_for_before_its_turn_is_let_go_of_after_a_failure(place, name):
+    """
+    The files behind the one that fails were asked for already: their answers are closed and not written.
+    """
+    source = Source({f"{i:02}.bin": bytes([i]) * 20 for i in range(40)})
+
+    def refuse(asked: str, offset: int) -> bool:
+        if asked == name:
+            raise SourceDeniedError(asked, "not for you")
+        return True
+
+    source.on_read = refuse
+    with pytest.raises(SourceDeniedError):
+        transfer(source, place, workers=4).run([source.all()])
+
+    assert source.open == 0
+    assert sorted(e for e in place.events if e.startswith("finish")) == [f"finish {n}" for n in sorted(source.files) if n < name]
+
+
+def test_a_request_that_fails_before_its_turn_is_made_again(place):
+    """
+    A source that cannot be asked ahead is no failure: the file is asked for once more when it is its turn.
+    """
+    source = Source({f"{i:02}.bin": bytes([i]) * 20 for i in range(9)})
+    failed, honest = [], source.open_range
+
+    def open_range(file, start, stop):
+        if file.address not in failed:
+            failed.append(file.address)
+            raise SourceUnavailableError("x", "it is busy")
+        return honest(file, start, stop)
+
+    source.open_range = open_range
+    recorder = Recorder()
+    transfer(source, place, recorder, workers=4).run([source.all()])
+
+    assert place.content() == source.files
+    assert sorted(failed) == sorted(source.files)
+    assert recorder.retries == 1  # The first had nobody before it; the others had failed ahead of their turn.
+
+
+def test_what_was_asked_ahead_and_breaks_is_fetched_all_the_same(place):
+    """
+    A connection may be lost while an answer waits for its turn.
+    """
+    source = Source({f"{i:02}.bin": bytes([i]) * 20 for i in range(9)})
+    broken = set()
+
+    def cut(name: str, offset: int) -> bool:
+        return name in broken or bool(broken.add(name))
+
+    source.on_read = cut
+    transfer(source, place, workers=4).run([source.all()])
+
+    assert place.content() == source.files
+    assert len(broken) == 9
+
+
 def test_an_empty_listing_is_nothing_to_do(place):
     """
     No page, or pages without files, end at once with nothing.

@@ -33,6 +33,7 @@ _HEAD_PIECE = 2048
 _MAX_INTERIM_ANSWERS = 8
 _MAX_TRAILERS = 100
 _RECORDS_BYTES = 256 * 1024
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 # Servers close idle connections after five seconds at the earliest; a younger one is worth trying.
 _MAX_IDLE_SECONDS = 4.0
 # How long a server may think before its answer starts, where the caller does not say.
@@ -523,7 +524,7 @@ class _Sealed:
 
 def _is_readable(sock: socket.socket) -> bool:
     try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        sock.recv(1, _PEEK)
     except BlockingIOError:
         return False
     except OSError:
