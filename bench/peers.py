@@ -166,6 +166,7 @@ DOWNLOADERS = [
     _native("s5cmd, then openssl", "s5cmd", _s5cmd, then_hash=OPENSSL),
     _native("rclone, then openssl", "rclone", _rclone, then_hash=OPENSSL, extra=_rclone_environ),
     _native("s5cmd, then sha256sum", "s5cmd", _s5cmd, then_hash="sha256sum"),
+    _native("rclone, then sha256sum", "rclone", _rclone, then_hash="sha256sum", extra=_rclone_environ),
 ]
 LISTERS = [
     _python("ours", "ours_resolve", "kserve_pvc"),

@@ -7,6 +7,7 @@ Every name below a key is made by us from checked parts; nothing here comes from
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 MODELS = PurePosixPath("models")
@@ -26,13 +27,21 @@ _GENERATION = re.compile(r"[0-9]{12}-[0-9a-f]{32}")
 _NUMBER = re.compile(r"[0-9]{12}")
 
 
+# Joining paths takes longer than what a hit does on the volume, so those of a hit are kept.
+@lru_cache(maxsize=256)
 def generation_dir(key: str, generation: str) -> PurePosixPath:
     """The model itself: plain files only."""
     return MODELS.joinpath(key, generation)
 
 
+@lru_cache(maxsize=256)
 def log_dir(key: str) -> PurePosixPath:
     return KEYS.joinpath(key, "log")
+
+
+@lru_cache(maxsize=256)
+def record_file(key: str, name: str) -> PurePosixPath:
+    return log_dir(key) / name
 
 
 def slot_dir(key: str) -> PurePosixPath:

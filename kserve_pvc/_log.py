@@ -14,7 +14,7 @@ import attrs
 
 from kserve_pvc._codec import MAX_RECORD_BYTES, decode, encode
 from kserve_pvc._entry import LogEntry
-from kserve_pvc._layout import MAX_NUMBER, log_dir, manifest_file, parse_log_name, parse_number, slot_dir
+from kserve_pvc._layout import MAX_NUMBER, log_dir, manifest_file, parse_log_name, parse_number, record_file, slot_dir
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import StoreFormatError
@@ -80,7 +80,7 @@ def _read_newest(volume: Volume, key: str) -> LogView:
     # Should one number have several records, every reader takes the same; a tombstone sorts last and is the safe one.
     seq, name = max(records)
     try:
-        return LogView(seq=seq, entry=_read_entry(volume, key, place / name))
+        return LogView(seq=seq, entry=_read_entry(volume, key, record_file(key, name)))
     except StoreFormatError as damage:
         return LogView(seq=seq, damage=damage)
 
@@ -109,7 +109,7 @@ def read_all(volume: Volume, key: str) -> list[LogEntry]:
         StoreFormatError: One of them is damaged.
     """
     place = log_dir(key)
-    return [_read_entry(volume, key, place / name) for name in volume.names(place) if parse_log_name(name) is not None]
+    return [_read_entry(volume, key, record_file(key, name)) for name in volume.names(place) if parse_log_name(name) is not None]
 
 
 def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:

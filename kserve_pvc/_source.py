@@ -133,6 +133,18 @@ class RangeReader(Protocol):
         """
 
 
+class Checksum(Protocol):
+    """
+    What amounts to a digest, piece by piece, as those of `hashlib`.
+    """
+
+    def update(self, piece: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+    def copy(self) -> Checksum: ...
+
+
 class Backend(Protocol):
     """
     The plug-in for one URI scheme.
@@ -140,9 +152,10 @@ class Backend(Protocol):
     Methods are called from several threads at once. Every failure is raised as one of the `Source…Error` classes,
     translated here and nowhere else.
 
-    Four more methods are used if a back end has them: `pages(ref)`, which yields sequences of `RemoteFile` as they are
+    Five more methods are used if a back end has them: `pages(ref)`, which yields sequences of `RemoteFile` as they are
     listed, so that files are fetched while the next page is asked for; `evidence(file)`, which asks the source for a
-    digest of a file (`name:hex`, or None), where the listing has none that is cheap or certain enough;
+    digest of a file (`name:hex`, or None), where the listing has none that is cheap or certain enough; `checksum(name)`,
+    which makes a `Checksum` for digests that are none of `sha256`, `md5` and `crc32`, or returns None;
     `tune(stall_seconds=, retry_seconds=)`, which says how patient to be; and `close()`, which lets go of idle
     connections once a download is over.
     """

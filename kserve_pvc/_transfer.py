@@ -28,10 +28,11 @@ from typing import Protocol
 
 import attrs
 
+from kserve_pvc._buffers import make_buffer
 from kserve_pvc._pace import Pace, Tuning
 from kserve_pvc._record import FileEntry, PartNote
 from kserve_pvc._retry import delays
-from kserve_pvc._source import Backend, RangeReader, RemoteFile
+from kserve_pvc._source import Backend, Checksum, RangeReader, RemoteFile
 from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
 
 _BUFFER_BYTES = 1024 * 1024
@@ -114,46 +115,47 @@ class _CancelledError(Exception):
 class _Hashes:
     """
     The digests of one file, fed in order: ours, and the one the source vouches for.
+
+    `make` makes a checksum that the standard library does not have, by its name, or says that nobody can.
     """
 
-    def __init__(self, digest: str, promised: str | None) -> None:
+    def __init__(self, digest: str, promised: str | None, make: Callable[[str], Checksum | None]) -> None:
         self.sha256 = hashlib.sha256() if digest == "sha256" else None
         self.promised = promised
-        self._kind, _, self._promised = (promised or "").partition(":")
-        self._md5 = hashlib.md5(usedforsecurity=False) if self._kind == "md5" else None
-        self._crc32 = 0
-        if self._kind == "sha256" and self.sha256 is None:
-            self._kind = ""
-        self.is_needed = self.sha256 is not None or bool(self._kind)
+        self._make = make
+        self._kind = (promised or "").partition(":")[0]
+        self._other = None if self._kind == "sha256" else self._checksum()
+        self.is_needed = self.sha256 is not None or self._other is not None
+
+    def _checksum(self) -> Checksum | None:
+        if self._kind == "md5":
+            return hashlib.md5(usedforsecurity=False)
+        if self._kind == "crc32":
+            return _CRC32()
+        return self._make(self._kind) if self._kind else None
+
+    def anew(self) -> _Hashes:
+        return _Hashes("none" if self.sha256 is None else "sha256", self.promised, self._make)
 
     def copy(self) -> _Hashes:
         twin = copy.copy(self)
         twin.sha256 = self.sha256 and self.sha256.copy()
-        twin._md5 = self._md5 and self._md5.copy()
+        twin._other = self._other and self._other.copy()
         return twin
 
     def update(self, piece: memoryview) -> None:
         if self.sha256 is not None:
             self.sha256.update(piece)
-        if self._md5 is not None:
-            self._md5.update(piece)
-        elif self._kind == "crc32":
-            self._crc32 = zlib.crc32(piece, self._crc32)
+        if self._other is not None:
+            self._other.update(piece)
 
     def so_far(self) -> str | None:
         return None if self.sha256 is None else self.sha256.hexdigest()
 
     def compare(self) -> tuple[str, str] | None:
         """What the source promised and what came, or None if it promised nothing."""
-        if self._kind == "sha256" and self.sha256 is not None:
-            found = self.sha256.hexdigest()
-        elif self._md5 is not None:
-            found = self._md5.hexdigest()
-        elif self._kind == "crc32":
-            found = f"{self._crc32:08x}"
-        else:
-            return None
-        return f"{self._kind}:{self._promised}", f"{self._kind}:{found}"
+        found = self.sha256 if self._kind == "sha256" else self._other
+        return None if found is None or self.promised is None else (self.promised, f"{self._kind}:{found.hexdigest()}")
 
 
 @attrs.define(eq=False)
@@ -232,6 +234,7 @@ class Transfer:
         self._stall_seconds = tuning.stall_seconds
         self._retry_seconds = tuning.retry_seconds
         self._evidence: Callable[[RemoteFile], str | None] = getattr(backend, "evidence", lambda file: file.digest)
+        self._make_checksum: Callable[[str], Checksum | None] = getattr(backend, "checksum", lambda kind: None)
         self._pace = Pace(tuning.max_workers)
         self._guard = threading.Condition()
         self._waiting: list[tuple[int, int, RemoteFile]] = []  # A heap: the largest file first.
@@ -321,7 +324,7 @@ class Transfer:
             while not budget.acquire(timeout=0.1):
                 self._check()
             try:
-                buffer = memoryview(bytearray(_BUFFER_BYTES))
+                buffer = make_buffer(_BUFFER_BYTES)
                 last: _Writing | None = None
                 while (work := self._next(number, last)) is not None:
                     if isinstance(work, _Span):
@@ -433,7 +436,7 @@ class Transfer:
             promised = f"sha256:{file.entry.sha256}"
         elif size > _EVIDENCE_BYTES:
             promised = self._asked(file)
-        hashes = _Hashes(self._digest, promised)
+        hashes = _Hashes(self._digest, promised, self._make_checksum)
         return _Writing(file, self._destination.create(file.entry.path), hashes, [(0, size)] if size else [], size)
 
     def _write_small_files(self, file: RemoteFile, buffer: memoryview) -> None:
@@ -560,7 +563,7 @@ class Transfer:
 
     def _chase(self) -> None:
         """Hash what was written ahead of the front, from the page cache, as long as there is any."""
-        buffer = memoryview(bytearray(_BUFFER_BYTES // 2))
+        buffer = make_buffer(_BUFFER_BYTES // 2)
         try:
             while True:
                 with self._guard:
@@ -606,8 +609,7 @@ class Transfer:
     def _start_over(self, writing: _Writing) -> None:
         """What a dead writer left was as it had noted, and still not what the source has: all of it is fetched."""
         size = writing.file.entry.size_bytes
-        promised = writing.hashes.promised
-        writing.hashes, writing.is_adopted = _Hashes(self._digest, promised), False
+        writing.hashes, writing.is_adopted = writing.hashes.anew(), False
         writing.gaps, writing.unwritten, writing.hashed = [(0, size)], size, 0
         with self._guard:
             self._open.append(writing)
@@ -632,8 +634,8 @@ class Transfer:
             better = self._asked(file)
             if better is None:
                 return None
-            hashes = _Hashes("sha256", better)
-            self._read(writing.fd, 0, file.entry.size_bytes, memoryview(bytearray(_BUFFER_BYTES)), hashes.update)
+            hashes = _Hashes("sha256", better, self._make_checksum)
+            self._read(writing.fd, 0, file.entry.size_bytes, make_buffer(_BUFFER_BYTES), hashes.update)
             promised, found = hashes.compare() or (better, "nothing that can be compared with it")
         if promised != found:
             raise DigestMismatchError(str(file.entry.path), promised, found)
@@ -788,11 +790,17 @@ class Transfer:
 
 
 class _CRC32:
-    def __init__(self) -> None:
-        self.value = 0
+    def __init__(self, value: int = 0) -> None:
+        self.value = value
 
     def update(self, piece: memoryview) -> None:
         self.value = zlib.crc32(piece, self.value)
+
+    def hexdigest(self) -> str:
+        return f"{self.value:08x}"
+
+    def copy(self) -> _CRC32:
+        return _CRC32(self.value)
 
 
 class _Tries:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import attrs
 
+from kserve_pvc._buffers import make_buffer
 from kserve_pvc._record import FileEntry, FoundFile
 from kserve_pvc.errors import StoreError
 
@@ -93,7 +94,7 @@ def sha256_of(fd: int) -> str:
     """
     Digest an open file from its start, through one small buffer.
     """
-    digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(_BUFFER_BYTES)), 0
+    digest, buffer, offset = hashlib.sha256(), make_buffer(_BUFFER_BYTES), 0
     while count := os.preadv(fd, [buffer], offset):
         digest.update(buffer[:count])
         offset += count

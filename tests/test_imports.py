@@ -17,6 +17,7 @@ import kserve_pvc
 PACKAGE = Path(kserve_pvc.__file__).parent
 
 PURE = {
+    "_buffers",
     "_pace",
     "errors",
     "_codec",

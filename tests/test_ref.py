@@ -249,6 +249,121 @@ def test_an_at_sign_in_a_path_is_no_credential():
     assert parse_ref("s3://bucket/a@b/c").uri == "s3://bucket/a@b/c"
 
 
+def test_an_absolute_path_is_a_file():
+    """
+    A path means what its `file://` URI means, and is the same model.
+    """
+    assert parse_ref("/mnt/models/a b") == parse_ref("file:///mnt/models/a b")
+    assert parse_ref("/mnt/models/a b").service == "file"
+
+
+DIGEST = "sha256=" + "0a" * 32
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_digest_belongs_to_what_is_asked_for(scheme):
+    """
+    The fragment that names the expected digest is no secret: it stays in the URI, makes another key, and is not in the slug.
+    """
+    ref = parse_ref(f"{scheme}://host/model.tar#{DIGEST}")
+
+    assert (ref.uri, ref.query) == (f"{scheme}://host/model.tar#{DIGEST}", None)
+    assert ref.key != parse_ref(f"{scheme}://host/model.tar").key
+    assert ref.key.startswith("model.tar-")
+
+
+@pytest.mark.parametrize("uri", [f"s3://b/m#{DIGEST}", f"https://h/m#{DIGEST}0", "https://h/m#sha256=zz", f"https://h/m?a=b#{DIGEST}"])
+def test_any_other_fragment_is_refused(uri):
+    """
+    Only a whole digest, in lower case, at an http address is known to be no secret.
+    """
+    with pytest.raises(PolicyError, match="a query or fragment"):
+        parse_ref(uri)
+
+
+SIGNED = "https://account.blob.core.windows.net/models/llama"
+
+
+@pytest.mark.parametrize("uri", [SIGNED, "https://account.z01.blob.storage.azure.net/models/llama"])
+def test_the_signature_of_an_azure_address_is_kept_aside(uri):
+    """
+    A shared access signature opens the model and is no part of it: it is neither shown nor stored, and makes no other key.
+    """
+    ref = parse_ref(f"{uri}?sv=2024&sig=SECRET%3D&se=2026")
+
+    assert (ref.uri, ref.query, ref.service) == (uri, "sv=2024&sig=SECRET%3D&se=2026", "az")
+    assert (ref, ref.key, hash(ref)) == (parse_ref(uri), parse_ref(uri).key, hash(parse_ref(uri)))
+    assert "SECRET" not in f"{ref} {ref!r}"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"{SIGNED}?sv=2024&se=SECRET",
+        f"{SIGNED}?sig=",
+        f"{SIGNED}?sig=SECRET#a",
+        f"{SIGNED}?sig=SECRET\n",
+        "http://account.blob.core.windows.net/m?sig=SECRET",
+        "https://account.blob.core.windows.net.example.com/m?sig=SECRET",
+        "https://a.b.blob.core.windows.net/m?sig=SECRET",
+        "s3://account.blob.core.windows.net/m?sig=SECRET",
+    ],
+    ids=ascii,
+)
+def test_what_is_no_signature_of_azure_is_refused(uri):
+    """
+    Anything else behind a `?` is refused as everywhere, and not repeated.
+    """
+    with pytest.raises(PolicyError) as caught:
+        parse_ref(uri)
+
+    assert "SECRET" not in f"{caught.value} {caught.value!r}"
+
+
+@pytest.mark.parametrize("scheme", ["abfs", "abfss"])
+def test_a_container_before_the_account_is_no_credential(scheme):
+    """
+    Azure's own form has the container where others have a user.
+    """
+    uri = f"{scheme}://models@account.dfs.core.windows.net/a@b/llama"
+
+    assert parse_ref(uri).uri == uri
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "abfs://user:SECRET@account.dfs.core.windows.net/m",
+        "abfs://SECRET@host/m",
+        "https://models@account.dfs.core.windows.net/m",
+        "abfs://a@SECRET@account.dfs.core.windows.net/m",
+    ],
+)
+def test_user_information_is_no_container(uri):
+    """
+    Only a container's name before the host of an account is let through, and only for Azure's scheme.
+    """
+    with pytest.raises(PolicyError, match="credentials do not belong in a URI"):
+        parse_ref(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "service"),
+    [
+        ("s3://b/m", "s3"),
+        ("https://host/m", "https"),
+        ("http://account.blob.core.windows.net/m", "http"),
+        ("fsspec+sftp://host/m", "fsspec"),
+        ("abfs://c/m", "abfs"),
+    ],
+)
+def test_the_service_says_which_back_end_is_asked(uri, service):
+    """
+    That is the scheme, except where one back end serves what a scheme does not tell.
+    """
+    assert parse_ref(uri).service == service
+
+
 LOOKS = "it must look like `scheme://location`, for example `s3://bucket/model`"
 UNPRINTABLE = "it holds control or unprintable characters"
 
@@ -258,7 +373,7 @@ UNPRINTABLE = "it holds control or unprintable characters"
     [
         ("", "", LOOKS),
         ("model", "model", LOOKS),
-        ("/mnt/model", "/mnt/model", LOOKS),
+        ("./model", "./model", LOOKS),
         ("s3:/bucket", "s3:/bucket", LOOKS),
         ("://bucket", "://bucket", LOOKS),
         ("3s://bucket", "3s://bucket", LOOKS),

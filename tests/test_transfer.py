@@ -4,7 +4,9 @@ Moving bytes: from a source that fails on cue, and from what dead writers left.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
 import random
 import tempfile
@@ -12,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -1380,6 +1382,25 @@ def test_what_was_asked_ahead_and_breaks_is_fetched_all_the_same(place):
 
     assert place.content() == source.files
     assert len(broken) == 9
+
+
+@pytest.mark.parametrize("size", [10, 2 * PART])
+def test_what_is_read_into_begins_with_a_page(place, size):
+    """
+    A processor copies much slower to an address that lies a little behind the source's within a page.
+    """
+    source, places = Source({"a.bin": DATA[:size]}, piece=5000), []
+
+    class Reader(Source._Reader):
+        def readinto(self, buffer: memoryview) -> int | None:
+            places.append(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))
+            return super().readinto(buffer)
+
+    source.open_range = lambda file, start, stop: nullcontext(Reader(source, file.address, start, stop))
+    run(source, place)
+
+    assert places
+    assert {each % mmap.PAGESIZE for each in places} == {0}
 
 
 def test_an_empty_listing_is_nothing_to_do(place):

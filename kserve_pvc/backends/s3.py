@@ -28,6 +28,7 @@ from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef, redact
 from kserve_pvc._retry import delays
 from kserve_pvc._source import RemoteFile, Resolved, resolved
+from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._direct import Reader, read_refusal, retry_after, unavailable
 from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of
 from kserve_pvc.backends._sigv4 import Credentials, encode_query, sign
@@ -205,11 +206,13 @@ class S3Backend:
         """
         self._client.close()
 
+    checksum = staticmethod(make_checksum)
+
     def evidence(self, file: RemoteFile) -> str | None:
         """
         Ask for a checksum of a whole object that the service vouches for, as `name:hex`.
 
-        That is its SHA-256 or CRC32 if it was uploaded with one, else its ETag where that is an MD5: not after a
+        That is its SHA-256, CRC32 or CRC32C if it was uploaded with one, else its ETag where that is an MD5: not after a
         multipart upload, and not where S3 encrypts with keys of its own service or of the customer.
         """
         bucket, _, key = file.address.partition("/")
@@ -222,7 +225,7 @@ class S3Backend:
         if "If-Match" in file.pin and head.get("etag", "").strip('"') != file.pin["If-Match"].strip('"'):
             raise gone
         if head.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT":
-            for name in ("sha256", "crc32"):
+            for name in ("sha256", "crc32", "crc32c") if make_checksum("crc32c") else ("sha256", "crc32"):
                 if (digest := _from_base64(head.get(f"x-amz-checksum-{name}", ""))) is not None:
                     return f"{name}:{digest}"
         is_plain = head.get("x-amz-server-side-encryption", "AES256") == "AES256" and not any("customer" in name for name in head)
