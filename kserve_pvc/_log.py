@@ -73,12 +73,12 @@ def read_log_of(volume: Volume, ref: ModelRef) -> LogView:
 
 
 def _read_newest(volume: Volume, key: str) -> LogView:
-    place = log_dir(key)
-    records = [(seq, name) for name in volume.names(place) if (seq := parse_log_name(name)) is not None]
-    if not records:
-        return LogView()
     # Should one number have several records, every reader takes the same; a tombstone sorts last and is the safe one.
-    seq, name = max(records)
+    for name in reversed(volume.names(log_dir(key))):
+        if (seq := parse_log_name(name)) is not None:
+            break
+    else:
+        return LogView()
     try:
         return LogView(seq=seq, entry=_read_entry(volume, key, record_file(key, name)))
     except StoreFormatError as damage:
