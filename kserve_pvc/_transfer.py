@@ -658,10 +658,11 @@ class Transfer:
                 with opened_range as reader:
                     while start < stop:
                         self._check()
-                        began_asking = time.monotonic()
+                        asking, worked = time.monotonic(), getattr(reader, "worked", 0.0)
                         count = reader.readinto(buffer[: min(len(buffer), stop - start)])
                         now = time.monotonic()
-                        self._waited += (now - began_asking) * streams
+                        # Decrypting is no waiting: more streams would only take turns with it.
+                        self._waited += (now - asking - getattr(reader, "worked", 0.0) + worked) * streams
                         if count == 0:
                             raise SourceUnavailableError(self._uri, f"its answer for `{file.entry.path}` ended {stop - start} bytes early")
                         if count is not None:

@@ -763,6 +763,31 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_decrypting_is_told_from_waiting(authority, tls, secure):
+    """
+    A connection says how long it has decrypted; waiting for a server that takes its time does not count.
+    """
+    body = os.urandom(4_000_000)
+
+    def slowly(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        time.sleep(0.3)
+        connection.sendall(body)
+
+    with answering(lambda connection, turn: slowly, tls if secure else None) as server:
+        made = HTTPClient(environ={}, ca_bundle=str(authority.file))
+        began = time.monotonic()
+        with made.open("GET", server.target(), {}) as got:
+            while got.readinto(memoryview(bytearray(1_000_000))) != 0:
+                pass
+            worked, taken = got.worked, time.monotonic() - began
+        made.close()
+
+    assert (worked > 0) is secure
+    assert worked < taken - 0.25
+
+
 def test_a_tunnel_goes_through_a_proxy(authority, tls):
     """
     Under TLS the proxy learns the name of the host and the password for itself, and nothing of the request.

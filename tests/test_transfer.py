@@ -1384,6 +1384,30 @@ def test_what_was_asked_ahead_and_breaks_is_fetched_all_the_same(place):
     assert len(broken) == 9
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_a_reader_that_works_does_not_wait(place, works):
+    """
+    Time that a reader spends decrypting is not time it waits for the source: more streams would not help.
+    """
+    source = Source({"a.bin": DATA})
+
+    class Slow(Source._Reader):
+        worked = 5.0  # What the connection did before does not count.
+
+        def readinto(self, buffer: memoryview) -> int | None:
+            time.sleep(0.002)
+            self.worked += 0.002 if works else 0.0
+            return super().readinto(buffer)
+
+    source.open_range = lambda file, start, stop: nullcontext(Slow(source, file.address, start, stop))
+    one = transfer(source, place)
+    one.run([source.all()])
+    reads = len(DATA) / 100
+
+    assert (one._waited < reads * 0.001) is works
+    assert one._waited > 0
+
+
 @pytest.mark.parametrize("size", [10, 2 * PART])
 def test_what_is_read_into_begins_with_a_page(place, size):
     """

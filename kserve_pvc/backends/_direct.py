@@ -55,6 +55,7 @@ class Reader:
         self._is_renewed = False
         self._exchange: Exchange | None = None
         self._answer: Answer | None = None
+        self._worked_before = 0.0
 
     def __enter__(self) -> Reader:
         try:
@@ -67,6 +68,13 @@ class Reader:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.__exit__(kind, error, trace)
+
+    @property
+    def worked(self) -> float:
+        """
+        Seconds that reading took without waiting for the server.
+        """
+        return 0.0 if self._answer is None else self._answer.worked - self._worked_before
 
     def readinto(self, buffer: memoryview) -> int | None:
         """
@@ -101,7 +109,7 @@ class Reader:
             return False
         if answer.status in (200, 206):
             _check(self._file, self._where, answer, start, stop)
-            self._answer = answer
+            self._answer, self._worked_before = answer, answer.worked
             return True
         body = read_refusal(answer)
         self.__exit__(None, None, None)

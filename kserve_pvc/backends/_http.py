@@ -404,8 +404,10 @@ def _tunnel(sock: socket.socket, target: Target, password: str, deadline: float)
 
 class _Wire(Protocol):
     """
-    How bytes come and go; two ways of it, in the clear and under TLS.
+    How bytes come and go; two ways of it, in the clear and under TLS. `worked` is how many seconds it has spent decrypting.
     """
+
+    worked: float
 
     def send(self, data: bytes) -> None: ...
 
@@ -420,6 +422,8 @@ class _Wire(Protocol):
 
 
 class _Plain:
+    worked = 0.0
+
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
 
@@ -450,6 +454,8 @@ class _Sealed:
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._records = memoryview(bytearray(_RECORDS_BYTES))
+        self.worked = 0.0
+        self._waited = 0.0
         self._session = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
         self._shake_hands(deadline)
 
@@ -480,10 +486,13 @@ class _Sealed:
 
     def _pull(self) -> int | None:
         """Take what the socket has. None: nothing for a moment; 0: the end."""
+        began = time.monotonic()
         try:
             count = self._sock.recv_into(self._records)
         except BlockingIOError:
             return None
+        finally:
+            self._waited += time.monotonic() - began
         if count:
             self._incoming.write(self._records[:count])
         else:
@@ -508,7 +517,14 @@ class _Sealed:
                 return 0
 
     def fill(self, buffer: memoryview) -> int | None:
-        filled, enough = 0, time.monotonic() + MOMENT
+        began, waited = time.monotonic(), self._waited
+        try:
+            return self._fill(buffer, began + MOMENT)
+        finally:
+            self.worked += time.monotonic() - began - (self._waited - waited)
+
+    def _fill(self, buffer: memoryview, enough: float) -> int | None:
+        filled = 0
         while filled < len(buffer):
             count = self.receive(buffer[filled:])
             if not count:
@@ -632,6 +648,13 @@ class _Connection:
             raise HTTPError(f"the connection broke: {error.strerror or error}") from error
         return early + (count or 0) if early else count
 
+    @property
+    def worked(self) -> float:
+        """
+        Seconds that reading took without waiting for anybody.
+        """
+        return self._wire.worked
+
     def read_line(self) -> bytes | None:
         """
         A short line of a chunked body, or None if it is not there within a moment.
@@ -735,6 +758,13 @@ class Answer:
             self._is_framed = self._left > 0
             self.is_over = self._left == 0 and not self._is_chunked
         return count
+
+    @property
+    def worked(self) -> float:
+        """
+        Seconds that reading on this connection took without waiting for the server.
+        """
+        return self._connection.worked
 
     def _next_chunk(self) -> bool:
         """Read what stands between two chunks, or after the last. False: not all of it is there yet."""
