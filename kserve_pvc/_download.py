@@ -14,7 +14,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import PurePosixPath
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import attrs
 
@@ -25,17 +25,31 @@ from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take
 from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Waiting
 from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log_of
 from kserve_pvc._pace import Tuning
-from kserve_pvc._record import Beat, Claim, Holder, LogEntry, Manifest, PartNote, StoreSettings, encode, now
+from kserve_pvc._record import Beat, Claim, FileEntry, Holder, LogEntry, Manifest, PartNote, StoreSettings, encode, now
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._reuse import Found, find_donors
 from kserve_pvc._source import Backend, Listing, RemoteFile, Resolved
-from kserve_pvc._volume import VolumeWriter, copy_range, write_all
-from kserve_pvc.errors import InsufficientSpaceError, LockTimeoutError, StoreError, StoreFormatError, UnsafePathError, VolumeError
+from kserve_pvc._volume import Tree, VolumeWriter, copy_range, write_all
+from kserve_pvc.errors import (
+    InsufficientSpaceError,
+    LockTimeoutError,
+    PolicyError,
+    SourceNotFoundError,
+    StoreError,
+    StoreFormatError,
+    UnsafePathError,
+    VolumeError,
+)
 from kserve_pvc.locks.flock import FileLock
 from kserve_pvc.locks.lease import Heart, LeaseLostError
 
+if TYPE_CHECKING:
+    from kserve_pvc._unpack import Member
+
 # The note of a range of this length is written at once.
 _GATHERED_BYTES = 8 * 1024 * 1024
+# A member of an archive from this size on is made durable at once.
+_LARGE_BYTES = 8 * 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
@@ -109,6 +123,7 @@ class Download:
         self._tally = _Tally(str(ref), listener)
         self._manifest: Manifest | None = None
         self._manifest_sha256 = ""
+        self._is_unpacking = False
 
     def run(self) -> Outcome:
         """
@@ -215,10 +230,11 @@ class Download:
         except VolumeError as error:
             self._tally.spoiled = error
             return protocol.Spoiled()
-        except (InsufficientSpaceError, UnsafePathError):
-            # It will not do a second time either, and what is left of it takes room from others.
-            with suppress(OSError):
-                self._collect(self._claim.generation)
+        except StoreError as error:
+            if self._is_unpacking or isinstance(error, InsufficientSpaceError | UnsafePathError | PolicyError):
+                # It will not do a second time either, and what is left of it takes room from others.
+                with suppress(OSError):
+                    self._collect(self._claim.generation)
             raise
         return protocol.Fetched()
 
@@ -226,6 +242,7 @@ class Download:
         # Of eight processes that ask at once, seven only wait.
         from kserve_pvc._transfer import Destination, Transfer
 
+        self._is_unpacking = False
         place = layout.generation_dir(self._key, generation)
         donors = find_donors(self._writer, self._ref, own=generation, with_complete=not self._wish.after_seq)
         self._tally.begin()
@@ -249,13 +266,63 @@ class Download:
                 backend=backend, destination=destination, donors=offered, observer=self._tally, tuning=self._tuning, uri=str(self._ref)
             )
             done = transfer.run(chain([first], pages))
-        assert self._resolved is not None  # All pages were listed.
-        files = tuple(done[f.entry.path] for f in self._resolved.files)
+            assert self._resolved is not None  # All pages were listed.
+            files = tuple(done[f.entry.path] for f in self._resolved.files)
+            if any(f.unpack is not None for f in self._resolved.files):
+                files = self._unpack_all(tree, place, done)
         manifest = Manifest(key=self._key, generation=generation, version=self._resolved.version, files=files)
         data = encode(manifest)
         self._manifest_sha256 = sha256(data).hexdigest()
         self._writer.write_private(layout.manifest_file(generation), data)
         return manifest
+
+    def _unpack_all(self, tree: Tree, place: PurePosixPath, done: Mapping[PurePosixPath, FileEntry]) -> tuple[FileEntry, ...]:
+        """The files of the model, once what its archives hold has taken their place."""
+        assert self._resolved is not None  # All of it was fetched.
+        self._is_unpacking = True
+        files: list[FileEntry] = []
+        for file in self._resolved.files:
+            if file.unpack is None:
+                files.append(done[file.entry.path])
+                continue
+            files += self._unpack(tree, place, file)
+            tree.remove(file.entry.path)
+        if not files:
+            raise SourceNotFoundError(str(self._ref), "the archive holds no file, or the patterns let none through")
+        return tuple(sorted(files, key=lambda f: str(f.path).replace("/", "\0")))
+
+    def _unpack(self, tree: Tree, place: PurePosixPath, archive: RemoteFile) -> Sequence[FileEntry]:
+        from kserve_pvc._unpack import unpack
+
+        assert archive.unpack is not None  # It was looked at.
+        path = archive.entry.path
+        try:
+            with self._writer.open_file(place / path) as fd, open(fd, "rb", closefd=False) as stream:
+                members = unpack(stream, str(path), archive.unpack, selects=self._ref.selects, make_room=self._make_room)
+                return [self._write_member(tree, member) for member in members]
+        except StoreError:
+            raise
+        except OSError as error:
+            raise self._writer.failure("unpacking", place / path, error) from error
+
+    def _write_member(self, tree: Tree, member: Member) -> FileEntry:
+        hashed = sha256() if self._tuning.digest == "sha256" else None
+        size = 0
+        fd = tree.create(member.path)
+        try:
+            for piece in member.pieces:
+                self._tally.check()
+                if hashed is not None:
+                    hashed.update(piece)
+                write_all(fd, piece, size)
+                size += len(piece)
+        except BaseException:
+            with suppress(OSError):
+                os.close(fd)
+            raise
+        tree.finish(fd, member.path, size >= _LARGE_BYTES)
+        digest = None if hashed is None else hashed.hexdigest()
+        return FileEntry(path=member.path, size_bytes=size, sha256=digest, evidence=member.evidence)
 
     def _pages(self, backend: Backend, donors: Mapping[PurePosixPath, Sequence[Found]]) -> Iterator[Sequence[RemoteFile]]:
         """What the source holds, page by page if it is listed only now."""

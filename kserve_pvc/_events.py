@@ -16,6 +16,7 @@ class Started:
     ref: str
     bytes_total: int
     files: int
+    activity: str = "downloading"
 
 
 @attrs.frozen(kw_only=True)

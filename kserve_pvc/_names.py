@@ -70,12 +70,12 @@ def check_collisions(paths: Iterable[PurePosixPath]) -> None:
     directories: dict[str, str] = {}
     for path in paths:
         name = str(path)
-        folded = _fold(name)
+        folded = fold(name)
         if folded in seen:
             raise UnsafePathError(name, f"it collides with `{seen[folded]}` on a volume that ignores case or Unicode form")
         seen[folded] = name
         parent, _, _ = name.rpartition("/")
-        while parent and directories.get(folded := _fold(parent)) != parent:
+        while parent and directories.get(folded := fold(parent)) != parent:
             if folded in directories:
                 twin = directories[folded]
                 raise UnsafePathError(name, f"its directory collides with `{twin}` on a volume that ignores case or Unicode form")
@@ -86,7 +86,7 @@ def check_collisions(paths: Iterable[PurePosixPath]) -> None:
             raise UnsafePathError(name, "it is both a file and a directory in the source")
 
 
-def _fold(part: str) -> str:
+def fold(part: str) -> str:
     if part.isascii():
         return part.lower()
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part).casefold())

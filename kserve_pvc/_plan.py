@@ -37,6 +37,11 @@ class Plan:
     def fits(self) -> bool:
         return self.bytes_to_fetch + self.bytes_reusable <= self.free_bytes
 
+    def _repr_html_(self) -> str:
+        from kserve_pvc._html import show_plan
+
+        return show_plan(**attrs.asdict(self), fits=self.fits)
+
 
 def plan_nothing(volume: Volume, ref: ModelRef, entry: LogEntry) -> Plan:
     """

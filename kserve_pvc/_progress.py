@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
+from kserve_pvc._amounts import amount, count
 from kserve_pvc._events import Adopted, Event, Finished, Listener, Received, Retried, Started, TookOver, Waiting
 from kserve_pvc.errors import printable
 
@@ -28,21 +29,25 @@ class Callback(Protocol):
 
 
 @contextmanager
-def make_listener(progress: bool | None, callback: Callback | None, stream: TextIO | None = None) -> Iterator[Listener]:
+def make_listener(
+    progress: bool | None, callback: Callback | None, stream: TextIO | None = None, *, names_model: bool = False, may_draw: bool = True
+) -> Iterator[Listener]:
     """
     Tell a person and a callback what happens, until the context ends.
 
     Args:
         progress: None chooses by where stderr goes, True insists on bars, False shows nothing.
+        names_model: Other models are told of at the same time, so each event says which one it is about.
+        may_draw: Without it lines take the place of bars: other processes would draw over them.
     """
     stream = stream or sys.stderr
     listeners: list[Listener] = []
     bars = None
-    if progress or (progress is None and _is_interactive(stream)):
-        bars = _Bars(stream)
+    if may_draw and (progress or (progress is None and _is_interactive(stream))):
+        bars = _Bars(stream, names_model)
         listeners.append(bars)
-    elif progress is None:
-        listeners.append(Lines(lambda text: print(text, file=stream, flush=True)))
+    elif progress is not False:
+        listeners.append(Lines(lambda text: print(text, file=stream, flush=True), names_model=names_model))
     if callback is not None:
         listeners.append(_for_callback(callback))
     guard = threading.Lock()
@@ -77,23 +82,58 @@ def _for_callback(callback: Callback) -> Listener:
     return tell
 
 
+def share(callback: Callback) -> Callable[[], Callback]:
+    """
+    Let several models tell one callback: it hears the sum of their sizes, and from one thread at a time.
+
+    Returns:
+        What makes the part of one model.
+    """
+    guard = threading.Lock()
+    sizes: dict[_Part, int] = {}
+
+    def resize(part: _Part, size: int) -> None:
+        with guard:
+            sizes[part] = size
+            callback.set_size(sum(sizes.values()))
+
+    def update(inc: int) -> None:
+        with guard:
+            callback.relative_update(inc)
+
+    return lambda: _Part(resize, update)
+
+
+class _Part:
+    def __init__(self, resize: Callable[[_Part, int], None], update: Callable[[int], None]) -> None:
+        self._resize = resize
+        self._update = update
+
+    def set_size(self, size: int) -> None:
+        self._resize(self, size)
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._update(inc)
+
+
 class _Bars:
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, names_model: bool) -> None:
         self._stream = stream
+        self._names_model = names_model
         self._bar: Any = None
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Started(ref=ref, bytes_total=total):
-                self._show(f"downloading {printable(ref)}", total).n = 0
+            case Started(ref=ref, bytes_total=total, activity=activity):
+                self._show(f"{activity} {printable(ref)}", total).n = 0
             case Adopted(size_bytes=size) | Received(size_bytes=size) if self._bar is not None:
                 self._bar.update(size)
             case Waiting():
-                bar = self._show(f"waiting for {printable(event.holder)}", event.bytes_total)
+                bar = self._show(_named(event, f"waiting for {printable(event.holder)}", self._names_model), event.bytes_total)
                 bar.n = event.bytes_done
                 bar.refresh()
             case TookOver() | Retried():
-                self._show("", 0).write(describe(event), file=self._stream)
+                self._show("", 0).write(_named(event, describe(event), self._names_model), file=self._stream)
             case _:
                 self.close()
 
@@ -118,16 +158,19 @@ class Lines:
     One line at each turn of events, and one every ten seconds in between.
     """
 
-    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic, *, names_model: bool = False) -> None:
         self._write = write
         self._clock = clock
+        self._names_model = names_model
         self._due: float | None = None
         self._started = 0.0
+        self._activity = "downloading"
         self._total = self._done = self._received = 0
 
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
+                self._activity = event.activity
                 self._started, self._total, self._done, self._received = self._clock(), event.bytes_total, 0, 0
                 self._say(describe(event))
             case Adopted(size_bytes=size) | Received(size_bytes=size):
@@ -140,7 +183,7 @@ class Lines:
             case Finished(status="present"):
                 pass
             case _:
-                self._say(describe(event))
+                self._say(_named(event, describe(event), self._names_model))
 
     def _is_due(self) -> bool:
         return self._due is None or self._clock() >= self._due
@@ -153,7 +196,11 @@ class Lines:
         seconds = max(self._clock() - self._started, 1e-3)
         rate = self._received / seconds
         left = (self._total - self._done) / rate if rate else 0.0
-        return f"downloading {printable(ref)}: {amount(self._done)} of {amount(self._total)}, {amount(rate)}/s, {left:.0f} s left"
+        return f"{self._activity} {printable(ref)}: {amount(self._done)} of {amount(self._total)}, {amount(rate)}/s, {left:.0f} s left"
+
+
+def _named(event: Event, text: str, names_model: bool) -> str:
+    return f"{printable(event.ref)}: {text}" if names_model and isinstance(event, Waiting | Retried) else text
 
 
 def describe(event: Event) -> str:
@@ -162,7 +209,7 @@ def describe(event: Event) -> str:
     """
     match event:
         case Started():
-            return f"downloading {printable(event.ref)}: {count(event.files, 'file')}, {amount(event.bytes_total)}"
+            return f"{event.activity} {printable(event.ref)}: {count(event.files, 'file')}, {amount(event.bytes_total)}"
         case Waiting():
             return (
                 f"waiting for {printable(event.holder)}, at work since {event.since}: {amount(event.bytes_done)} of "
@@ -179,22 +226,3 @@ def describe(event: Event) -> str:
             return f"received {amount(event.size_bytes)} of {printable(event.ref)}"
         case Finished():
             return f"{printable(event.ref)}: {event.status}"
-
-
-def amount(size_bytes: float) -> str:
-    """
-    Bytes for people: `1.5 GiB`.
-    """
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < (1023.5 if unit == "B" else 1023.95):
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def count(number: int, noun: str) -> str:
-    """
-    Things for people: `1 file`, `2 files`.
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -33,11 +33,12 @@ class Settings:
     mode: Mode | None
     locker: str | None
     lease_seconds: float | None
+    offline: bool = False
 
 
 def read_settings(environ: Mapping[str, str] | None = None, annotations: Mapping[str, str] | None = None) -> Settings:
     """
-    Read `KSERVE_PVC_STORE`, `_MODE`, `_LOCKER`, `_LEASE_SECONDS` and the pod's annotations.
+    Read `KSERVE_PVC_STORE`, `_MODE`, `_LOCKER`, `_LEASE_SECONDS`, `_OFFLINE` and the pod's annotations.
 
     Annotations are given, or read from the downward-API file named by `KSERVE_PVC_ANNOTATIONS`
     (default `/etc/podinfo/annotations`; a missing file means that nothing is said).
@@ -53,7 +54,21 @@ def read_settings(environ: Mapping[str, str] | None = None, annotations: Mapping
         mode=_mode(environ.get("KSERVE_PVC_MODE"), annotations),
         locker=environ.get("KSERVE_PVC_LOCKER") or None,
         lease_seconds=_seconds(environ.get("KSERVE_PVC_LEASE_SECONDS")),
+        offline=is_offline(environ),
     )
+
+
+def is_offline(environ: Mapping[str, str] | None = None) -> bool:
+    """
+    Whether `KSERVE_PVC_OFFLINE` forbids asking any source: `1` does, `0` or nothing does not.
+
+    Raises:
+        SettingsError: It says something else. A ban is not guessed away.
+    """
+    text = (os.environ if environ is None else environ).get("KSERVE_PVC_OFFLINE") or "0"
+    if text not in ("0", "1"):
+        raise SettingsError("KSERVE_PVC_OFFLINE", text, "write `1` or `0`")
+    return text == "1"
 
 
 def pod_and_node(environ: Mapping[str, str] | None = None) -> tuple[str | None, str | None]:

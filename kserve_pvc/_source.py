@@ -12,12 +12,24 @@ from typing import Any, Protocol
 
 import attrs
 
-from kserve_pvc._names import check_collisions
+from kserve_pvc._names import MAX_NAME_BYTES, check_collisions
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef
 from kserve_pvc.errors import PolicyError, SourceNotFoundError
 
 MAX_FILES = 250_000
+
+
+@attrs.frozen(kw_only=True)
+class UnpackLimits:
+    """
+    What an archive may turn into. `ratio` is how many times its own size that may be, `path_bytes` is for one name.
+    """
+
+    entries: int = 100_000
+    size_bytes: int = 2**40
+    ratio: float = 100.0
+    path_bytes: int = MAX_NAME_BYTES
 
 
 @attrs.frozen(kw_only=True)
@@ -27,13 +39,17 @@ class RemoteFile:
 
     `address` is the back end's own name for it; `pin` is what makes a later read fail rather than return other
     content (an ETag, a version id, an inode with its times). `digest` is what the listing says the bytes amount to,
-    as `name:hex` with `md5`, `crc32` or `sha256`, if it says so.
+    as `name:hex` with `md5`, `crc32` or `sha256`, if it says so. `in_ranges` is False if the source gives only all of it:
+    one stream then reads it from its beginning. A file with `unpack` is an archive, and its members are the files of
+    the model; patterns are for them, and it is kept no longer than until they are there.
     """
 
     entry: FileEntry
     address: str
     pin: Mapping[str, str]
     digest: str | None = None
+    in_ranges: bool = True
+    unpack: UnpackLimits | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -89,7 +105,7 @@ class Listing:
             self._number += 1
             if self._number > MAX_FILES:
                 raise PolicyError(str(self._ref), f"it has more than {MAX_FILES} files; name a smaller part of it")
-            if self._ref.selects(file.entry.path):
+            if file.unpack is not None or self._ref.selects(file.entry.path):
                 self._chosen.append(file)
         return self._chosen[before:]
 

@@ -8,11 +8,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import attrs
 
@@ -28,6 +28,7 @@ from kserve_pvc.errors import (
     LockerMismatchError,
     LockTimeoutError,
     ModelNotFoundError,
+    PolicyError,
     ReadOnlyStoreError,
     SettingsError,
     StoreFormatError,
@@ -38,14 +39,20 @@ from kserve_pvc.locks import LOCKERS
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks or
 # talks to a source is imported by the method that does it.
 if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+    from concurrent.futures import Executor
+
+    from kserve_pvc._bundle import Exported
     from kserve_pvc._claims import LockInfo
     from kserve_pvc._download import Outcome
+    from kserve_pvc._events import Listener
     from kserve_pvc._plan import Plan
     from kserve_pvc._progress import Callback
     from kserve_pvc._record import Holder, Record
     from kserve_pvc._settings import Mode
     from kserve_pvc._source import Backend, BackendFactory, Resolved
     from kserve_pvc._verify import Level, Verification
+    from kserve_pvc._warm import Item, Listen, Warmed
 
 LOCAL_LEASE_SECONDS = 30.0
 NETWORK_LEASE_SECONDS = 60.0
@@ -126,6 +133,14 @@ class Model:
     def __fspath__(self) -> str:
         return str(self.path)
 
+    def _repr_html_(self) -> str:
+        from kserve_pvc._html import show_model
+
+        return show_model(**self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return attrs.asdict(self, filter=lambda field, _: bool(field.repr))
+
 
 class ModelStore:
     """
@@ -138,12 +153,15 @@ class ModelStore:
         lease_seconds: After how long without a sign of life a downloader is taken over. Counts when the store is
             created; default 30 on local and 60 on network file systems.
         backends: Factories by URI scheme, preferred to installed ones.
-        storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …). Never written down.
+        storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …), or such arguments by scheme:
+            `{"s3": {…}, "hf": {…}}`. Never written down.
         part_bytes: The most that a killed process costs per stream in bytes fetched again.
         digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume; the record
             says so, and `verify` can compare only sizes.
         stall_seconds: After how long without a byte a range is asked for again on another connection.
         retry_seconds: How long a range is tried without any progress before `ensure` gives up.
+        offline: True asks no source for anything; what is present is served. None leaves it to `KSERVE_PVC_OFFLINE`, which
+            is read when a source would be asked.
 
     Raises:
         StoreRootError: The root is missing or no directory.
@@ -169,6 +187,7 @@ class ModelStore:
         digest: Literal["sha256", "none"] = "sha256",
         stall_seconds: float = defaults.STALL_SECONDS,
         retry_seconds: float = defaults.RETRY_SECONDS,
+        offline: bool | None = None,
     ) -> None:
         _check_arguments(mode, locker, lease_seconds)
         _check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
@@ -181,6 +200,7 @@ class ModelStore:
             self._settings = self._settings or _create_store(self._writer, locker, lease_seconds)
             # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
             _check_agreement(self._volume, self._settings, locker, lease_seconds)
+        self._offline = offline
         self._factories = dict(backends or {})
         self._options = dict(storage_options or {})
         self._tuning: Mapping[str, Any] = {
@@ -189,7 +209,7 @@ class ModelStore:
             "stall_seconds": stall_seconds,
             "retry_seconds": retry_seconds,
         }
-        self._backends: dict[tuple[int, str], Backend] = {}
+        self._backends: dict[tuple[int, str, str], Backend] = {}
 
     @classmethod
     def from_env(
@@ -214,7 +234,8 @@ class ModelStore:
         from kserve_pvc._settings import read_settings
 
         settings = read_settings(environ, annotations)
-        chosen = {"mode": settings.mode or "r", "locker": settings.locker, "lease_seconds": settings.lease_seconds, **arguments}
+        said = {"locker": settings.locker, "lease_seconds": settings.lease_seconds, "offline": settings.offline}
+        chosen = {"mode": settings.mode or "r", **said, **arguments}
         return cls(settings.store if root is None else root, **chosen)
 
     @property
@@ -227,6 +248,15 @@ class ModelStore:
 
     def __repr__(self) -> str:
         return f"ModelStore({str(self.root)!r}, mode={self.mode!r})"
+
+    def _repr_html_(self) -> str:
+        from kserve_pvc._html import show_store
+
+        return show_store(str(self.root), self.mode, (model._facts() for model in self.list()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Clients of remote services do not travel. The storage options do, secrets included: to a process, not to a file.
+        return {**self.__dict__, "_backends": {}}
 
     def ensure(
         self,
@@ -269,16 +299,38 @@ class ModelStore:
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The source failed.
             DigestMismatchError, UnsafePathError, PolicyError: What the source offers is not acceptable.
         """
-        started = time.monotonic()
-        if not timeout >= 0:
-            raise SettingsError("timeout", str(timeout), "write a number of seconds, 0 or more")
+        _check_timeout(timeout)
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        return self._ensure(
+            ref,
+            listen=partial(_listen, progress, callback),
+            refresh=refresh,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            timeout=timeout,
+            max_workers=max_workers,
+        )
+
+    def _ensure(
+        self,
+        ref: ModelRef,
+        *,
+        listen: Listen,
+        refresh: bool,
+        force_download: bool,
+        local_files_only: bool,
+        timeout: float,
+        max_workers: int,
+    ) -> Model:
+        started = time.monotonic()
         view = self._look(ref)
         entry = _present(view)
         if entry is not None and (local_files_only or not (refresh or force_download)):
             return self._model(entry, "present", started)
         if local_files_only:
             raise self._absent(ref, view)
+        if self._is_offline:
+            raise self._absent(ref, view) if entry is None else _offline(ref)
         if self._writer is None and (entry is None or force_download):
             raise ReadOnlyStoreError(str(self.root), f"download `{ref}`", _HOW_TO_WRITE) from view.damage
         resolved = self._resolve(ref) if refresh else None
@@ -287,7 +339,7 @@ class ModelStore:
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"download the newer version of `{ref}`", _HOW_TO_WRITE)
         after_seq = view.seq if force_download else 0
-        outcome = self._download(self._writer, ref, after_seq, resolved, timeout, started, max_workers, callback, progress)
+        outcome = self._download(self._writer, ref, after_seq, resolved, timeout, started, max_workers, listen)
         status: Status = "waited" if outcome.status == "present" else outcome.status
         return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
 
@@ -300,33 +352,73 @@ class ModelStore:
         timeout: float,
         started: float,
         max_workers: int,
-        callback: Callback | None,
-        progress: bool | None,
+        listen: Listen,
+        source: Backend | None = None,
     ) -> Outcome:
         from kserve_pvc._download import Download, Wish
         from kserve_pvc._events import Finished
         from kserve_pvc._pace import Tuning
-        from kserve_pvc._progress import make_listener
         from kserve_pvc.backends import check_scheme
 
         assert self._settings is not None  # A read-write store has created them.
-        check_scheme(ref.scheme, self._factories)
-        with make_listener(progress, callback) as listener, self._flight(ref, timeout):
+        if source is None:
+            check_scheme(self._service(ref), self._factories)
+        # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
+        tuning = self._tuning if source is None else {**self._tuning, "digest": "sha256"}
+        with listen() as listener, self._flight(ref, timeout):
             download = Download(
                 writer,
                 self._settings,
                 ref,
-                partial(self._backend, ref),
+                partial(self._backend, ref) if source is None else lambda: source,
                 holder=_this_process(),
                 timeout=max(0.0, timeout - (time.monotonic() - started)),
-                listener=listener,
+                listener=listener if source is None else _importing(listener),
                 wish=Wish(after_seq=after_seq, version=resolved.version if resolved else None),
                 resolved=resolved,
-                tuning=Tuning(max_workers=max_workers, **self._tuning),
+                tuning=Tuning(max_workers=max_workers, **tuning),
             )
             outcome = download.run()
             listener(Finished(ref=str(ref), status=outcome.status))
         return outcome
+
+    def warm(
+        self,
+        items: Iterable[Item],
+        executor: Executor | None = None,
+        *,
+        refresh: bool = False,
+        timeout: float = defaults.TIMEOUT,
+        max_workers: int = defaults.MAX_WORKERS,
+        callback: Callback | None = None,
+        progress: bool | None = None,
+    ) -> Generator[Warmed, None, None]:
+        """
+        Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no other.
+
+        A model that is named twice is fetched once and has one result. Nothing begins before the first result is asked
+        for. Closing the iterator cancels what has not begun; an exception that is raised in it, such as a
+        KeyboardInterrupt, also stops what runs in threads.
+
+        Args:
+            items: URIs, `ModelRef`s, or mappings with `uri` and, if need be, `revision`, `allow_patterns` and `ignore_patterns`.
+            executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched one
+                after the other, each by several streams. The store is sent to an executor of processes, with its
+                `backends` and `storage_options`, so these must pickle then; lines take the place of bars there.
+            refresh, timeout, max_workers: As in `ensure`, for each model.
+            callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with processes.
+            progress: As in `ensure`; several bars or lines at a time.
+
+        Raises:
+            SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model is
+                the `error` of its result.
+        """
+        from kserve_pvc._warm import warm
+
+        _check_timeout(timeout)
+        how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
+        ensure = partial(self._ensure, **how, timeout=timeout, max_workers=max_workers)
+        return warm(ensure, items, executor, progress=progress, callback=callback, remember=lambda model: self._remember(model._entry))
 
     @contextmanager
     def _flight(self, ref: ModelRef, timeout: float) -> Iterator[None]:
@@ -487,6 +579,84 @@ class ModelStore:
         if not Removal(self._writer, self._settings, ref, _this_process()).run(trash_seconds):
             raise self._absent(ref, self._look(ref))
 
+    def export(
+        self,
+        uri: str,
+        file: str | os.PathLike[str] | BinaryIO,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
+        callback: Callback | None = None,
+        progress: bool | None = None,
+    ) -> Exported:
+        """
+        Write a model that is present as one file, to be imported where there is no network. Nothing is written to the store.
+
+        Every file is compared with its SHA-256 on the way. The file gets its name when it is whole and on the disk; an
+        export that was interrupted goes on where it was. The same version of a model gives the same bytes.
+
+        Args:
+            file: Where to write it, outside the store; or a binary stream, which cannot be resumed.
+
+        Raises:
+            ModelNotFoundError: It is absent.
+            VolumeError: A file of the model is missing or damaged, or the bundle could not be written.
+            InsufficientSpaceError: The bundle does not fit.
+            PolicyError: The model was fetched without hashing, so nothing proves its bytes.
+            SettingsError: The file would lie in the store, or something that is no regular file is there.
+        """
+        from kserve_pvc._bundle import export_bundle, manifest_of
+        from kserve_pvc._progress import make_listener
+
+        selection: Mapping[str, Any] = {"revision": revision, "allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        with self.open(uri, **selection) as model, make_listener(progress, callback) as listener:
+            place = layout.generation_dir(model.key, model.path.name)
+            manifest = manifest_of(model._entry, model.record.files)
+            return export_bundle(manifest, lambda path: self._volume.open_file(place / path), file, root=self.root, listener=listener)
+
+    def import_(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        sha256: str | None = None,
+        timeout: float = defaults.TIMEOUT,
+        callback: Callback | None = None,
+        progress: bool | None = None,
+    ) -> Model:
+        """
+        Take over a model from a file that `export` wrote. No source is asked, and no network is needed.
+
+        It is written as a download is: by one process, resumed after a crash, every file compared with its SHA-256, and
+        published last. A version that is present is returned at once; another one is put beside it and becomes the current one.
+
+        Args:
+            sha256: The digest that `export` told. Without it the file is as good as where it comes from.
+
+        Raises:
+            ReadOnlyStoreError: The store may only be read.
+            StoreFormatError: It is no bundle, was cut off, or was changed.
+            DigestMismatchError: A file is not what the bundle says, or the bundle is not the one of `sha256`.
+            SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The file cannot be read.
+            LockTimeoutError, InsufficientSpaceError: As `ensure`.
+        """
+        started = time.monotonic()
+        _check_timeout(timeout)
+        if self._writer is None:
+            raise ReadOnlyStoreError(str(self.root), f"import `{os.fspath(file)}`", _HOW_TO_WRITE)
+        from kserve_pvc._bundle import open_bundle
+
+        with open_bundle(file, sha256=sha256) as bundle:
+            ref = bundle.manifest.ref
+            resolved = bundle.resolve(ref)
+            entry = _present(self._look(ref))
+            if entry is not None and entry.version == resolved.version:
+                return self._model(entry, "present", started)
+            listen = partial(_listen, progress, callback)
+            outcome = self._download(self._writer, ref, 0, resolved, timeout, started, defaults.MAX_WORKERS, listen, source=bundle)
+        status: Status = "waited" if outcome.status == "present" else outcome.status
+        return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
+
     @contextmanager
     def open(
         self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
@@ -549,6 +719,14 @@ class ModelStore:
         return [name for name in self._volume.names(layout.KEYS) if KEY.fullmatch(name)]
 
     @property
+    def _is_offline(self) -> bool:
+        if self._offline is None:
+            from kserve_pvc._settings import is_offline
+
+            self._offline = is_offline()
+        return self._offline
+
+    @property
     def _identity(self) -> str:
         return str(self.root) if self._settings is None else self._settings.store_id
 
@@ -561,10 +739,13 @@ class ModelStore:
             raise StoreFormatError(str(layout.log_dir(ref.key)), reason)
         return view
 
-    def _model(self, entry: LogEntry, status: Status, started: float, bytes_fetched: int = 0) -> Model:
+    def _remember(self, entry: LogEntry) -> None:
         name = (self._identity, entry.key)
         with _process_guard:
             _returned[name] = max(entry.seq, _returned.get(name, 0))
+
+    def _model(self, entry: LogEntry, status: Status, started: float, bytes_fetched: int = 0) -> Model:
+        self._remember(entry)
         return Model(
             uri=entry.uri,
             revision=entry.revision,
@@ -589,6 +770,8 @@ class ModelStore:
         return ModelNotFoundError(str(ref), str(self.root))
 
     def _resolve(self, ref: ModelRef) -> Resolved:
+        if self._is_offline:
+            raise _offline(ref)
         backend = self._backend(ref)
         try:
             return backend.resolve(ref)
@@ -596,13 +779,17 @@ class ModelStore:
             if (close := getattr(backend, "close", None)) is not None:
                 close()
 
+    def _service(self, ref: ModelRef) -> str:
+        """A factory that was given for the scheme itself wins."""
+        return ref.scheme if ref.scheme in self._factories else ref.service
+
     def _backend(self, ref: ModelRef) -> Backend:
-        from kserve_pvc.backends import make_backend
+        from kserve_pvc.backends import make_backend, options_for
 
         # Clients of remote services do not survive a fork, so each process has its own.
-        name = (os.getpid(), ref.scheme)
+        name = (os.getpid(), ref.scheme, self._service(ref))
         if name not in self._backends:
-            backend = make_backend(ref.scheme, self._factories, self._options)
+            backend = make_backend(self._service(ref), self._factories, options_for(ref, self._options, self._factories))
             if (tune := getattr(backend, "tune", None)) is not None:
                 tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])
             self._backends[name] = backend
@@ -610,6 +797,22 @@ class ModelStore:
 
 
 _HOW_TO_WRITE = 'open it with `mode="rw"`, `KSERVE_PVC_MODE=rw`, or the annotation `storage.kserve.io/readonly: "false"`'
+
+
+def _listen(progress: bool | None, callback: Callback | None) -> AbstractContextManager[Listener]:
+    from kserve_pvc._progress import make_listener
+
+    return make_listener(progress, callback)
+
+
+def _importing(listener: Listener) -> Listener:
+    from kserve_pvc._events import Started
+
+    return lambda event: listener(attrs.evolve(event, activity="importing") if isinstance(event, Started) else event)
+
+
+def _offline(ref: ModelRef) -> PolicyError:
+    return PolicyError(str(ref), "this store is offline and asks no source; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of it")
 
 
 def _present(view: LogView) -> LogEntry | None:
@@ -630,6 +833,11 @@ def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None)
         raise SettingsError("locker", str(locker), f"choose one of {', '.join(LOCKERS)}")
     if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
         raise SettingsError("lease_seconds", str(lease_seconds), f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds")
+
+
+def _check_timeout(timeout: float) -> None:
+    if not timeout >= 0:
+        raise SettingsError("timeout", str(timeout), "write a number of seconds, 0 or more")
 
 
 def _check_tuning(part_bytes: int, digest: str, stall_seconds: float, retry_seconds: float) -> None:

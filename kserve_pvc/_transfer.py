@@ -380,7 +380,8 @@ class Transfer:
 
     def _is_small(self, file: RemoteFile) -> bool:
         """Whether one worker fetches all of it with one request: nobody else needs to know of it before it is done."""
-        return file.entry.size_bytes <= min(_SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors
+        is_short = file.entry.size_bytes <= min(_SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors
+        return is_short or not file.in_ranges
 
     def _is_front(self, writing: _Writing) -> bool:
         return not writing.is_hashing and writing.gaps[0][0] == writing.hashed and writing.hashes.is_needed

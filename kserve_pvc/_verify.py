@@ -52,6 +52,11 @@ class Verification:
     def ok(self) -> bool:
         return not self.problems
 
+    def _repr_html_(self) -> str:
+        from kserve_pvc._html import show_verification
+
+        return show_verification(self.uri, self.level, self.files, self.bytes, [(p.kind, p.path, p.detail) for p in self.problems])
+
 
 def compare(expected: Iterable[FileEntry], found: Iterable[FoundFile], open_file: OpenFile, level: Level) -> Iterator[Problem]:
     """

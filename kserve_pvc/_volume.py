@@ -167,7 +167,8 @@ class Volume:
         data = b""
         if found.st_size > limit:
             raise StoreFormatError(str(place), f"it is larger than {limit} bytes")
-        while len(data) <= limit and (more := os.read(fd, limit + 1 - len(data))):
+        # Asked for what is there and a byte more: memory for all that may be there costs time too.
+        while len(data) <= limit and (more := os.read(fd, found.st_size + 1)):
             data += more
             if len(data) == found.st_size:
                 break  # Nobody appends to a record, so nothing is asked for beyond its end.
@@ -623,6 +624,18 @@ class Tree:
             os.close(fd)
         except OSError as error:
             raise self._writer.failure("syncing", self._place / path, error) from error
+
+    def remove(self, path: PurePosixPath) -> None:
+        """
+        Take a finished file out of the tree again, which was only needed to make others.
+        """
+        try:
+            with self._directory(path.parent) as parent:
+                os.unlink(path.name, dir_fd=parent)
+        except OSError as error:
+            raise self._writer.failure("removing", self._place / path, error) from error
+        with suppress(ValueError):
+            self._unsynced.remove(path)
 
     def settle(self) -> None:
         """

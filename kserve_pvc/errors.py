@@ -150,7 +150,7 @@ class ModelNotFoundError(StoreError, FileNotFoundError):
     root: str
 
     def _message(self) -> str:
-        return f"`{self.ref}` is not in the store at `{self.root}`; `ensure` it from a read-write store first"
+        return f"`{self.ref}` is not in the store at `{self.root}`; `ensure` it from a read-write store, or `import` a bundle of it"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

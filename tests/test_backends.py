@@ -15,6 +15,7 @@ from sources import FakeBackend
 from trees import read_tree
 
 from kserve_pvc import ModelStore, UnknownSchemeError, backends
+from kserve_pvc._ref import parse_ref
 from kserve_pvc.backends import GROUP, make_backend
 from kserve_pvc.backends.file import FileBackend
 
@@ -74,11 +75,11 @@ def test_an_unknown_scheme_says_what_is_served(root):
     A scheme that nobody serves names the installed ones and how others are added, and no claim is left for it.
     """
     with pytest.raises(UnknownSchemeError) as caught:
-        ModelStore(root, mode="rw").ensure("gs://bucket/model", progress=False)
+        ModelStore(root, mode="rw").ensure("oci://registry/model", progress=False)
 
-    assert re.match("no usable back end for `gs://`; installed back ends serve .*`file`, .*`s3`", str(caught.value))
+    assert re.match("no usable back end for `oci://`; installed back ends serve .*`file`, .*`s3`", str(caught.value))
     assert f"`{GROUP}`" in str(caught.value)
-    assert (caught.value.scheme, caught.value.exit_code) == ("gs", 2)
+    assert (caught.value.scheme, caught.value.exit_code) == ("oci", 2)
     assert list((root / ".kserve-pvc").rglob("claims")) == []
 
 
@@ -123,6 +124,32 @@ def test_a_plugin_that_claims_a_built_in_scheme_is_told_of(site, scheme):
     place = site("other-store", f"{scheme} = other_store:Backend\n", {"other_store": PLUGIN})
 
     assert re.search("`kserve-pvc` and `other-store` both claim it", find(place, scheme).stdout)
+
+
+OPTIONS = {"s3": {"key": "a"}, "hf": {"token": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("uri", "options", "chosen"),
+    [
+        ("s3://b/m", {"key": "a"}, {"key": "a"}),
+        ("hf://o/m", {"key": "a"}, {"key": "a"}),
+        ("s3://b/m", {"client_kwargs": {"region_name": "x"}}, {"client_kwargs": {"region_name": "x"}}),
+        ("s3://b/m", {}, {}),
+        ("s3://b/m", OPTIONS, {"key": "a"}),
+        ("hf://o/m", OPTIONS, {"token": "b"}),
+        ("gs://b/m", OPTIONS, {}),
+        ("other://m", {"other": {"x": 1}}, {"x": 1}),
+        ("other://m", {"mine": {"x": 1}}, {}),
+        ("https://account.blob.core.windows.net/c/m", {"az": {"account_key": "c"}}, {"account_key": "c"}),
+        ("fsspec+sftp://host/m", {"fsspec+sftp": {"username": "u"}, "fsspec": {}}, {"username": "u"}),
+    ],
+)
+def test_options_by_scheme_are_for_that_scheme_alone(uri, options, chosen):
+    """
+    A secret for one service is never handed to the back end of another; options that name no scheme are for all.
+    """
+    assert backends.options_for(parse_ref(uri), options, {"mine": FileBackend}) == chosen
 
 
 def test_a_missing_package_is_named_with_its_extra():

@@ -426,8 +426,8 @@ def test_the_command_line_does_not_repeat_secrets(scene, uri, options):
         ("s3://", InvalidURIError, "names no bucket"),
         ("file://relative", InvalidURIError, "file:///absolute/path"),
         ("file:///a/../../etc", UnsafePathError, "climb"),
-        ("gs://bucket/model", UnknownSchemeError, "installed back ends serve"),
-        ("hf://org/model", UnknownSchemeError, "kserve_pvc.backends"),
+        ("oci://registry/model", UnknownSchemeError, "installed back ends serve"),
+        ("modelscope://org/model", UnknownSchemeError, "kserve_pvc.backends"),
         ("nonsense+x://y", UnknownSchemeError, "installed back ends serve"),
     ],
 )

@@ -413,7 +413,7 @@ def exit_codes(model, tmp_path):
     return [
         (1, "StoreRootError", ["--store", str(tmp_path / "missing"), "ls"], {}),
         (2, "InvalidURIError", ["ensure", "model"], {}),
-        (2, "UnknownSchemeError", ["ensure", "gs://bucket/model"], {}),
+        (2, "UnknownSchemeError", ["ensure", "oci://registry/model"], {}),
         (2, "SettingsError", ["ls"], {"KSERVE_PVC_MODE": "write"}),
         (2, "LockerMismatchError", ["ensure", absent], {"KSERVE_PVC_LOCKER": "flock"}),
         (3, "ModelNotFoundError", ["path", absent], {}),
@@ -461,7 +461,7 @@ def test_the_document_of_an_error_has_its_fields(root, tmp_path):
 
     document = shell.document(shell.kserve_pvc(root, "--json", "path", uri))
 
-    message = f"`{uri}` is not in the store at `{root}`; `ensure` it from a read-write store first"
+    message = f"`{uri}` is not in the store at `{root}`; `ensure` it from a read-write store, or `import` a bundle of it"
     assert document == {"error": {"type": "ModelNotFoundError", "message": message, "ref": uri, "root": str(root)}}
 
 

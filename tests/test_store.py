@@ -176,7 +176,7 @@ def test_an_absent_model_is_named_with_its_store(root, on_disk):
     """
     The error of `get` says which model, which store and what to do.
     """
-    with pytest.raises(ModelNotFoundError, match="`ensure` it from a read-write store first") as caught:
+    with pytest.raises(ModelNotFoundError, match="`ensure` it from a read-write store, or `import` a bundle of it") as caught:
         ModelStore(root).get(on_disk.uri)
 
     assert caught.value.fields == {"ref": on_disk.uri, "root": str(root)}

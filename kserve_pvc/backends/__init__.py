@@ -15,6 +15,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kserve_pvc._ref import ModelRef
 from kserve_pvc._source import Backend, BackendFactory
 from kserve_pvc.errors import UnknownSchemeError
 
@@ -24,9 +25,21 @@ if TYPE_CHECKING:
 GROUP = "kserve_pvc.backends"
 
 # What to install for schemes whose back end needs a package that is not there.
-_EXTRAS = {"s3": "s3"}
+_EXTRAS = {"abfs": "azure", "abfss": "azure", "az": "azure", "gs": "gs", "s3": "s3"}
 # The entry points of this distribution, as in `pyproject.toml`.
-_BUILT_IN = {"file": ("kserve_pvc.backends.file", "FileBackend"), "s3": ("kserve_pvc.backends.s3", "S3Backend")}
+_BUILT_IN = {
+    "abfs": ("kserve_pvc.backends.azure", "AzureBackend"),
+    "abfss": ("kserve_pvc.backends.azure", "AzureBackend"),
+    "az": ("kserve_pvc.backends.azure", "AzureBackend"),
+    "file": ("kserve_pvc.backends.file", "FileBackend"),
+    "fsspec": ("kserve_pvc.backends.fsspec_", "FsspecBackend"),
+    "gs": ("kserve_pvc.backends.gs", "GSBackend"),
+    "hf": ("kserve_pvc.backends.hf", "HFBackend"),
+    "http": ("kserve_pvc.backends.http", "HTTPBackend"),
+    "https": ("kserve_pvc.backends.http", "HTTPBackend"),
+    "pvc": ("kserve_pvc.backends.pvc", "PvcBackend"),
+    "s3": ("kserve_pvc.backends.s3", "S3Backend"),
+}
 
 
 def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
@@ -41,6 +54,17 @@ def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
     """
     if scheme not in factories and scheme not in _BUILT_IN:
         _find(scheme)
+
+
+def options_for(ref: ModelRef, options: Mapping[str, Any], factories: Mapping[str, BackendFactory]) -> Mapping[str, Any]:
+    """
+    Choose the options of one scheme, where they are given by scheme: a secret for one service is not for any other.
+    """
+    is_by_scheme = all(isinstance(value, Mapping) for value in options.values())
+    if not is_by_scheme or not any(name in _BUILT_IN or name in factories or name == ref.scheme for name in options):
+        return options
+    chosen: Mapping[str, Any] = options.get(ref.scheme) or options.get(ref.service) or {}
+    return chosen
 
 
 def make_backend(scheme: str, factories: Mapping[str, BackendFactory], options: Mapping[str, Any]) -> Backend:

@@ -163,6 +163,11 @@ def _check(file: RemoteFile, where: str, answer: Answer, start: int, stop: int) 
     if etag is not None and pinned is not None and etag.strip('"') != pinned.strip('"'):
         raise SourceChangedError(where, str(file.entry.path))
     expected = f"bytes {start}-{stop - 1}/{size}"
+    # Where there is no ETag, not every server looks at the condition that pins.
+    for name, pin in (("x-goog-generation", "generation"), ("last-modified", "If-Unmodified-Since")):
+        said, wanted = answer.header(name) if pin in file.pin else None, file.pin.get(pin)
+        if said is not None and said != wanted:
+            raise SourceChangedError(where, str(file.entry.path))
     # A whole object comes without a range: then its length has to be the one that was pinned.
     got = answer.header("content-range") if answer.status == 206 else f"bytes 0-{(answer.length or 0) - 1}/{answer.length}"
     if got != expected:

@@ -17,10 +17,12 @@ import struct
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
+
+from kserve_pvc.errors import StoreError
 
 if TYPE_CHECKING:
     import ssl
@@ -101,11 +103,20 @@ class HTTPClient:
     Args:
         ca_bundle: File or directory of certificates to trust, False to check none, or None for those of the system.
         environ: Where `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` are looked up, in either case.
+        check_address: Told the name and every address of a host before one of those very addresses is connected to; raises
+            if it may not be. Behind a proxy it is told only of hosts that are addresses, as the proxy looks up names.
     """
 
-    def __init__(self, *, environ: Mapping[str, str], ca_bundle: str | bool | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        environ: Mapping[str, str],
+        ca_bundle: str | bool | None = None,
+        check_address: Callable[[str, str], None] | None = None,
+    ) -> None:
         self._environ = environ
         self._ca_bundle = ca_bundle
+        self._check_address = check_address
         self.answer_seconds = _ANSWER_SECONDS
         self._idle: dict[tuple[str, str, int], deque[_Connection]] = defaultdict(deque)
         self._guard = threading.Lock()
@@ -192,7 +203,10 @@ class HTTPClient:
         """
         proxy = self._proxy(target)
         deadline = time.monotonic() + CONNECT_SECONDS
-        sock = _dial(proxy or target)
+        if proxy and self._check_address and (literal := _literal_address(target.host)):
+            self._check_address(target.host, literal)
+        # Which proxy there is was chosen by whoever runs this.
+        sock = _dial(proxy or target, None if proxy else self._check_address)
         try:
             password = _basic(proxy) if proxy else ""
             if target.scheme == "http":
@@ -372,9 +386,46 @@ def _basic(proxy: _Proxy) -> str:
     return "Basic " + base64.b64encode(f"{proxy.user}:{proxy.password}".encode()).decode()
 
 
-def _dial(place: Target | _Proxy) -> socket.socket:
+def _literal_address(host: str) -> str | None:
+    """The address that a host is, in any of the spellings that a resolver takes for one; None for a name."""
     try:
-        sock = socket.create_connection((place.host, place.port), timeout=CONNECT_SECONDS)
+        socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+        return host
+    except (OSError, ValueError):
+        pass
+    try:
+        # Also `0x7f000001`, `2130706433` and `127.1`.
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except (OSError, ValueError):
+        return None
+
+
+def _connect_checked(host: str, port: int, check: Callable[[str, str], None]) -> socket.socket:
+    """Look a host up once, and connect to what was checked: a second look could be told something else."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, address in found:
+        check(host, str(address[0]))
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in found:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(CONNECT_SECONDS)
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure or OSError("it has no address")
+
+
+def _dial(place: Target | _Proxy, check: Callable[[str, str], None] | None = None) -> socket.socket:
+    try:
+        if check is not None:
+            sock = _connect_checked(place.host, place.port, check)
+        else:
+            sock = socket.create_connection((place.host, place.port), timeout=CONNECT_SECONDS)
+    except StoreError:
+        raise
     except OSError as error:
         name = f"the proxy {place.host}:{place.port}" if isinstance(place, _Proxy) else f"{place.scheme}://{place.authority}"
         raise HTTPError(f"no connection to {name}: {error.strerror or error}") from error

@@ -15,11 +15,15 @@ from typing import Any
 COMMAND = [sys.executable, "-I", "-m", "kserve_pvc"]
 
 
+# Variables that would configure a store, or say who somebody is.
+_OURS = ("KSERVE_", "AWS_", "POD_", "NODE_", "HF_", "HUGGING_FACE_", "GOOGLE_", "GCE_", "STORAGE_EMULATOR_", "AZURE_")
+
+
 def clean_environ(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """
     This process's environment without what would configure a store or a client, and then what is given.
     """
-    return {k: v for k, v in os.environ.items() if not k.startswith(("KSERVE_", "AWS_", "POD_", "NODE_"))} | dict(extra or {})
+    return {k: v for k, v in os.environ.items() if not k.startswith(_OURS)} | dict(extra or {})
 
 
 def kserve_pvc(root: Path | str, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,132 @@
+"""
+What a notebook shows: small tables without scripts, styles of their own or anything from elsewhere, with all text escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from kserve_pvc._amounts import amount, count
+from kserve_pvc.errors import printable
+
+# A table is for looking at. Whoever wants all of it has `list()` and `problems`.
+MAX_ROWS = 100
+
+
+def show_store(root: str, mode: str, models: Iterable[Mapping[str, Any]]) -> str:
+    """
+    Show a store and the facts of each model that it holds.
+    """
+    access, total, rows = "read-write" if mode == "rw" else "read-only", 0, []
+    for model in models:
+        total += model["size_bytes"]
+        chosen = " ".join(f"{word.lower()} {what}" for word, what in _chosen(model).items())
+        rows.append(
+            (model["uri"], chosen, amount(model["size_bytes"]), str(model["files"]), f"{model['created_at']:%Y-%m-%d %H:%M}", model["key"])
+        )
+    caption = f"ModelStore at {root}, {access}: {count(len(rows), 'model')}, {amount(total)}"
+    return _table(caption, ("URI", "Which", "Size", "Files", "Created", "Key"), rows)
+
+
+def show_model(
+    *,
+    uri: str,
+    key: str,
+    version: str,
+    path: Path,
+    status: str,
+    size_bytes: int,
+    files: int,
+    created_at: datetime,
+    bytes_fetched: int,
+    seconds: float,
+    **choice: Any,
+) -> str:
+    """
+    Show a model and how a call got it.
+    """
+    return _facts(
+        f"Model {uri}",
+        {
+            **_chosen(choice),
+            "Status": f"{status}, {amount(bytes_fetched)} fetched in {seconds:.1f} s" if status != "present" else status,
+            "Size": f"{amount(size_bytes)} in {count(files, 'file')}",
+            "Path": str(path),
+            "Version": version,
+            "Key": key,
+            "Created": f"{created_at:%Y-%m-%d %H:%M} {created_at.tzname()}",
+        },
+    )
+
+
+def show_plan(
+    *,
+    uri: str,
+    key: str,
+    version: str,
+    action: str,
+    files: int,
+    size_bytes: int,
+    bytes_to_fetch: int,
+    bytes_reusable: int,
+    free_bytes: int,
+    seconds: float | None,
+    fits: bool,
+) -> str:
+    """
+    Show what `ensure` would do.
+    """
+    if action == "nothing":
+        return _facts(f"Plan for {uri}", {"Action": "nothing, it is present", "Size": f"{amount(size_bytes)} in {count(files, 'file')}"})
+    return _facts(
+        f"Plan for {uri}",
+        {
+            "Action": action,
+            "Size": f"{amount(size_bytes)} in {count(files, 'file')}",
+            "To fetch": amount(bytes_to_fetch),
+            "There already": amount(bytes_reusable),
+            "Free": f"{amount(free_bytes)}: {'it fits' if fits else 'it does NOT fit'}",
+            "Time": "not known" if seconds is None else f"about {seconds:.0f} s",
+            "Version": version,
+            "Key": key,
+        },
+    )
+
+
+def show_verification(uri: str, level: str, files: int, size_bytes: int, problems: Sequence[tuple[str, str, str]]) -> str:
+    """
+    Show what was compared, and every difference: its kind, path and detail.
+    """
+    compared = f"{count(files, 'file')}, {amount(size_bytes)}, {'digests' if level == 'full' else 'sizes'}"
+    found = f"{count(len(problems), 'problem')}" if problems else "no difference"
+    return _table(f"Verification of {uri}: {'ok' if not problems else 'BAD'}, {found} ({compared})", ("Kind", "Path", "Detail"), problems)
+
+
+def _chosen(model: Mapping[str, Any]) -> dict[str, str]:
+    """What makes this another model than the plain URI."""
+    chosen = {"At": model["revision"], "Only": " ".join(model["allow_patterns"] or ()), "Without": " ".join(model["ignore_patterns"])}
+    return {word: what for word, what in chosen.items() if what}
+
+
+def _facts(caption: str, facts: Mapping[str, str]) -> str:
+    rows = (f'<tr><th scope="row">{_escaped(name)}</th><td>{_escaped(value)}</td></tr>' for name, value in facts.items())
+    return f"<table><caption>{_escaped(caption)}</caption><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return f"<p>{_escaped(caption)}</p>"
+    head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in heads)
+    body = ["".join(f"<td>{_escaped(cell)}</td>" for cell in row) for row in rows[:MAX_ROWS]]
+    if len(rows) > MAX_ROWS:
+        body.append(f'<td colspan="{len(heads)}">and {len(rows) - MAX_ROWS} more</td>')
+    lines = "".join(f"<tr>{row}</tr>" for row in body)
+    return f"<table><caption>{_escaped(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _escaped(text: str) -> str:
+    return escape(printable(text))

@@ -1,0 +1,616 @@
+"""
+`hf://`: models on the Hugging Face Hub, or on what answers as the Hub does.
+
+A revision is turned into a commit first, and every later request names that commit. Names, sizes and digests come from
+the commit's tree: the SHA-256 of what is in large file storage, the id of the git blob for all else, so that every byte is
+compared with one of the two. Bytes come by plain HTTP ranges from wherever the hub sends us, and the token goes to the hub
+alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
+
+import attrs
+
+from kserve_pvc._names import check_name
+from kserve_pvc._record import FileEntry
+from kserve_pvc._ref import ModelRef
+from kserve_pvc._retry import delays
+from kserve_pvc._source import Checksum, RemoteFile, Resolved, resolved
+from kserve_pvc.backends._direct import Reader, read_refusal, retry_after, unavailable
+from kserve_pvc.backends._http import MOMENT, HTTPClient, HTTPError, Target, target_of
+from kserve_pvc.errors import (
+    InvalidURIError,
+    SettingsError,
+    SourceChangedError,
+    SourceDeniedError,
+    SourceNotFoundError,
+    SourceUnavailableError,
+    StoreError,
+)
+
+_HUB = "https://huggingface.co"
+_LOCATION = re.compile(r"([^/:@]+/[^/:@]+)(?:[:@](refs/(?:pr/[0-9]+|convert/[\w.-]+)|[^/]+))?(?:/(.*))?")
+_REPOSITORY = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/){2}")
+_OTHER_KINDS = ("models", "datasets", "spaces", "kernels", "buckets")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NEXT_PAGE = re.compile(r'<([^>]*)>[^,<]*;\s*rel="?next\b')
+# `RateLimit: "api";r=0;t=55`: nothing is left, and there will be more in so many seconds.
+_USED_UP = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*([0-9]{1,6})\b")
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_HOPS = 5
+_LIST_ATTEMPTS = 4
+_MAX_ANSWER_BYTES = 64 * 1024 * 1024
+_MAX_PAGES = 2_000
+_MAX_SIZE = 10**15
+_MAX_BLOB_SIZE = 10**9
+_BLOB = "gitblob"
+# How long an address is used that does not say when it ends, and at the most.
+_ADDRESS_SECONDS, _MAX_ADDRESS_SECONDS = 600.0, 3600.0
+_MAX_ADDRESSES = 1024
+
+
+@attrs.frozen
+class _Wish:
+    """What a URI asks for: a repository, a revision, and a path inside, which ends in a slash if it is to be a directory."""
+
+    repository: str
+    revision: str
+    path: str
+
+
+class HFBackend:
+    """
+    Models on the Hugging Face Hub: `hf://org/name`, `hf://org/name:revision` or `hf://org/name@revision`, each with a path
+    behind it that names a directory or one file.
+
+    Args:
+        options: `token` (a text; False for none; True for the one of the environment even if that is switched off),
+            `endpoint`, and `verify` (a file or directory of certificates, or False). They win over the environment.
+        environ: What stands for the environment of the process.
+    """
+
+    def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
+        self._endpoint = _endpoint(options, environ)
+        self._token = _token(options, environ)
+        self._is_offline = any(_is_true(environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+        self.client = HTTPClient(environ=environ, ca_bundle=options.get("verify"))
+        self.addresses = _Addresses()
+        self._retry_seconds = 300.0
+
+    def resolve(self, ref: ModelRef) -> Resolved:
+        wish = _parse(ref)
+        self._check_online(ref.uri)
+        repository, commit = self._pinned(ref, wish)
+        return resolved(ref, self._files(ref, repository, commit, wish.path), version=commit)
+
+    def open_range(self, file: RemoteFile, start: int, stop: int) -> _Range:
+        self._check_online(f"hf://{file.address}")
+        return _Range(self, file, start, stop)
+
+    def checksum(self, name: str) -> Checksum | None:
+        """
+        What makes the id of a git blob: a SHA-1 over its length, which is part of the name, and its bytes.
+        """
+        size = name.removeprefix(_BLOB)
+        return None if size == name or not size.isdigit() else hashlib.sha1(b"blob %d\0" % int(size), usedforsecurity=False)
+
+    def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
+        """
+        How long the hub may stay silent before it answers, and how long a listing is tried.
+        """
+        self.client.answer_seconds = stall_seconds
+        self._retry_seconds = retry_seconds
+
+    def close(self) -> None:
+        """
+        Let go of idle connections. Whoever goes on gets new ones.
+        """
+        self.client.close()
+
+    def place(self, path: str, query: Mapping[str, str] | None = None) -> Target:
+        """
+        Where a path of the hub, encoded already, is asked for.
+        """
+        path = self._endpoint.path + path
+        return self._endpoint._replace(path=f"{path}?{urlencode(query)}" if query else path)
+
+    def is_hub(self, target: Target) -> bool:
+        """
+        Whether an address belongs to the hub itself, and may see the token.
+        """
+        return target[:3] == self._endpoint[:3]
+
+    def headers(self, target: Target) -> Mapping[str, str]:
+        """
+        What goes along with a request.
+        """
+        headers = {"User-Agent": "kserve-pvc"}
+        if self._token is not None and self.is_hub(target):
+            headers["Authorization"] = f"Bearer {self._token}"
+        return headers
+
+    def refusal(self, uri: str, status: int, headers: Mapping[str, str]) -> StoreError:
+        """
+        What the hub means. Its own words are not repeated, only its codes are understood.
+        """
+        code, words = headers.get("x-error-code", ""), headers.get("x-error-message", "")
+        if status == 429:
+            return SourceUnavailableError(uri, "it answered 429", retry_after=max(retry_after(headers), _used_up(headers)))
+        if code == "GatedRepo":
+            who = "no token was given" if self._token is None else "the account of the token has no access"
+            return SourceDeniedError(uri, f"the model is gated and {who}; ask for access on the model's page, and give a token (HF_TOKEN)")
+        if status == 401 and self._token is not None and words.startswith("Invalid credentials"):
+            return SourceDeniedError(uri, "the token is wrong or has expired; set HF_TOKEN to a valid one")
+        if words.startswith("Access to this resource is disabled"):
+            return SourceDeniedError(uri, "the hub has disabled it")
+        if code == "RepoNotFound" or (status == 401 and self._token is None):
+            secret = "no token was given; set HF_TOKEN" if self._token is None else "the token may not see it"
+            return SourceNotFoundError(uri, f"there is no such model, or it is private and {secret}")
+        if code == "RevisionNotFound":
+            return SourceNotFoundError(uri, "the model has no such revision")
+        if code == "EntryNotFound":
+            return SourceNotFoundError(uri, "the model has no such file or directory")
+        if status in (401, 403):
+            return SourceDeniedError(uri, f"it answered {status}; the token (HF_TOKEN) may not read the model")
+        if status == 404:
+            return SourceNotFoundError(uri, "it answered 404, without the word of a hub; check HF_ENDPOINT too")
+        return unavailable(uri, status, headers)
+
+    def _check_online(self, uri: str) -> None:
+        if self._is_offline:
+            raise SourceUnavailableError(uri, "HF_HUB_OFFLINE is set, so the hub is not asked", is_final=True)
+
+    def _pinned(self, ref: ModelRef, wish: _Wish) -> tuple[str, str]:
+        """The repository, by the name it has today, and the commit that its revision means now."""
+        if _COMMIT.fullmatch(wish.revision):
+            return wish.repository, wish.revision
+        revision = quote(wish.revision, safe="")
+        found, _ = self._ask(ref.uri, f"/api/models/{wish.repository}/revision/{revision}", {})
+        commit, name = (found.get("sha"), found.get("id")) if isinstance(found, dict) else (None, None)
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise _no_hub(ref.uri, "its answer names no commit")
+        # A model that was renamed is asked for by its new name, so that not every file leads through a redirect.
+        return name if isinstance(name, str) and _is_repository(name) else wish.repository, commit
+
+    def _files(self, ref: ModelRef, repository: str, commit: str, path: str) -> Iterator[RemoteFile]:
+        inside = path.rstrip("/")
+        if inside and not path.endswith("/"):
+            # Asked for in its directory, since only that tells a file from a directory, and brings its digest.
+            parent, _, name = inside.rpartition("/")
+            entries = self._tree(ref.uri, repository, commit, parent, is_recursive=False)
+            entry = next((e for e in entries if e["path"] == inside), None)
+            if entry is None:
+                raise SourceNotFoundError(ref.uri, f"the model has no `{inside}` at commit {commit[:12]}")
+            if entry["type"] == "file":
+                yield _remote_file(ref.uri, repository, commit, entry, name)
+                return
+        for entry in self._tree(ref.uri, repository, commit, inside, is_recursive=True):
+            if entry["type"] == "file":
+                name = entry["path"][len(inside) + 1 :] if inside else entry["path"]
+                yield _remote_file(ref.uri, repository, commit, entry, name)
+
+    def _tree(self, uri: str, repository: str, commit: str, directory: str, *, is_recursive: bool) -> Iterator[dict[str, Any]]:
+        """Every file and directory below one, or in it, page by page."""
+        path = f"/api/models/{repository}/tree/{commit}" + (f"/{quote(directory, safe='')}" if directory else "")
+        query: Mapping[str, str] = {"recursive": str(is_recursive).lower(), "expand": "false"}
+        seen: set[str] = set()
+        while True:
+            entries, headers = self._ask(uri, path, query)
+            if not isinstance(entries, list):
+                raise _no_hub(uri, "its listing is no list")
+            for entry in entries:
+                yield _checked(uri, entry, f"{directory}/" if directory else "")
+            following = _following(uri, headers.get("link", ""))
+            if following is None:
+                return
+            seen.add(urlencode(query))
+            # Only the query is taken from the link: the hub that was named is asked, whatever host a mirror repeats.
+            query = following
+            if urlencode(query) in seen or len(seen) >= _MAX_PAGES:
+                raise SourceUnavailableError(uri, "its listing does not end", is_final=True)
+
+    def _ask(self, uri: str, path: str, query: Mapping[str, str]) -> tuple[Any, Mapping[str, str]]:
+        """A small question, asked again while the hub is busy or the network fails."""
+        pauses, deadline = delays(random.random(), attempts=_LIST_ATTEMPTS), time.monotonic() + self._retry_seconds
+        while True:
+            try:
+                status, headers, body = self._get(uri, self.place(path, query))
+                if status == 200:
+                    return _from_json(uri, body), headers
+                refusal: StoreError = self.refusal(uri, status, headers)
+            except HTTPError as error:
+                refusal = SourceUnavailableError(uri, str(error), is_final=error.is_final)
+                refusal.__cause__ = error
+            pause = next(pauses, None)
+            if not isinstance(refusal, SourceUnavailableError) or refusal.is_final or pause is None:
+                raise refusal
+            pause = max(pause, refusal.retry_after or 0.0)
+            if time.monotonic() + pause > deadline:
+                raise refusal
+            time.sleep(pause)
+
+    def _get(self, uri: str, target: Target) -> tuple[int, Mapping[str, str], bytes]:
+        for _ in range(_MAX_HOPS + 1):
+            with self.client.open("GET", target, self.headers(target)) as answer:
+                headers = answer.headers
+                if answer.status == 200:
+                    return 200, headers, answer.read(_MAX_ANSWER_BYTES, time.monotonic() + 2 * self.client.answer_seconds)
+                body = read_refusal(answer)
+            if answer.status not in _REDIRECTS or "location" not in headers:
+                return answer.status, headers, body
+            target = _led(uri, target, headers["location"])
+            if not self.is_hub(target):
+                raise unavailable(uri, answer.status, headers)
+        raise _astray(uri)
+
+
+class _MovedError(Exception):
+    """
+    The bytes are elsewhere: where `headers` say, or, if they say nothing, where the hub will say when it is asked again.
+    """
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        super().__init__("the bytes are elsewhere")
+        self.headers = headers
+
+
+class _Range:
+    """
+    A range of one file, wherever the hub says that it is.
+
+    Of several streams that read one file the first asks the hub, and the others wait for what it learns. Nothing waits
+    longer than a moment, so that whoever reads may look up.
+    """
+
+    def __init__(self, backend: HFBackend, file: RemoteFile, start: int, stop: int) -> None:
+        self._backend = backend
+        self._file = file
+        self._range = (start, stop)
+        self._where = f"hf://{file.address}"
+        self._name = f"{file.pin['commit']}/{file.address}"
+        repository, path = _repository_and_path(file.address)
+        self._at_hub = backend.place(f"/{repository}/resolve/{file.pin['commit']}/{quote(path, safe='/~')}")
+        self._target: Target | None = None
+        self._reader: Reader | None = None
+        self._is_asking = self._is_renewed = False
+        self._hops = 0
+
+    def __enter__(self) -> _Range:
+        try:
+            self._open()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        reader, self._reader = self._reader, None
+        if self._is_asking:
+            self._is_asking = False
+            self._backend.addresses.give_up(self._name)
+        if reader is not None:
+            reader.__exit__(kind, error, trace)
+
+    @property
+    def worked(self) -> float:
+        """
+        Seconds that reading took without waiting for anybody.
+        """
+        return 0.0 if self._reader is None else self._reader.worked
+
+    def readinto(self, buffer: memoryview) -> int | None:
+        """
+        Fill the start of a buffer with what comes next. None: nothing has come for a moment; 0: the answer is over.
+
+        Raises:
+            SourceChangedError: The hub has something else by now.
+            SourceUnavailableError: There is no answer, or not the one that was asked for.
+            StoreError: What the hub calls a refusal.
+        """
+        while True:
+            try:
+                if not self._open():
+                    return None
+                assert self._reader is not None  # It is open.
+                count = self._reader.readinto(buffer)
+            except _MovedError as moved:
+                self._follow(moved.headers)
+                continue
+            if self._is_asking and count:
+                self._learnt(_ADDRESS_SECONDS)
+            return count
+
+    def request(self, file: RemoteFile, *, renewed: bool) -> tuple[Target, Mapping[str, str]]:
+        target = self._target or self._at_hub
+        if renewed and target != self._at_hub and not self._is_renewed:
+            # A signature that is refused has expired: the hub gives another, once.
+            self._is_renewed = True
+            self._backend.addresses.forget(self._name, target)
+            raise _MovedError({})
+        return target, self._backend.headers(target)
+
+    def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
+        target = self._target or self._at_hub
+        if status in _REDIRECTS and "location" in headers:
+            raise _MovedError(headers)
+        if target != self._at_hub:
+            self._backend.addresses.forget(self._name, target)
+        if not self._backend.is_hub(target):
+            return None  # The hub may name a better address the next time.
+        error = self._backend.refusal(self._where, status, headers)
+        # What was listed a moment ago has gone.
+        is_gone = isinstance(error, SourceNotFoundError) and status != 401
+        return SourceChangedError(self._where, str(file.entry.path)) if is_gone or status == 416 else error
+
+    def _open(self) -> bool:
+        """Send the request, unless that has been done. False: another stream is asking where the file is."""
+        if self._reader is not None:
+            return True
+        if self._target is None and not self._is_asking:
+            self._target, self._is_asking = self._backend.addresses.take(self._name)
+            if self._target is None and not self._is_asking:
+                return False
+        reader = Reader(self._backend.client, self, self._file, self._where, *self._range)
+        reader.__enter__()
+        self._reader = reader
+        return True
+
+    def _follow(self, headers: Mapping[str, str]) -> None:
+        self._reader = None  # It has let go of its connection before it said so.
+        self._hops += 1
+        if self._hops > _MAX_HOPS:
+            raise _astray(self._where)
+        if not headers:
+            self._target = None
+            return
+        target = self._target or self._at_hub
+        if self._backend.is_hub(target):
+            self._check_promise(headers)
+        self._target = _led(self._where, target, headers["location"])
+        self._learnt(_lifetime(self._target, headers))
+
+    def _learnt(self, seconds: float) -> None:
+        self._is_asking = False
+        self._backend.addresses.found(self._name, self._target or self._at_hub, seconds)
+
+    def _check_promise(self, headers: Mapping[str, str]) -> None:
+        """Compare what the hub says about the bytes that it points to with what was listed."""
+        entry = self._file.entry
+        listed = {"x-repo-commit": self._file.pin["commit"], "x-linked-size": str(entry.size_bytes), "x-linked-etag": entry.sha256}
+        for name, value in listed.items():
+            if value is not None and headers.get(name, value).removeprefix("W/").strip('"') != value:
+                raise SourceChangedError(self._where, str(entry.path))
+
+
+@attrs.define(eq=False)
+class _Address:
+    target: Target | None = None
+    good_until: float = 0.0
+    is_asked_for: bool = False
+
+
+class _Addresses:
+    """
+    Where files were found to be, for as long as that is good, and who is asking. Used by all streams.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, _Address] = OrderedDict()
+        self._guard = threading.Condition()
+
+    def take(self, name: str) -> tuple[Target | None, bool]:
+        """
+        The address of a file; or True: ask, and say what came of it; or, after a moment, neither: another one is asking.
+        """
+        with self._guard:
+            if (address := self._entry(name)).is_asked_for:
+                self._guard.wait_for(lambda: not self._entry(name).is_asked_for, MOMENT)
+                address = self._entry(name)
+            if address.is_asked_for:
+                return None, False
+            if address.target is not None and time.monotonic() < address.good_until:
+                return address.target, False
+            address.target, address.is_asked_for = None, True
+            return None, True
+
+    def found(self, name: str, target: Target, seconds: float) -> None:
+        """
+        Remember an address for some seconds.
+        """
+        with self._guard:
+            address = self._entry(name)
+            address.target, address.good_until, address.is_asked_for = target, time.monotonic() + seconds, False
+            self._guard.notify_all()
+
+    def give_up(self, name: str) -> None:
+        """
+        Let another one ask.
+        """
+        with self._guard:
+            self._entry(name).is_asked_for = False
+            self._guard.notify_all()
+
+    def forget(self, name: str, target: Target) -> None:
+        """
+        Do not use an address again. One that somebody has learnt since stays.
+        """
+        with self._guard:
+            if (address := self._entry(name)).target == target:
+                address.target = None
+
+    def _entry(self, name: str) -> _Address:
+        address = self._known.setdefault(name, _Address())
+        self._known.move_to_end(name)
+        if len(self._known) > _MAX_ADDRESSES:
+            self._known.popitem(last=False)
+        return address
+
+
+def _parse(ref: ModelRef) -> _Wish:
+    match = _LOCATION.fullmatch(ref.location)
+    if match is None or not _is_repository(match[1]):
+        raise InvalidURIError(ref.uri, "it names no model; write `hf://org/name`, `hf://org/name:revision` or `hf://org/name/directory`")
+    repository, named, path = match[1], match[2], match[3] or ""
+    if repository.partition("/")[0] in _OTHER_KINDS:
+        raise InvalidURIError(ref.uri, "only models are served, and without a word for their kind; write `hf://org/name`")
+    if named is not None and ref.revision not in (None, named):
+        raise InvalidURIError(ref.uri, f"it names the revision `{named}`, and the argument `{ref.revision}`; leave one out")
+    revision = named or ref.revision or "main"
+    if revision.startswith(".") or ".." in revision:
+        raise InvalidURIError(ref.uri, "no branch, tag or commit begins with a dot or holds two in a row")
+    if path:
+        check_name(path.removesuffix("/"))
+    return _Wish(repository, revision, path)
+
+
+def _is_repository(name: str) -> bool:
+    return _REPOSITORY.fullmatch(f"{name}/") is not None
+
+
+def _repository_and_path(address: str) -> tuple[str, str]:
+    organisation, name, path = address.split("/", 2)
+    return f"{organisation}/{name}", path
+
+
+def _endpoint(options: Mapping[str, Any], environ: Mapping[str, str]) -> Target:
+    name = "endpoint" if options.get("endpoint") else "HF_ENDPOINT"
+    url = str(options.get("endpoint") or environ.get("HF_ENDPOINT") or _HUB)
+    try:
+        target = target_of(url)
+        if "@" in urlsplit(url).netloc or "?" in url or "#" in url:
+            raise HTTPError("it holds more than an address")
+    except HTTPError as error:
+        shown = "not shown" if re.search(r"[@?#]", url) else url
+        raise SettingsError(name, shown, "write `https://host`; a token is given by `token` or HF_TOKEN") from error
+    return target._replace(path=target.path.rstrip("/"))
+
+
+def _token(options: Mapping[str, Any], environ: Mapping[str, str]) -> str | None:
+    """The token, with the precedence that huggingface_hub has. It is never shown, whatever is wrong with it."""
+    given = options.get("token")
+    if not isinstance(given, str | bool | None):
+        raise SettingsError("token", f"of type {type(given).__name__}", "give a text, or False for none")
+    if given is False or (given is None and _is_true(environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN"))):
+        return None
+    token = given if isinstance(given, str) else environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN") or _token_file(environ)
+    token = token.replace("\r", "").replace("\n", "").strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise SettingsError("token", "not shown", "it holds characters that no token has")
+    return token or None
+
+
+def _token_file(environ: Mapping[str, str]) -> str:
+    home = environ.get("HF_HOME") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    # Without a home directory, or with one that may not be read, nobody has logged in.
+    with suppress(OSError, RuntimeError, ValueError):
+        return Path(environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")).expanduser().read_text()
+    return ""
+
+
+def _is_true(text: str | None) -> bool:
+    return (text or "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _from_json(uri: str, body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise _no_hub(uri, "its answer is no JSON") from error
+
+
+def _checked(uri: str, entry: Any, prefix: str) -> dict[str, Any]:
+    """One entry of a listing, if it is what was asked for."""
+    path = entry.get("path") if isinstance(entry, dict) else None
+    if not isinstance(path, str) or entry.get("type") not in ("file", "directory"):
+        raise _no_hub(uri, "its listing holds what is neither file nor directory")
+    if not path.startswith(prefix):
+        raise SourceUnavailableError(uri, f"it was asked for `{prefix}` and listed `{path}`")
+    return dict(entry)
+
+
+def _remote_file(uri: str, repository: str, commit: str, entry: Mapping[str, Any], name: str) -> RemoteFile:
+    large = entry.get("lfs")
+    size, blob = (large.get("size"), large.get("oid")) if isinstance(large, dict) else (entry.get("size"), entry.get("oid"))
+    pattern = _SHA256 if isinstance(large, dict) else _COMMIT
+    if type(size) is not int or not 0 <= size < _MAX_SIZE or not isinstance(blob, str) or not pattern.fullmatch(blob):
+        raise _no_hub(uri, f"its listing gives `{entry['path']}` no size or no digest")
+    is_large = isinstance(large, dict)
+    return RemoteFile(
+        entry=FileEntry(path=name, size_bytes=size, sha256=blob if is_large else None, token=blob),
+        address=f"{repository}/{entry['path']}",
+        pin={"commit": commit},
+        digest=None if is_large or size >= _MAX_BLOB_SIZE else f"{_BLOB}{size}:{blob}",
+    )
+
+
+def _following(uri: str, link: str) -> Mapping[str, str] | None:
+    """The query of the next page, if a `Link` header names one."""
+    match = _NEXT_PAGE.search(link)
+    if match is None:
+        return None
+    try:
+        return dict(parse_qsl(urlsplit(match[1]).query, keep_blank_values=True))
+    except ValueError as error:
+        raise _no_hub(uri, "the link to its next page is none") from error
+
+
+def _led(where: str, target: Target, location: str) -> Target:
+    """Where a redirect leads: anywhere, but never from https to http."""
+    base = f"{target.scheme}://{target.authority}{target.path}"
+    try:
+        found = target_of(urljoin(base, quote(location.encode("latin-1", "replace"), safe="!#$%&'()*+,/:;=?@[]~")))
+    except (HTTPError, ValueError) as error:
+        raise SourceUnavailableError(where, "it points to what is no http or https URL", is_final=True) from error
+    if target.scheme == "https" and found.scheme != "https":
+        raise SourceUnavailableError(where, "it points from https to http, where anybody may listen", is_final=True)
+    return found
+
+
+def _lifetime(target: Target, headers: Mapping[str, str]) -> float:
+    """For how many seconds a signed address is used: four fifths of what is left, by the clock of who signed it."""
+    from calendar import timegm
+    from email.utils import parsedate_to_datetime
+
+    signed = {name.lower(): value for name, value in parse_qsl(target.path.partition("?")[2])}
+    now = time.time()
+    with suppress(TypeError, ValueError, OverflowError):
+        now = parsedate_to_datetime(headers.get("date", "")).timestamp()
+    try:
+        if "x-amz-expires" in signed:
+            begin = timegm(time.strptime(signed.get("x-amz-date", ""), "%Y%m%dT%H%M%SZ"))
+            left = begin + int(signed["x-amz-expires"][:9]) - now
+        else:
+            left = int(signed["expires"][:12]) - now
+    except (KeyError, ValueError, OverflowError):
+        return _ADDRESS_SECONDS
+    return min(max(0.0, 0.8 * left), _MAX_ADDRESS_SECONDS)
+
+
+def _used_up(headers: Mapping[str, str]) -> float:
+    """Seconds until the hub answers again, as its draft standard puts it; rounded up, as the hub rounds them down."""
+    match = _USED_UP.search(headers.get("ratelimit", ""))
+    return float(match[1]) + 1.0 if match else 0.0
+
+
+def _no_hub(uri: str, reason: str) -> SourceUnavailableError:
+    return SourceUnavailableError(uri, f"{reason}, so it is no Hugging Face Hub")
+
+
+def _astray(uri: str) -> SourceUnavailableError:
+    return SourceUnavailableError(uri, f"it points elsewhere more than {_MAX_HOPS} times in a row", is_final=True)

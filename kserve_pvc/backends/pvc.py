@@ -1,0 +1,76 @@
+"""
+`pvc://claim/path`: models on another volume that is mounted into this pod too.
+
+KServe names volumes by their claim. Where a claim is mounted only the pod's specification says, so it has to be told here:
+by the option `claims`, or by `KSERVE_PVC_CLAIMS=claim=/mnt/one,other=/mnt/two`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from kserve_pvc._ref import ModelRef
+from kserve_pvc._source import RangeReader, RemoteFile, Resolved, resolved
+from kserve_pvc.backends.file import FileBackend
+from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
+
+CLAIMS = "KSERVE_PVC_CLAIMS"
+
+
+class PvcBackend:
+    """
+    Copies from a mounted claim as `file://` copies from a directory, and never from outside of it.
+
+    Args:
+        options: `claims` maps names of claims to absolute directories; without it the environment does.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        given = options.get("claims")
+        self._claims = _checked("claims", given) if given is not None else _parse(os.environ.get(CLAIMS, ""))
+        self._files = FileBackend(options)
+
+    def resolve(self, ref: ModelRef) -> Resolved:
+        """
+        List a model below a claim.
+
+        Raises:
+            InvalidURIError: Nobody said where the claim is mounted.
+            UnsafePathError: The path leads out of the claim.
+        """
+        claim, _, path = ref.location.partition("/")
+        if claim not in self._claims:
+            known = ", ".join(f"`{name}`" for name in sorted(self._claims)) or "none"
+            raise InvalidURIError(ref.uri, f"the claim `{claim}` is not mounted here; known are {known}; name others in `{CLAIMS}`")
+        root = Path(os.path.realpath(self._claims[claim]))
+        # An alias such as `latest` is the claim's own business, as long as it stays inside.
+        place = Path(os.path.realpath(root / path.lstrip("/")))
+        if ".." in path.split("/") or not place.is_relative_to(root):
+            raise UnsafePathError(ref.location, "it leads out of the claim")
+        found = self._files.resolve(attrs.evolve(ref, uri=f"file://{place}"))
+        return resolved(ref, found.files, version=found.version)
+
+    @contextmanager
+    def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[RangeReader]:
+        with self._files.open_range(file, start, stop) as reader:
+            yield reader
+
+
+def _parse(text: str) -> Mapping[str, Path]:
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    return _checked(CLAIMS, {name.strip(): place.strip() for name, _, place in pairs})
+
+
+def _checked(setting: str, claims: object) -> Mapping[str, Path]:
+    if not isinstance(claims, Mapping):
+        raise SettingsError(setting, repr(claims), "it maps names of claims to directories")
+    for name, place in claims.items():
+        if not name or "/" in str(name) or not Path(place).is_absolute():
+            raise SettingsError(setting, f"{name}={place}", "write `claim=/absolute/directory`, separated by commas")
+    return {str(name): Path(place) for name, place in claims.items()}

@@ -1,0 +1,301 @@
+"""
+The conformance suite on real services, and on back ends that are wrong in one way each.
+"""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import broken
+import gcs
+import pytest
+from azurite import Azurite, MissingError
+from hub import HuggingFace
+from remotes import DirectoryRemote, FsspecMemoryRemote, FTPRemote, MemoryBackend, MemoryRemote, S3Remote, SFTPRemote
+
+from kserve_pvc.backends.azure import AzureBackend
+from kserve_pvc.backends.file import FileBackend
+from kserve_pvc.backends.fsspec_ import FsspecBackend
+from kserve_pvc.backends.gs import GSBackend
+from kserve_pvc.backends.hf import HFBackend
+from kserve_pvc.backends.s3 import S3Backend
+from kserve_pvc.testing import BackendConformance
+
+# The whole number is a session of its own for each back end: most of its time is what the services take to hold them.
+MANY_FILES = int(os.environ.get("KSERVE_PVC_TEST_FILES", "300"))
+NO_SUCH_FILES = dict.fromkeys(["climbs", "climbs-inside", "absolute", "empty-part", "dot-part", "nul"], "no file has such a name")
+
+NO_SUCH_LINES = {**NO_SUCH_FILES, "newline": "FTP lists one file a line"}
+NO_SUCH_OBJECTS = dict.fromkeys(["absolute", "empty-part"], "older versions of fsspec take two slashes for one")
+NO_SUCH_KEYS = {
+    **dict.fromkeys(["climbs", "climbs-inside", "dot-part", "nul", "backslash"], "SeaweedFS refuses such keys"),
+    **dict.fromkeys(["absolute", "empty-part"], "SeaweedFS takes two slashes for one"),
+}
+
+
+@pytest.fixture(scope="session")
+def ftp():
+    """
+    A real FTP server, once for all tests.
+    """
+    pytest.importorskip("pyftpdlib", reason="`pyftpdlib` is not installed")
+    with FTPRemote() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sftp():
+    """
+    A real SFTP server, once for all tests.
+    """
+    for name in ("paramiko", "asyncssh"):
+        pytest.importorskip(name, reason=f"`{name}` is not installed")
+    with SFTPRemote() as server:
+        yield server
+
+
+class TestS3(BackendConformance):
+    """
+    S3 on SeaweedFS.
+    """
+
+    backend = S3Backend
+    cannot_hold = NO_SUCH_KEYS
+    many_files = MANY_FILES
+
+    @pytest.fixture
+    def remote(self, origin):
+        pytest.importorskip("s3fs", reason="`s3fs` is not installed")
+        origin.make_bucket("conformance")
+        return S3Remote(origin, "conformance")
+
+
+@pytest.fixture(scope="session")
+def guarded_gcs():
+    """
+    An emulator of Google Cloud Storage behind a gate that knows one token, once for all tests.
+    """
+    pytest.importorskip("google.auth", reason="`google-auth` is not installed")
+    try:
+        with gcs.GuardedGCS() as server:
+            yield server
+    except gcs.MissingError as missing:
+        pytest.skip(str(missing))
+
+
+class TestGS(BackendConformance):
+    """
+    Google Cloud Storage on fake-gcs-server, whose refusals a gate in front of it adds.
+    """
+
+    backend = GSBackend
+    secrets = (gcs.GuardedGCS.token,)
+    many_files = min(MANY_FILES, 2000)  # The emulator looks through all objects for each one.
+
+    @pytest.fixture
+    def remote(self, guarded_gcs):
+        return guarded_gcs
+
+
+@pytest.fixture(scope="session")
+def azurite():
+    """
+    A real blob service, once for all tests.
+    """
+    pytest.importorskip("azure.storage.blob", reason="`azure-storage-blob` is not installed")
+    try:
+        with Azurite() as server:
+            yield server
+    except MissingError as missing:
+        pytest.skip(str(missing))
+
+
+class TestAzure(BackendConformance):
+    """
+    Azure Blob Storage on Azurite.
+    """
+
+    backend = AzureBackend
+    cannot_hold = dict.fromkeys(["bell", "escape-sequence", "nul"], "Azurite answers 500 to a listing with such a name")
+    many_files = MANY_FILES
+
+    @pytest.fixture
+    def remote(self, azurite):
+        return azurite
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """
+    An endpoint that answers as a Hugging Face Hub does, once for all tests.
+    """
+    with HuggingFace() as server:
+        yield server
+
+
+class TestHF(BackendConformance):
+    """
+    A Hugging Face Hub on this machine.
+    """
+
+    backend = HFBackend
+    has_versions = True
+    many_files = MANY_FILES
+
+    @pytest.fixture
+    def remote(self, hub):
+        return hub
+
+
+class TestFile(BackendConformance):
+    """
+    A directory of this machine.
+    """
+
+    backend = FileBackend
+    many_files = MANY_FILES
+    cannot_hold = NO_SUCH_FILES
+
+    @pytest.fixture
+    def remote(self, tmp_path):
+        return DirectoryRemote(tmp_path / "source", "file")
+
+
+class TestMemory(BackendConformance):
+    """
+    What a third party may write in thirty lines.
+    """
+
+    backend = MemoryBackend
+    many_files = MANY_FILES
+    is_shared = False
+
+    @pytest.fixture
+    def remote(self):
+        return MemoryRemote()
+
+
+class TestFsspecLocal(BackendConformance):
+    """
+    A directory of this machine through fsspec.
+    """
+
+    backend = FsspecBackend
+    cannot_hold = NO_SUCH_FILES
+
+    @pytest.fixture
+    def remote(self, tmp_path):
+        return DirectoryRemote(tmp_path / "source", "fsspec+local")
+
+
+class TestFsspecMemory(BackendConformance):
+    """
+    A file system that lists in a way of its own, through fsspec.
+    """
+
+    backend = FsspecBackend
+    is_shared = False
+    cannot_hold = NO_SUCH_OBJECTS
+    many_files = min(MANY_FILES, 1000)  # Each look at one file goes through all of them.
+
+    @pytest.fixture
+    def remote(self):
+        return FsspecMemoryRemote()
+
+
+class TestFsspecS3A(BackendConformance):
+    """
+    A file system that is asynchronous inside, through fsspec: s3fs on SeaweedFS.
+    """
+
+    backend = FsspecBackend
+    cannot_hold = NO_SUCH_KEYS
+    many_files = min(MANY_FILES, 500)
+    log_level = logging.INFO  # At DEBUG botocore writes down the headers that it sends.
+
+    @pytest.fixture
+    def remote(self, origin):
+        pytest.importorskip("s3fs", reason="`s3fs` is not installed")
+        origin.make_bucket("conformance")
+        return S3Remote(origin, "conformance", "fsspec+s3a")
+
+
+class TestFsspecFTP(BackendConformance):
+    """
+    A real FTP server through fsspec.
+    """
+
+    backend = FsspecBackend
+    cannot_hold = NO_SUCH_LINES
+    many_files = min(MANY_FILES, 500)
+
+    @pytest.fixture
+    def remote(self, ftp):
+        return ftp
+
+
+class TestFsspecSFTP(BackendConformance):
+    """
+    A real SFTP server through fsspec.
+    """
+
+    backend = FsspecBackend
+    cannot_hold = NO_SUCH_FILES
+    many_files = min(MANY_FILES, 500)
+
+    @pytest.fixture
+    def remote(self, sftp):
+        return sftp
+
+
+def verdicts(*tests: str) -> dict[str, str]:
+    """
+    What the suite says about back ends that are wrong: PASSED or FAILED for each test.
+    """
+    place = Path(broken.__file__)
+    paths = [str(place.parent), str(Path(sys.modules["origin"].__file__).parent)]
+    command = [
+        sys.executable,
+        "-Im",
+        "pytest",
+        "--import-mode=importlib",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        str(place.parent),
+        "-p",
+        "no:cacheprovider",
+    ]
+    options = ["-o", f"pythonpath={' '.join(paths)}", "-v", "--tb=no", "-W", "error"]
+    result = subprocess.run([*command, *options, *(f"{place}::{test}" for test in tests)], capture_output=True, text=True, timeout=200)
+    lines = [line.split() for line in result.stdout.splitlines() if "::" in line]
+    return {words[0].partition("::")[2]: words[1] for words in lines if words[1] in ("PASSED", "FAILED")}
+
+
+def test_the_suite_notices_what_is_wrong():
+    """
+    Each back end that is wrong in one way fails the test for it, and one that is right passes them all.
+    """
+    wrong = [f"Test{kind.__name__}::{test}" for kind, test in broken.NOTICED.items()]
+    right = [f"TestRight::{test}" for kind, test in broken.NOTICED.items() if issubclass(kind, broken.Right)]
+
+    found = verdicts(*wrong, *right)
+
+    assert found == {**dict.fromkeys(wrong, "FAILED"), **dict.fromkeys(right, "PASSED")}
+
+
+def test_the_page_names_every_attribute():
+    """
+    What a subclass may declare is told in the documentation, with its default.
+    """
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "backend.md").read_text(encoding="utf-8")
+
+    told = dict(re.findall(r"^\| `([a-z_]+)` \| `?([^|`]+)`? \|", page, re.MULTILINE))
+
+    shown = {"cannot_hold": "{}", "big_bytes": "24 MiB", "log_level": "DEBUG", "secrets": "()"}
+    declared = {name: value for name, value in vars(BackendConformance).items() if name in BackendConformance.__annotations__}
+    assert told == {name: shown.get(name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in declared.items()}
+    assert (BackendConformance.big_bytes, BackendConformance.log_level) == (24 << 20, logging.DEBUG)
