@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kserve_pvc._source import Backend, RangeReader, RemoteFile, Resolved, resolved
     from kserve_pvc._store import Model, ModelStore
     from kserve_pvc._verify import Problem, Verification
+    from kserve_pvc._warm import Warmed
     from kserve_pvc.errors import (
         DamagedRecordError,
         DigestMismatchError,
@@ -69,6 +70,7 @@ _HOMES = {
     "RemoteFile": "_source",
     "Resolved": "_source",
     "Verification": "_verify",
+    "Warmed": "_warm",
     "mode_from_annotations": "_settings",
     "resolved": "_source",
 }
@@ -108,6 +110,7 @@ __all__ = [
     "UnsafePathError",
     "Verification",
     "VolumeError",
+    "Warmed",
     "mode_from_annotations",
     "resolved",
 ]

@@ -229,13 +229,15 @@ class _Listening:
     """
 
     def __init__(self, progress: bool | None, callback: Callback | None, *, is_one_of_many: bool, may_draw: bool = True) -> None:
-        from kserve_pvc._progress import share
-
         self.stopped = threading.Event()
         self._progress = progress
         self._is_one_of_many = is_one_of_many
         self._may_draw = may_draw
-        self._part = None if callback is None else share(callback)
+        self._part: Callable[[], Callback] | None = None
+        if callback is not None:
+            from kserve_pvc._progress import share
+
+            self._part = share(callback)
 
     @contextmanager
     def __call__(self) -> Iterator[Listener]:

@@ -663,7 +663,7 @@ def test_the_version_is_printed():
     assert (result.returncode, result.stdout) == (0, f"kserve-pvc {kserve_pvc.__version__}\n")
 
 
-@pytest.mark.parametrize("verb", ["ensure", "path", "ls", "info", "plan", "verify", "rm", "locks"])
+@pytest.mark.parametrize("verb", ["ensure", "path", "ls", "info", "plan", "verify", "rm", "export", "import", "warm", "locks"])
 def test_each_verb_has_its_help(in_process, verb):
     """
     `--help` of a verb names its options and the global ones.
