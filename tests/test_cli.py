@@ -379,7 +379,7 @@ def test_an_interrupt_says_that_work_is_kept(root, downloading, proxy):
     process, _ = downloading
 
     process.send_signal(signal.SIGINT)
-    proxy.limit_bytes_per_second = None
+    # As slow as before: on a busy machine a faster source would be through before the interrupt is heard.
     _, stderr = process.communicate(timeout=20)
 
     assert (process.returncode, "Traceback" in stderr) == (130, False)
