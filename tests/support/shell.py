@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,10 +43,12 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> subp
 
 def start(root: Path | str, *arguments: str, env: Mapping[str, str] | None = None, **streams: Any) -> subprocess.Popen[str]:
     """
-    Start one verb on a store.
+    Start one verb on a store. It hears interrupts, although what a shell runs in the background, tests too, does not.
     """
     command = [*COMMAND, "--store", str(root), *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # What is ignored here would be ignored there too.
     return subprocess.Popen(command, text=True, env=clean_environ(env), **streams)
 
 
