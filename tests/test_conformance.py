@@ -269,7 +269,8 @@ def verdicts(*tests: str) -> dict[str, str]:
         "-p",
         "no:cacheprovider",
     ]
-    options = ["-o", f"pythonpath={' '.join(paths)}", "-v", "--tb=no", "-W", "error"]
+    # Without a summary, whose lines differ where a variable `CI` is set.
+    options = ["-o", f"pythonpath={' '.join(paths)}", "-v", "-rN", "--tb=no", "-W", "error"]
     result = subprocess.run([*command, *options, *(f"{place}::{test}" for test in tests)], capture_output=True, text=True, timeout=200)
     lines = [line.split() for line in result.stdout.splitlines() if "::" in line]
     return {words[0].partition("::")[2]: words[1] for words in lines if words[1] in ("PASSED", "FAILED")}
