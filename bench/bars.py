@@ -1,18 +1,34 @@
 """
 What was to be reached, and what was: every bar is worked out from the results, none from anything written down before.
+
+A bar whose workload was not run stands there as not measured.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from peers import EIGHT_REPLICAS, IN_A_GIGABYTE, ONE_REPLICA, OURS
+from peers import (
+    BY_AZURE_KEY,
+    BY_AZURE_SIGNATURE,
+    BY_GOOGLE,
+    BY_HTTP_ONE_FILE,
+    BY_S3,
+    BY_S3_ONE_FILE,
+    DOWNLOADERS,
+    EIGHT_REPLICAS,
+    IN_A_GIGABYTE,
+    ONE_REPLICA,
+    OURS,
+)
 from report import GIB, MIB, Facts, Results, Series, columns
 
 UNVERIFIED = "ours, hashing off"
 PAIRS = 5
+# Everybody else; to hash afterwards only makes the same slower.
+_RIVALS = [peer.name for peer in DOWNLOADERS if not peer.name.startswith(OURS) and ", then" not in peer.name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +40,7 @@ class Bar:
         measured: None if what it takes was not run, or did not succeed; `detail` then says so.
         limit: Reached is what is no more than this.
         pairs: How many runs the median is of. Fewer than `PAIRS` prove little.
+        conditions: What was run: model, way, origin and destination.
     """
 
     what: str
@@ -32,6 +49,7 @@ class Bar:
     unit: str = "x"
     pairs: int = 0
     detail: str = ""
+    conditions: str = ""
 
     @property
     def is_reached(self) -> bool | None:
@@ -40,19 +58,28 @@ class Bar:
 
 def judge(results: Results) -> list[Bar]:
     """
-    Work out every bar whose workload was run.
+    Work out every bar there is.
 
     Ratios are medians of the ratios of single rounds; of several peers the one with the lowest median is the best.
     """
     bars: list[Bar] = []
-    for series in results.series.values():
-        for workload, variant, judge_series in _OF_SERIES:
-            if (series.workload, series.variant) == (workload, variant) and _counts(series):
-                bars += judge_series(series)
-    for facts in results.facts.values():
-        if facts.variant == "plain":
-            bars += _OF_FACTS[facts.workload](facts)
-    return [*bars, *_flat_memory(results)]
+    for workload, variant, judge_series in _OF_SERIES:
+        found = [one for one in results.series.values() if (one.workload, one.variant) == (workload, variant) and _counts(one)]
+        for series in found or [Series(workload=workload, variant=variant, destination="", origin="", size_bytes=0, files=0)]:
+            bars += [_under(series.title if found else "", bar) for bar in judge_series(series)]
+    for workload, judge_facts in _OF_FACTS.items():
+        played = [one for one in results.facts.values() if (one.workload, one.variant) == (workload, "plain")]
+        for facts in played or [Facts(workload=workload, variant="plain", destination="", origin="")]:
+            # What was found out before it failed is not the whole of it.
+            whole = replace(facts, values={}) if facts.failure else facts
+            bars += [_under(facts.title if played else "", bar, facts.failure) for bar in judge_facts(whole)]
+    return [*bars, *_memory(results)]
+
+
+def _under(conditions: str, bar: Bar, failure: str | None = None) -> Bar:
+    """A bar with the conditions it was measured under; without any, its workload was not run."""
+    detail = bar.detail if conditions else "not run"
+    return replace(bar, conditions=conditions, detail=failure or detail)
 
 
 def table(bars: Sequence[Bar], *, quick: bool) -> str:
@@ -63,6 +90,7 @@ def table(bars: Sequence[Bar], *, quick: bool) -> str:
     notes = ["  large files had a quarter of their size, so these prove nothing: --quick"] if quick else []
     if any(bar.pairs < PAIRS for bar in bars if bar.measured is not None):
         notes.append(f"  fewer than {PAIRS} pairs prove little")
+    notes += [f"  measured in {title}" for title in dict.fromkeys(bar.conditions for bar in bars if bar.conditions)]
     return "\n".join([*columns(rows), *notes])
 
 
@@ -74,9 +102,10 @@ def document(bars: Sequence[Bar]) -> list[dict[str, object]]:
 
 
 def _row(bar: Bar) -> list[str]:
-    measured = "-" if bar.measured is None else f"{bar.measured:.3g} {bar.unit}"
+    measured = "-" if bar.measured is None else f"{bar.measured:.3g} {bar.unit}".rstrip()
     verdict = {None: "not measured", True: "reached", False: "NOT reached"}[bar.is_reached]
-    return [bar.what, measured, f"{bar.limit:g} {bar.unit}", str(bar.pairs), f"{verdict}{f' ({bar.detail})' if bar.detail else ''}"]
+    detail = f" ({bar.detail})" if bar.detail else ""
+    return [bar.what, measured, f"{bar.limit:g} {bar.unit}".rstrip(), str(bar.pairs), f"{verdict}{detail}"]
 
 
 def _ratio(series: Series, what: str, mine: str, rivals: Sequence[str], limit: float, value: str = "wall") -> Bar:
@@ -97,10 +126,6 @@ def _counts(series: Series) -> bool:
     return series.origin != "SeaweedFS" and (series.destination != "disk" or series.workload.startswith("w8-"))
 
 
-def _others(series: Series) -> list[str]:
-    return [name for name in series.samples if not name.startswith(OURS)]
-
-
 def _over_interpreter(series: Series, peer: str) -> float | None:
     peak = series.median(peer, "peak_rss")
     return None if peak is None or peer in series.skipped else (peak - series.interpreter_rss) / MIB
@@ -115,8 +140,6 @@ def _cold(series: Series) -> Iterator[Bar]:
     yield _ratio(series, "verified / download, then openssl", OURS, ["s5cmd, then openssl", "rclone, then openssl"], 0.7)
     yield _ratio(series, "verified / kserve-storage", OURS, kserve, 0.65)
     yield _ratio(series, "verified / kserve-storage", OURS, kserve, 0.7, "cpu")
-    peak, pairs = _over_interpreter(series, OURS), len(series.samples.get(OURS, ()))
-    yield Bar(what="w2 plain: verified, peak RSS over the interpreter", measured=peak, limit=64, unit="MiB", pairs=pairs)
     yield _ratio(series, "hashing off / s5cmd", UNVERIFIED, ["s5cmd"], 0.9)
     yield _ratio(series, "hashing off / rclone", UNVERIFIED, ["rclone"], 1.1)
     yield _ratio(series, "hashing off / kserve-storage", UNVERIFIED, kserve, 0.5, "cpu")
@@ -130,11 +153,11 @@ def _tls(series: Series) -> Iterator[Bar]:
 
 
 def _gigabit(series: Series) -> Iterator[Bar]:
-    yield _ratio(series, "verified / best", OURS, _others(series), 1.02)
+    yield _ratio(series, "verified / best", OURS, _RIVALS, 1.02)
 
 
 def _slow_connections(series: Series) -> Iterator[Bar]:
-    yield _ratio(series, "verified / best", OURS, _others(series), 1.05)
+    yield _ratio(series, "verified / best", OURS, _RIVALS, 1.05)
 
 
 def _small_files(series: Series) -> Iterator[Bar]:
@@ -157,43 +180,85 @@ def _replicas(series: Series) -> Iterator[Bar]:
 def _warm(facts: Facts) -> Iterator[Bar]:
     hits, bare = facts.median("get, us"), facts.median("bare listing and read, us")
     pairs = len(facts.values.get("get, us", ()))
-    yield Bar(what="w5: a hit in process", measured=hits, limit=100, unit="us", pairs=pairs)
-    yield Bar(what="w5: a hit / bare listing and read", measured=hits / bare if hits and bare else None, limit=2, pairs=pairs)
+    yield Bar(what="w5 plain: a hit in process", measured=hits, limit=100, unit="us", pairs=pairs)
+    yield Bar(what="w5 plain: a hit / bare listing and read", measured=hits / bare if hits and bare else None, limit=2, pairs=pairs)
     for what, name, limit in (
         ("whole command `path`", "kserve-pvc path, ms", 120),
         ("`import kserve_pvc` over a bare interpreter", "import kserve_pvc, ms over python -c pass", 40),
         # That import loads little, so the first name that it gives is judged as well.
         ("the same and `ModelStore`", "from kserve_pvc import ModelStore, ms over python -c pass", 40),
     ):
-        yield Bar(what=f"w5: {what}", measured=facts.median(name), limit=limit, unit="ms", pairs=len(facts.values.get(name, ())))
+        yield Bar(what=f"w5 plain: {what}", measured=facts.median(name), limit=limit, unit="ms", pairs=len(facts.values.get(name, ())))
 
 
 def _killed(facts: Facts) -> Iterator[Bar]:
     found = facts.values.get("sent twice per stream, MiB", [])
     # A promise about every kill, so the worst one counts.
     worst = max(found, default=None)
-    yield Bar(what="w7: killed at 50 %, worst sent twice per stream", measured=worst, limit=64, unit="MiB", pairs=len(found))
+    part = facts.median("part, MiB") or 64.0
+    yield Bar(what="w7 plain: killed at 50 %, worst sent twice per stream", measured=worst, limit=part, unit="MiB", pairs=len(found))
 
 
 def _in_a_gigabyte(series: Series) -> Iterator[Bar]:
     runs = len(series.samples.get(IN_A_GIGABYTE, ()))
-    failed = float(IN_A_GIGABYTE in series.skipped)
-    what = f"w8: failures with 1 GiB of address space, model of {series.size_bytes / GIB:.2g} GiB"
+    # Who had no room to take part is left out too, but has no samples.
+    failed = float(IN_A_GIGABYTE in series.skipped and IN_A_GIGABYTE in series.samples)
+    size = f", model of {series.size_bytes / GIB:.2g} GiB" if series.size_bytes else ""
+    what = f"w8-4 plain: failures with 1 GiB of address space{size}"
     yield Bar(what=what, measured=failed if failed or runs else None, limit=0, unit="", pairs=runs)
 
 
-def _flat_memory(results: Results) -> Iterator[Bar]:
-    """Flat is: no more than an eighth more, or 4 MiB, for sixteen times the model."""
-    chosen = sorted((one for one in results.series.values() if one.workload.startswith("w8-")), key=lambda one: one.size_bytes)
-    found = [(one.size_bytes, _over_interpreter(one, OURS), len(one.samples.get(OURS, ()))) for one in chosen]
-    sized = [(size, over, pairs) for size, over, pairs in found if over is not None]
-    if len(sized) > 1:
-        (small, least, pairs), (large, most, _) = sized[0], sized[-1]
-        detail = ", ".join(f"{size / GIB:.2g} GiB: {over:.0f} MiB" for size, over, _ in sized)
-        what = f"w8: peak RSS over the interpreter, {large / small:.0f} times the model"
-        yield Bar(what=what, measured=most - least, limit=max(4.0, least / 8), unit="MiB more", pairs=pairs, detail=detail)
+def _sources(series: Series) -> Iterator[Bar]:
+    for mine, theirs in (
+        (BY_GOOGLE, BY_S3),
+        (BY_AZURE_KEY, BY_S3),
+        (BY_AZURE_SIGNATURE, BY_S3),
+        (BY_HTTP_ONE_FILE, BY_S3_ONE_FILE),
+    ):
+        # They fetch the same bytes, so that this is the ratio of seconds per GiB too.
+        yield _ratio(series, f"{mine} / {theirs}", mine, [theirs], 1.3, "cpu")
 
 
+def _memory(results: Results) -> list[Bar]:
+    """
+    The most that ours ever held, and how that grows with the model.
+
+    Flat is: no more than an eighth more, or 4 MiB, for sixteen times the model.
+    """
+    measured = [one for one in results.series.values() if one.size_bytes and OURS in one.samples]
+    peaks = [(over, one) for one in measured if (over := _over_interpreter(one, OURS)) is not None]
+    worst, series = max(peaks, key=lambda item: item[0], default=(None, None))
+    bars = [
+        Bar(
+            what="verified, any model: peak RSS over the interpreter",
+            measured=worst,
+            limit=64,
+            unit="MiB",
+            pairs=len(series.samples[OURS]) if series else 0,
+            detail=f"the most of {len(peaks)}: {series.workload} {series.variant}" if series else "not run",
+            conditions=series.title if series else "",
+        )
+    ]
+    by_place: dict[str, list[tuple[int, float, Series]]] = {}
+    for over, one in peaks:
+        if one.workload.startswith("w8-") and one.variant == "plain" and one.origin != "SeaweedFS":
+            by_place.setdefault(one.destination, []).append((one.size_bytes, over, one))
+    return bars + [_growth(sorted(found, key=lambda item: item[0])) for found in by_place.values() or [[]]]
+
+
+def _growth(found: list[tuple[int, float, Series]]) -> Bar:
+    what, unit = "w8 plain: peak RSS over the interpreter, sixteen times the model", "MiB more"
+    if len(found) < len(_MEMORY):
+        absent = ", ".join(sorted(_MEMORY - {one.workload for _, _, one in found}))
+        return Bar(what=what, measured=None, limit=4, unit=unit, detail=f"without {absent}" if found else "not run")
+    least, most = found[0][1], found[-1][1]
+    detail = ", ".join(f"{size / GIB:.2g} GiB: {over:.0f} MiB" for size, over, _ in found)
+    pairs, conditions = min(len(one.samples[OURS]) for _, _, one in found), found[-1][2].title
+    limit = max(4.0, least / 8)
+    return Bar(what=what, measured=most - least, limit=limit, unit=unit, pairs=pairs, detail=detail, conditions=conditions)
+
+
+_MEMORY = {"w8-1", "w8-4", "w8-16"}
 _OF_SERIES: list[tuple[str, str, Callable[[Series], Iterator[Bar]]]] = [
     ("w2", "plain", _cold),
     ("w2", "gigabit", _gigabit),
@@ -203,5 +268,6 @@ _OF_SERIES: list[tuple[str, str, Callable[[Series], Iterator[Bar]]]] = [
     ("w2", "slow-connections", _slow_connections),
     ("w6", "plain", _replicas),
     ("w8-4", "plain", _in_a_gigabyte),
+    ("w9", "plain", _sources),
 ]
 _OF_FACTS: dict[str, Callable[[Facts], Iterator[Bar]]] = {"w5": _warm, "w7": _killed}

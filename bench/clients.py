@@ -15,16 +15,22 @@ from pathlib import Path
 
 def ours(uri: str, directory: str) -> None:
     """`ensure` with its defaults: every byte hashed, everything durable."""
-    from kserve_pvc import ModelStore
-
-    print(ModelStore(directory, mode="rw").ensure(uri, progress=False).path)
+    _ensure(uri, directory)
 
 
 def ours_unverified(uri: str, directory: str) -> None:
     """`ensure` with hashing off."""
-    from kserve_pvc import ModelStore
+    _ensure(uri, directory, digest="none")
 
-    print(ModelStore(directory, mode="rw", digest="none").ensure(uri, progress=False).path)
+
+def ours_google(uri: str, directory: str) -> None:
+    """`ensure` as a service account, which is not asked for by itself where the address is not Google's."""
+    _ensure(uri, directory, storage_options={"token": "google_default"})
+
+
+def ours_packed(uri: str, directory: str) -> None:
+    """`ensure` of an archive as the one file that it is."""
+    _ensure(uri, directory, storage_options={"unpack": False})
 
 
 def ours_resolve(uri: str) -> None:
@@ -99,6 +105,12 @@ def huggingface(uri: str, directory: str) -> None:
     from huggingface_hub import snapshot_download
 
     snapshot_download("/".join(_split(uri)), local_dir=directory)
+
+
+def _ensure(uri: str, directory: str, **settings) -> None:
+    from kserve_pvc import ModelStore
+
+    print(ModelStore(directory, mode="rw", **settings).ensure(uri, progress=False).path)
 
 
 def _split(uri: str) -> tuple[str, str]:

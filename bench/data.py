@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 BUCKET = "bench"
+ARCHIVE = "model.tar"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _BLOCKS = 16
 _STAMP_BYTES = 8
@@ -43,12 +45,16 @@ class Model:
         prefix: The key below which its objects lie, in `BUCKET`.
         sizes: Bytes by name below the prefix.
         probe: The name of the file whose content is compared, and `probe_sha256` what it must be.
+        is_stamped: Whether every MiB of every file says which it is.
+        archive: The same files as one, of the name `ARCHIVE`, for sources that list nothing.
     """
 
     prefix: str
     sizes: dict[str, int]
     probe: str
     probe_sha256: str
+    is_stamped: bool = True
+    archive: Model | None = None
 
     @property
     def uri(self) -> str:
@@ -69,7 +75,7 @@ class Model:
         if found != self.sizes:
             return f"{len(found)} files of {sum(found.values())} bytes arrived instead of {len(self.sizes)} of {self.size_bytes}"
         for number, name in enumerate(self.sizes):
-            if not _is_stamped(directory / name, number):
+            if self.is_stamped and not _is_stamped(directory / name, number):
                 return f"a part of `{name}` is missing or in another's place"
         return None if _sha256(directory / self.probe) == self.probe_sha256 else f"`{self.probe}` arrived with other bytes"
 
@@ -90,6 +96,8 @@ def shape(workload: str, *, quick: bool) -> dict[str, int]:
             return {f"layer-{i // 100:03}/tensor-{i:05}.bin": 1 * KIB for i in range(10_000)}
         case "w5":
             return _SMALL | {f"model-{i:05}-of-00004.safetensors": 1 * MIB for i in range(1, 5)}
+        case "w9":
+            return _SMALL | {f"model-{i:05}-of-00002.safetensors": large for i in (1, 2)}
         case "w8-1" | "w8-4" | "w8-16":
             quarter = int(workload.removeprefix("w8-")) * large // 4
             return _SMALL | {f"model-{i:05}-of-00004.safetensors": quarter for i in range(1, 5)}
@@ -107,7 +115,8 @@ def make(root: Path, workload: str, *, quick: bool = False) -> Model:
     """
     Write the files of a workload below `root/BUCKET/<workload>`.
 
-    Those of `w8` are sparse: every MiB begins with its stamp, and the rest is a hole, which in memory takes no room.
+    Those of `w8` are sparse: every MiB begins with its stamp, and the rest is a hole, which in memory takes no room. Those of
+    `w9` come as an archive too, below `root/BUCKET/w9-archive`.
     """
     sizes = shape(workload, quick=quick)
     for number, (name, size) in enumerate(sizes.items()):
@@ -117,7 +126,20 @@ def make(root: Path, workload: str, *, quick: bool = False) -> Model:
         # An ETag is made of time and size here, and no two objects may have the same.
         os.utime(path, (_FIRST_TIME + number, _FIRST_TIME + number))
     probe = "tokenizer.json" if workload.startswith("w8") else max(sizes, key=lambda name: sizes[name])
-    return Model(prefix=workload, sizes=sizes, probe=probe, probe_sha256=_sha256(root / BUCKET / workload / probe))
+    archive = _pack(root / BUCKET / workload, root / BUCKET / f"{workload}-archive") if workload == "w9" else None
+    digest = _sha256(root / BUCKET / workload / probe)
+    return Model(prefix=workload, sizes=sizes, probe=probe, probe_sha256=digest, archive=archive)
+
+
+def _pack(source: Path, directory: Path) -> Model:
+    directory.mkdir()
+    place = directory / ARCHIVE
+    with tarfile.open(place, "w") as archive:
+        for path in sorted(source.iterdir()):
+            archive.add(path, path.name)
+    os.utime(place, (_FIRST_TIME, _FIRST_TIME))
+    sizes = {ARCHIVE: place.stat().st_size}
+    return Model(prefix=f"{directory.name}/{ARCHIVE}", sizes=sizes, probe=ARCHIVE, probe_sha256=_sha256(place), is_stamped=False)
 
 
 def _write(path: Path, size: int, number: int, *, sparse: bool) -> None:

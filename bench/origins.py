@@ -1,14 +1,15 @@
 """
 Origins to download from, which count what they sent: files below a directory, and the S3 server of SeaweedFS.
 
-Files are served by nginx, which answers for all objects itself; only listings come from `server.py` behind it. What has
-to be slow comes from `server.py` alone.
+Files are served by nginx, which answers for all objects itself, whatever service it stands for; only listings and tokens
+come from `server.py` behind it. What has to be slow comes from `server.py` alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Protocol, Self
 from urllib.parse import quote
 
+import listings
 import measure
 
 _SERVER = Path(__file__).with_name("server.py")
@@ -80,7 +82,8 @@ class Origin(Protocol):
     Attributes:
         ca: The certificate that signed the endpoint's, if that speaks TLS.
         pids: Its processes; their descendants belong to it too.
-        is_hub: Whether it imitates a Hugging Face hub beside S3.
+        google: The file of a service account whose tokens it issues, or None.
+        is_hub: Whether it imitates a Hugging Face hub, Google Cloud Storage and Azure Blob Storage beside S3.
     """
 
     is_hub: bool
@@ -91,6 +94,8 @@ class Origin(Protocol):
     def endpoint(self) -> str: ...
     @property
     def ca(self) -> Path | None: ...
+    @property
+    def google(self) -> Path | None: ...
     @property
     def pids(self) -> list[int]: ...
     def __enter__(self) -> Self: ...
@@ -104,7 +109,7 @@ class Origin(Protocol):
 
 class FileOrigin:
     """
-    Serves the files below a directory as the buckets of an S3 server, and as models of a Hugging Face hub.
+    Serves the files below a directory as the buckets of S3, Google Cloud Storage and Azure, and as models of a Hugging Face hub.
 
     Args:
         root: Its directories are the buckets.
@@ -139,6 +144,11 @@ class FileOrigin:
         return self._scratch / "ca.pem" if self._shape.tls else None
 
     @property
+    def google(self) -> Path | None:
+        place = self._scratch / "google.json"
+        return place if place.exists() else None
+
+    @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
@@ -150,6 +160,7 @@ class FileOrigin:
             self._start()
             _wait_for(lambda: _answers(self._port), self._processes)
             check(self.endpoint, self.ca, self._root)
+            make_google_account(self._scratch / "google.json", self.endpoint)
         except BaseException:
             self._stop()
             raise
@@ -180,18 +191,21 @@ class FileOrigin:
         return size
 
     def _start(self) -> None:
-        arguments = [sys.executable, "-P", str(_SERVER), str(self._root)]
+        arguments = [sys.executable, str(_SERVER), str(self._root)]
         if self._nginx is None:
             limits = [str(self._shape.latency), str(self._shape.connection_limit or 0), str(self._shape.total_limit or 0)]
             self._spawn([*arguments, str(self._port), str(self._log), *limits])
             return
-        listings = self._scratch / "listings.sock"
-        self._spawn([*arguments, str(listings), os.devnull, "0", "0", "0"])
-        _wait_for(listings.exists, self._processes)
+        socket_of_listings = self._scratch / "listings.sock"
+        self._spawn([*arguments, str(socket_of_listings), os.devnull, "0", "0", "0"])
+        _wait_for(socket_of_listings.exists, self._processes)
         if self._shape.tls:
             make_certificates(self._scratch)
+        # The generation is a directory, so that there is none for any other.
+        (self._scratch / "generations").mkdir()
+        (self._scratch / "generations" / listings.GENERATION).symlink_to(self._root)
         configuration = self._scratch / "nginx.conf"
-        configuration.write_text(self._configuration(listings))
+        configuration.write_text(self._configuration(socket_of_listings))
         self._spawn([self._nginx, "-c", str(configuration), "-p", str(self._scratch), "-e", str(self._scratch / "error.log")])
 
     def _spawn(self, command: list[str]) -> None:
@@ -211,11 +225,13 @@ class FileOrigin:
         self._processes.clear()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _configuration(self, listings: Path) -> str:
+    def _configuration(self, socket_of_listings: Path) -> str:
         scratch = self._scratch
         certificates = f"ssl_certificate {scratch}/server.pem; ssl_certificate_key {scratch}/server.key; ssl_protocols TLSv1.3;"
         # A prefix is no object; nginx by itself would redirect to the directory.
-        prefixes = "".join(f"location = /{place.relative_to(self._root)} {{ return 404; }} " for place in self._root.glob("*/*/"))
+        names = [place.relative_to(self._root) for place in self._root.glob("*/*/")]
+        starts = ("", f"/{listings.AZURE_ACCOUNT}")
+        prefixes = "".join(f"location = {start}/{name} {{ return 404; }} " for name in names for start in starts)
         temporary = "".join(f"{kind}_temp_path {scratch}/tmp;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
         return f"""
             daemon off; user {_user()}; worker_processes {os.cpu_count()}; pid {scratch}/nginx.pid; worker_rlimit_nofile 8192;
@@ -226,7 +242,7 @@ class FileOrigin:
                 access_log {self._log} counted;
                 sendfile on; tcp_nopush on; tcp_nodelay on; keepalive_requests 1000000; keepalive_timeout 60s;
                 open_file_cache max=20000 inactive=600s; server_tokens off; default_type application/octet-stream; types {{ }}
-                upstream listings {{ server unix:{listings}; keepalive 4; }}
+                upstream listings {{ server unix:{socket_of_listings}; keepalive 4; }}
                 server {{
                     listen {LOOPBACK}:{self._port}{" ssl" if self._shape.tls else ""} backlog=1024;
                     {certificates if self._shape.tls else ""}
@@ -236,6 +252,13 @@ class FileOrigin:
                     {prefixes}
                     location ~ ^/[^/]*/?$ {{ proxy_pass http://listings; }}
                     location /api/ {{ proxy_pass http://listings; }}
+                    location ^~ /storage/ {{ proxy_pass http://listings; }}
+                    location ~ ^/download/storage/v1/b/([^/]+)/o/(.+)$ {{
+                        alias {scratch}/generations/$arg_generation/$1/$2;
+                        add_header X-Goog-Generation $arg_generation;
+                    }}
+                    location ~ ^/{listings.AZURE_ACCOUNT}/[^/]+$ {{ proxy_pass http://listings; }}
+                    location ~ ^/{listings.AZURE_ACCOUNT}/([^/]+)/(.+)$ {{ alias {self._root}/$1/$2; }}
                     location ~ ^/([^/]+)/([^/]+)/resolve/([0-9a-f]+)/(.+)$ {{
                         alias {self._root}/$1/$2/$4;
                         add_header X-Repo-Commit $3;
@@ -253,6 +276,7 @@ class WeedOrigin:
     is_hub = False
     name = "SeaweedFS"
     ca = None
+    google = None
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -314,6 +338,9 @@ def check(endpoint: str, ca: Path | None, root: Path) -> None:
     partial, fields, body = _ask(endpoint, ca, target, ranged)
     etag = fields.get("etag", "")
     listing = _ask(endpoint, ca, f"/{bucket}?list-type=2&prefix={quote(key)}", {})[2].decode().replace("&quot;", '"')
+    blob = f"/{listings.AZURE_ACCOUNT}{target}"
+    blobs = _ask(endpoint, ca, f"/{listings.AZURE_ACCOUNT}/{bucket}?restype=container&comp=list&prefix={quote(key)}", {})[2].decode()
+    media = f"/download/storage/v1/b/{bucket}/o/{quote(key, safe='')}?alt=media&generation="
     found = {
         "a range": (partial, fields.get("content-range"), body[:8]),
         "a range beyond the end": _ask(endpoint, ca, target, {"Range": f"bytes={size}-"})[0],
@@ -321,6 +348,11 @@ def check(endpoint: str, ca: Path | None, root: Path) -> None:
         "another If-Match of a range": _ask(endpoint, ca, target, {"If-Match": '"another"', **ranged})[0],
         "its own If-Match of a range": _brief(_ask(endpoint, ca, target, {"If-Match": etag, **ranged})),
         "the ETag in the listing": etag in listing,
+        "a blob by its If-Match": _brief(_ask(endpoint, ca, blob, {"If-Match": etag, **ranged})),
+        "a blob by another If-Match": _ask(endpoint, ca, blob, {"If-Match": '"another"', **ranged})[0],
+        "the ETag in the listing of blobs": etag.strip('"') in blobs,
+        "an object by its generation": _brief(_ask(endpoint, ca, media + listings.GENERATION, ranged)),
+        "an object by another generation": _ask(endpoint, ca, f"{media}1", ranged)[0],
     }
     expected = {
         "a range": (206, f"bytes 2-4/{size}", wanted),
@@ -329,6 +361,11 @@ def check(endpoint: str, ca: Path | None, root: Path) -> None:
         "another If-Match of a range": 412,
         "its own If-Match of a range": (206, wanted),
         "the ETag in the listing": True,
+        "a blob by its If-Match": (206, wanted),
+        "a blob by another If-Match": 412,
+        "the ETag in the listing of blobs": True,
+        "an object by its generation": (206, wanted),
+        "an object by another generation": 404,
     }
     if wrong := [f"{what}: {found[what]!r}, not {expected[what]!r}" for what in expected if found[what] != expected[what]]:
         raise RuntimeError(f"the origin at {endpoint} is no origin to measure with: {'; '.join(wrong)}")
@@ -371,6 +408,21 @@ def make_certificates(directory: Path) -> None:
     server.private_key_pem.write_to_path(directory / "server.key")
     for pem in server.cert_chain_pems:
         pem.write_to_path(directory / "server.pem", append=True)
+
+
+def make_google_account(place: Path, endpoint: str) -> None:
+    """
+    Write the file of a service account that gets its tokens at an endpoint; nothing if there is nothing to make keys with.
+    """
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import rsa
+    except ImportError:
+        return
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    account = {"type": "service_account", "project_id": "bench", "private_key_id": "1", "private_key": pem.decode()}
+    place.write_text(json.dumps({**account, "client_email": "bench@bench.invalid", "client_id": "1", "token_uri": f"{endpoint}/token"}))
 
 
 def _user() -> str:

@@ -4,6 +4,7 @@ Who is compared: one entry for each way to get a model, and the commands they ar
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import shlex
 import shutil
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from listings import AZURE_ACCOUNT
 
 _CLIENTS = Path(__file__).with_name("clients.py")
 
@@ -24,6 +27,7 @@ class Job:
         destination: An empty directory. `home` is another, for what a client keeps beside it.
         ca: The certificate that signed the endpoint's, if that speaks TLS.
         files: How many there are.
+        google: The file of a service account that may read the origin, if that has such.
     """
 
     uri: str
@@ -32,6 +36,7 @@ class Job:
     home: Path
     ca: Path | None
     files: int
+    google: Path | None = None
 
     @property
     def environ(self) -> dict[str, str]:
@@ -61,7 +66,8 @@ class Peer:
         prints_directory: Whether the last line of its output says where the files are; else they are in the destination.
         extra: What it needs in its environment beside the job's.
         copies: How often the model may lie in the destination at once, at worst.
-        needs_hub: Whether it speaks to a Hugging Face hub instead of S3.
+        needs_hub: Whether it speaks to another service than S3.
+        wants_archive: Whether it is given the archive of the model, and `unpacks` whether it leaves the files of the model.
     """
 
     name: str
@@ -71,17 +77,27 @@ class Peer:
     extra: Callable[[Job], Mapping[str, str]] = field(default=lambda job: {})
     copies: int = 1
     needs_hub: bool = False
+    wants_archive: bool = False
+    unpacks: bool = False
 
 
-def _python(name: str, client: str, module: str, **more: object) -> Peer:
+def _python(name: str, client: str, *modules: str, uri: Callable[[Job], str] = lambda job: job.uri, **more: object) -> Peer:
     def command(job: Job) -> list[str]:
         # -P: what lies beside the script is no module of the client's.
-        return [sys.executable, "-P", str(_CLIENTS), client, job.uri, *([] if client.endswith(_LISTING) else [str(job.destination)])]
+        return [sys.executable, "-P", str(_CLIENTS), client, uri(job), *([] if client.endswith(_LISTING) else [str(job.destination)])]
 
     def missing() -> str | None:
-        return None if importlib.util.find_spec(module) else f"`{module}` is not installed"
+        absent = [f"`{module}`" for module in modules if not _is_installed(module)]
+        return f"without {', '.join(absent)}, which is not installed" if absent else None
 
     return Peer(name=name, command=command, missing=missing, **more)  # type: ignore[arg-type]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 _LISTING = ("_list", "_resolve", "_plan")
@@ -139,6 +155,35 @@ def _hugging_face_environ(job: Job) -> Mapping[str, str]:
     return {"HF_ENDPOINT": job.endpoint, "HF_HOME": str(job.home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
+def _by(scheme: str) -> Callable[[Job], str]:
+    """The same bucket and prefix at another service."""
+    return lambda job: f"{scheme}://{job.uri.removeprefix('s3://')}"
+
+
+def _by_http(job: Job) -> str:
+    return f"{job.endpoint}/{job.uri.removeprefix('s3://')}"
+
+
+def _google_environ(job: Job) -> Mapping[str, str]:
+    return {"STORAGE_EMULATOR_HOST": job.endpoint, "GOOGLE_APPLICATION_CREDENTIALS": str(job.google), "GOOGLE_CLOUD_PROJECT": "bench"}
+
+
+def _azure_environ(credential: str) -> Callable[[Job], Mapping[str, str]]:
+    def environ(job: Job) -> Mapping[str, str]:
+        account = f"AccountName={AZURE_ACCOUNT};BlobEndpoint={job.endpoint}/{AZURE_ACCOUNT}"
+        return {"AZURE_STORAGE_CONNECTION_STRING": f"{account};{credential}"}
+
+    return environ
+
+
+def _http_environ(job: Job) -> Mapping[str, str]:
+    return {"KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES": "1"}
+
+
+def _source(name: str, client: str, *modules: str, **more: object) -> Peer:
+    return _python(name, client, "kserve_pvc", *modules, prints_directory=True, needs_hub="uri" in more, **more)  # type: ignore[arg-type]
+
+
 def _together(name: str, peer: Peer, count: int, **more: object) -> Peer:
     """So many of a peer, started at once for one destination; over when the last of them is."""
     script = 'p=; for i in $(seq "$0"); do "$@" & p="$p $!"; done; for i in $p; do wait "$i" || exit 1; done'
@@ -185,6 +230,21 @@ REPLICAS = [
     _together("huggingface_hub, 8 replicas", _BY_NAME["huggingface_hub"], 8, copies=2),
     _together("s5cmd, 8 replicas", _BY_NAME["s5cmd"], 8),
 ]
+BY_S3, BY_S3_ONE_FILE, BY_HTTP_ONE_FILE = "ours, s3", "ours, s3, one file", "ours, http, one file"
+BY_GOOGLE, BY_AZURE_KEY, BY_AZURE_SIGNATURE = "ours, gs", "ours, az, key", "ours, az, signature"
+_KEY = "AccountKey=" + base64.b64encode(bytes(64)).decode()
+_SIGNATURE = "SharedAccessSignature=sv=2021-12-02&sr=c&sp=rl&se=2099-01-01T00%3A00%3A00Z&sig=bench"
+# HTTP lists nothing, so one file comes by it: the archive of the model, which S3 gives as well.
+SOURCES = [
+    _source(BY_S3, "ours"),
+    _source(BY_GOOGLE, "ours_google", "google.auth", "google_crc32c", "cryptography", uri=_by("gs"), extra=_google_environ),
+    _source(BY_AZURE_KEY, "ours", "azure.storage.blob", uri=_by("az"), extra=_azure_environ(_KEY)),
+    _source(BY_AZURE_SIGNATURE, "ours", uri=_by("az"), extra=_azure_environ(_SIGNATURE)),
+    _source("ours, hf", "ours", uri=_by("hf"), extra=_hugging_face_environ),
+    _source(BY_S3_ONE_FILE, "ours", wants_archive=True),
+    _source(BY_HTTP_ONE_FILE, "ours_packed", uri=_by_http, extra=_http_environ, wants_archive=True),
+    _source("ours, http, unpacked", "ours", uri=_by_http, extra=_http_environ, wants_archive=True, unpacks=True, copies=2),
+]
 IN_A_GIGABYTE = "ours, in 1 GiB"
 PEERS = {
     **dict.fromkeys(("w1", "w2", "w3"), DOWNLOADERS),
@@ -193,11 +253,13 @@ PEERS = {
     "w8-1": [_BY_NAME[OURS]],
     "w8-4": [_BY_NAME[OURS], _limited(IN_A_GIGABYTE, _BY_NAME[OURS], 1 << 30)],
     "w8-16": [_BY_NAME[OURS]],
+    "w9": SOURCES,
 }
 
 
 def ours(names: Iterable[str]) -> list[str]:
     """
-    Those of the names that are ours.
+    Those of the names that are ours; where all are, those that the others are compared with.
     """
-    return [name for name in names if name.startswith(OURS)]
+    names = list(names)
+    return [name for name in names if name.startswith(OURS if BY_S3 not in names else BY_S3)]

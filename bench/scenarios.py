@@ -4,6 +4,7 @@ What is no race between peers: hits on a model that is there, and a download tha
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
@@ -78,12 +79,20 @@ def killed(facts: Facts, job: peers.Job, model: data.Model, origin: origins.Orig
         twice = (sent.body_bytes - model.size_bytes) / MIB
         facts.add("written at the kill, of the model", written / model.size_bytes)
         facts.add("streams at the kill", streams)
+        facts.add("part, MiB", _part_bytes() / MIB)
         facts.add("sent twice, MiB", twice)
         facts.add("sent twice per stream, MiB", twice / max(1, streams))
         facts.add("second run, s", usage.wall)
 
 
 SCENARIOS: dict[str, Scenario] = {"w5": warm_hit, "w7": killed}
+
+
+def _part_bytes() -> int:
+    """The most that ours fetch in one piece, by default."""
+    from kserve_pvc import ModelStore
+
+    return int(inspect.signature(ModelStore).parameters["part_bytes"].default)
 
 
 def _kill_at_half(job: peers.Job, model: data.Model, port: int) -> tuple[int, int]:

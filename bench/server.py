@@ -1,8 +1,9 @@
 """
-`python server.py ROOT ADDRESS LOG …`: files below a directory, spoken as much S3 and Hugging Face hub as clients ask for.
+`python server.py ROOT ADDRESS LOG …`: files below a directory, spoken as much S3, Google Cloud Storage, Azure Blob Storage and
+Hugging Face hub as clients ask for.
 
 One thread a connection, bodies by `sendfile`, and slow on demand. What was sent is written to a log, a line a request.
-Signatures are not checked, and object names are the files' names. It imports nothing of this directory.
+Signatures are not checked, and object names are the files' names.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
 from stat import S_ISREG
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, unquote
 from xml.sax.saxutils import escape
+
+import listings
 
 _LOOPBACK = "127.0.0.1"
 _SLICE_BYTES = 256 * 1024
@@ -69,7 +72,8 @@ class _Server:
         self._root, self._latency, self._connection_limit = root, latency, connection_limit
         self._total = _Pace(total_limit)
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._keys: dict[str, list[tuple[str, int, float]]] = {}
+        self._digests = listings.Digests(root)
+        self._keys: dict[str, list[listings.Entry]] = {}
         self._pages: dict[str, bytes] = {}
 
     def serve(self, listener: socket.socket) -> None:
@@ -88,9 +92,20 @@ class _Server:
                 self._answer(connection, pace, request)
 
     def _answer(self, connection: socket.socket, pace: _Pace, request: _Request) -> None:
-        bucket, _, key = request.path.lstrip("/").partition("/")
-        if request.path.startswith("/api/"):
-            self._send(connection, request, *self._hub(request.path))
+        path = request.path
+        bucket, _, key = path.lstrip("/").partition("/")
+        if path == "/token":
+            self._send(connection, request, 200, b'{"access_token": "ya29.bench", "expires_in": 3600, "token_type": "Bearer"}')
+        elif path.startswith("/api/"):
+            self._send(connection, request, *self._hub(path))
+        elif path.startswith("/storage/"):
+            self._send(connection, request, *self._google(path, request.query))
+        elif found := re.fullmatch(r"/download/storage/v1/b/([^/]+)/o/(.+)", path):
+            self._google_object(connection, pace, request, *found.groups())
+        elif path.startswith(f"/{listings.AZURE_ACCOUNT}/") and "comp" in request.query:
+            self._send(connection, request, *self._azure(key, request.query))
+        elif path.startswith(f"/{listings.AZURE_ACCOUNT}/"):
+            self._object(connection, pace, request, self._root / key, "")
         elif not key:
             self._send(connection, request, *self._bucket(bucket, request))
         elif found := re.fullmatch(r"([^/]+)/resolve/([0-9a-f]+)/(.+)", key):
@@ -108,7 +123,7 @@ class _Server:
             stat = os.fstat(descriptor)
             if not S_ISREG(stat.st_mode):
                 return self._send(connection, request, 404, _error("NoSuchKey"))
-            etag = _etag(stat.st_mtime, stat.st_size)
+            etag = listings.etag(stat.st_mtime, stat.st_size)
             if (wanted := request.fields.get("if-match", etag)) not in (etag, "*"):
                 return self._send(connection, request, 412, _error("PreconditionFailed", wanted))
             span = _span(request.fields.get("range"), stat.st_size)
@@ -155,13 +170,39 @@ class _Server:
         second = query.get("list-type") == "2"
         after = query.get("continuation-token", query.get("start-after", "")) if second else query.get("marker", "")
         limit = min(int(query.get("max-keys") or _PAGE_KEYS), _PAGE_KEYS)
+        page, more = self._cut(bucket, prefix, delimiter, after, limit)
+        encoded = query.get("encoding-type") == "url"
+        return listings.s3(bucket, prefix, delimiter, page, more=more, second=second, limit=limit, encoded=encoded)
+
+    def _cut(self, bucket: str, prefix: str, delimiter: str, after: str, limit: int) -> tuple[list[listings.Entry], bool]:
+        """One page of entries, and whether there are more."""
         entries = self._entries(bucket, prefix, delimiter, after)
         page = [entry for entry, _ in zip(entries, range(limit), strict=False)]
-        more = bool(page) and next(self._entries(bucket, prefix, delimiter, page[-1][0]), None) is not None
-        name = quote if query.get("encoding-type") == "url" else escape
-        return _listing(bucket, prefix, delimiter, page, more, second, limit, name)
+        return page, bool(page) and next(self._entries(bucket, prefix, delimiter, page[-1][0]), None) is not None
 
-    def _entries(self, bucket: str, prefix: str, delimiter: str, after: str) -> Iterator[tuple[str, int, float]]:
+    def _google(self, path: str, query: dict[str, str]) -> tuple[int, bytes]:
+        """A listing; what is asked about single objects is whether there is one, and none has the name of a prefix."""
+        found = re.fullmatch(r"/storage/v1/b/([^/]+)/o", path)
+        if found is None or not (self._root / found[1]).is_dir():
+            return 404, b'{"error": {"code": 404, "message": "Not Found"}}'
+        limit = min(int(query.get("maxResults") or _PAGE_KEYS), _PAGE_KEYS)
+        page, more = self._cut(found[1], query.get("prefix", ""), "", query.get("pageToken", ""), limit)
+        return 200, listings.google(found[1], page, self._digests, more=more)
+
+    def _google_object(self, connection: socket.socket, pace: _Pace, request: _Request, bucket: str, key: str) -> None:
+        generation = request.query.get("generation", "")
+        if generation != listings.GENERATION:
+            return self._send(connection, request, 404, _error("NoSuchKey"))
+        return self._object(connection, pace, request, self._root / bucket / key, f"X-Goog-Generation: {generation}\r\n")
+
+    def _azure(self, bucket: str, query: dict[str, str]) -> tuple[int, bytes]:
+        if not (self._root / bucket).is_dir():
+            return 404, _error("ContainerNotFound")
+        prefix, limit = query.get("prefix", ""), min(int(query.get("maxresults") or _PAGE_KEYS), _PAGE_KEYS)
+        page, more = self._cut(bucket, prefix, "", query.get("marker", ""), limit)
+        return 200, listings.azure(bucket, prefix, page, self._digests, more=more)
+
+    def _entries(self, bucket: str, prefix: str, delimiter: str, after: str) -> Iterator[listings.Entry]:
         """Keys in order, and common prefixes, which are those with a size of -1."""
         if bucket not in self._keys:
             self._keys[bucket] = sorted(_keys(self._root / bucket), key=lambda item: item[0].encode())
@@ -181,13 +222,12 @@ class _Server:
         if found is None or not (self._root / found[1] / found[2]).is_dir():
             return 404, b"{}"
         bucket, prefix, kind = found.groups()
-        files = [(key.partition("/")[2], size) for key, size, _ in self._entries(bucket, prefix + "/", "", "")]
-        commit = hashlib.sha1(prefix.encode()).hexdigest()
+        entries = list(self._entries(bucket, prefix + "/", "", ""))
         if kind == "tree":
-            answer: object = [{"type": "file", "oid": commit, "size": size, "path": name} for name, size in files]
-        else:
-            siblings = [{"rfilename": name} for name, _ in files]
-            answer = {"id": f"{bucket}/{prefix}", "sha": commit, "private": False, "siblings": siblings, "tags": [], "downloads": 0}
+            return 200, listings.hub_tree(bucket, prefix + "/", entries, self._digests)
+        siblings = [{"rfilename": key.partition("/")[2]} for key, _, _ in entries]
+        commit = hashlib.sha1(prefix.encode()).hexdigest()
+        answer = {"id": f"{bucket}/{prefix}", "sha": commit, "private": False, "siblings": siblings, "tags": [], "downloads": 0}
         return 200, json.dumps(answer).encode()
 
     def _send(self, connection: socket.socket, request: _Request, status: int, body: bytes) -> None:
@@ -200,7 +240,7 @@ class _Server:
 
 
 def _requests(connection: socket.socket) -> Iterator[_Request]:
-    """The requests of one connection. Those with a body are not for this server."""
+    """The requests of one connection. What one brings along, as those for a token do, is not looked at."""
     held = b""
     while True:
         while (end := held.find(b"\r\n\r\n")) < 0:
@@ -209,9 +249,15 @@ def _requests(connection: socket.socket) -> Iterator[_Request]:
                 return
             held += more
         first, *lines = held[:end].decode("latin-1").split("\r\n")
-        held = held[end + 4 :]
         method, target, _ = first.split(" ")
         fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        end += 4 + int(fields.get("content-length", 0))
+        while len(held) < end:
+            more = connection.recv(65536)
+            if not more:
+                return
+            held += more
+        held = held[end:]
         yield _Request(method=method, target=target, fields=fields)
 
 
@@ -236,11 +282,6 @@ def _span(wanted: str | None, size: int) -> tuple[int, int] | None:
     return (start, stop) if start < stop else None
 
 
-def _etag(changed_at: float, size: int) -> str:
-    """As nginx makes it, so that its objects are those of our listings."""
-    return f'"{int(changed_at):x}-{size:x}"'
-
-
 def _keys(bucket: Path) -> Iterator[tuple[str, int, float]]:
     for directory, _, names in os.walk(bucket):
         for name in names:
@@ -249,44 +290,8 @@ def _keys(bucket: Path) -> Iterator[tuple[str, int, float]]:
             yield str(place.relative_to(bucket)), stat.st_size, stat.st_mtime
 
 
-def _listing(
-    bucket: str,
-    prefix: str,
-    delimiter: str,
-    page: list[tuple[str, int, float]],
-    more: bool,
-    second: bool,
-    limit: int,
-    name: Callable[[str], str],
-) -> bytes:
-    parts = [
-        f'<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>{bucket}</Name>'
-    ]
-    parts.append(f"<Prefix>{name(prefix)}</Prefix><MaxKeys>{limit}</MaxKeys><IsTruncated>{str(more).lower()}</IsTruncated>")
-    if name is quote:
-        parts.append("<EncodingType>url</EncodingType>")
-    if delimiter:
-        parts.append(f"<Delimiter>{escape(delimiter)}</Delimiter>")
-    if second:
-        parts.append(f"<KeyCount>{len(page)}</KeyCount>")
-    if more and second:
-        # The token is the last name; it comes back as it went, url-encoded listings or not.
-        parts.append(f"<NextContinuationToken>{escape(page[-1][0])}</NextContinuationToken>")
-    elif more:
-        parts.append(f"<NextMarker>{name(page[-1][0])}</NextMarker>")
-    for key, size, changed_at in page:
-        if size < 0:
-            parts.append(f"<CommonPrefixes><Prefix>{name(key)}</Prefix></CommonPrefixes>")
-            continue
-        when = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(changed_at))
-        etag = escape(_etag(changed_at, size), {'"': "&quot;"})
-        parts.append(f"<Contents><Key>{name(key)}</Key><LastModified>{when}</LastModified><ETag>{etag}</ETag><Size>{size}</Size>")
-        parts.append("<StorageClass>STANDARD</StorageClass></Contents>")
-    return "".join([*parts, "</ListBucketResult>"]).encode()
-
-
 def _main() -> None:
-    parser = argparse.ArgumentParser(description="Serve the files below ROOT as S3 and as a hub.")
+    parser = argparse.ArgumentParser(description="Serve the files below ROOT as S3, Google Cloud Storage, Azure Blob Storage and a hub.")
     parser.add_argument("root", type=Path)
     parser.add_argument("address", help="a port on the loopback interface, or the path of a socket")
     parser.add_argument("log", type=Path)
