@@ -1,5 +1,5 @@
 """
-What a notebook shows: small tables without scripts, styles of their own or anything from elsewhere, with all text escaped.
+What a notebook shows: small tables without scripts, colours of their own or anything from elsewhere, with all text escaped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from kserve_pvc.errors import printable
 
 # A table is for looking at. Whoever wants all of it has `list()` and `problems`.
 MAX_ROWS = 100
+
+# What typesets formulas in a notebook, and would in names too, leaves out elements of these classes: MathJax 3 and later, and 2.
+_PLAIN = 'class="mathjax_ignore tex2jax_ignore"'
+# Notebooks set cells to the right, and let a long word widen the table.
+_WORDS = "text-align:left;overflow-wrap:anywhere"
+# Among other columns a word would be broken after each letter.
+_COLUMN = f"{_WORDS};min-width:8em"
+_HEAD = "text-align:left;white-space:nowrap"
+_AMOUNT = "text-align:right;white-space:nowrap"
+_AMOUNTS = frozenset({"Size", "Files", "Created"})
 
 
 def show_store(root: str, mode: str, models: Iterable[Mapping[str, Any]]) -> str:
@@ -75,6 +85,7 @@ def show_plan(
     bytes_reusable: int,
     free_bytes: int,
     seconds: float | None,
+    bytes_shared: int,
     fits: bool,
 ) -> str:
     """
@@ -88,7 +99,7 @@ def show_plan(
             "Action": action,
             "Size": f"{amount(size_bytes)} in {count(files, 'file')}",
             "To fetch": amount(bytes_to_fetch),
-            "There already": amount(bytes_reusable),
+            "There already": amount(bytes_reusable) + (f", {amount(bytes_shared)} of it in whole files" if bytes_shared else ""),
             "Free": f"{amount(free_bytes)}: {'it fits' if fits else 'it does NOT fit'}",
             "Time": "not known" if seconds is None else f"about {seconds:.0f} s",
             "Version": version,
@@ -113,19 +124,28 @@ def _chosen(model: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _facts(caption: str, facts: Mapping[str, str]) -> str:
-    rows = (f'<tr><th scope="row">{_escaped(name)}</th><td>{_escaped(value)}</td></tr>' for name, value in facts.items())
-    return f"<table><caption>{_escaped(caption)}</caption><tbody>{''.join(rows)}</tbody></table>"
+    rows = "".join(f"<tr>{_cell(name, _HEAD, head='row')}{_cell(value, _WORDS)}</tr>" for name, value in facts.items())
+    return f"<table {_PLAIN}>{_caption(caption)}<tbody>{rows}</tbody></table>"
 
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
-        return f"<p>{_escaped(caption)}</p>"
-    head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in heads)
-    body = ["".join(f"<td>{_escaped(cell)}</td>" for cell in row) for row in rows[:MAX_ROWS]]
+        return f"<p {_PLAIN}>{_escaped(caption)}</p>"
+    head = "".join(_cell(name, _AMOUNT if name in _AMOUNTS else _HEAD, head="col") for name in heads)
+    styles = [_AMOUNT if name in _AMOUNTS else _COLUMN for name in heads]
+    body = ["".join(map(_cell, row, styles)) for row in rows[:MAX_ROWS]]
     if len(rows) > MAX_ROWS:
-        body.append(f'<td colspan="{len(heads)}">and {len(rows) - MAX_ROWS} more</td>')
+        body.append(f'<td colspan="{len(heads)}" style="{_WORDS}">and {len(rows) - MAX_ROWS} more</td>')
     lines = "".join(f"<tr>{row}</tr>" for row in body)
-    return f"<table><caption>{_escaped(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f"<table {_PLAIN}>{_caption(caption)}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _cell(text: str, style: str, *, head: str | None = None) -> str:
+    return f'<td style="{style}">{_escaped(text)}</td>' if head is None else f'<th scope="{head}" style="{style}">{_escaped(text)}</th>'
+
+
+def _caption(text: str) -> str:
+    return f'<caption style="{_WORDS}">{_escaped(text)}</caption>'
 
 
 def _escaped(text: str) -> str:

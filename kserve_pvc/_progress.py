@@ -4,11 +4,12 @@ Showing a person what happens: bars on a terminal or in a notebook, one line eve
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
 from kserve_pvc._amounts import amount, count
@@ -70,6 +71,15 @@ def _silent(event: Event) -> None:
 
 def _is_interactive(stream: TextIO) -> bool:
     return stream.isatty() or "ipykernel" in sys.modules
+
+
+def _size(stream: TextIO) -> dict[str, int]:
+    # A terminal that nobody told its size is 0 by 0, as with `kubectl exec -t` from a script; tqdm draws nothing on that.
+    with suppress(OSError, ValueError, AttributeError):
+        found = os.get_terminal_size(stream.fileno())
+        if not (found.columns and found.lines):
+            return {"ncols": found.columns or 80, "nrows": found.lines or 24}
+    return {}
 
 
 def _for_callback(callback: Callback) -> Listener:
@@ -141,7 +151,9 @@ class _Bars:
         if self._bar is None:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self._stream, leave=False)
+            self._bar = tqdm(
+                total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self._stream, leave=False, **_size(self._stream)
+            )
         if description:
             self._bar.set_description_str(description, refresh=False)
             self._bar.total = total or None

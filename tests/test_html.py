@@ -13,6 +13,8 @@ from trees import model_files, write_files
 from kserve_pvc import ModelStore, Plan, Problem, Verification
 from kserve_pvc._html import MAX_ROWS, show_model, show_store, show_verification
 
+PLAIN = 'class="mathjax_ignore tex2jax_ignore"'
+
 FILES = model_files(seed=75)
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x>\x1b[31m\u202e"
 ESCAPED = "&lt;script&gt;alert(1)&lt;/script&gt;&quot;&#x27;&amp;&lt;img src=x&gt;\\x1b[31m\\u202e"
@@ -62,7 +64,7 @@ def shown() -> list[str]:
     sizes = {"files": 1, "size_bytes": 10**9}
     chosen = {"revision": HOSTILE, "allow_patterns": (HOSTILE,), "ignore_patterns": (HOSTILE,)}
     got = {"path": Path(f"/mnt/{HOSTILE}"), "status": "downloaded", "created_at": CREATED, "bytes_fetched": 1, "seconds": 1.0}
-    plan = {"files": 1, "size_bytes": 10**9, "bytes_to_fetch": 1, "bytes_reusable": 2, "free_bytes": 3, "seconds": None}
+    plan = {"files": 1, "size_bytes": 10**9, "bytes_to_fetch": 1, "bytes_reusable": 2, "free_bytes": 3, "seconds": None, "bytes_shared": 2}
     problem = Problem(path=HOSTILE, kind="digest", detail=HOSTILE)
     return [
         show_store(HOSTILE, "r", [{**facts, **sizes, **chosen, **got}]),
@@ -83,8 +85,32 @@ def test_text_is_only_text(page):
 
     assert ESCAPED in page
     assert {tag for tag, _ in seen.tags} <= ALLOWED
-    assert {(name, value) for _, attributes in seen.tags for name, value in attributes.items()} <= {("scope", "row"), ("scope", "col")}
+    said = {(name, value) for _, attributes in seen.tags for name, value in attributes.items()}
+    assert {name for name, _ in said} <= {"scope", "class", "style"}
+    assert {value for name, value in said if name == "scope"} <= {"row", "col"}
+    assert not any(word in value for name, value in said if name == "style" for word in ("url", "color", "background", "font", "("))
     assert all(text.isprintable() for text in seen.texts)
+
+
+@pytest.mark.parametrize("page", shown())
+def test_names_are_not_typeset(page):
+    """
+    What stands between dollar signs in a name is no formula for a notebook, neither for MathJax 2 nor for later ones.
+    """
+    (_, outermost), *_ = Reader(page).tags
+
+    assert set(outermost["class"].split()) == {"mathjax_ignore", "tex2jax_ignore"}
+
+
+@pytest.mark.parametrize("page", shown())
+def test_text_begins_at_the_left_and_breaks(page):
+    """
+    Notebooks set cells to the right; names are to be read from their beginning, however long, and amounts from their end.
+    """
+    cells = [attributes["style"] for tag, attributes in Reader(page).tags if tag in ("td", "th", "caption")]
+
+    assert all(style.startswith(("text-align:left;", "text-align:right;white-space:nowrap")) for style in cells)
+    assert not cells or any("overflow-wrap:anywhere" in style for style in cells)
 
 
 @pytest.mark.parametrize("page", shown())
@@ -127,7 +153,7 @@ def test_an_empty_store_is_a_sentence(root):
     """
     Without models there is no empty table.
     """
-    assert ModelStore(root, mode="rw")._repr_html_() == f"<p>ModelStore at {root}, read-write: 0 models, 0 B</p>"
+    assert ModelStore(root, mode="rw")._repr_html_() == f"<p {PLAIN}>ModelStore at {root}, read-write: 0 models, 0 B</p>"
 
 
 def test_a_model_shows_where_it_is(root, model):
@@ -176,7 +202,7 @@ def test_a_verification_shows_what_differs(root, model):
 
     texts = Reader(store.verify(model.uri)._repr_html_()).texts
 
-    assert well == f"<p>Verification of {model.uri}: ok, no difference (4 files, 684.6 KiB, digests)</p>"
+    assert well == f"<p {PLAIN}>Verification of {model.uri}: ok, no difference (4 files, 684.6 KiB, digests)</p>"
     assert texts == [
         *(f"Verification of {model.uri}: BAD, 1 problem (4 files, 684.6 KiB, sizes)", "Kind", "Path", "Detail"),
         *("missing", "weights/b.bin", "it is recorded and not there"),

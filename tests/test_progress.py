@@ -2,7 +2,11 @@
 What a person and a callback are shown of a download.
 """
 
+import fcntl
 import io
+import os
+import struct
+import termios
 
 import pytest
 from fsspec.callbacks import Callback
@@ -46,6 +50,26 @@ class Clock:
 
 def received(size_bytes: int) -> Received:
     return Received(ref=REF, size_bytes=size_bytes)
+
+
+@pytest.mark.parametrize(("lines", "columns"), [(0, 0), (0, 100), (24, 0), (24, 100)])
+def test_a_terminal_without_a_size_shows_a_bar(lines, columns, monkeypatch):
+    """
+    A terminal that nobody told its size counts as one of 80 columns and 24 lines.
+    """
+    near, far = os.openpty()
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    with os.fdopen(far, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        with make_listener(None, None) as listener:
+            listener(STARTED)
+            listener(received(50 * MIB))
+        shown = os.read(near, 10_000).decode()
+    os.close(near)
+
+    bar = next(line for line in shown.split("\r") if "100M" in line)
+    assert (bar[:5], len(bar.strip("\n"))) == ("  0%|", (columns or 80) - (1 if lines and columns else 0))
 
 
 @pytest.fixture
