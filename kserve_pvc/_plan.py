@@ -11,7 +11,7 @@ import attrs
 
 from kserve_pvc._entry import LogEntry
 from kserve_pvc._ref import ModelRef
-from kserve_pvc._reuse import reusable_bytes
+from kserve_pvc._reuse import find_donors, reusable_bytes, shared_bytes
 from kserve_pvc._source import Resolved
 from kserve_pvc._volume import Volume
 
@@ -20,6 +20,10 @@ from kserve_pvc._volume import Volume
 class Plan:
     """
     What `ensure` would do. Sizes are bytes; `seconds` is an estimate at the rate last measured, or None without one.
+
+    Args:
+        bytes_reusable: What is on the volume already and will be taken over once it has proved itself.
+        bytes_shared: How much of that are whole files, which get a second name where the volume has hard links, and take no room.
     """
 
     uri: str
@@ -32,10 +36,11 @@ class Plan:
     bytes_reusable: int
     free_bytes: int
     seconds: float | None
+    bytes_shared: int = 0
 
     @property
     def fits(self) -> bool:
-        return self.bytes_to_fetch + self.bytes_reusable <= self.free_bytes
+        return self.bytes_to_fetch + self.bytes_reusable - self.bytes_shared <= self.free_bytes
 
     def _repr_html_(self) -> str:
         from kserve_pvc._html import show_plan
@@ -61,14 +66,16 @@ def plan_nothing(volume: Volume, ref: ModelRef, entry: LogEntry) -> Plan:
     )
 
 
-def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, newest_keys: Iterable[str]) -> Plan:
+def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, shares: bool, newest_keys: Iterable[str]) -> Plan:
     """
     Plan for what the source holds, less what dead writers left of it.
 
     Args:
+        shares: Whether complete files get a second name. Without digests nothing proves itself, and nothing does.
         newest_keys: The models of the store, newest first, whose downloads tell the rate.
     """
-    reusable = reusable_bytes(volume, resolved)
+    donors = find_donors(volume, resolved.ref)
+    reusable = reusable_bytes(donors, resolved)
     to_fetch = resolved.size_bytes - reusable
     keys = list(newest_keys) if to_fetch else []
     rate = _measured_rate(volume, keys) if keys else 0
@@ -83,6 +90,7 @@ def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, newest_k
         bytes_reusable=reusable,
         free_bytes=volume.free_bytes(),
         seconds=to_fetch / rate if rate else (None if to_fetch else 0.0),
+        bytes_shared=shared_bytes(donors, resolved) if shares else 0,
     )
 
 

@@ -76,11 +76,17 @@ def find_donors(volume: Volume, ref: ModelRef, *, own: str = "", with_complete: 
     return donors
 
 
-def reusable_bytes(volume: Volume, resolved: Resolved) -> int:
+def shared_bytes(donors: Mapping[PurePosixPath, Sequence[Found]], resolved: Resolved) -> int:
+    """
+    How many bytes of a model are in whole files that others have, so that a hard link does for them.
+    """
+    return sum(f.entry.size_bytes for f in resolved.files if any(d.has_all(f) for d in donors.get(f.entry.path, ())))
+
+
+def reusable_bytes(donors: Mapping[PurePosixPath, Sequence[Found]], resolved: Resolved) -> int:
     """
     How many bytes of a model need not be fetched, if all that others have of it proves itself.
     """
-    donors = find_donors(volume, resolved.ref)
     if not donors:
         return 0  # What is usual, and a model may have many files.
     total = 0

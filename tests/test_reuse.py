@@ -132,6 +132,22 @@ def test_a_download_by_force_takes_nothing_that_is_there(store, old):
     assert store.verify(URI, "full").ok
 
 
+@pytest.mark.parametrize(("digest", "room"), [("sha256", 0), ("none", 500_002)])
+def test_a_plan_needs_no_room_for_what_is_linked(root, source, old, monkeypatch, digest, room):
+    """
+    Whole files that are there take no room a second time, so they fit on a full volume; without digests they are copied.
+    """
+    store = ModelStore(root, mode="rw", backends={"s3": source}, digest=digest)
+    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: room - 1)
+    short = store.plan(URI, revision="v2")
+    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: room)
+
+    plan = store.plan(URI, revision="v2")
+
+    assert (plan.bytes_shared, plan.bytes_reusable, plan.fits, short.fits) == (500_002 - room, 500_002, True, False)
+    assert store.ensure(URI, revision="v2", progress=False).bytes_fetched == 0
+
+
 def test_another_choice_of_files_reuses_too(store, source, old):
     """
     Patterns name another model of the same source, which has the same bytes.
