@@ -25,6 +25,8 @@ _URL_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"<>]*)")
 _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:]*)(:[0-9]+)?")
 # A password may hold anything, slashes and question marks included, so its end is the last `@`.
 _USER_INFORMATION = re.compile(r"([^/:]*@)|([^/:]*:(?![0-9]+/).*@)", re.DOTALL)
+# `hf://organization/name@revision`: behind a slash, and with no colon before it, an `@` ends no user information.
+_AT_IN_PATH = re.compile(r"[^/:@]+/[^:]*@[^@]*", re.DOTALL)
 
 # What may follow a `#`: a digest is public, and belongs to what is asked for.
 _DIGEST_FRAGMENT = re.compile(r"sha256=[0-9a-f]{64}")
@@ -205,6 +207,7 @@ def redact(text: str) -> str:
 
     def cleaned(match: re.Match[str]) -> str:
         scheme, rest = match.groups()
-        return scheme + re.split(r"[?#]", _USER_INFORMATION.sub("", rest, count=1), maxsplit=1)[0]
+        shown = rest if scheme == "hf://" and _AT_IN_PATH.fullmatch(rest) else _USER_INFORMATION.sub("", rest, count=1)
+        return scheme + re.split(r"[?#]", shown, maxsplit=1)[0]
 
     return printable(_URL_IN_TEXT.sub(cleaned, text))

@@ -2,10 +2,12 @@
 How the plug-in for a URI scheme is found.
 """
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -88,6 +90,8 @@ def test_the_built_in_back_ends_are_found_by_entry_point(tmp_path, scheme, name)
     """
     What ships with the package is registered as plug-ins are.
     """
+    if scheme == "s3":
+        pytest.importorskip("s3fs", reason="`s3fs` is not installed")
     assert find(tmp_path, scheme).stdout.strip() == name
 
 
@@ -223,9 +227,11 @@ def test_one_distribution_that_is_found_twice_is_one(site, tmp_path):
         ("raise ImportError('libfoo.so is missing')", "ImportError: libfoo.so is missing"),
         ("def Backend(options):\n    import not_installed_sdk", "ModuleNotFoundError: No module named 'not_installed_sdk'"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(7)", "SystemExit: 7"),
+        ("class Odd(BaseException): pass\nraise Odd('odd')", "Odd: odd"),
         ("Renamed = dict", "AttributeError: module 'other_store' has no attribute 'Backend'"),
     ],
-    ids=["package", "library", "factory", "bug", "renamed"],
+    ids=["package", "library", "factory", "bug", "exit", "odd", "renamed"],
 )
 def test_a_plugin_that_cannot_be_loaded_says_why(site, module, reason):
     """
@@ -234,6 +240,89 @@ def test_a_plugin_that_cannot_be_loaded_says_why(site, module, reason):
     place = site("other-store", "other = other_store:Backend", {"other_store": module})
 
     assert f"UnknownSchemeError: no usable back end for `other://`; its plug-in cannot be loaded: {reason}" in find(place, "other").stdout
+
+
+def test_an_interrupt_while_a_plugin_is_imported_is_one(site, monkeypatch):
+    """
+    Who interrupts a program that imports a plug-in is heard.
+    """
+    monkeypatch.syspath_prepend(site("other-store", "other = interrupted_store:Backend", {"interrupted_store": "raise KeyboardInterrupt"}))
+    out = sys.stdout
+
+    with pytest.raises(KeyboardInterrupt):
+        make_backend("other", {}, {})
+
+    assert sys.stdout is out
+
+
+# Says something when it is imported, and serves one file.
+LOUD = """
+import io
+from contextlib import contextmanager
+
+from kserve_pvc import FileEntry, RemoteFile, resolved
+
+print("welcome to the other store")
+
+
+class Backend:
+    def __init__(self, options):
+        pass
+
+    def resolve(self, ref):
+        entry = FileEntry(path="config.json", size_bytes=2, token="1")
+        return resolved(ref, [RemoteFile(entry=entry, address="", pin={})])
+
+    @contextmanager
+    def open_range(self, file, start, stop):
+        yield io.BytesIO(b"{}"[start:stop])
+"""
+
+
+@pytest.mark.parametrize("module", [LOUD, "print('welcome to the other store')\nraise SystemExit(0)"], ids=["served", "exit"])
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "plain"])
+def test_what_a_plugin_prints_is_not_taken_for_the_answer(site, root, module, as_json):
+    """
+    What a plug-in prints when it is imported goes to stderr, and a script reads from stdout what it has asked for.
+    """
+    place = site("other-store", "other = other_store:Backend", {"other_store": module})
+    # An isolated interpreter would not look where the plug-in is.
+    command = [sys.executable, "-m", "kserve_pvc", "--store", str(root), "ensure", "other://model", *(["--json"] if as_json else [])]
+
+    result = shell.run(command, env={"PYTHONPATH": str(place), "PYTHONSAFEPATH": "1"})
+
+    is_served = module is LOUD
+    assert (result.returncode, "welcome to the other store" in result.stderr) == (0 if is_served else 2, True)
+    if as_json:
+        said = shell.document(result)
+        assert said["status"] == "downloaded" if is_served else said["error"]["type"] == "UnknownSchemeError"
+    else:
+        assert [read_tree(Path(line)) for line in result.stdout.splitlines()] == ([{"config.json": b"{}"}] if is_served else [])
+
+
+def test_plugins_that_are_loaded_at_once_leave_stdout_as_it_was(site, monkeypatch):
+    """
+    Two threads load two plug-ins, the first to begin is the first to end, and stdout is what it was.
+    """
+    first = "import loading\nloading.begun.set()\nloading.second_begun.wait(30)\nBackend = dict"
+    second = "import loading\nloading.second_begun.set()\nloading.first_ended.wait(30)\nBackend = dict"
+    events = "import threading\nbegun, second_begun, first_ended = (threading.Event() for _ in range(3))"
+    modules = {"first_at_once": first, "second_at_once": second, "loading": events}
+    place = site("two-stores", "first = first_at_once:Backend\nsecond = second_at_once:Backend", modules)
+    monkeypatch.syspath_prepend(place)
+    loading, out = importlib.import_module("loading"), sys.stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(make_backend, "first", {}, {})
+        loading.begun.wait(30)
+        two = pool.submit(make_backend, "second", {}, {})
+        one.result(30)
+        during = sys.stdout
+        loading.first_ended.set()
+        two.result(30)
+
+    assert during is sys.stderr
+    assert sys.stdout is out
 
 
 def test_factories_given_to_a_store_are_preferred(root):

@@ -14,13 +14,14 @@ import gcs
 import pytest
 from azurite import Azurite, MissingError
 from hub import HuggingFace
-from remotes import DirectoryRemote, FsspecMemoryRemote, FTPRemote, MemoryBackend, MemoryRemote, S3Remote, SFTPRemote
+from remotes import ClaimRemote, DirectoryRemote, FsspecMemoryRemote, FTPRemote, MemoryBackend, MemoryRemote, S3Remote, SFTPRemote
 
 from kserve_pvc.backends.azure import AzureBackend
 from kserve_pvc.backends.file import FileBackend
 from kserve_pvc.backends.fsspec_ import FsspecBackend
 from kserve_pvc.backends.gs import GSBackend
 from kserve_pvc.backends.hf import HFBackend
+from kserve_pvc.backends.pvc import PvcBackend
 from kserve_pvc.backends.s3 import S3Backend
 from kserve_pvc.testing import BackendConformance
 
@@ -162,6 +163,20 @@ class TestFile(BackendConformance):
     @pytest.fixture
     def remote(self, tmp_path):
         return DirectoryRemote(tmp_path / "source", "file")
+
+
+class TestPvc(BackendConformance):
+    """
+    A claim that is mounted beside the store's.
+    """
+
+    backend = PvcBackend
+    many_files = MANY_FILES
+    cannot_hold = NO_SUCH_FILES
+
+    @pytest.fixture
+    def remote(self, tmp_path):
+        return ClaimRemote(tmp_path / "claim")
 
 
 class TestMemory(BackendConformance):

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._source import Backend, BackendFactory
@@ -40,6 +41,10 @@ _BUILT_IN = {
     "pvc": ("kserve_pvc.backends.pvc", "PvcBackend"),
     "s3": ("kserve_pvc.backends.s3", "S3Backend"),
 }
+
+# What `sys.stdout` was, once for each plug-in that is being loaded now.
+_SET_ASIDE: list[TextIO] = []
+_GUARD = threading.Lock()
 
 
 def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
@@ -89,10 +94,34 @@ def make_backend(scheme: str, factories: Mapping[str, BackendFactory], options: 
 
 def _load(point: EntryPoint) -> BackendFactory:
     try:
-        factory: BackendFactory = point.load()
-    except Exception as error:  # Whatever a foreign module does when it is imported, this scheme cannot be served.
+        with _printing_to_stderr():
+            factory: BackendFactory = point.load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # Whatever a foreign module does when it is imported, exiting too, this scheme cannot be served.
         raise UnknownSchemeError(point.name, _how_to_install(point.name, error)) from error
     return factory
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """
+    Send to stderr what Python code prints, since somebody may read a path or JSON from stdout.
+
+    There is one `sys.stdout` for all threads: what another one prints meanwhile goes to stderr too.
+    """
+    with _GUARD:
+        _SET_ASIDE.append(sys.stdout)
+        sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        with _GUARD:
+            # Of several threads that load plug-ins at once, the last to be done puts back what the first has found.
+            found = _SET_ASIDE[0]
+            _SET_ASIDE.pop()
+            if not _SET_ASIDE:
+                sys.stdout = found
 
 
 def _find(scheme: str) -> EntryPoint:
@@ -131,7 +160,7 @@ def _installed() -> str:
     return ", ".join(f"`{name}`" for name in sorted({point.name for point in entry_points(group=GROUP)})) or "nothing"
 
 
-def _how_to_install(scheme: str, error: Exception) -> str:
+def _how_to_install(scheme: str, error: BaseException) -> str:
     if scheme in _EXTRAS and isinstance(error, ImportError):
         return f"install it with `pip install 'kserve-pvc[{_EXTRAS[scheme]}]'` ({error})"
     return f"its plug-in cannot be loaded: {type(error).__name__}: {error}"

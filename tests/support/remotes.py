@@ -86,6 +86,19 @@ class DirectoryRemote:
         (self._place / "all" / path).unlink()
 
 
+class ClaimRemote(DirectoryRemote):
+    """
+    A claim that is mounted on this machine.
+    """
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(place, "pvc")
+        self.storage_options = {"claims": {"models": place / "all"}}
+
+    def uri(self, path: str) -> str:
+        return f"pvc://models/{path}"
+
+
 class _Served:
     """
     A server of files in a process of its own, while the `with` lasts.
