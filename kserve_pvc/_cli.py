@@ -24,7 +24,7 @@ import attrs
 
 from kserve_pvc import __version__
 from kserve_pvc import _defaults as defaults
-from kserve_pvc._ref import redact
+from kserve_pvc._ref import parse_ref, redact
 from kserve_pvc._settings import read_settings
 from kserve_pvc._store import Model, ModelStore
 from kserve_pvc.errors import SettingsError, StoreError, printable
@@ -65,15 +65,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open(arguments: argparse.Namespace) -> ModelStore:
     settings = read_settings()
-    writes = arguments.verb in _WRITING or getattr(arguments, "break_claim", False)
-    mode = (settings.mode or "rw") if writes else "r"
+    if getattr(arguments, "uri", None) is not None:
+        parse_ref(arguments.uri, **_selection(arguments))  # What means nothing is refused before the store is made.
     return ModelStore(
         arguments.store or settings.store,
-        mode=mode,
+        mode=(settings.mode or "rw") if _writes(arguments, is_offline=bool(settings.offline)) else "r",
         locker=settings.locker,
         lease_seconds=settings.lease_seconds,
         offline=settings.offline,
     )
+
+
+def _writes(arguments: argparse.Namespace, *, is_offline: bool) -> bool:
+    """Whether a verb may write. Opening read-write makes the store, and what is bound to be refused leaves nothing on the volume."""
+    if arguments.verb in ("ensure", "warm") and (is_offline or getattr(arguments, "local_files_only", False)):
+        return False
+    if arguments.verb == "warm" and not (arguments.uris or arguments.file):
+        return False
+    return arguments.verb in _WRITING or getattr(arguments, "break_claim", False)
 
 
 def _fail(error: StoreError, *, as_json: bool, verbose: bool) -> int:

@@ -27,7 +27,7 @@ from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log_of
 from kserve_pvc._pace import Tuning
 from kserve_pvc._record import Beat, Claim, FileEntry, Holder, LogEntry, Manifest, PartNote, StoreSettings, encode, now
 from kserve_pvc._ref import ModelRef
-from kserve_pvc._reuse import Found, find_donors
+from kserve_pvc._reuse import Found, find_donors, shared_bytes
 from kserve_pvc._source import Backend, Listing, RemoteFile, Resolved
 from kserve_pvc._volume import Tree, VolumeWriter, copy_range, write_all
 from kserve_pvc.errors import (
@@ -345,7 +345,7 @@ class Download:
     def _start(self, resolved: Resolved, donors: Mapping[PurePosixPath, Sequence[Found]]) -> None:
         shared = 0
         if self._tuning.digest != "none":  # Without digests nothing can prove itself, so nothing is shared.
-            shared = sum(f.entry.size_bytes for f in resolved.files if any(d.has_all(f) for d in donors.get(f.entry.path, ())))
+            shared = shared_bytes(donors, resolved)
         # What was written while the rest was listed no longer has to fit.
         self._make_room(resolved.size_bytes - shared - self._tally.progress()[0])
         self._listener(Started(ref=str(self._ref), bytes_total=resolved.size_bytes, files=len(resolved.files)))
@@ -429,6 +429,8 @@ class _Tally:
     def __init__(self, ref: str, listener: Listener) -> None:
         self._ref = ref
         self._listener = listener
+        # Who may end a call even while a source is silent, and there is nothing to tell.
+        self._ask_listener: Callable[[], None] = getattr(listener, "check", _nothing)
         self._guard = threading.Lock()
         self._total = self._done = 0
         self._started: float | None = None
@@ -465,6 +467,7 @@ class _Tally:
         if self.heart is None:
             raise LeaseLostError
         self.heart.check()
+        self._ask_listener()
 
     def adopted(self, size_bytes: int) -> None:
         with self._guard:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from copy import copy
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -255,7 +256,8 @@ class ModelStore:
         return show_store(str(self.root), self.mode, (model._facts() for model in self.list()))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Clients of remote services do not travel. The storage options do, secrets included: to a process, not to a file.
+        # Clients of remote services do not travel, not even into a copy of this object, which may ask with other options.
+        # The storage options do, secrets included: to a process, not to a file.
         return {**self.__dict__, "_backends": {}}
 
     def ensure(
@@ -272,6 +274,7 @@ class ModelStore:
         max_workers: int = defaults.MAX_WORKERS,
         callback: Callback | None = None,
         progress: bool | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> Model:
         """
         Return a complete, verified directory of the model, downloading it once however many ask.
@@ -290,6 +293,7 @@ class ModelStore:
             max_workers: The most streams at the same time; how many are worth while is found out on the way.
             callback: Told the size and every step in bytes, as fsspec does it.
             progress: None shows bars on a terminal and lines elsewhere, False nothing.
+            storage_options: For this call, instead of all of the store's. A model that is present is returned whoever asks.
 
         Raises:
             ReadOnlyStoreError: It is absent, and the store may only be read. The network was not touched.
@@ -301,7 +305,7 @@ class ModelStore:
         """
         _check_timeout(timeout)
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        return self._ensure(
+        return self._asking_with(storage_options)._ensure(
             ref,
             listen=partial(_listen, progress, callback),
             refresh=refresh,
@@ -392,6 +396,7 @@ class ModelStore:
         max_workers: int = defaults.MAX_WORKERS,
         callback: Callback | None = None,
         progress: bool | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> Generator[Warmed, None, None]:
         """
         Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no other.
@@ -408,6 +413,7 @@ class ModelStore:
             refresh, timeout, max_workers: As in `ensure`, for each model.
             callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with processes.
             progress: As in `ensure`; several bars or lines at a time.
+            storage_options: As in `ensure`, for all of them.
 
         Raises:
             SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model is
@@ -417,7 +423,7 @@ class ModelStore:
 
         _check_timeout(timeout)
         how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
-        ensure = partial(self._ensure, **how, timeout=timeout, max_workers=max_workers)
+        ensure = partial(self._asking_with(storage_options)._ensure, **how, timeout=timeout, max_workers=max_workers)
         return warm(ensure, items, executor, progress=progress, callback=callback, remember=lambda model: self._remember(model._entry))
 
     @contextmanager
@@ -460,16 +466,25 @@ class ModelStore:
         return [self._model(entry, "present", time.monotonic()) for entry in entries if entry is not None]
 
     def resolve(
-        self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+        self,
+        uri: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> Resolved:
         """
         Ask the source what it holds now. Network, but no write.
+
+        Args:
+            storage_options: As in `ensure`.
 
         Raises:
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, UnsafePathError: As `ensure`.
         """
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        return self._resolve(ref)
+        return self._asking_with(storage_options)._resolve(ref)
 
     def plan(
         self,
@@ -479,9 +494,13 @@ class ModelStore:
         allow_patterns: Patterns = None,
         ignore_patterns: Patterns = None,
         refresh: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> Plan:
         """
         Say what `ensure` would do, without doing it. The source is asked unless the model is present.
+
+        Args:
+            storage_options: As in `ensure`.
 
         What is not guaranteed: that the free space is real (some network volumes make it up), and that nobody else
         changes anything in between.
@@ -490,12 +509,13 @@ class ModelStore:
 
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         entry = _present(self._look(ref))
-        resolved = None if entry is not None and not refresh else self._resolve(ref)
+        resolved = None if entry is not None and not refresh else self._asking_with(storage_options)._resolve(ref)
         if entry is not None and (resolved is None or resolved.version == entry.version):
             return plan_nothing(self._volume, ref, entry)
         assert resolved is not None  # Without an entry the source was asked.
         newest = sorted(self.list(), key=lambda model: model.created_at, reverse=True)
-        return plan_download(self._volume, ref, resolved, newest_keys=[model.key for model in newest])
+        shares = self._tuning["digest"] != "none"
+        return plan_download(self._volume, ref, resolved, shares=shares, newest_keys=[model.key for model in newest])
 
     def verify(
         self,
@@ -763,6 +783,14 @@ class ModelStore:
             entry=entry,
             root=self.root,
         )
+
+    def _asking_with(self, storage_options: Mapping[str, Any] | None) -> ModelStore:
+        """The same store with other storage options, for one call, and with back ends of its own; None: as it is."""
+        if storage_options is None:
+            return self
+        asking = copy(self)
+        asking._options = dict(storage_options)
+        return asking
 
     def _absent(self, ref: ModelRef, view: LogView) -> ModelNotFoundError:
         if view.damage is not None:

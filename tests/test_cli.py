@@ -750,3 +750,24 @@ def test_documents_stay_clean_on_failure_half_way(root, tmp_path):
     result = shell.kserve_pvc(root, "--json", "ensure", f"file://{tmp_path}/model")
 
     assert list(json.loads(result.stdout)) == ["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "code"),
+    [
+        (["ensure", "s3://key:secret@bucket/m"], {}, 8),
+        (["ensure", "no-uri"], {}, 2),
+        (["rm", "s3://bucket/m?versionId=1"], {}, 8),
+        (["ensure", "s3://bucket/m", "--local-files-only"], {}, 3),
+        (["ensure", "s3://bucket/m"], {"KSERVE_PVC_OFFLINE": "1"}, 3),
+        (["warm", "s3://bucket/m"], {"KSERVE_PVC_OFFLINE": "1"}, 3),
+        (["warm"], {}, 2),
+    ],
+)
+def test_a_command_that_is_refused_writes_nothing(root, arguments, environ, code):
+    """
+    What is bound to be refused makes no store: the volume is as empty as it was.
+    """
+    done = shell.kserve_pvc(root, *arguments, env=environ)
+
+    assert (done.returncode, [*root.iterdir()]) == (code, [])
