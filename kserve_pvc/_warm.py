@@ -223,6 +223,24 @@ def _unpacked(data: bytes) -> _Task:
     return _Task(*pickle.loads(data))
 
 
+@attrs.frozen
+class _Stoppable:
+    """
+    A listener that ends the call it listens to once nobody wants the model any more, also while nothing happens.
+    """
+
+    listener: Listener
+    stopped: threading.Event
+
+    def __call__(self, event: Event) -> None:
+        self.check()
+        self.listener(event)
+
+    def check(self) -> None:
+        if self.stopped.is_set():
+            raise StoppedError
+
+
 class _Listening:
     """
     Who hears of the models. In other processes lines take the place of bars, which would overwrite each other.
@@ -245,13 +263,7 @@ class _Listening:
 
         callback = None if self._part is None else self._part()
         with make_listener(self._progress, callback, names_model=self._is_one_of_many, may_draw=self._may_draw) as listener:
-
-            def tell(event: Event) -> None:
-                if self.stopped.is_set():
-                    raise StoppedError
-                listener(event)
-
-            yield tell
+            yield _Stoppable(listener, self.stopped)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._part is not None:

@@ -10,9 +10,10 @@ import pickle
 import signal
 import subprocess
 import threading
+import time
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 
 import attrs
@@ -337,6 +338,41 @@ def test_an_interruption_stops_what_runs(two_at_work):
 
     assert first.uri == "quick://x/y"
     assert [model.uri for model in store.list()] == ["quick://x/y"]
+    assert store.locks() == []
+
+
+def test_an_interruption_does_not_wait_for_a_silent_source(root):
+    """
+    A thread whose source says nothing any more inside a file ends as soon as nobody wants its model.
+    """
+    is_silent, seconds = threading.Event(), 0.02
+
+    class Silent(FakeBackend):
+        @contextmanager
+        def open_range(self, file, start, stop):
+            yield self
+
+        def readinto(self, buffer):
+            is_silent.set()
+            time.sleep(seconds)
+            return
+
+    good = FakeBackend({"a": b"a"})
+    backends = {"silent": lambda options: Silent({"a": b"a" * 5}), "good": good.factory}
+    store = ModelStore(root, mode="rw", backends=backends, stall_seconds=60)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = store.warm(["silent://x/y", "good://x/y"], pool, progress=False)
+        first = next(results)
+        is_silent.wait(30)
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            results.throw(KeyboardInterrupt())
+        pool.shutdown()
+        took = time.monotonic() - began
+
+    assert first.uri == "good://x/y"
+    assert took < 10
     assert store.locks() == []
 
 
