@@ -642,6 +642,60 @@ def test_a_large_body_under_tls_is_exact(authority, tls):
     made.close()
 
 
+def test_silence_inside_a_record_is_no_end(authority, tls):
+    """
+    What cannot be decrypted yet counts as nothing so far: a read returns within a moment, and again when the rest has come.
+    """
+    more, done = threading.Event(), threading.Event()
+
+    def send_in_two(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = tls.wrap_bio(incoming, outgoing, server_side=True)
+        with connection:
+            for step in (session.do_handshake, lambda: session.read(1000)):
+                finish_step(step, connection, incoming, outgoing)
+            session.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n" + b"a" * 1000)
+            session.write(b"b" * 1000)
+            records = outgoing.read()
+            connection.sendall(records[:-500])
+            more.wait(10)
+            connection.sendall(records[-500:])
+            done.wait(10)
+
+    made, buffer = HTTPClient(environ={}, ca_bundle=str(authority.file)), memoryview(bytearray(5000))
+    with socket.create_server((HERE, 0)) as listener:
+        thread = threading.Thread(target=send_in_two, args=(listener,))
+        thread.start()
+        with made.open("GET", Target("https", HERE, listener.getsockname()[1], "/"), {}) as answer:
+            began = time.monotonic()
+            found = [answer.readinto(buffer), answer.readinto(buffer)]
+            seconds = time.monotonic() - began
+            more.set()
+            found.append(answer.readinto(buffer))
+        done.set()
+        thread.join()
+    made.close()
+
+    assert (found, bytes(buffer[:1000])) == ([1000, None, 1000], b"b" * 1000)
+    assert seconds < 4 * _http.MOMENT
+
+
+def finish_step(step: Callable[[], object], connection: socket.socket, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
+    """
+    Do one thing of TLS on memory, with a socket behind it.
+    """
+    is_done = False
+    while not is_done:
+        try:
+            step()
+            is_done = True
+        except ssl.SSLWantReadError:
+            connection.sendall(outgoing.read())
+            incoming.write(connection.recv(100_000))
+    connection.sendall(outgoing.read())
+
+
 @pytest.mark.parametrize("after", ["silence", "drip"])
 def test_a_handshake_that_does_not_end_is_given_up(client, monkeypatch, after):
     """

@@ -12,13 +12,14 @@ from __future__ import annotations
 import base64
 import os
 import re
+import select
 import socket
 import struct
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -34,7 +35,6 @@ _MAX_HEAD_BYTES = 32 * 1024
 _HEAD_PIECE = 2048
 _MAX_INTERIM_ANSWERS = 8
 _MAX_TRAILERS = 100
-_RECORDS_BYTES = 256 * 1024
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 # Servers close idle connections after five seconds at the earliest; a younger one is worth trying.
 _MAX_IDLE_SECONDS = 4.0
@@ -213,7 +213,8 @@ class HTTPClient:
                 return _Connection(sock, _Plain(sock), is_forwarded=proxy is not None, proxy_password=password)
             if proxy:
                 _tunnel(sock, target, password, deadline)
-            return _Connection(sock, _Sealed(sock, self._tls(), target.host, deadline))
+            sealed = _Sealed(sock, self._tls(), target.host, deadline)
+            return _Connection(sealed.sock, sealed)
         except BaseException:
             sock.close()
             raise
@@ -501,71 +502,48 @@ class _Sealed:
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str, deadline: float) -> None:
         import ssl
 
-        self._ssl = ssl
-        self._sock = sock
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._records = memoryview(bytearray(_RECORDS_BYTES))
+        self._nothing_yet = ssl.SSLWantReadError, ssl.SSLWantWriteError
+        self._end = ssl.SSLZeroReturnError, ssl.SSLEOFError
         self.worked = 0.0
         self._waited = 0.0
-        self._session = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        self._shake_hands(deadline)
-
-    def _shake_hands(self, deadline: float) -> None:
-        while True:
-            try:
-                self._session.do_handshake()
-                self._flush()
-                return
-            except self._ssl.SSLWantReadError:
-                self._flush()
-                self._pull()
-                if time.monotonic() > deadline:
-                    raise HTTPError(f"the TLS handshake took more than {CONNECT_SECONDS:g} s") from None
-            except self._ssl.SSLCertVerificationError as error:
-                reason = f"certificate verification failed: {error.verify_message}; name the CA to trust in AWS_CA_BUNDLE or SSL_CERT_FILE"
-                raise HTTPError(reason, is_final=True) from error
-            except (self._ssl.SSLError, OSError) as error:
-                with suppress(OSError):
-                    self._flush()
-                # A broken-off handshake may be the weather; an answer that is no TLS will stay that.
-                is_end = isinstance(error, self._ssl.SSLEOFError | ConnectionError)
-                raise HTTPError(f"the TLS handshake failed: {getattr(error, 'reason', None) or error}", is_final=not is_end) from error
-
-    def _flush(self) -> None:
-        if self._outgoing.pending:
-            self._sock.sendall(self._outgoing.read())
-
-    def _pull(self) -> int | None:
-        """Take what the socket has. None: nothing for a moment; 0: the end."""
-        began = time.monotonic()
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
-            count = self._sock.recv_into(self._records)
-        except BlockingIOError:
-            return None
-        finally:
-            self._waited += time.monotonic() - began
-        if count:
-            self._incoming.write(self._records[:count])
-        else:
-            self._incoming.write_eof()
-        return count
+            self.sock = context.wrap_socket(sock, server_hostname=host, suppress_ragged_eofs=False)
+        except TimeoutError:
+            raise HTTPError(f"the TLS handshake took more than {CONNECT_SECONDS:g} s") from None
+        except ssl.SSLCertVerificationError as error:
+            reason = f"certificate verification failed: {error.verify_message}; name the CA to trust in AWS_CA_BUNDLE or SSL_CERT_FILE"
+            raise HTTPError(reason, is_final=True) from error
+        except (ssl.SSLError, OSError) as error:
+            # A broken-off handshake may be the weather; an answer that is no TLS will stay that.
+            is_end = isinstance(error, ssl.SSLEOFError | ConnectionError)
+            raise HTTPError(f"the TLS handshake failed: {getattr(error, 'reason', None) or error}", is_final=not is_end) from error
+        self.sock.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self.sock, select.POLLIN)
 
     def send(self, data: bytes) -> None:
-        self._session.write(data)
-        self._flush()
+        self.sock.settimeout(CONNECT_SECONDS)
+        self.sock.sendall(data)
+        self.sock.setblocking(False)
 
     def receive(self, buffer: memoryview) -> int | None:
         while True:
             try:
-                count: int = self._session.read(len(buffer), buffer)  # type: ignore[assignment]
-                return count
-            except self._ssl.SSLWantReadError:
-                if self._outgoing.pending:
-                    self._flush()
-                if self._pull() is None:
+                return self.sock.read(len(buffer), buffer)  # type: ignore[return-value]
+            except self._nothing_yet:
+                if not self._wait():
                     return None
-            except (self._ssl.SSLZeroReturnError, self._ssl.SSLEOFError):
+            except self._end:
                 return 0
+
+    def _wait(self) -> bool:
+        """Wait for more, a moment at most."""
+        began = time.monotonic()
+        try:
+            return bool(self._poll.poll(MOMENT * 1000))
+        finally:
+            self._waited += time.monotonic() - began
 
     def fill(self, buffer: memoryview) -> int | None:
         began, waited = time.monotonic(), self._waited
@@ -581,12 +559,12 @@ class _Sealed:
             if not count:
                 return filled or count
             filled += count
-            if not self._incoming.pending and time.monotonic() > enough:
+            if time.monotonic() > enough:
                 break
         return filled
 
     def has_more(self) -> bool:
-        return bool(self._session.pending() or self._incoming.pending) or _is_readable(self._sock)
+        return bool(self.sock.pending() or self._poll.poll(0))
 
 
 def _is_readable(sock: socket.socket) -> bool:
