@@ -238,7 +238,7 @@ _SIGNATURE = "SharedAccessSignature=sv=2021-12-02&sr=c&sp=rl&se=2099-01-01T00%3A
 SOURCES = [
     _source(BY_S3, "ours"),
     _source(BY_GOOGLE, "ours_google", "google.auth", "google_crc32c", "cryptography", uri=_by("gs"), extra=_google_environ),
-    _source(BY_AZURE_KEY, "ours", "azure.storage.blob", uri=_by("az"), extra=_azure_environ(_KEY)),
+    _source(BY_AZURE_KEY, "ours", uri=_by("az"), extra=_azure_environ(_KEY)),
     _source(BY_AZURE_SIGNATURE, "ours", uri=_by("az"), extra=_azure_environ(_SIGNATURE)),
     _source("ours, hf", "ours", uri=_by("hf"), extra=_hugging_face_environ),
     _source(BY_S3_ONE_FILE, "ours", wants_archive=True),

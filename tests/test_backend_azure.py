@@ -721,6 +721,22 @@ def test_a_refused_signature_is_made_anew(azurite, put):
     assert (data, len(refused)) == (FILES["weights/a.bin"][10:350_000], 1)
 
 
+@pytest.mark.parametrize("protocol", ["https", None])
+def test_a_signature_is_that_of_the_sdk(monkeypatch, protocol):
+    """
+    What a key signs is field by field what Azure's own library makes of it.
+    """
+    blob = pytest.importorskip("azure.storage.blob")
+    monkeypatch.setattr(blob._shared_access_signature, "X_MS_VERSION", _azure_login._SIGNED_VERSION)
+
+    ours = parse_qs(AccountKey(KEY).authorize(ACCOUNT, "one", is_sealed=protocol is not None, renewed=False)[0])
+
+    end = datetime.fromisoformat(ours["se"][0])
+    only = {"protocol": protocol} if protocol else {}
+    theirs = blob.generate_container_sas(ACCOUNT, "one", account_key=KEY, permission="rl", expiry=end, **only)
+    assert ours == parse_qs(theirs)
+
+
 def test_a_key_signs_for_one_container_and_a_short_time(monkeypatch):
     """
     The signature may read and list one container for an hour, is kept for half of that, and is bound to TLS where there is TLS.
@@ -1095,7 +1111,7 @@ def test_the_environment_of_the_process_is_left_alone(azurite, put, monkeypatch,
 @pytest.mark.parametrize(
     ("options", "package"),
     [
-        ({"account_key": KEY}, "azure.storage.blob"),
+        ({"account_key": KEY}, None),
         ({"anon": False}, "azure.identity"),
         ({"credential": Issuer()}, "azure.core"),
         ({"sas_token": "sv=1&sig=x"}, None),
@@ -1105,7 +1121,7 @@ def test_the_environment_of_the_process_is_left_alone(azurite, put, monkeypatch,
 @pytest.mark.parametrize("absence", ["no package", "no parent"])
 def test_only_what_is_needed_has_to_be_installed(monkeypatch, options, package, absence):
     """
-    A key needs the SDK that signs and a token the one that gets it, which is told at once; signatures and nobody need none.
+    A token needs the SDK that gets it, which is told at once; keys, signatures and nobody need none.
     """
 
     def find(name: str):
@@ -1133,10 +1149,14 @@ print(len(found.files), sorted(name for name in sys.modules if name.split(".")[0
 """
 
 
-def test_a_signature_needs_no_sdk(azurite, put):
+def test_keys_and_signatures_need_no_sdk(azurite, put):
     """
-    Whoever brings a signature waits for no SDK to be imported.
+    Whoever brings a key or a signature waits for no SDK to be imported.
     """
-    text = f"BlobEndpoint={azurite.endpoint}/{ACCOUNT};SharedAccessSignature={azurite.signature()}"
+    endpoint, uri = f"BlobEndpoint={azurite.endpoint}/{ACCOUNT}", put(FILES)
+    signed = f"{endpoint};SharedAccessSignature={azurite.signature()}"
+    with_key = f"{endpoint};AccountName={ACCOUNT};AccountKey={KEY}"
 
-    assert shell.python(WITHOUT_SDK, text, put(FILES)) == f"{len(FILES)} []\n"
+    found = [shell.python(WITHOUT_SDK, text, uri) for text in (signed, with_key)]
+
+    assert found == [f"{len(FILES)} []\n"] * 2

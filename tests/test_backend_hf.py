@@ -31,8 +31,9 @@ from kserve_pvc import (
     UnsafePathError,
 )
 from kserve_pvc._ref import parse_ref
+from kserve_pvc.backends._direct import follow
 from kserve_pvc.backends._http import target_of
-from kserve_pvc.backends.hf import HFBackend, _Addresses, _led, _lifetime
+from kserve_pvc.backends.hf import HFBackend, _Addresses, _lifetime
 
 PART_BYTES = 100_000
 NAME = "org/model"
@@ -665,18 +666,26 @@ def test_a_redirect_may_be_relative_or_not(location, expected):
     """
     Whatever is odd in the address is encoded, so that it stays one line.
     """
-    assert _led("hf://x", target_of("https://hub.example.org/a/b"), location) == target_of(expected)
+    assert follow("hf://x", target_of("https://hub.example.org/a/b"), location) == target_of(expected)
 
 
-@pytest.mark.parametrize("location", ["http://hub.example.org/x", "ftp://x/y", "file:///etc/passwd", "https://[::1", "https://x:0/"])
-def test_a_redirect_never_leaves_https(location):
+@pytest.mark.parametrize("location", ["ftp://x/y", "file:///etc/passwd", "https://[::1", "https://x:0/"])
+def test_a_redirect_leads_to_a_url_of_the_web(location):
     """
-    From https nothing leads to http, and nothing anywhere to what is neither; another try would end the same.
+    Nothing leads to what is neither http nor https, and another try would end the same.
     """
     with pytest.raises(SourceUnavailableError, match="it points") as caught:
-        _led("hf://x", target_of("https://hub.example.org/a"), location)
+        follow("hf://x", target_of("https://hub.example.org/a"), location)
 
     assert caught.value.is_final
+
+
+def test_a_redirect_never_leaves_https():
+    """
+    From https nothing leads to http.
+    """
+    with pytest.raises(PolicyError, match=r"from https to http \(at `hub.example.org`\)"):
+        follow("hf://x", target_of("https://hub.example.org/a"), "http://hub.example.org/x")
 
 
 def prepared(hub: Hub) -> Hub:

@@ -1,13 +1,13 @@
 """
 Who asks Azure, and where: what options and environment say, turned into a query or a header for each request.
 
-Signatures are queries, tokens are headers. An SDK is imported only where it is needed: to sign with an account's key, and to
-get tokens.
+Signatures are queries, tokens are headers. An SDK is imported only where it is needed: to get tokens.
 """
 
 from __future__ import annotations
 
 import base64
+import hmac
 import re
 import threading
 import time
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from typing import Any, ClassVar, Protocol
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 import attrs
 
@@ -57,6 +57,8 @@ _SIGNATURE = re.compile(r"(?!.*#)[!-~]+")
 # What a request asks for is never said by a signature.
 _OURS = {"comp", "delimiter", "include", "marker", "maxresults", "prefix", "restype", "snapshot", "timeout", "versionid"}
 _SIGNED_SECONDS = 3600
+# It decides what a signature is made of.
+_SIGNED_VERSION = "2021-02-12"
 # Signed anew early enough that clocks may differ and no request begins with a signature that is over.
 _RENEW_SECONDS = 1800.0
 _TOKEN_SPARE_SECONDS = 300
@@ -151,11 +153,13 @@ class AccountKey:
         return query, {}
 
     def _sign(self, account: str, container: str, is_sealed: bool) -> str:
-        from azure.storage.blob import generate_container_sas
-
-        end = datetime.now(UTC) + timedelta(seconds=_SIGNED_SECONDS)
-        only: dict[str, Any] = {"protocol": "https"} if is_sealed else {}
-        return str(generate_container_sas(account, container, account_key=self._key, permission="rl", expiry=end, **only))
+        # What `generate_container_sas` makes, which takes half a CPU second and 33 MiB to be imported.
+        end = f"{datetime.now(UTC) + timedelta(seconds=_SIGNED_SECONDS):%Y-%m-%dT%H:%M:%SZ}"
+        protocol = "https" if is_sealed else ""
+        lines = ["rl", "", end, f"/blob/{account}/{container}", "", "", protocol, _SIGNED_VERSION, "c", *[""] * 7]
+        digest = hmac.digest(base64.b64decode(self._key), "\n".join(lines).encode(), "sha256")
+        fields = {"sv": _SIGNED_VERSION, "sr": "c", "sp": "rl", "se": end, "spr": protocol, "sig": base64.b64encode(digest).decode()}
+        return urlencode({name: value for name, value in fields.items() if value})
 
     def hint(self) -> str:
         return ""
@@ -332,7 +336,6 @@ def _account_key(name: str, key: Any) -> AccountKey:
         base64.b64decode(key, validate=True)
     except (TypeError, ValueError):
         raise SettingsError(name, _HIDDEN, "an account's key is written in base64") from None
-    _need("azure.storage.blob")
     return AccountKey(str(key))
 
 

@@ -7,6 +7,8 @@ the download.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kserve_pvc._source import Checksum
 
 _PIECE_BYTES = 64 * 1024
@@ -26,7 +28,7 @@ def make_checksum(kind: str) -> Checksum | None:
 
 
 class _CRC32C:
-    def __init__(self, extend, value: int = 0) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, extend: Callable[[int, bytes], int], value: int = 0) -> None:
         self._extend = extend
         self._value = value
 

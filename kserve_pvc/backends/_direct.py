@@ -7,19 +7,50 @@ here: which answers count, that an answer is for the bytes that were asked for, 
 
 from __future__ import annotations
 
+import binascii
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
+from urllib.parse import quote, urljoin
 
+from kserve_pvc._retry import delays
 from kserve_pvc._source import RemoteFile
-from kserve_pvc.backends._http import Answer, Exchange, HTTPClient, HTTPError, Target
-from kserve_pvc.errors import SourceChangedError, SourceUnavailableError, StoreError
+from kserve_pvc.backends._http import Answer, Exchange, HTTPClient, HTTPError, Target, target_of
+from kserve_pvc.errors import PolicyError, SourceChangedError, SourceUnavailableError, StoreError
 
 _MAX_ERROR_BYTES = 64 * 1024
 _ERROR_SECONDS = 10.0
 _BUSY = (429, 503)
 _FINAL_STATUS = (301, 302, 303, 307, 308, 400, 405, 501)
+_ATTEMPTS = 4
+# What a `Location` may hold unquoted: all that has a meaning in a URL.
+_LOCATION_SAFE = "!#$%&'()*+,/:;=?@[]~"
+
+_T = TypeVar("_T")
+
+
+class RefusedError(Exception):
+    """
+    What a service said instead of giving what it was asked for: a status, its own word if it has one, and a sentence for people.
+
+    `busy` is how many seconds a busy service wants to be left alone for, None if it is not busy.
+    """
+
+    def __init__(self, reason: str, *, status: int = 0, code: str = "", busy: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.status = status
+        self.code = code
+        self.busy = busy
+
+    @property
+    def is_passing(self) -> bool:
+        """
+        Whether asking again may help.
+        """
+        return self.busy is not None or self.status in (408, 429) or self.status >= 500
 
 
 class Requests(Protocol):
@@ -120,6 +151,52 @@ class Reader:
         raise refusal or unavailable(self._where, answer.status, answer.headers)
 
 
+def ask_patiently(ask: Callable[[], _T], seconds: float) -> _T:
+    """
+    Ask for something small, and again while the service is busy or the network fails.
+
+    Args:
+        ask: Asks once, and raises `HTTPError`, `RefusedError` or `SourceUnavailableError` if that was in vain.
+        seconds: For how long it is tried. The last failure is raised as it is.
+    """
+    pauses, deadline = delays(random.random(), attempts=_ATTEMPTS), time.monotonic() + seconds
+    while True:
+        try:
+            return ask()
+        except (HTTPError, RefusedError, SourceUnavailableError) as error:
+            pause, least = next(pauses, None), _least_pause(error)
+            if pause is None or least is None or time.monotonic() + max(pause, least) > deadline:
+                raise
+        time.sleep(max(pause, least))
+
+
+def _least_pause(failure: HTTPError | RefusedError | SourceUnavailableError) -> float | None:
+    """For how many seconds to leave a source alone at least; None if asking again does not help."""
+    if isinstance(failure, RefusedError):
+        return failure.busy or 0.0 if failure.is_passing else None
+    if failure.is_final:
+        return None
+    return failure.retry_after or 0.0 if isinstance(failure, SourceUnavailableError) else 0.0
+
+
+def follow(where: str, target: Target, location: str) -> Target:
+    """
+    Say where a redirect leads: anywhere, but never from https to http.
+
+    Raises:
+        SourceUnavailableError: It leads to what is no such URL.
+        PolicyError: It would give up TLS.
+    """
+    base = f"{target.scheme}://{target.authority}{target.path}"
+    try:
+        found = target_of(urljoin(base, quote(location.encode("latin-1", "replace"), safe=_LOCATION_SAFE)))
+    except (HTTPError, ValueError) as error:
+        raise SourceUnavailableError(where, "it points to what is no http or https URL", is_final=True) from error
+    if target.scheme == "https" and found.scheme != "https":
+        raise PolicyError(where, f"it points from https to http (at `{found.host}`), where anybody may listen")
+    return found
+
+
 def read_refusal(answer: Answer) -> bytes:
     """
     Read what a server says about a refusal, as far as it says it; nothing if it does not.
@@ -154,6 +231,17 @@ def retry_after(headers: Mapping[str, str]) -> float:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return 0.0
+
+
+def from_base64(text: object, length: int | None = None) -> str | None:
+    """
+    A digest as services write it, in hex; None if it is none, or not one of so many bytes.
+    """
+    try:
+        digest = binascii.a2b_base64(text, strict_mode=True)  # type: ignore[arg-type]  # What a remote says may be of any type.
+    except (TypeError, ValueError):  # A checksum of checksums ends in `-<parts>`.
+        return None
+    return digest.hex() if digest and length in (None, len(digest)) else None
 
 
 def _check(file: RemoteFile, where: str, answer: Answer, start: int, stop: int) -> None:

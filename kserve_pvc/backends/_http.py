@@ -3,8 +3,7 @@ A small HTTP/1.1 client that only reads: bodies go straight from the socket into
 
 The clients of the standard library and of the SDKs copy every byte several times, into buffers that are new each time,
 and spend more on the head of an answer than a small file costs. This one receives into the caller's memory with one
-system call for each buffer, keeps connections open, and trusts no answer further than it can see. Over TLS it decrypts
-from memory (`ssl.MemoryBIO`), because an `SSLSocket` makes two system calls for each record of 16 KiB.
+system call for each buffer, keeps connections open, and trusts no answer further than it can see.
 """
 
 from __future__ import annotations
@@ -456,7 +455,7 @@ def _tunnel(sock: socket.socket, target: Target, password: str, deadline: float)
 
 class _Wire(Protocol):
     """
-    How bytes come and go; two ways of it, in the clear and under TLS. `worked` is how many seconds it has spent decrypting.
+    How bytes come and go; two ways of it, in the clear and under TLS. `worked` is how many seconds reading took without waiting.
     """
 
     worked: float

@@ -17,8 +17,8 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
+from kserve_pvc.backends._direct import RefusedError
 from kserve_pvc.backends._http import Target, target_of
-from kserve_pvc.backends.s3 import RefusedError
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
 _SIGNED_SECONDS = 3600
@@ -55,7 +55,7 @@ class S3fsAccess:
                 newer = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
                 items = [(item["Key"], item["Size"], item["ETag"]) for item in newer.get("Contents", ())]
                 if newer.get("IsTruncated") and newer["NextContinuationToken"] == page.get("NextContinuationToken"):
-                    raise RefusedError("", "its listing does not end: it names a page a second time")
+                    raise RefusedError("its listing does not end: it names a page a second time")
             page = newer
             yield items
 
@@ -91,11 +91,11 @@ def _refusal(error: Exception) -> RefusedError:
     source = error if isinstance(error, ClientError) else error.__cause__
     reason = str(error) or type(error).__name__
     if isinstance(source, ClientError):
-        return RefusedError(str(source.response.get("Error", {}).get("Code", "")), reason)
+        return RefusedError(reason, code=str(source.response.get("Error", {}).get("Code", "")))
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return RefusedError("NoCredentials", reason)
+        return RefusedError(reason, code="NoCredentials")
     if isinstance(error, KeyError):
-        return RefusedError("", f"its answer has no {reason}, so it does not speak S3")
+        return RefusedError(f"its answer has no {reason}, so it does not speak S3")
     if isinstance(error, PermissionError):
-        return RefusedError("403", reason)
-    return RefusedError("404" if isinstance(error, FileNotFoundError) else "", reason)
+        return RefusedError(reason, code="403")
+    return RefusedError(reason, code="404" if isinstance(error, FileNotFoundError) else "")

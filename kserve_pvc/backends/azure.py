@@ -2,15 +2,13 @@
 Azure Blob Storage: `az://`, `abfs://`, `abfss://`, and the `https` addresses of accounts that KServe knows.
 
 Listing and bytes come by plain HTTP requests, the bytes pinned with If-Match and straight into the caller's buffer. Azure's SDK
-is only asked who we are: it gives tokens, and signs with an account's key. A range is not part of such a signature, so
-that one signature of a container is enough for all its blobs.
+is only asked for tokens. With an account's key a container is signed for and not a range, so that one signature is enough for
+all its blobs.
 """
 
 from __future__ import annotations
 
-import binascii
 import os
-import random
 import re
 import time
 import xml.etree.ElementTree as ET
@@ -24,11 +22,11 @@ import attrs
 
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef, redact
-from kserve_pvc._retry import delays
 from kserve_pvc._source import RemoteFile, Resolved, resolved
 from kserve_pvc.backends._azure_login import Signature, Token, TokenError, find_login, read_signature
-from kserve_pvc.backends._direct import Reader, read_refusal, retry_after, unavailable
+from kserve_pvc.backends._direct import Reader, RefusedError, ask_patiently, from_base64, read_refusal, retry_after, unavailable
 from kserve_pvc.backends._http import HTTPClient, HTTPError, Target
+from kserve_pvc.backends._xml import is_size, parse_xml
 from kserve_pvc.errors import (
     InvalidURIError,
     SourceChangedError,
@@ -47,7 +45,6 @@ _CHANGED = {"ConditionNotMet", "InvalidRange"}
 _BUSY = {"ServerBusy", "OperationTimedOut"}
 # What a blob says that has to be fetched from the archive first.
 _RESTING = {"BlobArchived", "BlobBeingRehydrated"}
-_LIST_ATTEMPTS = 4
 _MAX_PAGE_BYTES = 16 * 1024 * 1024
 # So many with the longest names and metadata still fit a page.
 _PAGE_BLOBS = 1000
@@ -63,34 +60,6 @@ _EXAMPLES = {
     "abfss": "abfss://container@account.dfs.core.windows.net/path",
 }
 _NO_VERSION = "there is no such version; the revision of an Azure URI is the version id of one blob, in an account that keeps versions"
-
-
-class RefusedError(Exception):
-    """
-    What the service said instead of giving what it was asked for: its own word, and a sentence for people.
-
-    `busy` is how many seconds a busy service wants to be left alone for, None if it is not busy.
-    """
-
-    def __init__(self, status: int, code: str, reason: str, *, busy: float | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.code = code
-        self.reason = reason
-        self.busy = busy
-
-    @property
-    def is_denied(self) -> bool:
-        return self.status in (401, 403) or self.code in _DENIED
-
-    @property
-    def is_missing(self) -> bool:
-        return self.status == 404 or self.code in _MISSING
-
-    @property
-    def is_passing(self) -> bool:
-        """Whether asking again may help."""
-        return self.busy is not None or self.status >= 500
 
 
 @attrs.frozen(kw_only=True)
@@ -201,8 +170,8 @@ class AzureBackend:
         if ref.revision is not None and headers.get("x-ms-version-id") != ref.revision:
             raise SourceNotFoundError(str(ref), _NO_VERSION)
         size, etag = headers.get("content-length", ""), headers.get("etag")
-        if not _is_size(size) or not etag:
-            raise RefusedError(200, "", "its answer has no length or no ETag, so it is no blob service")
+        if not is_size(size) or not etag:
+            raise RefusedError("its answer has no length or no ETag, so it is no blob service")
         blob = Blob(name=place.name, size_bytes=int(size), etag=etag, md5=headers.get("content-md5"), is_directory=False)
         return self._file(place, place.name.rpartition("/")[2], blob, ref.revision)
 
@@ -226,7 +195,7 @@ class AzureBackend:
             if not marker:
                 return
             if marker in markers:
-                raise RefusedError(200, "", "its listing does not end: it names a page a second time")
+                raise RefusedError("its listing does not end: it names a page a second time")
             markers.add(marker)
             query["marker"] = marker
 
@@ -253,10 +222,10 @@ class AzureBackend:
 
     def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
         refusal, place = _refusal(status, headers, body), _place_of(file)
-        if refusal.is_missing or status in (412, 416) or refusal.code in _CHANGED:
+        if _is_missing(refusal) or status in (412, 416) or refusal.code in _CHANGED:
             # What was listed a moment ago has since gone or become another.
             return SourceChangedError(place.uri, str(file.entry.path))
-        is_known = refusal.is_denied or refusal.busy is not None or refusal.code in _RESTING
+        is_known = _is_denied(refusal) or refusal.busy is not None or refusal.code in _RESTING
         return self._meaning(refusal, place.uri, place) if is_known else None
 
     def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
@@ -291,25 +260,14 @@ class AzureBackend:
 
     def _ask(self, method: str, place: _Place, query: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
         """A small request, asked again while the service is busy or the network fails. Raises `RefusedError`."""
-        pauses, deadline = delays(random.random(), attempts=_LIST_ATTEMPTS), time.monotonic() + self._retry_seconds
-        while True:
-            pause = next(pauses, None)
-            try:
-                target, headers = self._authorized(place, query)
-                with self._client.open(method, target, headers) as answer:
-                    if answer.status == 200:
-                        return answer.headers, answer.read(_MAX_PAGE_BYTES, time.monotonic() + 2 * self._client.answer_seconds)
-                    refusal = _refusal(answer.status, answer.headers, read_refusal(answer))
-            except HTTPError as error:
-                if error.is_final or pause is None or time.monotonic() + pause > deadline:
-                    raise
-            else:
-                if pause is None or not refusal.is_passing:
-                    raise refusal
-                pause = max(pause, refusal.busy or 0.0)
-                if time.monotonic() + pause > deadline:
-                    raise refusal
-            time.sleep(pause)
+        return ask_patiently(lambda: self._ask_once(method, place, query), self._retry_seconds)
+
+    def _ask_once(self, method: str, place: _Place, query: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
+        target, headers = self._authorized(place, query)
+        with self._client.open(method, target, headers) as answer:
+            if answer.status == 200:
+                return answer.headers, answer.read(_MAX_PAGE_BYTES, time.monotonic() + 2 * self._client.answer_seconds)
+            raise _refusal(answer.status, answer.headers, read_refusal(answer))
 
     @contextmanager
     def _translated(self, uri: str, place: _Place) -> Iterator[None]:
@@ -324,11 +282,11 @@ class AzureBackend:
 
     def _meaning(self, refusal: RefusedError, uri: str, place: _Place) -> StoreError:
         reason = _SECRET.sub(r"\1…", redact(refusal.reason)).rstrip(". ")
-        if refusal.is_denied or refusal.is_missing:
+        if _is_denied(refusal) or _is_missing(refusal):
             # To whom may not look, Azure shows a private container as one that is not there.
             hint = self._reach(place)[1].hint()
             reason = f"{reason}; {hint}" if hint else reason
-            return SourceDeniedError(uri, reason) if refusal.is_denied else SourceNotFoundError(uri, reason)
+            return SourceDeniedError(uri, reason) if _is_denied(refusal) else SourceNotFoundError(uri, reason)
         is_final = 300 <= refusal.status < 500 and refusal.busy is None
         return SourceUnavailableError(uri, reason, retry_after=refusal.busy, is_final=is_final)
 
@@ -340,19 +298,19 @@ def parse_listing(body: bytes) -> tuple[list[Blob], str]:
     Raises:
         RefusedError: It is no such answer.
     """
-    root = _parse(body)
+    root = parse_xml(body)
     if root is None or root.tag != "EnumerationResults":
-        raise RefusedError(200, "", "its listing is no EnumerationResults, so it is no blob service")
+        raise RefusedError("its listing is no EnumerationResults, so it is no blob service")
     return [_parse_blob(item) for item in root.iterfind("Blobs/Blob")], root.findtext("NextMarker") or ""
 
 
 def _parse_blob(item: ET.Element) -> Blob:
     named, properties = item.find("Name"), item.find("Properties")
     if named is None or not named.text or properties is None:
-        raise RefusedError(200, "", "its listing holds a blob without name or properties, so it is no blob service")
+        raise RefusedError("its listing holds a blob without name or properties, so it is no blob service")
     size, etag = properties.findtext("Content-Length", ""), properties.findtext("Etag", "")
-    if not _is_size(size) or not etag:
-        raise RefusedError(200, "", "its listing holds a blob without length or ETag, so it is no blob service")
+    if not is_size(size) or not etag:
+        raise RefusedError("its listing holds a blob without length or ETag, so it is no blob service")
     # What XML cannot hold comes quoted, and says so.
     name = unquote(named.text) if named.get("Encoded") == "true" else named.text
     metadata = {child.tag.lower(): child.text for child in item.find("Metadata") or ()}
@@ -371,16 +329,9 @@ def _is_directory(kind: str | None, is_folder: str | None) -> bool:
     return kind == "directory" or (is_folder or "").lower() == "true"
 
 
-def _is_size(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 18
-
-
 def _md5_of(text: str | None) -> str | None:
-    try:
-        digest = binascii.a2b_base64(text or "", strict_mode=True)
-    except ValueError:
-        return None
-    return f"md5:{digest.hex()}" if len(digest) == 16 else None
+    digest = from_base64(text, 16)
+    return None if digest is None else f"md5:{digest}"
 
 
 def _place_of(file: RemoteFile) -> _Place:
@@ -388,22 +339,21 @@ def _place_of(file: RemoteFile) -> _Place:
     return _Place(host, container, name)
 
 
-def _parse(body: bytes) -> ET.Element | None:
-    # Without a document type there are no entities to expand. Decoded first, so that no other encoding hides one.
-    try:
-        text = body.decode("utf-8-sig")
-        return None if "<!" in text else ET.fromstring(text)
-    except (ValueError, ET.ParseError):
-        return None
+def _is_denied(refusal: RefusedError) -> bool:
+    return refusal.status in (401, 403) or refusal.code in _DENIED
+
+
+def _is_missing(refusal: RefusedError) -> bool:
+    return refusal.status == 404 or refusal.code in _MISSING
 
 
 def _refusal(status: int, headers: Mapping[str, str], body: bytes) -> RefusedError:
-    root = _parse(body) if body else None
+    root = parse_xml(body) if body else None
     words = {child.tag: child.text or "" for child in root} if root is not None and root.tag == "Error" else {}
     if 300 <= status < 400:
-        return RefusedError(status, "", unavailable("", status, headers).reason)
+        return RefusedError(unavailable("", status, headers).reason, status=status)
     code = headers.get("x-ms-error-code") or words.get("Code") or str(status)
     # What follows the first line are the numbers of the request.
     message = words.get("Message", "").strip().partition("\n")[0]
     busy = retry_after(headers) if status in (429, 503) or code in _BUSY else None
-    return RefusedError(status, code, f"{code}: {message}" if message else f"it answered {code}", busy=busy)
+    return RefusedError(f"{code}: {message}" if message else f"it answered {code}", status=status, code=code, busy=busy)

@@ -7,10 +7,8 @@ caller's buffer. Google's own library is only asked who we are, and not even tha
 
 from __future__ import annotations
 
-import binascii
 import json
 import os
-import random
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +22,9 @@ import attrs
 
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef
-from kserve_pvc._retry import delays
 from kserve_pvc._source import RemoteFile, Resolved, resolved
 from kserve_pvc.backends._crc32c import make_checksum
-from kserve_pvc.backends._direct import Reader, read_refusal, retry_after, unavailable
+from kserve_pvc.backends._direct import Reader, RefusedError, ask_patiently, from_base64, read_refusal, retry_after, unavailable
 from kserve_pvc.backends._google_login import LoginError, find_endpoint, find_login, hide
 from kserve_pvc.backends._http import HTTPClient, HTTPError, Target
 from kserve_pvc.errors import (
@@ -43,7 +40,6 @@ from kserve_pvc.errors import (
 )
 
 _BUSY = {"rateLimitExceeded", "userRateLimitExceeded"}
-_LIST_ATTEMPTS = 4
 _MAX_PAGE_BYTES = 16 * 1024 * 1024
 # As many as the service lists at once.
 _PAGE_OBJECTS = 1000
@@ -62,29 +58,6 @@ _IDLE_OPTIONS = {
     *("listings_expiry_time", "loop", "max_paths", "requests_timeout", "secure_serialize", "skip_instance_cache", "timeout"),
     *("use_listings_cache", "version_aware"),
 }
-
-
-class RefusedError(Exception):
-    """
-    What the service said instead of giving what it was asked for: a status, and a sentence for people.
-
-    `busy` is how many seconds a busy service wants to be left alone for, None if it is not busy.
-    """
-
-    def __init__(self, status: int, reason: str, *, busy: float | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.busy = busy
-
-    @property
-    def is_denied(self) -> bool:
-        return self.status in (401, 403) and self.busy is None
-
-    @property
-    def is_passing(self) -> bool:
-        """Whether asking again may help."""
-        return self.busy is not None or self.status in (408, 429) or self.status >= 500
 
 
 @attrs.frozen(kw_only=True)
@@ -143,11 +116,11 @@ class GSBackend:
             found = parse_object(_parse(self._ask(_object_path(bucket, name), query)))
         except RefusedError as refusal:
             # Without the right to list, the service answers 403 for what is not there: the listing then tells what it is.
-            if refusal.status == 404 or (refusal.is_denied and ref.revision is None):
+            if refusal.status == 404 or (_is_denied(refusal) and ref.revision is None):
                 return None
             raise
         if found.name != name or (ref.revision is not None and int(found.generation) != int(ref.revision)):
-            raise RefusedError(200, f"it was asked for `{name}` and described another object")
+            raise RefusedError(f"it was asked for `{name}` and described another object")
         return self._file(ref, bucket, name.rpartition("/")[2], found)
 
     def _below(self, ref: ModelRef, bucket: str, prefix: str) -> Iterator[Sequence[RemoteFile]]:
@@ -169,7 +142,7 @@ class GSBackend:
             if token is None:
                 return
             if token in tokens:
-                raise RefusedError(200, "its listing does not end: it names a page a second time")
+                raise RefusedError("its listing does not end: it names a page a second time")
             tokens.add(token)
             query = {**query, "pageToken": token}
 
@@ -195,7 +168,7 @@ class GSBackend:
         if status in (404, 412, 416):
             # What was listed a moment ago has since gone or become another.
             return SourceChangedError(f"gs://{file.address}", str(file.entry.path))
-        is_known = refusal.is_denied or refusal.busy is not None or 400 <= status < 500
+        is_known = _is_denied(refusal) or refusal.busy is not None or 400 <= status < 500
         return self._meaning(refusal, f"gs://{file.address}") if is_known else None
 
     def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
@@ -226,28 +199,22 @@ class GSBackend:
 
     def _ask(self, path: str, query: Mapping[str, str]) -> bytes:
         """A small request, asked again while the service is busy or the network fails. Raises `RefusedError`."""
-        pauses, deadline = delays(random.random(), attempts=_LIST_ATTEMPTS), time.monotonic() + self._retry_seconds
-        target, headers = self._target(path, query), self._login.headers(renewed=False)
-        while True:
-            pause = next(pauses, None)
-            try:
-                with self._client.open("GET", target, headers) as answer:
-                    if answer.status == 200:
-                        return answer.read(_MAX_PAGE_BYTES, time.monotonic() + 2 * self._client.answer_seconds)
-                    refusal = _refusal(answer.status, answer.headers, read_refusal(answer))
-            except HTTPError as error:
-                if error.is_final or pause is None or time.monotonic() + pause > deadline:
-                    raise
-            else:
-                if refusal.is_denied and (newer := self._login.headers(renewed=True)) != headers:
-                    headers = newer
-                    continue
-                if pause is None or not refusal.is_passing:
-                    raise refusal
-                pause = max(pause, refusal.busy or 0.0)
-                if time.monotonic() + pause > deadline:
-                    raise refusal
-            time.sleep(pause)
+        return ask_patiently(lambda: self._ask_once(self._target(path, query)), self._retry_seconds)
+
+    def _ask_once(self, target: Target) -> bytes:
+        headers = self._login.headers(renewed=False)
+        try:
+            return self._get(target, headers)
+        except RefusedError as refusal:
+            if not _is_denied(refusal) or (newer := self._login.headers(renewed=True)) == headers:
+                raise
+        return self._get(target, newer)
+
+    def _get(self, target: Target, headers: Mapping[str, str]) -> bytes:
+        with self._client.open("GET", target, headers) as answer:
+            if answer.status == 200:
+                return answer.read(_MAX_PAGE_BYTES, time.monotonic() + 2 * self._client.answer_seconds)
+            raise _refusal(answer.status, answer.headers, read_refusal(answer))
 
     @contextmanager
     def _translated(self, uri: str) -> Iterator[None]:
@@ -263,7 +230,7 @@ class GSBackend:
     def _meaning(self, refusal: RefusedError, uri: str) -> StoreError:
         secret = self._login.secret()
         reason = hide(refusal.reason.replace(secret, "…") if secret else refusal.reason).rstrip(". ")
-        if refusal.is_denied:
+        if _is_denied(refusal):
             hint = self._login.hint()
             return SourceDeniedError(uri, f"{reason}; {hint}" if hint else reason)
         if refusal.status == 404:
@@ -324,7 +291,7 @@ def parse_listing(body: bytes) -> tuple[list[Object], str | None]:
     content = _parse(body)
     items, token = content.get("items", []), content.get("nextPageToken") or None
     if not isinstance(items, list) or not (token is None or _is_text(token)):
-        raise RefusedError(200, "its listing is none of objects, so it is no Google Cloud Storage")
+        raise RefusedError("its listing is none of objects, so it is no Google Cloud Storage")
     return [parse_object(item) for item in items], token
 
 
@@ -339,7 +306,7 @@ def parse_object(item: Any) -> Object:
         item = {}
     name, size, generation = (item.get(field) for field in ("name", "size", "generation"))
     if not _is_text(name) or not _matches(_SIZE, size) or not _matches(_GENERATION, generation):
-        raise RefusedError(200, "it describes an object without name, size or generation, so it is no Google Cloud Storage")
+        raise RefusedError("it describes an object without name, size or generation, so it is no Google Cloud Storage")
     return Object(
         name=name,
         size_bytes=int(size),
@@ -350,18 +317,10 @@ def parse_object(item: Any) -> Object:
 
 
 def _digest(item: Mapping[str, Any], size_bytes: int) -> str | None:
-    crc32c, md5 = _from_base64(item.get("crc32c"), 4), _from_base64(item.get("md5Hash"), 16)
+    crc32c, md5 = from_base64(item.get("crc32c"), 4), from_base64(item.get("md5Hash"), 16)
     if crc32c is not None and (md5 is None or make_checksum("crc32c") is not None):
         return f"crc32c:{crc32c}"
     return f"md5:{md5}" if md5 is not None and size_bytes <= _MAX_MD5_BYTES else None
-
-
-def _from_base64(text: Any, length: int) -> str | None:
-    try:
-        digest = binascii.a2b_base64(text, strict_mode=True)
-    except (TypeError, ValueError):
-        return None
-    return digest.hex() if len(digest) == length else None
 
 
 def _matches(pattern: re.Pattern[str], text: Any) -> bool:
@@ -382,16 +341,20 @@ def _parse(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise RefusedError(200, "its answer is no JSON, so it is no Google Cloud Storage")
+        raise RefusedError("its answer is no JSON, so it is no Google Cloud Storage")
     return content
+
+
+def _is_denied(refusal: RefusedError) -> bool:
+    return refusal.status in (401, 403) and refusal.busy is None
 
 
 def _refusal(status: int, headers: Mapping[str, str], body: bytes) -> RefusedError:
     if 300 <= status < 400:
-        return RefusedError(status, unavailable("", status, headers).reason)
+        return RefusedError(unavailable("", status, headers).reason, status=status)
     message, reason = _said(body)
     busy = retry_after(headers) if status in (429, 503) or reason in _BUSY else None
-    return RefusedError(status, f"{status}: {message}" if message else f"it answered {status}", busy=busy)
+    return RefusedError(f"{status}: {message}" if message else f"it answered {status}", status=status, busy=busy)
 
 
 def _said(body: bytes) -> tuple[str, str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import threading
 import time
@@ -22,16 +21,15 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import attrs
 
 from kserve_pvc._names import check_name
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef
-from kserve_pvc._retry import delays
 from kserve_pvc._source import Checksum, RemoteFile, Resolved, resolved
-from kserve_pvc.backends._direct import Reader, read_refusal, retry_after, unavailable
+from kserve_pvc.backends._direct import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
 from kserve_pvc.backends._http import MOMENT, HTTPClient, HTTPError, Target, target_of
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -54,7 +52,6 @@ _NEXT_PAGE = re.compile(r'<([^>]*)>[^,<]*;\s*rel="?next\b')
 _USED_UP = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*([0-9]{1,6})\b")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
-_LIST_ATTEMPTS = 4
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024
 _MAX_PAGES = 2_000
 _MAX_SIZE = 10**15
@@ -227,23 +224,17 @@ class HFBackend:
 
     def _ask(self, uri: str, path: str, query: Mapping[str, str]) -> tuple[Any, Mapping[str, str]]:
         """A small question, asked again while the hub is busy or the network fails."""
-        pauses, deadline = delays(random.random(), attempts=_LIST_ATTEMPTS), time.monotonic() + self._retry_seconds
-        while True:
-            try:
-                status, headers, body = self._get(uri, self.place(path, query))
-                if status == 200:
-                    return _from_json(uri, body), headers
-                refusal: StoreError = self.refusal(uri, status, headers)
-            except HTTPError as error:
-                refusal = SourceUnavailableError(uri, str(error), is_final=error.is_final)
-                refusal.__cause__ = error
-            pause = next(pauses, None)
-            if not isinstance(refusal, SourceUnavailableError) or refusal.is_final or pause is None:
-                raise refusal
-            pause = max(pause, refusal.retry_after or 0.0)
-            if time.monotonic() + pause > deadline:
-                raise refusal
-            time.sleep(pause)
+        try:
+            headers, body = ask_patiently(lambda: self._ask_once(uri, self.place(path, query)), self._retry_seconds)
+        except HTTPError as error:
+            raise SourceUnavailableError(uri, str(error), is_final=error.is_final) from error
+        return _from_json(uri, body), headers
+
+    def _ask_once(self, uri: str, target: Target) -> tuple[Mapping[str, str], bytes]:
+        status, headers, body = self._get(uri, target)
+        if status != 200:
+            raise self.refusal(uri, status, headers)
+        return headers, body
 
     def _get(self, uri: str, target: Target) -> tuple[int, Mapping[str, str], bytes]:
         for _ in range(_MAX_HOPS + 1):
@@ -254,7 +245,7 @@ class HFBackend:
                 body = read_refusal(answer)
             if answer.status not in _REDIRECTS or "location" not in headers:
                 return answer.status, headers, body
-            target = _led(uri, target, headers["location"])
+            target = follow(uri, target, headers["location"])
             if not self.is_hub(target):
                 raise unavailable(uri, answer.status, headers)
         raise _astray(uri)
@@ -382,7 +373,7 @@ class _Range:
         target = self._target or self._at_hub
         if self._backend.is_hub(target):
             self._check_promise(headers)
-        self._target = _led(self._where, target, headers["location"])
+        self._target = follow(self._where, target, headers["location"])
         self._learnt(_lifetime(self._target, headers))
 
     def _learnt(self, seconds: float) -> None:
@@ -568,18 +559,6 @@ def _following(uri: str, link: str) -> Mapping[str, str] | None:
         return dict(parse_qsl(urlsplit(match[1]).query, keep_blank_values=True))
     except ValueError as error:
         raise _no_hub(uri, "the link to its next page is none") from error
-
-
-def _led(where: str, target: Target, location: str) -> Target:
-    """Where a redirect leads: anywhere, but never from https to http."""
-    base = f"{target.scheme}://{target.authority}{target.path}"
-    try:
-        found = target_of(urljoin(base, quote(location.encode("latin-1", "replace"), safe="!#$%&'()*+,/:;=?@[]~")))
-    except (HTTPError, ValueError) as error:
-        raise SourceUnavailableError(where, "it points to what is no http or https URL", is_final=True) from error
-    if target.scheme == "https" and found.scheme != "https":
-        raise SourceUnavailableError(where, "it points from https to http, where anybody may listen", is_final=True)
-    return found
 
 
 def _lifetime(target: Target, headers: Mapping[str, str]) -> float:

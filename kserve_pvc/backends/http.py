@@ -11,25 +11,22 @@ import base64
 import ipaddress
 import json
 import os
-import random
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote, unquote, urljoin
+from urllib.parse import quote, unquote
 
 import attrs
 
 from kserve_pvc._names import check_name
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef
-from kserve_pvc._retry import delays
 from kserve_pvc._source import RangeReader, RemoteFile, Resolved, UnpackLimits, resolved
 from kserve_pvc._unpack import check_readable, is_archive
-from kserve_pvc.backends._direct import Reader, read_refusal, unavailable
+from kserve_pvc.backends._direct import Reader, ask_patiently, follow, read_refusal, unavailable
 from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -46,7 +43,6 @@ from kserve_pvc.errors import (
 ALLOW_PRIVATE = "KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES"
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
-_ATTEMPTS = 4
 _MAX_ONE_BYTE_ANSWER = 1024
 _CONTENT_RANGE = re.compile(r"bytes (?:0-0|\*)/([0-9]{1,18})")
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -63,7 +59,6 @@ _OWN_HEADERS = {
 _ALSO_INSIDE = [ipaddress.ip_network(network) for network in ("168.63.129.16/32", "192.0.0.0/24", "fec0::/10")]
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _PATH_SAFE = "%/:=&~+!$,;'@()*[]"
-_LOCATION_SAFE = "!#$%&'()*+,/:;=?@[]~"
 
 
 @attrs.frozen(kw_only=True)
@@ -177,22 +172,10 @@ class HTTPBackend:
 
     def _ask(self, address: str, name: str, *, is_promised: bool) -> _Place:
         """Find out what is there, asked again while the server is busy or the network fails."""
-        pauses, deadline = delays(random.random(), attempts=_ATTEMPTS), time.monotonic() + self._retry_seconds
-        while True:
-            try:
-                return self._find(address, None if is_promised else name)
-            except HTTPError as error:
-                refusal = SourceUnavailableError(address, str(error), is_final=error.is_final)
-                refusal.__cause__ = error
-            except SourceUnavailableError as error:
-                refusal = error
-            pause = next(pauses, None)
-            if refusal.is_final or pause is None:
-                raise refusal
-            pause = max(pause, refusal.retry_after or 0.0)
-            if time.monotonic() + pause > deadline:
-                raise refusal
-            time.sleep(pause)
+        try:
+            return ask_patiently(lambda: self._find(address, None if is_promised else name), self._retry_seconds)
+        except HTTPError as error:
+            raise SourceUnavailableError(address, str(error), is_final=error.is_final) from error
 
     def _find(self, address: str, name: str | None = None) -> _Place:
         """Follow a URL to where it leads. With `name`, an answer that is a web page and not such a file is refused."""
@@ -203,7 +186,7 @@ class HTTPBackend:
                 hops += 1
                 if hops > _MAX_HOPS:
                     raise SourceUnavailableError(address, f"it points elsewhere more than {_MAX_HOPS} times in a row", is_final=True)
-                target = _led(address, target, headers["location"])
+                target = follow(address, target, headers["location"])
             elif method == "HEAD" and _says_too_little(status, headers):
                 method = "GET"
             else:
@@ -434,15 +417,3 @@ def _refused(address: str, status: int, headers: Mapping[str, str]) -> StoreErro
     if status in (404, 410):
         return SourceNotFoundError(address, f"it answered {status}")
     return unavailable(address, status, headers) if status not in _REDIRECTS else None
-
-
-def _led(address: str, target: Target, location: str) -> Target:
-    """Where a redirect leads: anywhere that may be connected to, but never from https to http."""
-    base = f"{target.scheme}://{target.authority}{target.path}"
-    try:
-        found = target_of(urljoin(base, quote(location.encode("latin-1", "replace"), safe=_LOCATION_SAFE)))
-    except (HTTPError, ValueError) as error:
-        raise SourceUnavailableError(address, "it points to what is no http or https URL", is_final=True) from error
-    if target.scheme == "https" and found.scheme != "https":
-        raise PolicyError(address, f"it points from https to http (at `{found.host}`), where anybody may listen")
-    return found

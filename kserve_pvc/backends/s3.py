@@ -10,10 +10,8 @@ VersionId, straight into the caller's buffer.
 from __future__ import annotations
 
 import os
-import random
 import re
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -26,12 +24,12 @@ import attrs
 
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef, redact
-from kserve_pvc._retry import delays
 from kserve_pvc._source import RemoteFile, Resolved, resolved
 from kserve_pvc.backends._crc32c import make_checksum
-from kserve_pvc.backends._direct import Reader, read_refusal, retry_after, unavailable
+from kserve_pvc.backends._direct import Reader, RefusedError, ask_patiently, from_base64, read_refusal, retry_after, unavailable
 from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of
 from kserve_pvc.backends._sigv4 import Credentials, encode_query, sign
+from kserve_pvc.backends._xml import is_size, parse_xml
 from kserve_pvc.errors import (
     InvalidURIError,
     SettingsError,
@@ -46,7 +44,6 @@ DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Expire
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
 _BUSY = {"SlowDown", "TooManyRequests", "RequestLimitExceeded", "Throttling", "429", "503", "ServiceUnavailable"}
-_LIST_ATTEMPTS = 4
 _MAX_PAGE_BYTES = 16 * 1024 * 1024
 # An MD5 costs more than fetching and hashing together, so it is compared only where that is soon done.
 _MAX_MD5_BYTES = 16 * 1024 * 1024
@@ -67,18 +64,6 @@ _SDK_VARIABLES = (
     "AWS_S3_US_EAST_1_REGIONAL_ENDPOINT",
 )
 _OTHER_PARTITIONS = ("cn-", "us-iso", "eu-iso")
-
-
-class RefusedError(Exception):
-    """
-    What the service said instead of giving what it was asked for: its own word, and a sentence for people.
-    """
-
-    def __init__(self, code: str, reason: str, *, busy: float | None = None) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
-        self.busy = busy
 
 
 class Access(Protocol):
@@ -155,8 +140,8 @@ class S3Backend:
                 return None
             raise
         size, etag = head.get("content-length", ""), head.get("etag")
-        if not _is_size(size) or etag is None:
-            raise RefusedError("", "its answer has no length or no ETag, so it does not speak S3")
+        if not is_size(size) or etag is None:
+            raise RefusedError("its answer has no length or no ETag, so it does not speak S3")
         version = ref.revision or head.get("x-amz-version-id", "null")
         return self._file(bucket, key, key.rpartition("/")[2], int(size), etag, None if version == "null" else version)
 
@@ -226,7 +211,7 @@ class S3Backend:
             raise gone
         if head.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT":
             for name in ("sha256", "crc32", "crc32c") if make_checksum("crc32c") else ("sha256", "crc32"):
-                if (digest := _from_base64(head.get(f"x-amz-checksum-{name}", ""))) is not None:
+                if (digest := from_base64(head.get(f"x-amz-checksum-{name}", ""))) is not None:
                     return f"{name}:{digest}"
         is_plain = head.get("x-amz-server-side-encryption", "AES256") == "AES256" and not any("customer" in name for name in head)
         return file.digest if is_plain else None
@@ -240,15 +225,6 @@ def _translated(uri: str) -> Iterator[None]:
         raise _meaning(refusal, uri) from refusal.__cause__
     except HTTPError as error:
         raise SourceUnavailableError(uri, str(error), is_final=error.is_final) from error
-
-
-def _from_base64(text: str) -> str | None:
-    import binascii
-
-    try:
-        return binascii.a2b_base64(text, strict_mode=True).hex() or None
-    except ValueError:  # A checksum of checksums ends in `-<parts>`.
-        return None
 
 
 @attrs.define(eq=False)
@@ -267,24 +243,18 @@ class _PlainAccess:
 
     def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
         query = {} if version is None else {"versionId": version}
-        status, headers, body = self._ask("HEAD", bucket, key, query, {"x-amz-checksum-mode": "ENABLED"})
-        if status != 200:
-            raise _refusal(status, headers, body)
-        return headers
+        return self._ask("HEAD", bucket, key, query, {"x-amz-checksum-mode": "ENABLED"})[0]
 
     def pages(self, bucket: str, prefix: str) -> Iterator[list[tuple[str, int, str]]]:
         query = {"list-type": "2", "prefix": prefix, "encoding-type": "url"}
         tokens: set[str] = set()
         while True:
-            status, headers, body = self._ask("GET", bucket, "", query, {})
-            if status != 200:
-                raise _refusal(status, headers, body)
-            page, token = parse_listing(body)
+            page, token = parse_listing(self._ask("GET", bucket, "", query, {})[1])
             yield page
             if token is None:
                 return
             if token in tokens:
-                raise RefusedError("", "its listing does not end: it names a page a second time")
+                raise RefusedError("its listing does not end: it names a page a second time")
             tokens.add(token)
             query = {**query, "continuation-token": token}
 
@@ -311,31 +281,23 @@ class _PlainAccess:
 
     def _ask(
         self, method: str, bucket: str, key: str, query: Mapping[str, str], headers: Mapping[str, str]
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """A small request, asked again while the service is busy or the network fails, and once at another region."""
-        pauses, deadline = delays(random.random(), attempts=_LIST_ATTEMPTS), time.monotonic() + self.retry_seconds
-        while True:
-            pause = next(pauses, None)
-            try:
-                target, signed = self._signed(method, bucket, key, query, headers)
-                with self.client.open(method, target, signed) as answer:
-                    if answer.status == 200:
-                        return 200, answer.headers, answer.read(_MAX_PAGE_BYTES, time.monotonic() + 2 * self.client.answer_seconds)
-                    body = read_refusal(answer)
-            except HTTPError as error:
-                if error.is_final or pause is None or time.monotonic() + pause > deadline:
-                    raise
-            else:
-                region = answer.header("x-amz-bucket-region")
-                if region and bucket not in self._regions and region != self.region and re.fullmatch(r"[a-z0-9-]{1,40}", region):
-                    self._regions[bucket] = region  # Said by S3 itself, at whatever status; asked there once.
-                    continue
-                if pause is None or (answer.status < 500 and answer.status != 429):
-                    return answer.status, answer.headers, body
-                pause = max(pause, retry_after(answer.headers))
-                if time.monotonic() + pause > deadline:
-                    return answer.status, answer.headers, body
-            time.sleep(pause)
+    ) -> tuple[Mapping[str, str], bytes]:
+        """A small request, asked again while the service is busy or the network fails. Raises `RefusedError`."""
+        return ask_patiently(lambda: self._ask_once(method, bucket, key, query, headers), self.retry_seconds)
+
+    def _ask_once(
+        self, method: str, bucket: str, key: str, query: Mapping[str, str], headers: Mapping[str, str]
+    ) -> tuple[Mapping[str, str], bytes]:
+        target, signed = self._signed(method, bucket, key, query, headers)
+        with self.client.open(method, target, signed) as answer:
+            if answer.status == 200:
+                return answer.headers, answer.read(_MAX_PAGE_BYTES, time.monotonic() + 2 * self.client.answer_seconds)
+            refusal = _refusal(answer.status, answer.headers, read_refusal(answer))
+        region = answer.header("x-amz-bucket-region")
+        if region and bucket not in self._regions and region != self.region and re.fullmatch(r"[a-z0-9-]{1,40}", region):
+            self._regions[bucket] = region  # Said by S3 itself, at whatever status; asked there once.
+            return self._ask_once(method, bucket, key, query, headers)
+        raise refusal
 
 
 def _plain_access(options: Mapping[str, Any], environ: Mapping[str, str], client: HTTPClient) -> _PlainAccess | None:
@@ -382,9 +344,9 @@ def parse_listing(body: bytes) -> tuple[list[tuple[str, int, str]], str | None]:
     Raises:
         RefusedError: It is no such answer.
     """
-    root = _parse(body)
+    root = parse_xml(body)
     if root is None or root.tag.rpartition("}")[2] != "ListBucketResult":
-        raise RefusedError("", "its listing is no ListBucketResult, so it does not speak S3")
+        raise RefusedError("its listing is no ListBucketResult, so it does not speak S3")
     space = root.tag[: -len("ListBucketResult")]
     # Blanks come as `+`, and `+` as `%2B`.
     decode = unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
@@ -392,41 +354,29 @@ def parse_listing(body: bytes) -> tuple[list[tuple[str, int, str]], str | None]:
     names = (f"{space}Key", f"{space}Size", f"{space}ETag")
     for item in root.iter(f"{space}Contents"):
         key, size, etag = map(item.findtext, names)
-        if key is None or etag is None or size is None or not _is_size(size):
-            raise RefusedError("", "its listing names an object without key, size or ETag, so it does not speak S3")
+        if key is None or etag is None or size is None or not is_size(size):
+            raise RefusedError("its listing names an object without key, size or ETag, so it does not speak S3")
         page.append((decode(key), int(size), etag))
     if root.findtext(f"{space}IsTruncated") != "true":
         return page, None
     token = root.findtext(f"{space}NextContinuationToken")
     if not token:
-        raise RefusedError("", "its listing goes on and does not say where, so it does not speak S3")
+        raise RefusedError("its listing goes on and does not say where, so it does not speak S3")
     return page, token
 
 
-def _is_size(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 18
-
-
-def _parse(body: bytes) -> ET.Element | None:
-    # Without a document type there are no entities to expand. Decoded first, so that no other encoding hides one.
-    try:
-        text = body.decode("utf-8")
-        return None if "<!" in text else ET.fromstring(text)
-    except (ValueError, ET.ParseError):
-        return None
-
-
 def _refusal(status: int, headers: Mapping[str, str], body: bytes) -> RefusedError:
-    root = _parse(body) if body else None
+    root = parse_xml(body) if body else None
     code = message = None
     if root is not None and root.tag.rpartition("}")[2] == "Error":
         words = {child.tag.rpartition("}")[2]: child.text for child in root}
         code, message = words.get("Code"), words.get("Message")
     if 300 <= status < 400:
-        return RefusedError(str(status), unavailable("", status, headers).reason)
+        return RefusedError(unavailable("", status, headers).reason, status=status, code=str(status))
     code = code or str(status)
-    busy = retry_after(headers) if status in (429, 503) or code in _BUSY else None
-    return RefusedError(code, f"{code}: {message}" if message else f"it answered {code}", busy=busy)
+    says_when = status >= 500 and "retry-after" in headers
+    busy = retry_after(headers) if status in (429, 503) or code in _BUSY or says_when else None
+    return RefusedError(f"{code}: {message}" if message else f"it answered {code}", status=status, code=code, busy=busy)
 
 
 def _meaning(refusal: RefusedError, uri: str) -> StoreError:
