@@ -4,6 +4,7 @@ Models in buckets, on a real S3 server and through connections that break.
 
 import hashlib
 import random
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -434,6 +435,21 @@ def test_a_busy_server_is_asked_again(root, origin, upload):
 
     assert read_tree(model.path) == FILES
     assert max(busy.values()) > 2
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 504])
+def test_a_busy_server_says_how_long_it_wants_to_be_left_alone(origin, upload, status):
+    """
+    `Retry-After` is in the error, whatever the status, and a wait that is longer than a call may take is not begun.
+    """
+    uri, began = upload(FILES), time.monotonic()
+    busy = b"%d Busy\r\nRetry-After: 777" % status
+    proxied = TamperingProxy(origin.endpoint, rewrite=lambda asked, answer: answer.replace(b"200 OK", busy))
+    with proxied as proxy, pytest.raises(SourceUnavailableError) as caught:
+        S3Backend(through(proxy, origin)["storage_options"]).resolve(parse_ref(uri))
+
+    assert caught.value.retry_after == 777
+    assert time.monotonic() - began < 60
 
 
 def test_an_identity_that_may_only_read_is_enough(root, proxy, upload):
