@@ -23,8 +23,9 @@ from kserve_pvc import _layout as layout
 from kserve_pvc import _protocol as protocol
 from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take_claim
 from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Waiting
-from kserve_pvc._log import LogView, append, highest_slot, read_all, read_log_of
+from kserve_pvc._log import LogView, LogWriter, generations, read_log_of
 from kserve_pvc._pace import Tuning
+from kserve_pvc._procedures import Publish, append, collect_garbage, collect_unnamed, drive
 from kserve_pvc._record import Beat, Claim, FileEntry, Holder, LogEntry, Manifest, PartNote, StoreSettings, encode, now
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._reuse import Found, find_donors, shared_bytes
@@ -150,7 +151,8 @@ class Download:
         assert self._view.entry is not None  # The protocol returns only after a record met the wish.
         # Somebody else published: what this process wrote will never be, so nobody but itself is to be asked.
         with suppress(OSError, StoreFormatError):
-            self._collect_unnamed(self._unpublished)
+            log = LogWriter(self._writer, self._key, self._commit, private=layout.STAGING, collect=self._collect)
+            drive(collect_unnamed(self._unpublished), log.perform)
         return Outcome(status=status, entry=self._view.entry, bytes_fetched=self._tally.fetched)
 
     def _do(self, action: protocol.Action) -> protocol.Event | None:
@@ -359,24 +361,27 @@ class Download:
 
     def _publish(self, after_seq: int) -> protocol.Published:
         assert self._claim is not None  # The protocol publishes only what was fetched under a claim.
-        private = layout.staging_dir(self._claim.generation) / "record"
         # Listed before the commit: these were begun on an older record, so they lose. Later ones may be begun on ours.
-        begun = [g for g in self._writer.names(layout.MODELS / self._key) if layout.parse_generation(g) is not None]
-        entry = append(self._writer, self._key, self._commit, after_seq=after_seq, private=private)
-        if entry is None:
+        begun = generations(self._writer, self._key)
+        staging = layout.staging_dir(self._claim.generation)
+        log = LogWriter(self._writer, self._key, self._commit, private=staging / "record", collect=self._collect)
+        seq = drive(append(after_seq, "commit"), log.perform)
+        if seq is None:
             return protocol.Published(won=False)
-        self._view = LogView(seq=entry.seq, entry=entry)
+        entry = log.published[seq]
+        self._view = LogView(seq=seq, entry=entry)
         self._unpublished.remove(entry.generation)
         # The model is there whatever becomes of the leftovers; the next download of this key tries again.
         with suppress(OSError, StoreFormatError):
-            self._collect_garbage(entry, begun)
+            self._writer.throw_away(staging)
+            drive(collect_garbage(seq, begun), log.perform)
         return protocol.Published(won=True)
 
-    def _commit(self, seq: int) -> LogEntry:
+    def _commit(self, wanted: Publish) -> LogEntry:
         assert self._manifest is not None  # The protocol publishes only after a fetch.
         return LogEntry(
-            type="commit",
-            seq=seq,
+            type=wanted.type,
+            seq=wanted.seq,
             key=self._key,
             uri=self._ref.uri,
             revision=self._ref.revision,
@@ -392,24 +397,6 @@ class Download:
             created_at=now(),
             writer=self._holder,
         )
-
-    def _collect_garbage(self, entry: LogEntry, begun: Sequence[str]) -> None:
-        """
-        Collect the generations that were begun before our commit and that no record names.
-
-        Our own commit is what makes this safe: they were begun on an older record, so whoever still writes them sees a
-        newer one and loses, unless it had reserved a higher number before, which is looked for first. No judgement
-        about who is alive is needed.
-        """
-        self._writer.throw_away(layout.staging_dir(entry.generation))
-        if highest_slot(self._writer, self._key) == entry.seq:
-            self._collect_unnamed(begun)
-
-    def _collect_unnamed(self, generations: Sequence[str]) -> None:
-        named = {record.generation for record in read_all(self._writer, self._key)}
-        for generation in generations:
-            if generation not in named:
-                self._collect(generation)
 
     def _collect(self, generation: str) -> None:
         # The model's directory goes last: as long as it is there, the next collection finds the rest.

@@ -14,7 +14,18 @@ import attrs
 
 from kserve_pvc._codec import MAX_RECORD_BYTES, decode, encode
 from kserve_pvc._entry import LogEntry
-from kserve_pvc._layout import MAX_NUMBER, log_dir, manifest_file, parse_log_name, parse_number, record_file, slot_dir
+from kserve_pvc._layout import (
+    MAX_NUMBER,
+    MODELS,
+    log_dir,
+    manifest_file,
+    parse_generation,
+    parse_log_name,
+    parse_number,
+    record_file,
+    slot_dir,
+)
+from kserve_pvc._procedures import Collect, ListGenerations, ListNamed, Operation, Pause, Publish, ReadHighestSlot, ReadNewest, Reserve
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import StoreFormatError
@@ -24,7 +35,6 @@ if TYPE_CHECKING:
 
 _REREADS = 3
 _REREAD_PAUSE = 0.05
-_SLOT_PATIENCE = 1.0
 # More than one file takes in a manifest, with the longest name in escapes, and more than what surrounds them.
 _MANIFEST_BYTES = 8 * 1024
 
@@ -38,6 +48,10 @@ class LogView:
     seq: int = 0
     entry: LogEntry | None = None
     damage: StoreFormatError | None = None
+
+    @property
+    def is_present(self) -> bool:
+        return self.entry is not None and self.entry.is_present
 
 
 def read_log(volume: Volume, key: str) -> LogView:
@@ -140,43 +154,67 @@ def highest_slot(volume: Volume, key: str) -> int:
     return max((n for name in volume.names(slot_dir(key)) if (n := parse_number(name)) is not None), default=0)
 
 
-def append(writer: VolumeWriter, key: str, make: Callable[[int], LogEntry], *, after_seq: int, private: PurePosixPath) -> LogEntry | None:
+class LogWriter:
     """
-    Append the next record, or learn that somebody else did.
-
-    The order is what makes this safe without any lock: the number is reserved, the log is listed again, the record is
-    published, and the log is listed once more. Whoever published before is respected, whoever reserves later sees
-    ours, and a process that was paused anywhere in between finds a newer record and has lost.
+    Does for one key what a procedure asks for.
 
     Args:
-        make: Builds the record for the number it gets.
-        after_seq: The newest record the caller took into account.
+        make: Builds the record that a procedure wants to publish.
         private: A name in a staging directory that nobody else uses.
-
-    Returns:
-        The record, or None if the log moved on since `after_seq`. Then it may hold this record below a newer one.
-
-    Raises:
-        StoreFormatError: The numbers are used up, which takes a forged record.
+        collect: Throws away what there is of a generation.
     """
-    seq = after_seq + 1
-    if seq > MAX_NUMBER:
-        raise StoreFormatError(str(log_dir(key)), f"it holds a record of number {after_seq}, which no writer makes; delete that forgery")
-    while not writer.reserve(slot_dir(key) / f"{seq:012d}"):
-        if _moved_on(writer, key, after_seq, seq):
-            return None
-        seq += 1  # Whoever took that number died before it wrote, or will lose by what we write now.
-    if read_log(writer, key).seq > after_seq:
+
+    def __init__(
+        self,
+        writer: VolumeWriter,
+        key: str,
+        make: Callable[[Publish], LogEntry],
+        *,
+        private: PurePosixPath,
+        collect: Callable[[str], None],
+    ) -> None:
+        self._writer = writer
+        self._key = key
+        self._make = make
+        self._private = private
+        self._collect = collect
+        self.published: dict[int, LogEntry] = {}
+
+    def perform(self, operation: Operation) -> object:
+        """
+        Carry out one operation and return its answer.
+
+        Raises:
+            StoreFormatError: The numbers are used up, which takes a forged record, or `ListNamed` met a damaged one.
+        """
+        match operation:
+            case ReadNewest():
+                return read_log(self._writer, self._key)
+            case ReadHighestSlot():
+                return highest_slot(self._writer, self._key)
+            case Reserve(seq):
+                if seq > MAX_NUMBER:
+                    raise StoreFormatError(
+                        str(log_dir(self._key)), f"it holds a record of number {seq - 1}, which no writer makes; delete that forgery"
+                    )
+                return self._writer.reserve(slot_dir(self._key) / f"{seq:012d}")
+            case Publish():
+                entry = self._make(operation)
+                self.published[entry.seq] = entry
+                return self._writer.publish(log_dir(self._key) / entry.name, encode(entry), self._private)
+            case Pause(seconds):
+                time.sleep(seconds)
+            case ListGenerations():
+                return generations(self._writer, self._key)
+            case ListNamed():
+                return {record.generation for record in read_all(self._writer, self._key)}
+            case Collect(generation):
+                self._collect(generation)
         return None
-    entry = make(seq)
-    published = writer.publish(log_dir(key) / entry.name, encode(entry), private)
-    return entry if published and read_log(writer, key).seq == seq else None
 
 
-def _moved_on(volume: Volume, key: str, after_seq: int, taken: int) -> bool:
-    deadline = time.monotonic() + _SLOT_PATIENCE
-    while read_log(volume, key).seq <= after_seq:
-        if time.monotonic() >= deadline or highest_slot(volume, key) > taken:
-            return False
-        time.sleep(_REREAD_PAUSE)
-    return True
+def generations(volume: Volume, key: str) -> list[str]:
+    """
+    The names of all generations of a key, whatever their state.
+    """
+    return [name for name in volume.names(MODELS / key) if parse_generation(name) is not None]

@@ -41,17 +41,14 @@ def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, 
     """
     first, second = stores
     committed, second_is_writing, first_has_collected = Event(), Event(), Event()
-    honest_append, honest_create = _download.append, Tree.create
-    appends: list[object] = []
+    honest_collect, honest_create = _download.collect_garbage, Tree.create
 
-    def append(*args, **kwargs):
-        entry = honest_append(*args, **kwargs)
-        appends.append(entry)
-        if len(appends) == 1:
+    def collect_garbage(*args):
+        if not committed.is_set():
             first.break_lock(URI)
             committed.set()
             assert second_is_writing.wait(10)
-        return entry
+        return honest_collect(*args)
 
     def create(self, path):
         if self._writer is second._writer and path.name == "b.bin":
@@ -59,7 +56,7 @@ def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, 
             assert first_has_collected.wait(10)
         return honest_create(self, path)
 
-    monkeypatch.setattr(_download, "append", append)
+    monkeypatch.setattr(_download, "collect_garbage", collect_garbage)
     monkeypatch.setattr(Tree, "create", create)
 
     def ensure_first() -> None:

@@ -30,6 +30,7 @@ PURE = {
     "_record",
     "_layout",
     "_source",
+    "_procedures",
     "_protocol",
     "_events",
     "_retry",

@@ -11,6 +11,7 @@ import pytest
 from kserve_pvc import StoreFormatError
 from kserve_pvc import _layout as layout
 from kserve_pvc import _log as log
+from kserve_pvc import _procedures as procedures
 from kserve_pvc._record import Holder, LogEntry, decode, encode, now
 from kserve_pvc._volume import Volume, VolumeWriter
 
@@ -41,7 +42,9 @@ def entry(seq: int, kind: str = "commit", nonce: str = "a") -> LogEntry:
 
 def append(writer: VolumeWriter, *, after_seq: int, nonce: str = "a", kind: str = "commit") -> LogEntry | None:
     private = layout.STAGING / f"private-{nonce}" / "record"
-    return log.append(writer, KEY, lambda seq: entry(seq, kind, nonce), after_seq=after_seq, private=private)
+    hand = log.LogWriter(writer, KEY, lambda wanted: entry(wanted.seq, wanted.type, nonce), private=private, collect=pytest.fail)
+    seq = procedures.drive(procedures.append(after_seq, kind), hand.perform)
+    return None if seq is None else hand.published[seq]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +52,8 @@ def impatient(monkeypatch):
     """
     Do not wait long for a number whose owner is dead.
     """
-    monkeypatch.setattr(log, "_SLOT_PATIENCE", 0.02)
+    monkeypatch.setattr(procedures, "LOOKS_FOR_A_RECORD", 1)
+    monkeypatch.setattr(procedures, "LOOK_PAUSE", 0.02)
     monkeypatch.setattr(log, "_REREAD_PAUSE", 0.001)
 
 

@@ -1,0 +1,177 @@
+"""
+The protocol against every interleaving of its processes: what holds, and that breaking it is noticed.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import pytest
+from model_checker import (
+    CLOSED,
+    PARTIAL,
+    Checker,
+    Claim,
+    Explored,
+    Files,
+    Programs,
+    Record,
+    ViolationError,
+    Volume,
+    World,
+    ensure,
+    fetch,
+    read,
+    remove,
+)
+
+from kserve_pvc import _procedures as procedures
+
+# How many states are visited of a crowd that is too large to see all; `nox -s soak` visits more.
+MOST_STATES = int(os.environ.get("KSERVE_PVC_TEST_STATES", "100_000"))
+FEW_STATES = 400_000
+
+NOTHING = World()
+# One model is there, and its writer is gone.
+MODEL = World(
+    log=(Record(1, "commit", "0"),), slots=frozenset({1}), claims=(Claim(1, 9, is_released=True),), files=(Files(9, CLOSED),), seen_log=1
+)
+# A process was killed while it wrote.
+WRECK = World(claims=(Claim(1, 9),), files=(Files(9, PARTIAL),))
+
+asks, refreshes = ensure, partial(ensure, refresh=True)
+
+
+def explore(processes, start, *, programs=Programs(), volume=Volume(), silences=0, faults=0, most_states=FEW_STATES) -> Explored:  # noqa: B008
+    checker = Checker([partial(process, programs) for process in processes], volume)
+    return checker.explore(start._replace(silences=silences, faults=faults), most_states=most_states)
+
+
+@pytest.mark.parametrize("locks_exclude", [True, False], ids=["locks-hold", "locks-lie"])
+@pytest.mark.parametrize("start", [NOTHING, MODEL, WRECK], ids=["nothing", "model", "wreck"])
+def test_a_crowd(start, locks_exclude):
+    """
+    Three writers of which one refreshes, two readers, and one who removes: no law is broken in the first so many states.
+    """
+    crowd = [asks, asks, refreshes, read, read, remove]
+
+    explored = explore(crowd, start, volume=Volume(locks_exclude=locks_exclude), silences=2, faults=1, most_states=MOST_STATES)
+
+    print(explored)
+    assert explored.states >= MOST_STATES
+
+
+SCENES = {
+    "two writers": ([asks, refreshes], NOTHING, {"silences": 2, "faults": 1}),
+    "a writer and a zombie": ([asks, asks], WRECK, {"silences": 3}),
+    "two refresh": ([refreshes, refreshes], MODEL, {"silences": 1}),
+    "a removal and a writer": ([remove, refreshes], MODEL, {"silences": 1, "faults": 1}),
+    "two removals and a reader": ([remove, remove, read], MODEL, {}),
+    "a removal and two readers": ([remove, read, read], MODEL, {"faults": 2}),
+}
+
+
+@pytest.mark.parametrize("locks_exclude", [True, False], ids=["locks-hold", "locks-lie"])
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_scene(scene, locks_exclude):
+    """
+    Every state that a few processes can reach together keeps the laws, up to the end of each.
+    """
+    processes, start, luck = SCENES[scene]
+
+    explored = explore(processes, start, volume=Volume(locks_exclude=locks_exclude), **luck, most_states=3_000_000)
+
+    print(explored)
+    assert explored.is_complete
+
+
+def test_one_fetch_without_faults():
+    """
+    L6: while claims exclude and nothing fails, one of three writers fetches.
+    """
+    explored = explore([asks, asks, asks], NOTHING, volume=Volume(one_fetch=True), most_states=3_000_000)
+
+    print(explored)
+    assert explored.is_complete
+
+
+# What a wrong implementation would do. Each must be noticed.
+
+
+def collect_whatever_is_unnamed(seq, begun):
+    there = yield procedures.ListGenerations()
+    yield from procedures.collect_unnamed(there)
+
+
+def append_by_rename(after_seq, kind, of):
+    newest = yield procedures.ReadNewest()
+    if newest.seq > after_seq:
+        return None
+    yield procedures.Publish(after_seq + 1, kind, of)
+    return after_seq + 1
+
+
+def remove_without_a_number(newest, generations):
+    yield procedures.Publish(newest.seq + 1, "tombstone", newest)
+    for generation in generations:
+        yield procedures.Collect(generation)
+    return "removed"
+
+
+ONCE, FOR_ALL, FOR_ALL_ONCE = Volume(one_fetch=True), Volume(locks_exclude=False), Volume(locks_exclude=False, one_fetch=True)
+# What is wrong, which law it breaks, and where that shows: who acts, from what start, and with what luck.
+MUTANTS = {
+    "M1 every claim is granted": ("L6", [asks, asks], NOTHING, {"volume": FOR_ALL_ONCE}),
+    "M2 no second look after the claim": ("L6", [asks, asks], NOTHING, {"programs": Programs(rechecks=False), "volume": ONCE}),
+    "M3 looks up by name": ("L6", [asks, asks], NOTHING, {"volume": Volume(one_fetch=True, looks_up_by_name=True)}),
+    "M4 commits before it syncs": ("S1", [asks, asks], NOTHING, {"programs": Programs(fetch=partial(fetch, settles=False))}),
+    "M5 writes into another's files": (
+        "S[23]",
+        [asks, asks],
+        NOTHING,
+        {"programs": Programs(fetch=partial(fetch, continues_anothers=True)), "silences": 3},
+    ),
+    "M6 collects what no record names": (
+        "S1",
+        [asks, refreshes],
+        NOTHING,
+        {"programs": Programs(collect_garbage=collect_whatever_is_unnamed), "volume": FOR_ALL},
+    ),
+    "M7 does not wait until all see the tombstone": ("S6", [remove, read], MODEL, {"volume": Volume(waits_for_visibility=False)}),
+    "M8 a reader does not look again": ("S6", [remove, read], MODEL, {"programs": Programs(looks_again=False)}),
+    "M9 publishes by replacing": (
+        "S4",
+        [asks, asks],
+        NOTHING,
+        {"programs": Programs(append=append_by_rename), "volume": Volume(publish_replaces=True), "silences": 3},
+    ),
+    "M10 judges beats by stat": ("L6", [asks, asks], NOTHING, {"volume": Volume(one_fetch=True, beats_by_stat=True)}),
+    "M11 believes an error, and clears up": (
+        "S1",
+        [asks, asks],
+        NOTHING,
+        {"programs": Programs(clears_up_at_once=True), "volume": Volume(believes_errors=True), "faults": 1},
+    ),
+    "M12 does not hear what close says": ("S1", [asks, asks], NOTHING, {"volume": Volume(reports_close=False), "faults": 1}),
+    "M13 syncs again after an error": ("S1", [asks, asks], NOTHING, {"volume": Volume(syncs_again=True), "faults": 1}),
+    "M14 a tombstone takes no number": ("S4", [remove, refreshes], MODEL, {"programs": Programs(remove=remove_without_a_number)}),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(name):
+    """
+    Mistakes that others have made break a law of this model, so the model can tell.
+    """
+    law, processes, start, play = MUTANTS[name]
+
+    with pytest.raises(ViolationError, match=f"^{law}:"):
+        explore(processes, start, **play)
+
+
+def test_there_are_fourteen_mutants():
+    """
+    None is dropped because it survives.
+    """
+    assert [name.split()[0] for name in MUTANTS] == [f"M{number}" for number in range(1, 15)]
