@@ -187,7 +187,8 @@ def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["rem
             tombstone, and loses.
 
     Returns:
-        `read` if somebody reads it; then the tombstone was undone.
+        `read` if somebody reads it. Then the tombstone was undone, unless another removal came in between: whoever
+        wrote the tombstone on the model decides alone what becomes of it.
     """
     before: Newest | None = newest if newest.is_present else None
     while True:
@@ -200,7 +201,9 @@ def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["rem
                 break
         generations = yield ListGenerations()
         newest = yield ReadNewest()
-        before = newest if newest.is_present else before
+        if newest.seq != seq:
+            # What another removal has buried may be collected by now, and is never brought back.
+            before = newest if newest.is_present else None
     yield AwaitVisibility()
     is_read: bool = yield AwaitReaders(tuple(generations))
     if is_read:

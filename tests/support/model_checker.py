@@ -18,8 +18,6 @@ from kserve_pvc import _protocol as protocol
 
 LEASE_TICKS = 2
 PATIENCE_TICKS = 3
-MOST_CLAIMS = 5
-MOST_GENERATIONS = 5
 EMPTY, PARTIAL, WHOLE, SYNCED, CLOSED, BROKEN = range(6)
 RULES = protocol.Rules(lease_seconds=LEASE_TICKS, timeout=PATIENCE_TICKS)
 
@@ -102,6 +100,8 @@ class Volume:
     waits_for_visibility: bool = True
     reports_close: bool = True
     syncs_again: bool = False
+    # What would need more claims or generations than this is not looked at.
+    most_generations: int = 5
 
 
 # What only the model asks for: the fetch, the lease of a reader, and the passing of time.
@@ -292,6 +292,10 @@ def remove(programs: Programs) -> Program:
 
 # The volume.
 
+# Where each process stands, and the volume.
+State = tuple[tuple[int, ...], World]
+CameFrom = dict[State, tuple[State, str] | None]
+
 
 class Checker:
     """
@@ -302,6 +306,29 @@ class Checker:
         self._machines = [_Machine(program) for program in programs]
         self._volume = volume
 
+    def start(self, world: World) -> State:
+        return tuple(0 for _ in self._machines), world
+
+    def steps(self, state: State, who: int) -> Iterator[tuple[str, State]]:
+        """
+        What the next operation of one process may lead to, the lucky outcome first; nothing, if it has ended.
+
+        Raises:
+            ViolationError: A law does not hold.
+        """
+        places, world = state
+        machine = self._machines[who]
+        operation = machine.operations[places[who]]
+        if operation is None:
+            return
+        try:
+            for answer, after in _OUTCOMES[type(operation)](self._volume, world, who, operation):
+                _check(after)
+                then = places[who] if answer is _AGAIN else machine.next(places[who], answer)
+                yield f"{who}: {operation} -> {answer}", ((*places[:who], then, *places[who + 1 :]), after)
+        except ViolationError as violation:
+            raise ViolationError(f"{violation}\n{who}: {operation}") from None
+
     def explore(self, world: World, *, most_states: int) -> Explored:
         """
         Visit states breadth first, from one on, until all are seen or so many.
@@ -309,8 +336,8 @@ class Checker:
         Raises:
             ViolationError: A law does not hold; the message tells the shortest way there.
         """
-        start = (tuple(0 for _ in self._machines), world)
-        came_from: dict[Hashable, tuple[Any, str] | None] = {start: None}
+        start = self.start(world)
+        came_from: CameFrom = {start: None}
         level, transitions, depth = [start], 0, 0
         while level:
             following = []
@@ -325,23 +352,13 @@ class Checker:
             level, depth = following, depth + 1
         return Explored(len(came_from), transitions, depth, is_complete=True)
 
-    def _successors(self, state: Any, came_from: dict[Hashable, tuple[Any, str] | None]) -> Iterator[tuple[str, Any]]:
-        places, world = state
-        for who, place in enumerate(places):
-            machine = self._machines[who]
-            operation = machine.operations[place]
-            if operation is None:
-                continue
-            try:
-                for answer, after in self._outcomes(world, who, operation):
-                    _check(after)
-                    then = place if answer is _AGAIN else machine.next(place, answer)
-                    yield f"{who}: {operation} -> {answer}", ((*places[:who], then, *places[who + 1 :]), after)
-            except ViolationError as violation:
-                raise ViolationError("\n".join([str(violation), *_way(state, came_from), f"{who}: {operation}"])) from None
-
-    def _outcomes(self, world: World, who: int, operation: Any) -> Sequence[tuple[Hashable, World]]:
-        return _OUTCOMES[type(operation)](self._volume, world, who, operation)
+    def _successors(self, state: State, came_from: CameFrom) -> Iterator[tuple[str, State]]:
+        try:
+            for who in range(len(self._machines)):
+                yield from self.steps(state, who)
+        except ViolationError as violation:
+            law, step = str(violation).split("\n")
+            raise ViolationError("\n".join([law, *_way(state, came_from), step])) from None
 
 
 @frozen
@@ -352,7 +369,7 @@ class Explored:
     is_complete: bool = field(kw_only=True)
 
 
-def _way(state: Any, came_from: dict[Hashable, tuple[Any, str] | None]) -> list[str]:
+def _way(state: State, came_from: CameFrom) -> list[str]:
     steps = []
     while (before := came_from[state]) is not None:
         state, label = before
@@ -411,11 +428,15 @@ _WHOLE = {Files(writer, CLOSED) for writer in range(10)}
 def _check(world: World) -> None:
     """
     S1: what a record vouches for is there, whole and durable. S4: one record for each number.
+
+    A record that was published below a newer one has never been read by anybody: its writer lost, and says so.
     """
     buried = max((r.seq for r in world.log if r.type == "tombstone"), default=0)
+    newest = 0
     for record in world.log:
-        if record.seq > buried and world.files[int(record.generation)] not in _WHOLE:
+        if record.seq > max(buried, newest) and world.files[int(record.generation)] not in _WHOLE:
             raise ViolationError(f"S1: {record} names what is not whole, durable and there: {world.files}")
+        newest = max(newest, record.seq)
     if len({r.seq for r in world.log}) != len(world.log):
         raise ViolationError(f"S4: two records of one number: {world.log}")
 
@@ -434,7 +455,7 @@ def _look_at_claim(volume: Volume, world: World, who: int, _: LookAtClaim) -> li
 
 
 def _make_claim(volume: Volume, world: World, who: int, operation: MakeClaim) -> list[tuple[Hashable, World]]:
-    if operation.epoch > MOST_CLAIMS:
+    if operation.epoch > volume.most_generations:
         return []
     if volume.locks_exclude and any(c.epoch == operation.epoch for c in world.claims):
         return [(False, world)]
@@ -459,7 +480,7 @@ def _release(volume: Volume, world: World, who: int, _: Release) -> list[tuple[H
 
 
 def _begin(volume: Volume, world: World, who: int, _: Begin) -> list[tuple[Hashable, World]]:
-    if len(world.files) == MOST_GENERATIONS:
+    if len(world.files) == volume.most_generations:
         return []
     if volume.one_fetch and world.files:
         raise ViolationError("L6: a second fetch, though nothing went wrong")
