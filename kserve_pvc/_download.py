@@ -23,7 +23,8 @@ from kserve_pvc import _layout as layout
 from kserve_pvc import _protocol as protocol
 from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take_claim
 from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Waiting
-from kserve_pvc._log import LogView, LogWriter, generations, read_log_of
+from kserve_pvc._log import LogView, read_log_of
+from kserve_pvc._log_writer import LogWriter, generations
 from kserve_pvc._pace import Tuning
 from kserve_pvc._procedures import Publish, append, collect_garbage, collect_unnamed, drive
 from kserve_pvc._record import Beat, Claim, FileEntry, Holder, LogEntry, Manifest, PartNote, StoreSettings, encode, now

@@ -587,7 +587,7 @@ class ModelStore:
 
         Raises:
             ModelNotFoundError: There is nothing of it.
-            ModelInUseError: Somebody reads or downloads it; it is there as before.
+            ModelInUseError: Somebody reads or downloads it; it is there as before, unless somebody else removes it too.
             ReadOnlyStoreError: The store may only be read.
         """
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)

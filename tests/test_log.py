@@ -12,6 +12,7 @@ from kserve_pvc import StoreFormatError
 from kserve_pvc import _layout as layout
 from kserve_pvc import _log as log
 from kserve_pvc import _procedures as procedures
+from kserve_pvc._log_writer import LogWriter
 from kserve_pvc._record import Holder, LogEntry, decode, encode, now
 from kserve_pvc._volume import Volume, VolumeWriter
 
@@ -42,7 +43,7 @@ def entry(seq: int, kind: str = "commit", nonce: str = "a") -> LogEntry:
 
 def append(writer: VolumeWriter, *, after_seq: int, nonce: str = "a", kind: str = "commit") -> LogEntry | None:
     private = layout.STAGING / f"private-{nonce}" / "record"
-    hand = log.LogWriter(writer, KEY, lambda wanted: entry(wanted.seq, wanted.type, nonce), private=private, collect=pytest.fail)
+    hand = LogWriter(writer, KEY, lambda wanted: entry(wanted.seq, wanted.type, nonce), private=private, collect=pytest.fail)
     seq = procedures.drive(procedures.append(after_seq, kind), hand.perform)
     return None if seq is None else hand.published[seq]
 
