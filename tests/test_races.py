@@ -19,9 +19,10 @@ from kserve_pvc import ModelStore
 
 WRITERS = 8
 PART_BYTES = 64 * 1024
-# `nox -s soak` asks for 500 kills, each of which costs a process and a part of a download, and for 1,000 rounds.
+# `nox -s soak` asks for many more, each of which costs processes, a part of a download or a lease.
 KILLS = int(os.environ.get("KSERVE_PVC_TEST_KILLS", "90"))
 ROUNDS = int(os.environ.get("KSERVE_PVC_TEST_ROUNDS", "50"))
+PAUSES = int(os.environ.get("KSERVE_PVC_TEST_PAUSES", "5"))
 
 
 def race(root: Path, uri: str, arguments: dict[str, Any], writers: int, act: Any = actors.ensure) -> list[tuple[Any, ...]]:
@@ -103,7 +104,7 @@ def test_with_all_locks_lying_exactly_one_generation_is_visible(root, source, tm
     assert [wrong for _, wrong in reports] == [[], []]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(7200)
 def test_kill_9_at_random_moments_never_publishes_a_wrong_model(root, s3, proxy: CountingProxy, upload):
     """
     After each kill the model is absent or exact, and each kill costs at most one part per stream.
@@ -211,3 +212,49 @@ def test_a_stopped_writer_is_taken_over_and_comes_back_to_nothing(root, s3, prox
     assert outcome[1:3] == ("waited", str(model.path))
     assert read_tree(model.path) == files
     assert [path.name for path in model.path.parent.iterdir()] == [model.path.name]
+
+
+@pytest.mark.timeout(3600)
+def test_stopped_writers_that_come_back_at_any_moment_change_nothing(root, s3, proxy: CountingProxy, upload):
+    """
+    Writers are stopped at random moments and come back after others have published, while what is there is hashed.
+    """
+    import signal
+
+    uris = [upload(model_files(seed=20 + number, big=1_500_000)) for number in range(4)]
+    trees = {uri: model_files(seed=20 + number, big=1_500_000) for number, uri in enumerate(uris)}
+    ModelStore(root, mode="rw", lease_seconds=1)
+    store = ModelStore(root, mode="rw", **s3)
+    moments, overtaken, late = random.Random(7), 0, 0
+
+    for number in range(PAUSES):
+        uri = uris[number % 4]
+        if uri in store:
+            store.remove(uri, trash_seconds=0)
+        proxy.limit_bytes_per_second = 4_000_000
+        results = actors.context().Queue()
+        paused = actors.start(actors.ensure, str(root), uri, s3, {}, results)
+        _wait_for_claim(root)
+        time.sleep(moments.uniform(0, 0.45))
+        os.kill(paused.pid, signal.SIGSTOP)
+        proxy.limit_bytes_per_second = None
+        model = store.ensure(uri, progress=False)
+        os.kill(paused.pid, signal.SIGCONT)
+        while paused.is_alive():
+            assert read_tree(model.path) == trees[uri]
+        outcome = results.get(timeout=60)
+        assert outcome[1] in ("downloaded", "waited")
+        assert ModelStore(root).get(uri).path == model.path
+        overtaken += model.status == "downloaded"
+        late += model.status == outcome[1] == "downloaded"
+        assert [path.name for path in model.path.parent.iterdir()] == [model.path.name]
+
+    print(f"{PAUSES} pauses, {overtaken} writers overtaken")
+    assert overtaken >= PAUSES / 2
+    assert late == 0
+    assert all(store.verify(uri, "full").ok for uri in uris if uri in store)
+
+
+def _wait_for_claim(root: Path) -> None:
+    while not ModelStore(root).locks():
+        time.sleep(0.005)
