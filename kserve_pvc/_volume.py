@@ -54,6 +54,8 @@ _COPY_BYTES = 1 << 30
 _PIECE_BYTES = 1024 * 1024
 _MOST_DIRECTORIES = 256
 _MOST_SYNCED_ALONE = 100
+# Where the other name of a file is lost to the node that wrote it, once another node has linked it and deleted the first.
+_FALSE_LINK_TYPES = {"fuse.seaweedfs"}
 _NETWORK_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "glusterfs", "gpfs", "9p", "virtiofs", "beegfs", "afs")
 
 
@@ -183,6 +185,19 @@ class Volume:
         try:
             return sorted(os.listdir(f"{self._prefix}{place}"))
         except (FileNotFoundError, NotADirectoryError):
+            return self._names_below(place)
+        except OSError as error:
+            raise self.failure("listing", place, error) from error
+
+    def _names_below(self, place: PurePosixPath) -> list[str]:
+        # NFS remembers for half a minute that a name was not there. Opening the directories above makes it look again.
+        try:
+            fd = self._open_directory(place)
+            try:
+                return sorted(os.listdir(fd))
+            finally:
+                os.close(fd)
+        except (FileNotFoundError, UnsafePathError):
             return []
         except OSError as error:
             raise self.failure("listing", place, error) from error
@@ -286,7 +301,9 @@ class Volume:
         if error.errno in _NO_PERMISSION and not is_read:
             remedy = f"{self._who_may('write')}; set `fsGroup`, or give the group write permission"
             return ReadOnlyStoreError(str(self.root), f"write `{place}`", remedy)
-        reason = self._who_may("read") if error.errno in _NO_PERMISSION else os.strerror(error.errno or errno.EIO)
+        reason = os.strerror(error.errno or errno.EIO)
+        if error.errno in _NO_PERMISSION:
+            reason = f"{self._who_may('read')}; set `fsGroup`, or give the group read permission"
         return VolumeError(str(self.root / place), operation, reason)
 
     def _who_may(self, act: str) -> str:
@@ -387,6 +404,8 @@ class VolumeWriter(Volume):
         with self._translated("publishing", place):
             self.write_private(private, data)
             self.make_directory(place.parent)
+            # Not only this one: whoever made a directory that is there may have died before it was durable.
+            self._sync_above(place.parent)
             with self._parent(private) as source, self._parent(place) as target:
                 self._link_or_create(source, private, target, place, data)
                 with suppress(FileNotFoundError):
@@ -486,9 +505,14 @@ class VolumeWriter(Volume):
                 _sync_below(fd)
             finally:
                 os.close(fd)
-            for above in place.parents:
-                fd = self._open_directory(above)
+            self._sync_above(place)
+
+    def _sync_above(self, place: PurePosixPath) -> None:
+        for above in place.parents:
+            fd = self._open_directory(above)
+            try:
                 _sync_directory(fd)
+            finally:
                 os.close(fd)
 
     def discard(self, place: PurePosixPath) -> PurePosixPath | None:
@@ -565,6 +589,7 @@ class Tree:
         self._syncs_at_once = kind in _LOCAL_TYPES
         # Memory has no pieces to lay out, and reserving it costs as much as writing it.
         self._allocates = kind != "tmpfs"
+        self._links = kind not in _FALSE_LINK_TYPES
         self._unsynced: list[PurePosixPath] = []
 
     def create(self, path: PurePosixPath) -> int:
@@ -591,11 +616,14 @@ class Tree:
         """
         Give a file that nobody writes any more a second name in this tree. False: the volume cannot, or it is gone.
         """
+        if not self._links:
+            return False
         try:
             with self._writer._parent(existing) as source, self._directory(path.parent) as parent:
                 os.link(existing.name, path.name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED and error.errno not in (errno.ENOENT, errno.ESTALE):
+            # GlusterFS says that it is full when a file has about fifty names. If it is full, the copy will say so.
+            if error.errno not in _UNSUPPORTED | _NO_SPACE and error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
             return False
         if self._syncs_at_once:

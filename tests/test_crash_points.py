@@ -76,6 +76,7 @@ def test_a_kill_at_any_system_call_leaves_the_old_state_or_the_whole_model(tmp_p
     with ThreadPoolExecutor(2) as pool:
         states = list(pool.map(kill_at, points))
 
+    print(f"{len(points)} system calls: {dict(Counter(states))}")
     assert {call for call, _ in points} == set(CALLS)
     # The heart may take a call more or less in another thread's stead, so the last of a kind may not be reached.
     assert states.count("not reached") <= len(points) / 20

@@ -4,7 +4,9 @@ Volumes that are read-only, full, foreign, broken, or tampered with.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from trees import digests, listing, model_files, read_tree, write_files
 
 from kserve_pvc import (
     InsufficientSpaceError,
+    ModelNotFoundError,
     ModelStore,
     ReadOnlyStoreError,
     StoreError,
@@ -352,3 +355,212 @@ def test_a_warm_ensure_makes_no_network_call_and_no_write(root, model, tool, tmp
     assert [line for line in in_store if "openat(" not in line] == []
     assert [line for line in in_store if "O_WRONLY" in line or "O_RDWR" in line or "O_CREAT" in line] == []
     assert any("store.json" in line for line in in_store)
+
+
+DOWNLOAD = """
+import sys
+from kserve_pvc import ModelStore, StoreError
+try:
+    store = ModelStore(sys.argv[1], mode="rw", part_bytes=4096)
+    print(store.ensure(sys.argv[2], progress=False, max_workers=1).status)
+except StoreError as error:
+    print(type(error).__name__)
+"""
+
+
+def with_errors(strace: str, injected: str, root: Path, source: Path) -> str:
+    """
+    Download with errors injected into the system calls of every thread.
+    """
+    tracing = [strace, "-f", "-qq", "-o", os.devnull, "-e", f"trace={injected.partition(':')[0]}", "-e", f"inject={injected}"]
+    command = [*tracing, sys.executable, "-I", "-c", DOWNLOAD, str(root), f"file://{source}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+@pytest.mark.parametrize("code", ["EPERM", "EOPNOTSUPP", "ENOSYS", "EXDEV", "EMLINK"])
+def test_a_volume_without_hard_links_holds_models(root, source, tool, code):
+    """
+    Row 24: where no link can be made, records are created in place and the model is exact.
+    """
+    said = with_errors(tool("strace"), f"linkat:error={code}", root, source)
+
+    store = ModelStore(root)
+    assert said == "downloaded"
+    assert read_tree(store.get(f"file://{source}").path) == read_tree(source)
+    assert store.verify(f"file://{source}", "full").ok
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EBADF", "EINVAL", "EIO"])
+def test_a_lock_that_cannot_be_taken_loses_no_model(root, source, tool, code):
+    """
+    Row 6: with every `flock` refused a download ends well or with a typed error, and what is visible is exact.
+    """
+    ModelStore(root, mode="rw", locker="flock", lease_seconds=1)
+
+    said = with_errors(tool("strace"), f"flock:error={code}", root, source)
+
+    assert (said == "downloaded") if code in ("ENOLCK", "ENOSYS", "EOPNOTSUPP") else said in ("downloaded", "VolumeError")
+    assert ModelStore(root, mode="rw").ensure(f"file://{source}", progress=False).status in ("present", "downloaded")
+    assert ModelStore(root).verify(f"file://{source}", "full").ok
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT"])
+@pytest.mark.parametrize("call", ["pwrite64", "fsync", "mkdirat", "linkat"])
+def test_a_volume_that_says_it_is_full_publishes_nothing_half(root, source, tool, call, code):
+    """
+    Rows 17 and 18: whichever call reports that space or quota is used up, the error is that, and the next download is exact.
+    """
+    ModelStore(root, mode="rw", lease_seconds=1)
+    uri, said = f"file://{source}", []
+    for number in (1, 2, 5):
+        said.append(with_errors(tool("strace"), f"{call}:error={code}:when={number}", root, source))
+        store = ModelStore(root, mode="rw")
+        model = store.ensure(uri, progress=False)
+        assert read_tree(model.path) == read_tree(source)
+        store.remove(uri, trash_seconds=0)
+
+    assert set(said) <= {"downloaded", "InsufficientSpaceError"}
+    assert "InsufficientSpaceError" in said
+
+
+def test_a_directory_that_cannot_be_synced_costs_nothing(root, source, monkeypatch):
+    """
+    Row 24: where `fsync` of a directory means nothing, as on many FUSE and SMB mounts, models are stored all the same.
+    """
+    honest, refused = os.fsync, []
+
+    def fsync(fd):
+        if Path(f"/proc/self/fd/{fd}").is_dir():
+            refused.append(fd)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        honest(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    model = ModelStore(root, mode="rw").ensure(f"file://{source}", progress=False)
+
+    assert len(refused) > 0
+    assert read_tree(model.path) == read_tree(source)
+
+
+def test_short_writes_go_on_where_they_stopped(root, source, monkeypatch):
+    """
+    Row 15: a volume that takes a third of every write gets all of it.
+    """
+    honest = os.pwrite
+
+    def pwrite(fd, data, offset):
+        return honest(fd, memoryview(data)[: max(1, len(data) // 3)], offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    store = ModelStore(root, mode="rw", part_bytes=4096)
+    model = store.ensure(f"file://{source}", progress=False)
+
+    assert read_tree(model.path) == read_tree(source)
+    assert store.verify(model.uri, "full").ok
+
+
+@pytest.mark.parametrize("name", ["rename", "mkdir", "link", "unlink"])
+def test_a_call_that_was_carried_out_although_it_failed_breaks_nothing(root, source, monkeypatch, name):
+    """
+    Row 22: whichever reply is lost once, the call ends well or with a typed error, and the next ones are exact.
+    """
+    honest = getattr(os, name)
+    uri, ends = f"file://{source}", []
+    for lost in range(1, 12):
+        calls = iter(range(1, 1000))
+
+        def carried_out(*arguments, lost=lost, calls=calls, **options):
+            honest(*arguments, **options)
+            if next(calls) == lost:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        store = ModelStore(root, mode="rw", lease_seconds=1)
+        monkeypatch.setattr(os, name, carried_out)
+        for act in (store.ensure, store.remove):
+            try:
+                act(uri, **({"progress": False} if act == store.ensure else {"trash_seconds": 0}))
+                ends.append("well")
+            except (VolumeError, ModelNotFoundError):
+                ends.append("typed")
+        monkeypatch.undo()
+        model = store.ensure(uri, progress=False)
+        assert read_tree(model.path) == read_tree(source)
+        assert store.verify(uri, "full").ok
+        assert [m.uri for m in store.list()] == [uri]
+        store.remove(uri, trash_seconds=0)
+        assert uri not in store
+
+    assert set(ends) >= {"well"}
+
+
+@pytest.mark.parametrize("call", ["pwrite64", "mkdirat", "fsync"])
+def test_a_volume_that_becomes_read_only_half_way_is_said_so(root, model, tool, tmp_path, call):
+    """
+    Row 19: from the third call on nothing is written any more; the download says why, and what is there is served.
+    """
+    write_files(tmp_path / "other", model_files(seed=3))
+
+    said = with_errors(tool("strace"), f"{call}:error=EROFS:when=3+", root, tmp_path / "other")
+
+    assert said == "ReadOnlyStoreError"
+    assert f"file://{tmp_path}/other" not in ModelStore(root)
+    assert ModelStore(root).verify(model.uri, "full").ok
+
+
+@pytest.mark.parametrize(("times", "status"), [(1, "present"), (1000, None)])
+def test_a_stale_handle_is_looked_up_once_more(root, model, monkeypatch, times, status):
+    """
+    Row 29: a record whose handle is stale is opened again; one that stays stale is absent and never a wrong model.
+    """
+    honest, stale = os.open, iter(range(times))
+
+    def open_(path, *arguments, **options):
+        if str(path).endswith(".commit") and next(stale, None) is not None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return honest(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+    store = ModelStore(root)
+
+    if status is None:
+        with pytest.raises(StoreError):
+            store.get(model.uri)
+    else:
+        assert store.get(model.uri).status == status
+
+
+def test_long_names_deep_trees_and_many_files_are_one_record(root, tmp_path, tool):
+    """
+    Row 47: names of 255 bytes, fifty directories deep, and thousands of files arrive, with one record and few syncs.
+    """
+    files = {f"{number % 20}/{number:05}": b"%d" % number for number in range(3000)}
+    files |= {"n" * 255: b"long", "/".join(["d"] * 50) + "/deep": b"deep"}
+    write_files(tmp_path / "source", files)
+    log = tmp_path / "calls.log"
+    tracing = [tool("strace"), "-f", "-qq", "-o", str(log), "-e", "trace=fsync,fdatasync,syncfs"]
+
+    subprocess.run([*tracing, sys.executable, "-I", "-c", DOWNLOAD, str(root), f"file://{tmp_path}/source"], check=True, timeout=120)
+
+    store = ModelStore(root)
+    assert read_tree(store.get(f"file://{tmp_path}/source").path) == files
+    assert len(list(root.glob(".kserve-pvc/keys/*/log/*"))) == 1
+    # Twenty and fifty-one directories, the directories and small files of the store itself, and beats.
+    assert len(log.read_text().splitlines()) < 300
+
+
+def test_every_fault_has_a_row_and_every_row_names_tests_that_are_there():
+    """
+    The fault matrix of the documentation has the rows 1 to 48, and no test it names has gone.
+    """
+    tests = Path(__file__).parent
+    matrix = (tests.parent / "docs" / "reference" / "fault-matrix.md").read_text()
+
+    rows = sorted(int(number) for number in re.findall(r"^\| (\d+) \|", matrix, re.MULTILINE))
+    gone, file = [], ""
+    for module, name in re.findall(r"`(?:tests/)?(test_\w+\.py)`|`(test_\w+)`", matrix):
+        file = module or file
+        if not (tests / file).exists() or (name and f"def {name}(" not in (tests / file).read_text()):
+            gone.append((file, name))
+
+    assert rows == list(range(1, 49))
+    assert gone == []

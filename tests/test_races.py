@@ -243,7 +243,7 @@ def test_stopped_writers_that_come_back_at_any_moment_change_nothing(root, s3, p
         while paused.is_alive():
             assert read_tree(model.path) == trees[uri]
         outcome = results.get(timeout=60)
-        assert outcome[1] in ("downloaded", "waited")
+        assert outcome[1] in ("downloaded", "waited"), outcome
         assert ModelStore(root).get(uri).path == model.path
         overtaken += model.status == "downloaded"
         late += model.status == outcome[1] == "downloaded"

@@ -685,3 +685,21 @@ def test_the_mount_of_a_path_is_the_innermost(mount):
     (place / "below").mkdir()
 
     assert mount_of(place / "below").type == "tmpfs"
+
+
+def test_a_directory_that_a_node_believes_missing_is_looked_for_again(root, monkeypatch):
+    """
+    A listing by path that says "not there", as NFS does from memory, is repeated from the root down.
+    """
+    (root / "log").mkdir()
+    (root / "log" / "1").touch()
+    honest = os.listdir
+
+    def forgetful(place: object) -> list[str]:
+        if not isinstance(place, int):
+            raise FileNotFoundError(errno.ENOENT, "not there", place)
+        return honest(place)
+
+    monkeypatch.setattr(os, "listdir", forgetful)
+
+    assert Volume(root).names(PurePosixPath("log")) == ["1"]
