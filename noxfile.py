@@ -36,7 +36,7 @@ PEERS = ["kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd
 DEBIAN = ["strace", "xfsprogs", "btrfs-progs", "glusterfs-server"]
 # A kernel that runs as a process, and the server and clients that run in it.
 NFS = ["user-mode-linux", "nfs-kernel-server", "nfs-common", "rpcbind", "kmod", "strace"]
-NFS_MOUNTS = ["vers=4.2", "vers=4.2 --same-name", "vers=3", "vers=3,nolock"]
+NFS_MOUNTS = ["vers=4.2", "vers=3", "vers=3,nolock"]
 # The tests that look for rare events, and how long they look.
 RARE = "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes or power_cut or real_volumes"
 LONG = {
