@@ -194,6 +194,15 @@ class Download:
         return protocol.Paused()
 
     def _make_claim(self, epoch: int, reason: str) -> protocol.Claimed:
+        try:
+            return self._take_claim(epoch, reason)
+        except VolumeError:
+            # A claim is thrown away when it is superseded, even under a process that stood still while it made it.
+            if newest_epoch(self._writer, self._key) > epoch:
+                return protocol.Claimed(now=time.monotonic(), won=False)
+            raise
+
+    def _take_claim(self, epoch: int, reason: str) -> protocol.Claimed:
         self._claim = take_claim(self._writer, self._key, epoch, uri=self._ref.uri, holder=self._holder)
         if self._claim is None:
             return protocol.Claimed(now=time.monotonic(), won=False)

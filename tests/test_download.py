@@ -151,3 +151,27 @@ def test_removing_leaves_nothing_but_the_log(root, stores):
         f"{keys}/claims/000000000001/owner",
         f"{keys}/claims/000000000001/beat",
     }
+
+
+def test_a_claim_that_is_thrown_away_while_it_is_made_is_a_lost_race(root, stores, monkeypatch):
+    """
+    A writer that stands still while it makes its claim, until another has superseded it, looks again.
+    """
+    first, second = stores
+    honest, opened = VolumeWriter._ensure_directory, []
+
+    def ensure_directory(self, place):
+        fd = honest(self, place)
+        if place.parent.name == "claims" and self is first._writer:
+            opened.append(place.name)
+            if opened == ["000000000001"] * 2:
+                second.ensure(URI, timeout=10, progress=False)
+                self.empty_trash(0)
+        return fd
+
+    monkeypatch.setattr(VolumeWriter, "_ensure_directory", ensure_directory)
+    model = first.ensure(URI, progress=False)
+
+    assert opened[:2] == ["000000000001"] * 2
+    assert model.status == "waited"
+    assert second.get(URI).path == model.path
