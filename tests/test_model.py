@@ -32,7 +32,7 @@ from model_checker import (
 from kserve_pvc import _procedures as procedures
 
 # How many states are visited of a crowd that is too large to see all; `nox -s soak` visits more.
-MOST_STATES = int(os.environ.get("KSERVE_PVC_TEST_STATES", "100_000"))
+MOST_STATES = int(os.environ.get("KSERVE_PVC_TEST_STATES", "40_000"))
 FEW_STATES = 400_000
 # How many steps the eight processes have taken.
 STEPS = [0]
