@@ -70,6 +70,10 @@ CROWDS = {
 }
 
 
+# A mistake that this package has made shows as late as this.
+AT_LEAST = {"two removals and a reader": 100_000}
+
+
 @pytest.mark.parametrize("locks_exclude", [True, False], ids=["locks-hold", "locks-lie"])
 @pytest.mark.parametrize("crowd", CROWDS)
 def test_a_crowd(crowd, locks_exclude):
@@ -77,11 +81,12 @@ def test_a_crowd(crowd, locks_exclude):
     In the first so many states that several processes can reach together, no law is broken.
     """
     processes, start, luck = CROWDS[crowd]
+    most_states = max(MOST_STATES, AT_LEAST.get(crowd, 0))
 
-    explored = explore(processes, start, volume=Volume(locks_exclude=locks_exclude), **luck, most_states=MOST_STATES)
+    explored = explore(processes, start, volume=Volume(locks_exclude=locks_exclude), **luck, most_states=most_states)
 
     print(explored)
-    assert explored.states >= MOST_STATES
+    assert explored.states >= most_states
 
 
 SCENES = {
