@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 # Verbs that write are the wish to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm")
+_STORELESS = ("kserve", "webhook")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A pod that is deleted gets SIGTERM first: unwinding gives the claim back, so that nobody waits out its lease.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        code = int(arguments.run(_open(arguments), arguments))
+        # A verb that is not about a store gets none, as opening one may make it.
+        store = () if arguments.verb in _STORELESS else (_open(arguments),)
+        code = int(arguments.run(*store, arguments))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -356,6 +359,42 @@ def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _kserve_patch(arguments: argparse.Namespace) -> int:
+    from kserve_pvc.kserve._patch import Sharing, patch
+
+    read_only = False if arguments.read_write else True if arguments.read_only else None
+    sharing = Sharing(claim=arguments.claim, sub_path=arguments.sub_path, read_only=read_only)
+    patched = patch(_read_input(arguments.file), sharing, name="standard input" if arguments.file == "-" else arguments.file)
+    sys.stdout.write(patched.text)
+    for remark in () if arguments.quiet else patched.remarks:
+        _say(printable(remark))
+    if patched.error is not None:
+        _complain(patched.error, "", verbose=arguments.verbose)
+        return 1  # What kustomize expects of a function that failed.
+    return 0
+
+
+def _read_input(name: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+
+
+def _webhook(arguments: argparse.Namespace) -> int:
+    from kserve_pvc.kserve._webhook import serve
+
+    serve(
+        policy_file=Path(arguments.policy),
+        certificate_file=Path(arguments.tls_cert),
+        key_file=Path(arguments.tls_key),
+        host=arguments.host,
+        port=arguments.port,
+        reload_seconds=arguments.reload_seconds,
+    )
+    return 0
+
+
 def _exit_code(error: Exception) -> int:
     return error.exit_code if isinstance(error, StoreError) else 1
 
@@ -521,6 +560,32 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=defaults.TIMEOUT, metavar="SECONDS", help="wait that long for another downloader")
 
 
+def _add_kserve(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    text = "print an InferenceService that downloads into a claim; standard input and output may be a ResourceList"
+    patch = actions.add_parser("patch", help=text, description=text)
+    _add_common(patch, defaults=False)
+    patch.add_argument(
+        "-f", "--file", default="-", metavar="FILE", help="the manifests, of which all others are passed on; `-` is standard input"
+    )
+    patch.add_argument("--claim", metavar="NAME", help="the PersistentVolumeClaim")
+    patch.add_argument("--sub-path", metavar="DIR", help="the directory of the claim that the server sees; else all of it")
+    mode = patch.add_mutually_exclusive_group()
+    mode.add_argument("--read-write", action="store_true", help="let the server write")
+    mode.add_argument("--read-only", action="store_true", help="do not let it, whatever its annotation says now")
+
+
+def _add_webhook(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", required=True, metavar="FILE", help="who may use which claim, and how")
+    parser.add_argument("--tls-cert", required=True, metavar="FILE", help="the certificate, with its chain; read again when it changes")
+    parser.add_argument("--tls-key", required=True, metavar="FILE", help="its private key")
+    parser.add_argument("--host", default="0.0.0.0", metavar="ADDRESS", help="where to listen")
+    parser.add_argument("--port", type=int, default=8443, metavar="N", help="where to listen; 0 takes a free one and says which")
+    parser.add_argument(
+        "--reload-seconds", type=float, default=5.0, metavar="SECONDS", help="how often to look whether the files have changed"
+    )
+
+
 def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
     # Accepted before and after the verb; only the first place has defaults, or the second would undo the first.
     missing = None if defaults else argparse.SUPPRESS
@@ -545,7 +610,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 
 # What each verb runs, which arguments it takes besides the common ones, and what it does.
-_VERBS: Mapping[str, tuple[Callable[[ModelStore, argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str]] = {
+_VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser], None], str]] = {
     "ensure": (_ensure, _add_ensure, "print the directory of a model, downloading it if it is absent"),
     "warm": (_warm, _add_warm, "make sure of several models, downloading those that are absent"),
     "path": (_path, _add_model, "print the directory of a model that is present"),
@@ -557,4 +622,6 @@ _VERBS: Mapping[str, tuple[Callable[[ModelStore, argparse.Namespace], int], Call
     "export": (_export, _add_export, "write a model as one file, to import it where there is no network"),
     "import": (_import, _add_import, "take over a model from a file that `export` wrote, and print its directory"),
     "locks": (_locks, _add_locks, "show who is downloading"),
+    "kserve": (_kserve_patch, _add_kserve, "share a claim between the replicas of an InferenceService"),
+    "webhook": (_webhook, _add_webhook, "give pods the claims that a policy grants, as an admission webhook"),
 }

@@ -1,0 +1,32 @@
+"""
+What KServe needs of a shared volume: InferenceServices and pods that mount it, as functions over plain dictionaries.
+"""
+
+# As in the package above: type checkers see the names, and what is not used is not loaded.
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from kserve_pvc.kserve._manifests import mutate_pod, share_volume
+    from kserve_pvc.kserve._policy import Policy, Rule, read_policy
+else:
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
+
+_HOMES = {
+    "Policy": "_policy",
+    "Rule": "_policy",
+    "mutate_pod": "_manifests",
+    "read_policy": "_policy",
+    "share_volume": "_manifests",
+}
+__all__ = ["Policy", "Rule", "mutate_pod", "read_policy", "share_volume"]

@@ -1,0 +1,213 @@
+"""
+The decision about one AdmissionReview, as a function: what Kubernetes asks goes in, what it is answered comes out.
+
+The namespace is that of the request, which the API server vouches for; what the pod says of itself counts for nothing. Nothing
+is stored or asked elsewhere, so a dry run needs no exception.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import attrs
+
+from kserve_pvc.errors import StoreError, printable
+from kserve_pvc.kserve._objects import Manifest
+from kserve_pvc.kserve._pods import Admitted, admit
+from kserve_pvc.kserve._policy import Policy
+
+MAX_BODY_BYTES = 3 * 1024 * 1024
+# A pod nests some ten deep, a schema of everything it may hold below thirty.
+MAX_DEPTH = 64
+# A pod of a megabyte has some ten thousand. More would take longer to read than the API server waits.
+MAX_VALUES = 500_000
+
+_GROUP = "admission.k8s.io"
+_VERSIONS = (f"{_GROUP}/v1", f"{_GROUP}/v1beta1")
+# What the API server takes of warnings without cutting them.
+_MAX_WARNING = 256
+_MAX_WARNINGS = 16
+# What a pod asks for may be long, and its owner can find it there.
+_MAX_REASON = 1024
+
+
+class BadReviewError(Exception):
+    """
+    The body is no AdmissionReview that can be answered.
+    """
+
+
+@attrs.frozen(kw_only=True)
+class Decision:
+    """
+    An answer, and what an audit line says about it.
+
+    `outcome` is `mutated`, `unchanged`, `ignored` (it is no pod that is being created) or `denied`.
+    """
+
+    response: Manifest
+    outcome: str
+    audit: dict[str, Any]
+
+
+def read_review(body: bytes) -> Manifest:
+    """
+    Read an AdmissionReview and believe nothing of it but that it is one.
+
+    Raises:
+        BadReviewError: It is no JSON, nests too deeply, holds too much, has a field twice, is of another kind or version, or lacks a part.
+    """
+    if sum(map(body.count, (b"[", b"{", b","))) > MAX_VALUES:
+        raise BadReviewError(f"the body holds more than {MAX_VALUES} values")
+    try:
+        review = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadReviewError(f"the body is no JSON that can be read ({type(error).__name__})") from None
+    if not isinstance(review, dict) or review.get("kind") != "AdmissionReview" or review.get("apiVersion") not in _VERSIONS:
+        raise BadReviewError(f"send an AdmissionReview of {' or '.join(_VERSIONS)}")
+    if not _is_shallow(review):
+        raise BadReviewError(f"the body nests deeper than {MAX_DEPTH}")
+    request = review.get("request")
+    if not isinstance(request, dict) or not isinstance(request.get("uid"), str) or not request["uid"]:
+        raise BadReviewError("the review has no request with a uid")
+    return review
+
+
+def decide(review: Manifest, policy: Policy) -> Decision:
+    """
+    Answer a review that `read_review` has read.
+    """
+    request = review["request"]
+    place = _place(request)
+    if place is None:
+        return _decision(review, "ignored")
+    namespace = request.get("namespace")
+    if not isinstance(namespace, str) or not namespace:
+        return _denied(review, 400, "the request names no namespace")
+    try:
+        admitted = admit(request.get("object"), policy, namespace=namespace)
+    except StoreError as error:
+        return _denied(review, 403 if isinstance(error, PermissionError) else 400, str(error))
+    operations = [operation for operation in patch(request["object"], admitted.pod) if operation["path"].startswith(place)]
+    return _decision(review, "mutated" if operations else "unchanged", admitted=admitted, operations=operations)
+
+
+def patch(before: Any, after: Any, path: str = "") -> Iterator[dict[str, Any]]:
+    """
+    The JSON Patch (RFC 6902) that makes one document of another.
+
+    Lists are compared place by place, as we append to lists and never move what is in them.
+    """
+    if type(before) is not type(after) or not isinstance(before, dict | list):
+        if before != after or type(before) is not type(after):
+            yield {"op": "replace", "path": path, "value": after}
+    elif isinstance(before, dict):
+        yield from ({"op": "remove", "path": _pointer(path, key)} for key in before if key not in after)
+        for key, value in after.items():
+            if key in before:
+                yield from patch(before[key], value, _pointer(path, key))
+            else:
+                yield {"op": "add", "path": _pointer(path, key), "value": value}
+    else:
+        for index, (old, new) in enumerate(zip(before, after, strict=False)):
+            yield from patch(old, new, f"{path}/{index}")
+        yield from ({"op": "remove", "path": f"{path}/{index}"} for index in reversed(range(len(after), len(before))))
+        yield from ({"op": "add", "path": f"{path}/-", "value": value} for value in after[len(before) :])
+
+
+def _pointer(path: str, key: str) -> str:
+    """A step deeper, as RFC 6901 writes it."""
+    return f"{path}/{key.replace('~', '~0').replace('/', '~1')}"
+
+
+def _decision(
+    review: Manifest, outcome: str, *, admitted: Admitted | None = None, operations: list[dict[str, Any]] | None = None
+) -> Decision:
+    response: Manifest = {"uid": review["request"]["uid"], "allowed": True}
+    if operations:
+        response["patchType"] = "JSONPatch"
+        response["patch"] = base64.b64encode(json.dumps(operations, separators=(",", ":")).encode()).decode("ascii")
+    if admitted and admitted.notes:
+        response["warnings"] = [_shortened(note) for note in admitted.notes[:_MAX_WARNINGS]]
+    facts = {"claim": admitted.claim, "notes": list(admitted.notes)} if admitted else {}
+    return _answer(review, response, outcome, facts)
+
+
+def _denied(review: Manifest, code: int, reason: str) -> Decision:
+    reason = _shortened(reason, _MAX_REASON)
+    status = {"code": code, "reason": "Forbidden" if code == 403 else "BadRequest", "message": f"kserve-pvc: {reason}"}
+    return _answer(review, {"uid": review["request"]["uid"], "allowed": False, "status": status}, "denied", {"reason": reason})
+
+
+def _answer(review: Manifest, response: Manifest, outcome: str, facts: dict[str, Any]) -> Decision:
+    return Decision(
+        response={"apiVersion": review["apiVersion"], "kind": "AdmissionReview", "response": response},
+        outcome=outcome,
+        audit={"decision": outcome, **_subject(review["request"]), **facts},
+    )
+
+
+def _subject(request: Manifest) -> dict[str, Any]:
+    """Who and what a decision is about: names only, as a pod's fields may hold secrets."""
+    pod = request.get("object")
+    metadata = pod.get("metadata") if isinstance(pod, dict) else None
+    metadata = metadata if isinstance(metadata, dict) else {}
+    spec = pod.get("spec") if isinstance(pod, dict) else None
+    user = request.get("userInfo")
+    return {
+        "uid": _name(request.get("uid")),
+        "namespace": _name(request.get("namespace")),
+        "pod": _name(metadata.get("name") or metadata.get("generateName") or request.get("name")),
+        "service_account": _name(spec.get("serviceAccountName") if isinstance(spec, dict) else None),
+        "user": _name(user.get("username") if isinstance(user, dict) else None),
+        "dry_run": request.get("dryRun") is True,
+    }
+
+
+def _name(value: object) -> str:
+    return _shortened(printable(value)) if isinstance(value, str) else ""
+
+
+def _shortened(text: str, length: int = _MAX_WARNING) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _place(request: Manifest) -> str | None:
+    """
+    What of a pod may be changed: all of one that is created, and the containers that are added to one for debugging, which
+    could mount its volumes anew; nothing of whatever else is asked about.
+    """
+    kind = request.get("kind")
+    if not isinstance(kind, dict) or (kind.get("group") or "", kind.get("version"), kind.get("kind")) != ("", "v1", "Pod"):
+        return None
+    places = {("CREATE", ""): "", ("UPDATE", "ephemeralcontainers"): "/spec/ephemeralContainers"}
+    operation, sub_resource = request.get("operation"), request.get("subResource") or ""
+    return places.get((operation, sub_resource)) if isinstance(operation, str) and isinstance(sub_resource, str) else None
+
+
+def _is_shallow(document: object) -> bool:
+    level: list[Any] = [document]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return True
+    return False
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a field is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")

@@ -1,0 +1,597 @@
+"""
+InferenceServices and pods that share a claim: what is changed, what is left alone, and what is refused.
+"""
+
+import json
+import pickle
+from copy import deepcopy
+from pathlib import Path
+
+import kserve_rules
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import kserve_pvc.kserve
+from kserve_pvc import PolicyError, SettingsError
+from kserve_pvc.kserve import Policy, Rule, mutate_pod, read_policy, share_volume
+from kserve_pvc.kserve._manifests import obstacle
+from kserve_pvc.kserve._pods import admit
+
+yaml = pytest.importorskip("yaml", reason="PyYAML is not installed, the extra `kserve`")
+
+SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"
+READONLY = "storage.kserve.io/readonly"
+VOLUME = "kserve-provision-location"
+CASES = yaml.safe_load((Path(__file__).parent / "data" / "kserve" / "pods.yaml").read_text(encoding="utf-8"))
+
+
+def pod(spec=None, *, annotations=None, labels=None, **metadata):
+    """
+    A pod of the namespace `team` as it travels, with empty fields left out.
+    """
+    metadata = {**metadata, **({"annotations": annotations} if annotations else {}), **({"labels": labels} if labels else {})}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "team", **metadata}, "spec": deepcopy(spec) or {}}
+
+
+def served(spec=None, *, source="s3://bucket/llama", **annotations):
+    """
+    A pod that KServe downloads for; `claim` and `sub_path` are its wishes.
+    """
+    wishes = {f"kserve-pvc/{name.replace('_', '-')}": value for name, value in annotations.items()}
+    return pod(spec or {"containers": [{"name": "kserve-container"}]}, annotations={SOURCE: source, **wishes})
+
+
+def policy(*rules):
+    return read_policy({"version": 1, "rules": list(rules)})
+
+
+def rule(**fields):
+    return {"namespaces": ["team"], "claim": "models", "access": "download", **fields}
+
+
+def case_pod(case, name):
+    found = case[name]
+    annotations = found.get("annotations", case["pod"].get("annotations"))
+    return pod(found["spec"], annotations=annotations, labels=found.get("labels", case["pod"].get("labels")))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["rule"])
+def test_a_pod_follows_each_rule(case):
+    """
+    Each rule of KServe's webhook meets ours as the case says, whichever comes first, and the pod that was given stays as it is.
+    """
+    given, ours = case_pod(case, "pod"), case_pod(case, "ours")
+    both = case_pod(case, "both") if "both" in case else kserve_rules.inject(ours)
+    before, grants = deepcopy(given), policy(*case["policy"])
+
+    first = mutate_pod(given, grants)
+    kserve_first = mutate_pod(kserve_rules.inject(given), grants)
+    ours_first = mutate_pod(kserve_rules.inject(first), grants)
+
+    assert given == before
+    assert first == ours
+    assert kserve_first == both
+    assert ours_first == both
+
+
+NAMES = ["kserve-container", "worker-container", "transformer-container", "sidecar"]
+SUB_PATHS = ["", "models/a", "tenants/team", "tenants/team/b", "tenants/other"]
+VOLUMES = {
+    "ours": {"name": VOLUME, "persistentVolumeClaim": {"claimName": "models"}},
+    "a free claim": {"name": VOLUME, "persistentVolumeClaim": {"claimName": "free"}},
+    "emptyDir": {"name": VOLUME, "emptyDir": {}},
+    "emptyDir with a limit": {"name": VOLUME, "emptyDir": {"sizeLimit": "1Gi"}},
+    "another": {"name": "data", "persistentVolumeClaim": {"claimName": "models"}},
+    "host": {"name": "data", "hostPath": {"path": "/data"}},
+}
+
+
+@st.composite
+def mounts(draw):
+    optional = {}
+    if draw(st.booleans()):
+        optional["subPath"] = draw(st.sampled_from(SUB_PATHS[1:]))
+    if draw(st.booleans()):
+        optional["readOnly"] = True
+    return {"name": draw(st.sampled_from([VOLUME, "data"])), "mountPath": draw(st.sampled_from(["/mnt/models", "/m"])), **optional}
+
+
+@st.composite
+def containers(draw, *names):
+    chosen = draw(st.lists(st.sampled_from(names), unique=True, max_size=3))
+    return [{"name": name, **({"volumeMounts": [m]} if (m := draw(st.none() | mounts())) else {})} for name in chosen]
+
+
+DOWNLOADED = ("s3://b/m", "hf://org/m", "https://h/m", "oci://r/m", "oci+fetch://r/m")
+LYING = ("pvc://models/models/a", "pvc://models", "pvc://free/x")
+
+
+@st.composite
+def pods(draw, sources=(*DOWNLOADED, *LYING)):
+    main, *others = draw(st.permutations(NAMES))
+    main = main if main in ("kserve-container", "worker-container") else "kserve-container"
+    spec = {"containers": [{"name": main}, *draw(containers(*(name for name in others if name != main)))]}
+    if m := draw(st.none() | mounts()):
+        spec["containers"][0]["volumeMounts"] = [m]
+    if initial := draw(containers("prepare")):
+        spec["initContainers"] = initial
+    chosen = draw(st.lists(st.sampled_from(sorted(VOLUMES)), max_size=2, unique_by=lambda kind: VOLUMES[kind]["name"]))
+    if chosen:
+        spec["volumes"] = [VOLUMES[kind] for kind in chosen]
+    if draw(st.booleans()):
+        spec["serviceAccountName"] = draw(st.sampled_from(["default", "trainer"]))
+    annotations, labels = {SOURCE: draw(st.sampled_from(sources))}, {}
+    for name, values in (
+        ("kserve-pvc/claim", ["models", "models", ""]),
+        ("kserve-pvc/sub-path", SUB_PATHS),
+        (READONLY, ["false", "false", "true", "False", ""]),
+    ):
+        if draw(st.booleans()):
+            annotations[name] = draw(st.sampled_from(values))
+    if draw(st.integers(0, 5)) == 0:
+        annotations["internal.serving.kserve.io/agent"] = "true"
+    if sources != DOWNLOADED and draw(st.integers(0, 5)) == 0:
+        labels["internal.serving.kserve.io/localmodel"] = "cached"
+        annotations["internal.serving.kserve.io/localmodel-pvc-name"] = draw(st.sampled_from(["models", "cache"]))
+    return pod(spec, annotations=annotations, labels=labels)
+
+
+ACCESSES = ("read", "download", "write")
+
+
+@st.composite
+def policies(draw, sub_paths=tuple(SUB_PATHS), accesses=ACCESSES):
+    return policy(
+        *(
+            rule(
+                access=draw(st.sampled_from(accesses)),
+                subPath=draw(st.sampled_from(sub_paths)),
+                default=draw(st.booleans()),
+                serviceAccounts=[draw(st.sampled_from(["*", "trainer"]))],
+            )
+            for _ in range(draw(st.integers(1, 3)))
+        )
+    )
+
+
+def outcome(steps, given):
+    """
+    The pod after several steps, or None where one of them refuses it.
+    """
+    try:
+        for step in steps:
+            given = step(given)
+    except PolicyError:
+        return None
+    return given
+
+
+@settings(max_examples=400, deadline=None)
+@given(given=pods(), grants=policies())
+def test_the_order_does_not_matter_and_once_more_changes_nothing(given, grants):
+    """
+    Ours before KServe's rules, after them, or on both sides ends in the same pod, or in a refusal; and then neither changes more.
+    """
+    ours, theirs = lambda found: mutate_pod(found, grants), kserve_rules.inject
+
+    after = outcome([theirs, ours], given)
+    around = outcome([ours, theirs, ours], given)
+
+    assert around == after
+    once = outcome([ours], given)
+    assert once is None or ours(once) == once
+    if after is not None:
+        assert ours(after) == after
+        assert theirs(after) == after
+
+
+@settings(max_examples=200, deadline=None)
+@given(given=pods(sources=DOWNLOADED), grants=st.sampled_from(ACCESSES).flatmap(lambda one: policies(sub_paths=("",), accesses=(one,))))
+def test_where_the_store_is_the_claim_ours_is_done_before_kserve_begins(given, grants):
+    """
+    Where rules give whole claims and nothing else mounts them, a second call after KServe's rules finds nothing to do.
+    """
+    first = outcome([lambda found: mutate_pod(found, grants)], given)
+    assume(first is not None)
+
+    second = kserve_rules.inject(first)
+
+    assert mutate_pod(second, grants) == second
+
+
+@settings(max_examples=300, deadline=None)
+@given(given=pods(), grants=policies())
+def test_no_mount_is_looser_than_the_policy(given, grants):
+    """
+    After both webhooks, each mount of the claim lies where a rule allows it, and writes only where that rule does.
+    """
+    found = outcome([kserve_rules.inject, lambda found: mutate_pod(found, grants)], given)
+    assume(found is not None)
+    account = found["spec"].get("serviceAccountName", "default")
+    rules = grants.rules_for("team", account, "models")
+    volumes = {v["name"]: v for v in found["spec"].get("volumes", []) if v.get("persistentVolumeClaim", {}).get("claimName") == "models"}
+
+    for kind in ("initContainers", "containers"):
+        for container in found["spec"].get(kind, []):
+            for mount in container.get("volumeMounts", []):
+                if mount["name"] in volumes:
+                    writes = not (mount.get("readOnly") or volumes[mount["name"]]["persistentVolumeClaim"].get("readOnly"))
+                    allowing = next(one for one in rules if one.covers(mount.get("subPath", "")))
+                    is_initializer = container["name"] == "storage-initializer"
+                    assert not writes or allowing.access == "write" or (allowing.access == "download" and is_initializer)
+                    asked = given["metadata"]["annotations"].get(READONLY) == "false"
+                    is_given = mount in [m for c in given["spec"].get(kind, []) for m in c.get("volumeMounts", [])]
+                    assert not writes or asked or is_initializer or is_given or mount.get("subPath")
+
+
+@pytest.mark.parametrize(
+    ("given", "grants", "message"),
+    [
+        (served(claim="models"), (), "`claim models` is refused: no rule lets service account `default` of namespace `team` mount it"),
+        (served(claim="models"), (rule(namespaces=["other"]),), "no rule lets service account `default` of namespace `team` mount it"),
+        (served(claim="models"), (rule(serviceAccounts=["trainer"]),), "no rule lets service account `default` of namespace `team`"),
+        (served(claim="others"), (rule(),), "`claim others` is refused: no rule lets"),
+        (served(claim="models", sub_path="../other"), (rule(),), "a name may not climb with `..`"),
+        (served(claim="models", sub_path="models/../../x"), (rule(),), "a name may not climb with `..`"),
+        (served(claim="models", sub_path="/models"), (rule(),), "a name must be relative"),
+        (served(claim="models", sub_path="a//b"), (rule(),), "a name may have no empty or `.` part"),
+        (served(claim="models", sub_path="a\nb"), (rule(),), "a name may hold no NUL, control"),
+        (served(claim="models", sub_path="tenants/b"), (rule(subPath="tenants/a"),), "`tenants/b` is outside of `tenants/a`"),
+        (served(claim="models", sub_path="tenants/ab"), (rule(subPath="tenants/a"),), "`tenants/ab` is outside of `tenants/a`"),
+        (served(source="pvc://models/x/../y"), (rule(),), "`x/../y` is outside of ``"),
+        (served(source="pvc://models/tenants/b"), (rule(subPath="tenants/a"),), "`tenants/b` is outside of `tenants/a`"),
+        (served(source="pvc://models"), (rule(subPath="tenants/a"),), "`/` is outside of `tenants/a`"),
+        (served(source="pvc://models/x"), (rule(serviceAccounts=["trainer"]),), "no rule lets service account `default`"),
+    ],
+)
+def test_what_a_pod_asks_for_is_refused(given, grants, message):
+    """
+    A wish for a claim or directory that no rule grants to this pod, and one that climbs, is an error that names it.
+    """
+    with pytest.raises(PolicyError) as raised:
+        mutate_pod(given, policy(*grants))
+
+    assert message in str(raised.value)
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+
+
+def mounting(claim, mount=None, device=None, kind="containers"):
+    """
+    The spec of a pod that mounts a claim by itself.
+    """
+    container = {"name": "c", **({"volumeMounts": [{"name": "v", "mountPath": "/v", **mount}]} if mount is not None else {})}
+    container |= {"volumeDevices": [{"name": "v", "devicePath": "/dev/v"}]} if device else {}
+    other = [{"name": "other"}] if kind != "containers" else []
+    listed = {kind: [container], **({"containers": other} if other else {})}
+    return {**listed, "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": claim}}]}
+
+
+@pytest.mark.parametrize(
+    ("spec", "grants", "message"),
+    [
+        (mounting("models", {}), rule(serviceAccounts=["trainer"]), "no rule lets service account `default`"),
+        (mounting("models"), rule(serviceAccounts=["trainer"]), "no rule lets service account `default`"),
+        (mounting("models", {}), rule(subPath="tenants/a"), "`/` is outside of `tenants/a`"),
+        (mounting("models", {"subPath": "tenants/b"}), rule(subPath="tenants/a"), "`tenants/b` is outside"),
+        (mounting("models", {"subPath": "tenants/a/../b"}), rule(subPath="tenants/a"), "is outside of"),
+        (mounting("models", {"subPathExpr": "tenants/a/$(X)"}), rule(subPath="tenants/a"), "`/` is outside of"),
+        (mounting("models", {"subPath": "tenants/b"}, kind="initContainers"), rule(subPath="tenants/a"), "`tenants/b` is outside"),
+        (mounting("models", {"subPath": "tenants/b"}, kind="ephemeralContainers"), rule(subPath="tenants/a"), "`tenants/b` is outside"),
+        (mounting("models", device=True), rule(), "container `c` would have it as a block device"),
+    ],
+)
+def test_what_a_pod_mounts_by_itself_is_refused(spec, grants, message):
+    """
+    A pod that mounts a governed claim past the rules is refused, with or without KServe.
+    """
+    with pytest.raises(PolicyError) as raised:
+        mutate_pod(pod(spec), policy(grants))
+
+    assert message in str(raised.value)
+
+
+def test_a_claim_that_no_rule_of_the_namespace_names_is_left_alone():
+    """
+    A pod may mount claims that the policy does not speak of, or only for other namespaces, as it could without us.
+    """
+    given = pod(mounting("free", {}))
+
+    assert mutate_pod(given, policy(rule())) == given
+    assert mutate_pod(pod(mounting("models", {})), policy(rule(namespaces=["other"]))) == pod(mounting("models", {}))
+
+
+def test_the_first_rule_that_fits_decides():
+    """
+    A rule for one service account goes before the rule for all of them.
+    """
+    grants = policy(rule(access="write", serviceAccounts=["trainer"]), rule(access="read"))
+    spec = mounting("models", {})
+
+    trainer = mutate_pod(pod({**spec, "serviceAccountName": "trainer"}), grants)
+    other = mutate_pod(pod(spec), grants)
+
+    assert trainer == pod({**spec, "serviceAccountName": "trainer"})
+    assert other["spec"]["volumes"] == [{"name": "v", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}}]
+
+
+def test_the_namespace_of_the_request_counts():
+    """
+    The namespace that is given goes before what the pod says of itself.
+    """
+    given = served(claim="models")
+
+    with pytest.raises(PolicyError, match="namespace `other`"):
+        mutate_pod(given, policy(rule()), namespace="other")
+
+
+def test_what_was_done_is_told():
+    """
+    Whoever owns the pod is told why a wish was not granted, with unprintable characters escaped.
+    """
+    own = served(claim="models", spec={"containers": [{"name": "kserve-container"}], "volumes": [VOLUMES["emptyDir with a limit"]]})
+    writing = served(claim="models", spec={"containers": [{"name": "kserve-container"}]})
+    writing["metadata"]["annotations"][READONLY] = "false"
+    closed = pod(mounting("models", {}))
+    closed["spec"]["containers"][0]["name"] = "a\x1b[2J"
+
+    notes = [admit(given, policy(rule())).notes for given in (own, writing, closed)]
+
+    assert notes == [
+        (f"claim `models` is not mounted: the pod has a volume `{VOLUME}` of its own",),
+        (f'`{READONLY}: "false"` is not granted here, the model is mounted read-only',),
+        ("container `a\\x1b[2J` mounts claim `models` read-only: the policy grants `download`",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "`manifest` is `NoneType`; give a Pod as a mapping"),
+        ({"kind": "Deployment"}, "`kind` is `Deployment`; give a Pod"),
+        ({"kind": "Pod"}, "`metadata.namespace` is ``; say in which namespace the pod will run"),
+        ({"kind": "Pod", "metadata": [], "spec": {}}, "`metadata` is `list`; it must be a mapping"),
+        (pod({"containers": "many"}) | {"metadata": {"namespace": "t", "annotations": {SOURCE: "s3://a/b"}}}, "`spec.containers` is `str`"),
+        (pod(annotations={READONLY: False}), f"`metadata.annotations[{READONLY}]` is `False`; it must be a text: put the value in quotes"),
+        (
+            pod({"volumes": [{"name": "v", "persistentVolumeClaim": {}}, {"name": "w", "persistentVolumeClaim": {"claimName": 1}}]}),
+            "claimName",
+        ),
+        (pod({"serviceAccountName": 7}), "`spec.serviceAccountName` is `7`"),
+        (served(claim="Models_"), "`metadata.annotations[kserve-pvc/claim]` is `Models_`; write lower-case letters"),
+    ],
+)
+def test_what_is_no_pod_is_named(given, message):
+    """
+    A part that is missing or of the wrong kind is a `SettingsError` that names it.
+    """
+    with pytest.raises(SettingsError) as raised:
+        mutate_pod(given, policy(rule()))
+
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ([], "`the policy` is `[]`; write a mapping with version, rules"),
+        ({"rules": []}, "`version` is ``; write `version: 1`"),
+        ({"version": True, "rules": []}, "`version` is `True`"),
+        ({"version": 1}, "`rules` is ``; write a list of rules"),
+        ({"version": 1, "rules": [], "rule": 2}, "`rule` is `2`; there is no such field; there are version, rules"),
+        ({"version": 1, "rules": [[]]}, "`rules[0]` is `[]`; write a mapping with namespaces"),
+        ({"version": 1, "rules": [rule(), rule(acces="read")]}, "`rules[1].acces` is `read`; there is no such field"),
+        ({"version": 1, "rules": [{"claim": "models"}]}, "`rules[0].namespaces` is ``; write a list of names"),
+        ({"version": 1, "rules": [{"namespaces": ["team"]}]}, "`rules[0].claim` is ``; name a PersistentVolumeClaim"),
+        ({"version": 1, "rules": [rule(namespaces="team")]}, "`rules[0].namespaces` is `team`; write a list of names"),
+        ({"version": 1, "rules": [rule(namespaces=[])]}, "`rules[0].namespaces` is ``; name at least one"),
+        ({"version": 1, "rules": [rule(namespaces=["team-*"])]}, "`rules[0].namespaces` is `team-*`; write lower-case letters"),
+        ({"version": 1, "rules": [rule(serviceAccounts=["A b"])]}, "`rules[0].serviceAccounts` is `A b`"),
+        ({"version": 1, "rules": [rule(claim="-models")]}, "`rules[0].claim` is `-models`"),
+        ({"version": 1, "rules": [rule(claim="a" * 254)]}, "`rules[0].claim` is `aaa"),
+        ({"version": 1, "rules": [rule(claim=None)]}, "`rules[0].claim` is ``"),
+        ({"version": 1, "rules": [rule(access="rw")]}, "`rules[0].access` is `rw`; write `read`, `download` or `write`"),
+        ({"version": 1, "rules": [rule(default="yes")]}, "`rules[0].default` is `yes`; write `true` or `false`"),
+        ({"version": 1, "rules": [rule(subPath=3)]}, "`rules[0].subPath` is `3`; write a directory"),
+    ],
+)
+def test_a_policy_that_means_nothing_names_the_field(document, message):
+    """
+    An unknown, missing or wrong field of a policy file is named with its place and the remedy.
+    """
+    with pytest.raises(SettingsError) as raised:
+        read_policy(document)
+
+    assert message in str(raised.value)
+
+
+def test_a_policy_with_a_directory_that_climbs_is_refused():
+    """
+    A rule cannot be about what lies outside of its claim.
+    """
+    with pytest.raises(PolicyError, match=r"`rules\[0\].subPath: a/../b` is refused: a name may not climb with `..`"):
+        read_policy({"version": 1, "rules": [rule(subPath="a/../b")]})
+
+
+def test_a_policy_is_a_value():
+    """
+    What a file says and what a program says are the same policy.
+    """
+    document = {"version": 1, "rules": [rule(serviceAccounts=["trainer"], subPath="tenants/a", access="write", default=True)]}
+
+    expected = Rule(namespaces=("team",), claim="models", service_accounts=("trainer",), sub_path="tenants/a", access="write", default=True)
+    assert read_policy(document) == Policy((expected,))
+    assert read_policy(json.loads(json.dumps(document))) == read_policy(document)
+    assert Policy().rules == ()
+
+
+def service(predictor=None, *, annotations=None, **metadata):
+    metadata = {"name": "llama", **metadata, **({"annotations": annotations} if annotations else {})}
+    predictor = predictor if predictor is not None else {"model": {"storageUri": "s3://bucket/llama"}}
+    return {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": metadata, "spec": {"predictor": predictor}}
+
+
+MODEL = {"storageUri": "s3://bucket/llama"}
+SHARED = [{"name": VOLUME, "persistentVolumeClaim": {"claimName": "models"}}]
+READ = {"name": VOLUME, "mountPath": "/mnt/models", "readOnly": True}
+WRITE = {"name": VOLUME, "mountPath": "/mnt/models"}
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "expected"),
+    [
+        (service(), {}, service({"model": MODEL, "volumes": SHARED})),
+        (service(), {"read_only": False}, service({"model": MODEL, "volumes": SHARED}, annotations={READONLY: "false"})),
+        (service(), {"read_only": True}, service({"model": MODEL, "volumes": SHARED})),
+        (
+            service(annotations={READONLY: "false"}),
+            {"read_only": True},
+            service({"model": MODEL, "volumes": SHARED}, annotations={READONLY: "true"}),
+        ),
+        (
+            service(annotations={READONLY: "false"}),
+            {},
+            service({"model": MODEL, "volumes": SHARED}, annotations={READONLY: "false"}),
+        ),
+        (
+            service(annotations={READONLY: "False"}),
+            {"sub_path": "models/a"},
+            service(
+                {"model": {**MODEL, "volumeMounts": [{**WRITE, "subPath": "models/a", "readOnly": True}]}, "volumes": SHARED},
+                annotations={READONLY: "False"},
+            ),
+        ),
+        (
+            service(),
+            {"sub_path": "models/a", "read_only": False},
+            service(
+                {"model": {**MODEL, "volumeMounts": [{**WRITE, "subPath": "models/a"}]}, "volumes": SHARED}, annotations={READONLY: "false"}
+            ),
+        ),
+        (
+            service({"sklearn": MODEL, "containers": [{"name": "transformer-container"}], "volumes": [VOLUMES["host"]]}),
+            {"sub_path": "a"},
+            service(
+                {
+                    "sklearn": {**MODEL, "volumeMounts": [{**WRITE, "subPath": "a", "readOnly": True}]},
+                    "containers": [{"name": "transformer-container", "volumeMounts": [{**WRITE, "subPath": "a", "readOnly": True}]}],
+                    "volumes": [VOLUMES["host"], *SHARED],
+                }
+            ),
+        ),
+        (
+            service({"containers": [{"image": "mine"}]}),
+            {},
+            service({"containers": [{"image": "mine", "volumeMounts": [READ]}], "volumes": SHARED}),
+        ),
+        (
+            service({"containers": [{"name": "kserve-container", "env": [{"name": "STORAGE_URI", "value": "s3://b/m"}]}]}),
+            {},
+            service(
+                {"containers": [{"name": "kserve-container", "env": [{"name": "STORAGE_URI", "value": "s3://b/m"}]}], "volumes": SHARED}
+            ),
+        ),
+        (service({"model": {"storage": {"key": "x"}}}), {}, service({"model": {"storage": {"key": "x"}}, "volumes": SHARED})),
+        (
+            service({"model": {**MODEL, "volumeMounts": [{**READ, "mountPath": "/m"}]}, "volumes": SHARED}),
+            {},
+            service({"model": {**MODEL, "volumeMounts": [{**READ, "mountPath": "/m"}]}, "volumes": SHARED}),
+        ),
+    ],
+)
+def test_a_service_shares_a_claim(given, arguments, expected):
+    """
+    KServe's volume is named in advance, mounts are added where KServe would make another one, and twice is the same as once.
+    """
+    before = deepcopy(given)
+
+    found = share_volume(given, claim="models", **arguments)
+
+    assert found == expected
+    assert given == before
+    assert share_volume(found, claim="models", **arguments) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (service({"model": {"storageUri": "pvc://claim/x"}}), "its model is served from a claim where it lies"),
+        (service({"model": {"storageUri": "oci://registry/x"}}), "its model comes from an image"),
+        (service({"model": {"storageUri": "oci+native://registry/x"}}), "its model comes from an image"),
+        (service({"model": {"storageUris": [{"uri": "s3://b/m"}]}}), "it has several sources (`storageUris`), for which"),
+        (service(labels={"internal.serving.kserve.io/localmodel": "x"}), "its model comes from a LocalModelCache"),
+    ],
+)
+def test_a_service_without_a_download_stays_as_it_is(given, reason):
+    """
+    Where KServe downloads nothing into its own volume, there is nothing to share, and the reason is told.
+    """
+    assert share_volume(given, claim="models", sub_path="a", read_only=False) == given
+    assert reason in obstacle(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "error", "message"),
+    [
+        (None, {}, SettingsError, "`manifest` is `NoneType`; give a InferenceService"),
+        ({"kind": "Pod"}, {}, SettingsError, "`kind` is `Pod`"),
+        ({**service(), "apiVersion": "v1"}, {}, SettingsError, "`apiVersion` is `v1`"),
+        ({**service(), "spec": {}}, {}, SettingsError, "`spec.predictor` is ``; an InferenceService has a predictor"),
+        (service({"minReplicas": 1}), {}, SettingsError, "names a `model`, or `containers`"),
+        ({**service(), "spec": {"predictor": []}}, {}, SettingsError, "`spec.predictor` is `list`; it must be a mapping"),
+        (service(annotations={READONLY: False}), {}, SettingsError, "put the value in quotes"),
+        (service(), {"claim": ""}, SettingsError, "`claim` is ``; name a PersistentVolumeClaim"),
+        (service(), {"claim": "My_Claim"}, SettingsError, "`claim` is `My_Claim`; write lower-case letters"),
+        (service(), {"claim": "a\n"}, SettingsError, "`claim` is `a\\n`"),
+        (service(), {"claim": "ä"}, SettingsError, "write lower-case letters"),
+        (service(), {"sub_path": None}, SettingsError, "`sub_path` is `None`; write a directory"),
+        (service(), {"sub_path": "../x"}, PolicyError, "`sub_path: ../x` is refused: a name may not climb with `..`"),
+        (service(), {"sub_path": "/x"}, PolicyError, "a name must be relative"),
+        (service(), {"sub_path": "x/"}, PolicyError, "a name may have no empty or `.` part"),
+        (
+            service({"model": MODEL, "volumes": [VOLUMES["a free claim"]]}),
+            {},
+            SettingsError,
+            f"`spec.predictor.volumes[{VOLUME}]` is `claim free`; remove this volume, or share the claim that it names",
+        ),
+        (service({"model": MODEL, "volumes": [VOLUMES["emptyDir"]]}), {}, SettingsError, "is `no claim`; remove this volume"),
+        (
+            service({"model": {**MODEL, "volumeMounts": [{**READ, "subPath": "b"}]}}),
+            {"sub_path": "a"},
+            SettingsError,
+            "subPath` is `b`; remove this mount",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_named(given, arguments, error, message):
+    """
+    What is no InferenceService, no claim, no directory, or says something else already, is an error that names it.
+    """
+    with pytest.raises(error) as raised:
+        share_volume(given, **{"claim": "models", **arguments})
+
+    assert message in str(raised.value)
+
+
+def test_the_claim_of_a_patched_service_is_what_its_pods_download_into():
+    """
+    With the volume in the service, KServe's rules alone lead to the claim, mounted read-only into the server.
+    """
+    patched = share_volume(service(), claim="models")
+    given = served({"containers": [{"name": "kserve-container"}], "volumes": patched["spec"]["predictor"]["volumes"]})
+
+    found = kserve_rules.inject(given)
+
+    assert found["spec"]["volumes"] == SHARED
+    assert found["spec"]["containers"] == [{"name": "kserve-container", "volumeMounts": [READ]}]
+
+
+def test_public_names_are_loaded_when_they_are_used():
+    """
+    Each public name is found, and a misspelled one is an attribute error.
+    """
+    assert kserve_pvc.kserve.__all__ == sorted(kserve_pvc.kserve.__all__)
+    assert all(getattr(kserve_pvc.kserve, name).__name__ == name for name in kserve_pvc.kserve.__all__)
+    assert set(kserve_pvc.kserve.__all__) <= set(dir(kserve_pvc.kserve))
+    with pytest.raises(AttributeError, match="no attribute 'share'"):
+        kserve_pvc.kserve.share  # noqa: B018
