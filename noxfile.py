@@ -25,6 +25,8 @@ SERVICES = [
     "asyncssh",
     "trustme",
     "huggingface_hub>=1",
+    "httpx>=0.27",
+    "jsonpatch>=1.33",
 ]
 TESTING = [*PYTEST, *SERVICES]
 EXTRAS = ["none", "s3", "gs", "azure", "hf", "http", "all"]
