@@ -99,6 +99,7 @@ def test_with_all_locks_lying_exactly_one_generation_is_visible(root, source, tm
     reports = [watched.get(timeout=60) for _ in readers]
     actors.run_all(readers)
 
+    print(f"{ROUNDS} rounds, {downloads} downloads, {sum(seen for seen, _ in reports)} models read meanwhile")
     assert downloads == ROUNDS
     assert all(seen > ROUNDS / 2 for seen, _ in reports)
     assert [wrong for _, wrong in reports] == [[], []]
@@ -132,6 +133,7 @@ def test_kill_9_at_random_moments_never_publishes_a_wrong_model(root, s3, proxy:
             store.remove(uri, trash_seconds=0)
             before, kills, kills_here, commits = proxy.body_bytes(), kills + kills_here, 0, commits + 1
 
+    print(f"{kills + kills_here} kills, {commits} models published, at most {worst} bytes fetched again for each kill")
     assert commits >= KILLS // 9
     assert kills > KILLS / 2
     assert worst <= PART_BYTES * 2
