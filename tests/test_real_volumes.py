@@ -191,6 +191,7 @@ def test_another_node_takes_over(roots, s3, proxy: CountingProxy, upload, measur
     assert len(seen_without_a_flaw(reports)) == 1
 
 
+@pytest.mark.timeout(3600)
 @between_clients
 def test_a_paused_writer_comes_back_to_nothing(roots, s3, proxy: CountingProxy, upload):
     """
@@ -227,6 +228,7 @@ def _pause_and_take_over(roots: Sequence[Path], s3: dict[str, object], proxy: Co
     assert len(seen_without_a_flaw(reports)) == 1
 
 
+@pytest.mark.timeout(3600)
 @everywhere
 def test_with_all_locks_lying_nobody_sees_a_mix(roots, source, tmp_path):
     """
