@@ -350,13 +350,27 @@ def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
         _print_json([attrs.asdict(lock) for lock in locks])
         return 0
     rows = [
-        (lock.uri, lock.key, lock.state, lock.holder, lock.since, f"{amount(lock.bytes_done)} of {amount(lock.bytes_total)}")
+        (
+            lock.uri,
+            lock.key,
+            lock.state,
+            lock.holder,
+            lock.since,
+            _age(lock.age_seconds),
+            f"{amount(lock.bytes_done)} of {amount(lock.bytes_total)}",
+        )
         for lock in locks
     ]
-    _print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "PROGRESS"), rows)
+    _print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "AGE", "PROGRESS"), rows)
     if not arguments.quiet:
         _say(f"{count(len(locks), 'claim')} not given back")
     return 0
+
+
+def _age(seconds: float) -> str:
+    """Hours, minutes and seconds since, by this node's clock. A clock that is behind the holder's shows nothing below zero."""
+    minutes, rest = divmod(int(max(seconds, 0)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _kserve_patch(arguments: argparse.Namespace) -> int:

@@ -35,7 +35,6 @@ from kserve_pvc.errors import (
     StoreFormatError,
     UnsafePathError,
 )
-from kserve_pvc.locks import LOCKERS
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks or
 # talks to a source is imported by the method that does it.
@@ -150,7 +149,15 @@ class ModelStore:
     Args:
         root: An existing directory, usually where the volume is mounted.
         mode: `"r"` never writes one byte to the volume; `"rw"` may download and remove.
-        locker: `"lease"` (default) or `"flock"`. Counts when the store is created, and is read from it ever after.
+        locker: Who says which process downloads. Counts when the store is created, and is read from it ever after; who wants
+            another one is refused. No locker carries safety.
+
+            - `"lease"` (default): claims on the volume, which need `mkdir` to exclude.
+            - `"flock"`: a file lock, which must reach all nodes. On NFS it needs a file opened for writing, which it is; on a
+              SeaweedFS mount with `-dlm` one opened for reading, which it is not, so choose another one there.
+            - `"redis://HOST:PORT/DB"` (or `rediss://`; extra `redis`): portalocker's `RedisLock`, which lets a holder that
+              stood still for a second be taken over. To be said by every process that downloads.
+            - `"kubernetes"` or `"kubernetes://NAMESPACE"` (extra `kubernetes`): Leases, as client-go's leader election.
         lease_seconds: After how long without a sign of life a downloader is taken over. Counts when the store is
             created; default 30 on local and 60 on network file systems.
         backends: Factories by URI scheme, preferred to installed ones.
@@ -170,6 +177,7 @@ class ModelStore:
         StoreFormatError: The store was made by a newer version, or its settings are damaged.
         LockerMismatchError: The store was created with other settings.
         SettingsError: An argument means nothing.
+        LockServiceError: (by what downloads) the service that keeps the locks refuses this process.
 
     What is not guaranteed: that a model stays while nobody holds it with `open`, and that two stores on two roots
     share anything. Threads and processes may share a store freely; after a fork the child may go on using it.
@@ -201,6 +209,7 @@ class ModelStore:
             self._settings = self._settings or _create_store(self._writer, locker, lease_seconds)
             # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
             _check_agreement(self._volume, self._settings, locker, lease_seconds)
+        self._locker = locker
         self._offline = offline
         self._factories = dict(backends or {})
         self._options = dict(storage_options or {})
@@ -363,8 +372,10 @@ class ModelStore:
         from kserve_pvc._events import Finished
         from kserve_pvc._pace import Tuning
         from kserve_pvc.backends import check_scheme
+        from kserve_pvc.locks.choice import check_confirmed
 
         assert self._settings is not None  # A read-write store has created them.
+        check_confirmed(self._settings.locker, self._locker)
         if source is None:
             check_scheme(self._service(ref), self._factories)
         # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
@@ -857,8 +868,10 @@ def _this_process() -> Holder:
 def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None) -> None:
     if mode not in ("r", "rw"):
         raise SettingsError("mode", str(mode), 'write "r" or "rw"')
-    if locker is not None and locker not in LOCKERS:
-        raise SettingsError("locker", str(locker), f"choose one of {', '.join(LOCKERS)}")
+    if locker is not None:
+        from kserve_pvc.locks.choice import parse_locker
+
+        parse_locker(locker)
     if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
         raise SettingsError("lease_seconds", str(lease_seconds), f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds")
 
@@ -883,9 +896,12 @@ def _read_store_settings(volume: Volume) -> StoreSettings | None:
 
 def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
     default = NETWORK_LEASE_SECONDS if mount_of(writer.root).is_network else LOCAL_LEASE_SECONDS
-    settings = StoreSettings(
-        store_id=os.urandom(16).hex(), locker=locker or LOCKERS[0], lease_seconds=lease_seconds or default, created_at=now()
-    )
+    chosen = "lease"
+    if locker is not None:
+        from kserve_pvc.locks.choice import parse_locker, settled
+
+        chosen = str(settled(parse_locker(locker), os.environ))
+    settings = StoreSettings(store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now())
     private = layout.staging_dir(f"create-{settings.store_id}")
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
     writer.throw_away(private)
@@ -894,9 +910,15 @@ def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float
 
 
 def _check_agreement(volume: Volume, settings: StoreSettings, locker: str | None, lease_seconds: float | None) -> None:
-    if settings.locker not in LOCKERS:
-        raise StoreFormatError(str(layout.SETTINGS), f"this version does not have the locker `{settings.locker}`; upgrade kserve_pvc")
-    if locker is not None and locker != settings.locker:
+    from kserve_pvc.locks.choice import parse_locker
+
+    try:
+        stored = parse_locker(settings.locker)
+    except SettingsError as error:
+        raise StoreFormatError(
+            str(layout.SETTINGS), f"this version does not have the locker `{settings.locker}`; upgrade kserve_pvc"
+        ) from error
+    if locker is not None and not parse_locker(locker).agrees_with(stored):
         raise LockerMismatchError(str(volume.root), "locker", settings.locker, locker)
     if lease_seconds is not None and lease_seconds != settings.lease_seconds:
         raise LockerMismatchError(str(volume.root), "lease_seconds", f"{settings.lease_seconds:g}", f"{lease_seconds:g}")

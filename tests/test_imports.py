@@ -46,7 +46,7 @@ FRONT = {"__init__", "testing"}
 FOREIGN = {
     **{room: {"attrs"} for room in PURE | EDGE | TOP | FRONT},
     "backends": {"attrs", "fsspec", "s3fs", "aiobotocore", "botocore", "aiohttp", "azure", "gcsfs", "google", "google_crc32c", "requests"},
-    "locks": {"attrs", "portalocker"},
+    "locks": {"attrs", "portalocker", "redis", "kubernetes"},
     "testing": {"pytest"},
     "_progress": {"attrs", "tqdm"},
     **{door: {"attrs"} for door in DOORS},
