@@ -85,6 +85,8 @@ def _writes(arguments: argparse.Namespace, *, is_offline: bool) -> bool:
         return False
     if arguments.verb == "warm" and not (arguments.uris or arguments.file):
         return False
+    if arguments.verb == "alias":
+        return arguments.uri is not None or arguments.drop is not None
     return arguments.verb in _WRITING or getattr(arguments, "break_claim", False)
 
 
@@ -300,6 +302,21 @@ def _verify(store: ModelStore, arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json({"ok": ok, "models": [_verification(report) for report in seen]})
     return 0 if ok else 1
+
+
+def _alias(store: ModelStore, arguments: argparse.Namespace) -> int:
+    if arguments.drop is not None:
+        store.drop_alias(arguments.drop)
+    elif arguments.uri is not None:
+        store.alias(arguments.name, arguments.uri, **_selection(arguments))
+    elif arguments.name is not None:
+        raise SettingsError("URI", "", f"say which model `{arguments.name}` is to be the name of")
+    aliases = store.aliases()
+    if arguments.json:
+        _print_json(dict(aliases))
+    else:
+        _print_table(("NAME", "KEY"), list(aliases.items()))
+    return 0
 
 
 def _rm(store: ModelStore, arguments: argparse.Namespace) -> int:
@@ -563,6 +580,13 @@ def _add_locks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_alias(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a name that a pod can mount: `names/NAME` in the volume")
+    parser.add_argument("uri", metavar="URI", nargs="?", help="the model, which is present; without any arguments all names are listed")
+    parser.add_argument("--drop", metavar="NAME", help="take a name away; the model stays")
+    _add_selection(parser)
+
+
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("file", metavar="FILE", help="where to write the bundle; `-` is standard output")
@@ -633,6 +657,7 @@ _VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser
     "plan": (_plan, _add_plan, "show what `ensure` would do"),
     "verify": (_verify, _add_verify, "compare models with their records"),
     "rm": (_rm, _add_rm, "remove a model, or what is left of an unfinished download"),
+    "alias": (_alias, _add_alias, "give a model a name that a pod can mount, or list the names"),
     "export": (_export, _add_export, "write a model as one file, to import it where there is no network"),
     "import": (_import, _add_import, "take over a model from a file that `export` wrote, and print its directory"),
     "locks": (_locks, _add_locks, "show who is downloading"),

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from kserve_pvc._warm import Item, Listen, Warmed
 
 LOCAL_LEASE_SECONDS = 30.0
+# What is understood without the module that understands all of them.
+_PLAIN_LOCKERS = ("lease", "flock")
 NETWORK_LEASE_SECONDS = 60.0
 
 Status = Literal["present", "downloaded", "waited"]
@@ -368,6 +370,7 @@ class ModelStore:
         listen: Listen,
         source: Backend | None = None,
     ) -> Outcome:
+        from kserve_pvc._aliases import settle_view_quietly
         from kserve_pvc._download import Download, Wish
         from kserve_pvc._events import Finished
         from kserve_pvc._pace import Tuning
@@ -394,6 +397,8 @@ class ModelStore:
                 tuning=Tuning(max_workers=max_workers, **tuning),
             )
             outcome = download.run()
+            if outcome.status == "downloaded":
+                settle_view_quietly(writer, ref.key)
             listener(Finished(ref=str(ref), status=outcome.status))
         return outcome
 
@@ -604,11 +609,63 @@ class ModelStore:
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
+        from kserve_pvc._aliases import settle_view_quietly
         from kserve_pvc._removal import Removal
 
         assert self._settings is not None  # A read-write store has created them.
-        if not Removal(self._writer, self._settings, ref, _this_process()).run(trash_seconds):
-            raise self._absent(ref, self._look(ref))
+        try:
+            if not Removal(self._writer, self._settings, ref, _this_process()).run(trash_seconds):
+                raise self._absent(ref, self._look(ref))
+        finally:
+            settle_view_quietly(self._writer, ref.key)
+
+    def alias(
+        self, name: str, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+    ) -> None:
+        """
+        Give a model that is present a name under which a pod can mount it: `names/<name>` in the volume.
+
+        The name follows the model: a newer version is mounted under it by containers that start later, and never changes
+        under one that runs. It is decoration, which the store never consults. It stays when the model is removed, and leads
+        nowhere until the model is there again.
+
+        Raises:
+            ModelNotFoundError: The model is absent.
+            UnsafePathError: It is no name of 1 to 63 letters, digits, `-`, `_` and `.`.
+            VolumeError: Something that is no link has that name, or the volume has no symbolic links.
+            ReadOnlyStoreError: The store may only be read.
+        """
+        from kserve_pvc._aliases import check_alias, point_alias
+
+        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        check_alias(name)
+        if self._writer is None:
+            raise ReadOnlyStoreError(str(self.root), f"name `{ref}`", _HOW_TO_WRITE)
+        model = self.get(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        point_alias(self._writer, name, model.key)
+
+    def drop_alias(self, name: str) -> None:
+        """
+        Take a name away, if it is there. The model stays.
+
+        Raises:
+            UnsafePathError: It is no name that an alias can have.
+            ReadOnlyStoreError: The store may only be read.
+        """
+        from kserve_pvc._aliases import check_alias, drop_alias
+
+        check_alias(name)
+        if self._writer is None:
+            raise ReadOnlyStoreError(str(self.root), f"drop the name `{name}`", _HOW_TO_WRITE)
+        drop_alias(self._writer, name)
+
+    def aliases(self) -> Mapping[str, str]:
+        """
+        Every name, with the key of its model, whether that is present or not. Links that lead elsewhere are left out.
+        """
+        from kserve_pvc._aliases import read_aliases
+
+        return read_aliases(self._volume)
 
     def export(
         self,
@@ -910,15 +967,18 @@ def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float
 
 
 def _check_agreement(volume: Volume, settings: StoreSettings, locker: str | None, lease_seconds: float | None) -> None:
+    if settings.locker not in _PLAIN_LOCKERS or locker not in (None, settings.locker):
+        _check_same_locker(volume, settings.locker, locker)
+    if lease_seconds is not None and lease_seconds != settings.lease_seconds:
+        raise LockerMismatchError(str(volume.root), "lease_seconds", f"{settings.lease_seconds:g}", f"{lease_seconds:g}")
+
+
+def _check_same_locker(volume: Volume, stored: str, wanted: str | None) -> None:
     from kserve_pvc.locks.choice import parse_locker
 
     try:
-        stored = parse_locker(settings.locker)
+        choice = parse_locker(stored)
     except SettingsError as error:
-        raise StoreFormatError(
-            str(layout.SETTINGS), f"this version does not have the locker `{settings.locker}`; upgrade kserve_pvc"
-        ) from error
-    if locker is not None and not parse_locker(locker).agrees_with(stored):
-        raise LockerMismatchError(str(volume.root), "locker", settings.locker, locker)
-    if lease_seconds is not None and lease_seconds != settings.lease_seconds:
-        raise LockerMismatchError(str(volume.root), "lease_seconds", f"{settings.lease_seconds:g}", f"{lease_seconds:g}")
+        raise StoreFormatError(str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc") from error
+    if wanted is not None and not parse_locker(wanted).agrees_with(choice):
+        raise LockerMismatchError(str(volume.root), "locker", stored, wanted)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from kserve_pvc._layout import LEASES, MANIFESTS, MODELS, STAGING, TRASH, is_claim
+from kserve_pvc._layout import LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
 from kserve_pvc.errors import (
     InsufficientSpaceError,
     ReadOnlyStoreError,
@@ -177,6 +177,14 @@ class Volume:
         if len(data) > limit:
             raise StoreFormatError(str(place), f"it is larger than {limit} bytes")
         return data
+
+    def link_target(self, place: PurePosixPath) -> str | None:
+        """
+        Where a symbolic link leads; None if there is something else, or nothing. It is read and never followed.
+        """
+        with suppress(OSError), self._parent(place) as parent:
+            return os.readlink(place.name, dir_fd=parent)
+        return None
 
     def names(self, place: PurePosixPath) -> list[str]:
         """
@@ -515,6 +523,30 @@ class VolumeWriter(Volume):
             finally:
                 os.close(fd)
 
+    def point(self, place: PurePosixPath, target: str) -> bool:
+        """
+        Let a symbolic link lead somewhere else, in one step.
+
+        Returns:
+            False if something that is no link stands there, or the volume has no links.
+        """
+        made = TRASH / f"{int(time.time()):012d}-{os.urandom(8).hex()}"  # Where it is found if this process dies here.
+        with self._translated("linking", place):
+            self.make_directory(TRASH)
+            self.make_directory(place.parent)
+            with self._parent(made) as source, self._parent(place) as directory:
+                if not _is_free_for_link(directory, place.name):
+                    return False
+                try:
+                    os.symlink(target, made.name, dir_fd=source)
+                except OSError as error:
+                    if error.errno in _UNSUPPORTED:
+                        return False
+                    raise
+                os.rename(made.name, place.name, src_dir_fd=source, dst_dir_fd=directory)
+                _sync_directory(directory)
+        return True
+
     def discard(self, place: PurePosixPath) -> PurePosixPath | None:
         """
         Move a tree into the trash, where it stays intact for readers who hold its files open.
@@ -522,7 +554,7 @@ class VolumeWriter(Volume):
         Returns:
             Its name in the trash, or None if there is no such tree.
         """
-        if not {MODELS, STAGING, MANIFESTS, LEASES} & set(place.parents) and not is_claim(place):
+        if not {MODELS, STAGING, MANIFESTS, LEASES, NAMES} & set(place.parents) and not is_claim(place):
             raise UnsafePathError(str(place), "only models and what belongs to one generation are ever thrown away")
         trashed = TRASH / f"{int(time.time()):012d}-{os.urandom(8).hex()}"
         with self._translated("moving to the trash", place):
@@ -771,6 +803,13 @@ def copy_range(source: int, target: int, start: int, stop: int) -> bool:
             count = len(piece)
         start += count
     return True
+
+
+def _is_free_for_link(directory: int, name: str) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return True
 
 
 def _sync_directory(fd: int) -> None:

@@ -37,7 +37,7 @@ PURE = {
     "_unpack",
 }
 EDGE = {"_bundle", "_settings", "_volume", "_transfer", "_verify", "_progress", "locks", "backends"}
-TOP = {"_log", "_log_writer", "_warm", "_claims", "_download", "_plan", "_removal", "_reuse", "_store"}
+TOP = {"_aliases", "_log", "_log_writer", "_warm", "_claims", "_download", "_plan", "_removal", "_reuse", "_store"}
 DOORS = {"_cli", "__main__", "kserve"}
 # What others import: the package itself, and the suite for back ends.
 FRONT = {"__init__", "testing"}
@@ -283,7 +283,7 @@ LAZY = {
     *("multiprocessing", "concurrent.futures", "subprocess", "ctypes", "secrets", "random", "shutil"),
 }
 # What a hit in the store loads of this package: nothing that downloads, removes, checks, locks or shows progress.
-HIT = {"_codec", "_defaults", "_entry", "_layout", "_log", "_ref", "_store", "_volume", "errors", "locks"}
+HIT = {"_codec", "_defaults", "_entry", "_layout", "_log", "_ref", "_store", "_volume", "errors"}
 
 
 def run(program: str) -> str:
