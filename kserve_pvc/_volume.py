@@ -528,7 +528,7 @@ class VolumeWriter(Volume):
         Let a symbolic link lead somewhere else, in one step.
 
         Returns:
-            False if something that is no link stands there, or the volume has no links.
+            False if something that is no link stands there, other than an empty directory, or the volume has no links.
         """
         made = TRASH / f"{int(time.time()):012d}-{os.urandom(8).hex()}"  # Where it is found if this process dies here.
         with self._translated("linking", place):
@@ -806,6 +806,9 @@ def copy_range(source: int, target: int, start: int, stop: int) -> bool:
 
 
 def _is_free_for_link(directory: int, name: str) -> bool:
+    # Kubernetes makes an empty directory where a pod mounts a `subPath` that is not there. Nothing is lost with it.
+    with suppress(OSError):
+        os.rmdir(name, dir_fd=directory)
     try:
         return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
     except FileNotFoundError:

@@ -167,6 +167,17 @@ def test_what_somebody_else_put_there_stays(root, uri, where, what):
     assert read_tree(model.path) == FIRST
 
 
+def test_an_empty_directory_gives_way(root, uri):
+    """
+    Kubernetes makes one where a pod mounts a `subPath` too early; it does not keep the model away from later pods.
+    """
+    view(root, uri).mkdir(parents=True)
+
+    ModelStore(root, mode="rw").ensure(uri, progress=False)
+
+    assert read_tree(view(root, uri)) == FIRST
+
+
 def test_a_planted_link_is_replaced_and_never_followed(root, uri, tmp_path):
     """
     Links that lead out of the volume are not listed, and replacing one changes nothing behind it.
