@@ -543,6 +543,31 @@ class VolumeWriter(Volume):
         if (trashed := self.discard(place)) is not None:
             self.delete_trash(trashed)
 
+    def alias(self, place: PurePosixPath, target: PurePosixPath) -> None:
+        """
+        Let a name of the store lead to one of its directories, by a relative link that takes the place of an earlier one
+        atomically. Who has the directory open or mounted that it led to keeps it.
+
+        Raises:
+            UnsafePathError: A directory with files, or a file, has this name.
+        """
+        link = os.path.relpath(self.absolute(target), self.absolute(place).parent)
+        private = STAGING / f"alias-{os.urandom(16).hex()}"
+        with self._translated("linking", place):
+            self.make_directory(place.parent)
+            self.make_directory(STAGING)
+            with self._parent(private) as source, self._parent(place) as parent:
+                if _read_link(parent, place.name) == link:
+                    return
+                _make_way(parent, place)
+                os.symlink(link, private.name, dir_fd=source)
+                try:
+                    os.rename(private.name, place.name, src_dir_fd=source, dst_dir_fd=parent)
+                except BaseException:
+                    os.unlink(private.name, dir_fd=source)
+                    raise
+                _sync_directory(parent)
+
     def empty_trash(self, older_than: float) -> None:
         """
         Delete what has lain in the trash for longer than this many seconds by this node's clock.
@@ -563,7 +588,7 @@ class VolumeWriter(Volume):
         with self._translated("deleting", place):
             try:
                 with self._parent(place) as parent:
-                    _delete(parent, place.name)
+                    delete_tree(parent, place.name)
             except FileNotFoundError:
                 return
 
@@ -792,7 +817,31 @@ def _sync_below(fd: int) -> None:
     _sync_directory(fd)
 
 
-def _delete(parent: int, name: str) -> None:
+def _read_link(parent: int, name: str) -> str | None:
+    try:
+        return os.readlink(name, dir_fd=parent)
+    except OSError:
+        return None
+
+
+def _make_way(parent: int, place: PurePosixPath) -> None:
+    """Remove an empty directory, such as the kubelet makes for a mount of one that is missing; a link stays to be replaced."""
+    try:
+        found = os.stat(place.name, dir_fd=parent, follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode):
+            os.rmdir(place.name, dir_fd=parent)
+        elif not stat.S_ISLNK(found.st_mode):
+            raise UnsafePathError(str(place), "a file stands where a name of the store belongs; remove it")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UnsafePathError(str(place), "a directory with files stands where a name of the store belongs; empty it") from error
+
+
+def delete_tree(parent: int, name: str) -> None:
+    """
+    Delete a file, or a directory with all that is in it, below an open directory, following no link.
+    """
     try:
         fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=parent)
     except NotADirectoryError:
@@ -806,7 +855,7 @@ def _delete(parent: int, name: str) -> None:
     try:
         for child in os.listdir(fd):
             with suppress(FileNotFoundError):
-                _delete(fd, child)
+                delete_tree(fd, child)
     finally:
         os.close(fd)
     try:

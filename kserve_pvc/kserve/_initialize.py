@@ -1,0 +1,380 @@
+"""
+The storage initializer: puts models where KServe says, from a store that its pods share if there is one.
+
+It takes what KServe gives its own initializer, pairs of a source and a directory, and is told everything else by its environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from types import FrameType
+from typing import NoReturn
+
+import attrs
+
+from kserve_pvc import _layout as layout
+from kserve_pvc._ref import ModelRef, parse_ref, redact
+from kserve_pvc._settings import pod_and_node
+from kserve_pvc._store import NETWORK_LEASE_SECONDS, Model, ModelStore
+from kserve_pvc._volume import VolumeWriter
+from kserve_pvc.errors import (
+    DigestMismatchError,
+    InvalidURIError,
+    PolicyError,
+    SettingsError,
+    SourceNotFoundError,
+    StoreError,
+    StoreRootError,
+    UnknownSchemeError,
+    VolumeError,
+    printable,
+)
+from kserve_pvc.kserve._archives import is_archive, unpacking
+from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source
+from kserve_pvc.kserve._variables import Variables, read_variables, trust_bundle
+from kserve_pvc.locks.liveness import here
+
+_USAGE = "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]"
+_TERMINATION_LOG = "/dev/termination-log"
+_MAX_TERMINATION_BYTES = 4096
+_GIT = re.compile(r"https://.+\.git/?")
+_PLAIN_PATH = re.compile(r"/[^:]*")
+# Schemes of KServe that are served neither here nor by a plug-in, and what to do instead.
+_ELSEWHERE = {
+    "oci": "leave images to KServe, by `oci://` without this initializer's ClusterStorageContainer",
+    "modelscope": "copy the model to a bucket, or fetch it from Hugging Face",
+    "hdfs": "copy the model to a bucket, or read it through WebHDFS with `fsspec+webhdfs://`",
+    "webhdfs": "write `fsspec+webhdfs://`",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Fill every destination, one after the other, and return 0, or 1 with one line in the termination log.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # A pod that is deleted gets SIGTERM first: unwinding gives claims back, so that nobody waits out a lease.
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return _run(arguments)
+    except _Terminated:
+        return _fail("terminated; what was fetched is kept for the next start")
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was fetched is kept for the next start")
+    except StoreError as error:
+        return _fail(str(error))
+    except Exception as error:  # The text of a foreign error may hold a signed URL.
+        return _fail(f"{type(error).__name__}: {redact(str(error))}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(BaseException):
+    """
+    SIGTERM has come. Not an error that anything in between should take for one of its own.
+    """
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    # Once is enough: unwinding must not be interrupted by another one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Terminated
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if len(arguments) < 2 or len(arguments) % 2:
+        print(_USAGE, flush=True)
+        return _fail(f"{len(arguments)} arguments are no pairs of a source and a directory; {_USAGE}")
+    pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
+    shown = ", ".join(f"({redact(source)!r}, {printable(place)!r})" for source, place in pairs)
+    _log("INFO", f"Initializing, args: (src_uri, dest_path): [{shown}]")
+    fill_all(pairs, _variables())
+    return 0
+
+
+def _variables() -> Variables:
+    os.environ.update(trust_bundle(os.environ))
+    return read_variables()
+
+
+def fill_all(pairs: Sequence[tuple[str, str]], variables: Variables) -> None:
+    """
+    Put every source into its directory. Those of one directory are put there together.
+
+    Raises:
+        StoreError: One could not be put there. Those before it are.
+    """
+    if variables.digest is not None and len(pairs) != 1:
+        raise SettingsError("VERIFICATION_DIGEST", variables.digest, "it is for one source; name the digests of several by `#sha256=`")
+    by_place: dict[str, list[_Wanted]] = {}
+    for source, place in pairs:
+        by_place.setdefault(os.path.normpath(place), []).append(_wanted(source, variables))
+    for place, wanted in by_place.items():
+        began = time.monotonic()
+        for one in wanted:
+            _log("INFO", f"Copying contents of {one.shown} to local")
+        _fill(Path(place), wanted, variables)
+        for one in wanted:
+            _log("INFO", f"Successfully copied {one.shown} to {printable(place)}")
+        _log("INFO", f"Model downloaded in {time.monotonic() - began} seconds.")
+
+
+@attrs.frozen(kw_only=True)
+class _Wanted:
+    """
+    A source as it is spelled, which is what KServe makes its key from, and as a store knows it.
+    """
+
+    source: str = attrs.field(repr=False)
+    ref: ModelRef
+
+    @property
+    def shown(self) -> str:
+        return redact(self.ref.uri)
+
+    @property
+    def alias(self) -> str:
+        """The name of its directory for KServe: its storage key, if nothing is filtered."""
+        return self.ref.key[-16:] if self.ref.allow_patterns or self.ref.ignore_patterns else sha256(self.source.encode()).hexdigest()[:16]
+
+
+def _wanted(source: str, variables: Variables) -> _Wanted:
+    if ".." in source.split("://", 1)[-1].split("/"):
+        raise InvalidURIError(redact(source), "its path may not climb with `..`")
+    if _GIT.fullmatch(source):
+        raise InvalidURIError(redact(source), "git repositories are not fetched; put the files into a bucket, or on Hugging Face")
+    if (scheme := source.partition("://")[0]) in _ELSEWHERE:
+        raise UnknownSchemeError(scheme, _ELSEWHERE[scheme])
+    ref = parse_ref(source, allow_patterns=variables.allow_patterns, ignore_patterns=variables.ignore_patterns)
+    return _Wanted(source=source, ref=ref)
+
+
+def _fill(place: Path, wanted: Sequence[_Wanted], variables: Variables) -> None:
+    store = _store_for(place, variables)
+    if store is None:
+        _download_into(place, wanted, variables)
+        return
+    models = [_from_store(store, one, variables) for one in wanted]
+    inside = _inside(place, store)
+    if inside is None:
+        _copy_into(place, models, variables)
+    else:
+        _point_to(store, inside, wanted, models)
+
+
+def _store_for(place: Path, variables: Variables) -> Path | None:
+    """The root of the store that a destination is served from, or None if it is private."""
+    if variables.kind == "private":
+        return None
+    if variables.store is not None:
+        return variables.store
+    if variables.kind == "store" or (place / layout.SETTINGS).is_file():
+        return place
+    return None
+
+
+def _open(root: Path, variables: Variables, *, mode: str | None = None) -> ModelStore:
+    return ModelStore(
+        root,
+        mode="r" if mode == "r" else "rw",
+        locker=variables.locker,
+        lease_seconds=variables.lease_seconds,
+        backends=unpacking(),
+        storage_options=variables.storage_options,
+        offline=variables.offline,
+    )
+
+
+def _ensure(store: ModelStore, one: _Wanted, variables: Variables) -> Model:
+    ref = one.ref
+    ensure = partial(store.ensure, timeout=variables.timeout)
+    if ref.scheme in variables.streams:
+        ensure = partial(ensure, max_workers=variables.streams[ref.scheme])
+    # With its signature, which is asked with and never stored.
+    uri = ref.uri if ref.query is None else f"{ref.uri}?{ref.query}"
+    try:
+        return ensure(uri, allow_patterns=ref.allow_patterns, ignore_patterns=ref.ignore_patterns or None, progress=False if _is_quiet() else None)
+    except SourceNotFoundError:
+        if not _is_one_object(store, ref, uri):
+            raise
+    # As in KServe, patterns choose among files, and an object that is named itself is no choice.
+    return ensure(uri)
+
+
+def _is_quiet() -> bool:
+    return bool(os.environ.get("KSERVE_PVC_QUIET"))
+
+
+def _is_one_object(store: ModelStore, ref: ModelRef, uri: str) -> bool:
+    if ref.scheme != "s3" or not (ref.allow_patterns or ref.ignore_patterns):
+        return False
+    files = store.resolve(uri).files
+    return len(files) == 1 and str(files[0].entry.path) == ref.location.rpartition("/")[2]
+
+
+def _from_store(root: Path, one: _Wanted, variables: Variables) -> Model:
+    """The model in a store that pods share, from where it is not written to if it is there."""
+    found = None
+    with suppress(StoreError):
+        found = _open(root, variables, mode="r").get(
+            one.ref.uri, allow_patterns=one.ref.allow_patterns, ignore_patterns=one.ref.ignore_patterns or None
+        )
+    model = found or _ensure(_open(root, variables, mode=variables.mode), one, variables)
+    files = model.record.files
+    if one.ref.service not in ("http", "https", "hf", "fsspec") and len(files) == 1 and is_archive(files[0].path.name):
+        rule = "the store holds it as the archive that it is, which was not fetched by an initializer; remove it with `kserve-pvc rm`"
+        raise PolicyError(one.shown, rule)
+    _check_digest([model], variables)
+    _log("INFO", f"{one.shown} is {model.status} in the store at {root}, as {model.path}")
+    return model
+
+
+def _check_digest(models: Sequence[Model], variables: Variables) -> None:
+    if variables.digest is None:
+        return
+    files = [file for model in models for file in model.record.files]
+    if len(files) != 1:
+        rule = f"`VERIFICATION_DIGEST` is the SHA-256 of one file, and this has {len(files)}; unset it"
+        raise PolicyError(models[0].uri, rule)
+    if files[0].sha256 != variables.digest:
+        raise DigestMismatchError(str(files[0].path), variables.digest, str(files[0].sha256))
+
+
+def _download_into(place: Path, wanted: Sequence[_Wanted], variables: Variables) -> None:
+    """Fill a directory that nobody else writes to, keeping nothing but its files."""
+    destination = Destination(place)
+    if _holds(destination, [one.ref.key for one in wanted], None):
+        _log("INFO", f"{printable(place)} is complete, so nothing is downloaded")
+        _tidy(destination)
+        return
+    with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
+        if _holds(destination, [one.ref.key for one in wanted], None):
+            destination.tidy()
+            return
+        destination.make_directory(WORK)
+        local = attrs.evolve(variables, locker=variables.locker or "flock", mode="rw")
+        try:
+            store = _open(destination.absolute(WORK), local)
+        except StoreError:
+            # What an earlier start has left is of no use, such as settings of other lockers.
+            destination.drop(WORK)
+            destination.make_directory(WORK)
+            store = _open(destination.absolute(WORK), local)
+        models = [_ensure(store, one, variables) for one in wanted]
+        try:
+            _check_digest(models, variables)
+        except StoreError:
+            destination.drop(WORK)
+            raise
+        _move(destination, models, check)
+        destination.tidy()
+
+
+def _tidy(destination: Destination) -> None:
+    # A hit needs no right to write.
+    with suppress(StoreError):
+        destination.tidy()
+
+
+def _holds(destination: Destination, keys: Sequence[str], versions: Sequence[str] | None) -> bool:
+    record = destination.record()
+    if record is None or [source.key for source in record.sources] != list(keys):
+        return False
+    return versions is None or [source.version for source in record.sources] == list(versions)
+
+
+def _contents(models: Sequence[Model], *, is_linked: bool = False) -> tuple[Contents, Mapping[PurePosixPath, Path]]:
+    """What these models are together, where each file of it comes from. A later one wins, as with KServe."""
+    files, origins = {}, {}
+    for model in models:
+        for file in model.record.files:
+            files[file.path], origins[file.path] = file, model.path / file.path
+    sources = tuple(Source(key=model.key, uri=model.uri, version=model.version) for model in models)
+    return Contents(sources=sources, files=tuple(files[path] for path in sorted(files)), is_linked=is_linked), origins
+
+
+def _move(destination: Destination, models: Sequence[Model], check: object) -> None:
+    contents, origins = _contents(models)
+
+    def bring(file: object) -> None:
+        path = file.path  # type: ignore[attr-defined]
+        if not destination.move(PurePosixPath(origins[path].relative_to(destination.root)), file):  # type: ignore[arg-type]
+            destination.drop(WORK)
+            raise VolumeError(str(destination.absolute(path)), "renaming", "somebody else has taken it away")
+
+    destination.fill(contents, bring, check)  # type: ignore[arg-type]
+
+
+def _copy_into(place: Path, models: Sequence[Model], variables: Variables) -> None:
+    """Fill a directory from a store that is mounted beside it."""
+    destination = Destination(place)
+    keys, versions = [model.key for model in models], [model.version for model in models]
+    if _holds(destination, keys, versions):
+        _log("INFO", f"{printable(place)} is complete, so nothing is copied")
+        return
+    contents, origins = _contents(models, is_linked=variables.ways == ("symlink",))
+    with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
+        used: set[str] = set()
+        destination.fill(contents, lambda file: used.add(destination.take(origins[file.path], file, variables.ways)), check)
+        destination.tidy()
+    _log("INFO", f"{printable(place)} holds it by {' and '.join(sorted(used))}")
+
+
+def _inside(place: Path, store: Path) -> PurePosixPath | None:
+    """Where in the store a destination lies, or None if it lies beside it."""
+    parent = Path(os.path.realpath(place.parent)) / place.name if place.name else Path("/")
+    root = Path(os.path.realpath(store))
+    if Path(os.path.realpath(place)) == root:
+        return PurePosixPath()
+    return PurePosixPath(parent.relative_to(root)) if parent.is_relative_to(root) else None
+
+
+def _point_to(store: Path, inside: PurePosixPath, wanted: Sequence[_Wanted], models: Sequence[Model]) -> None:
+    """Give models names in the store, which lead a server's mount to what it serves."""
+    writer = VolumeWriter(store)
+    if inside.parts:
+        _check_alias(inside, wanted)
+    for one, model in zip(wanted, models, strict=True):
+        target = layout.generation_dir(model.key, model.path.name)
+        alias = layout.MODELS / one.alias
+        writer.alias(alias, target)
+        if inside.parts:
+            writer.alias(inside, target)
+        _log("INFO", f"`{alias}` of this volume is {one.shown}; mount that directory into the server")
+
+
+def _check_alias(inside: PurePosixPath, wanted: Sequence[_Wanted]) -> None:
+    if len(wanted) != 1:
+        raise StoreRootError(str(inside), f"it is one name in a store, for {len(wanted)} sources; give each a directory of its own")
+    if inside.parts[0] == layout.META.name or (inside.parts[0] == layout.MODELS.name and inside != layout.MODELS / wanted[0].alias):
+        raise StoreRootError(str(inside), "it belongs to the store; name a directory beside `models`")
+
+
+def _fail(text: str) -> int:
+    line = printable(text).strip()
+    _log("ERROR", line)
+    place = os.environ.get("KSERVE_PVC_TERMINATION_LOG") or _TERMINATION_LOG
+    # Only in a container there is such a file, and the kubelet has made it.
+    with suppress(OSError):
+        fd = os.open(place, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.write(fd, line.encode(errors="replace")[:_MAX_TERMINATION_BYTES])
+        finally:
+            os.close(fd)
+    return 1
+
+
+def _log(level: str, text: str) -> None:
+    moment = datetime.now(UTC)
+    stamp = f"{moment:%Y-%m-%d %H:%M:%S}.{moment.microsecond // 1000:03d}"
+    print(f"{stamp} {os.getpid()} storage.initializer {level} {text}", file=sys.stderr, flush=True)
