@@ -28,7 +28,7 @@ from kserve_pvc._codec import build, decode, encode, text
 from kserve_pvc._names import check_collisions, check_name
 from kserve_pvc._record import MAX_MANIFEST_BYTES, FileEntry, Holder
 from kserve_pvc._volume import VolumeWriter, allocate, copy_range, delete_tree, mount_of
-from kserve_pvc.errors import LockTimeoutError, StoreFormatError, StoreRootError, UnsafePathError, VolumeError
+from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
 from kserve_pvc.locks.flock import FileLock
 from kserve_pvc.locks.lease import LeaseLostError
 
@@ -63,19 +63,22 @@ class Source:
     version: str = attrs.field(validator=text)
 
 
-def _many(kind: type[Any]) -> Callable[[Any], tuple[Any, ...]]:
-    def convert(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list | tuple):
-            raise TypeError("it must be a list")
-        return tuple(item if isinstance(item, kind) else build(kind, item) for item in value)
+def _sources(value: Any) -> tuple[Source, ...]:
+    return tuple(item if isinstance(item, Source) else build(Source, item) for item in _listed(value))
 
-    return convert
+
+def _files(value: Any) -> tuple[FileEntry, ...]:
+    return tuple(item if isinstance(item, FileEntry) else build(FileEntry, item) for item in _listed(value))
+
+
+def _listed(value: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError("it must be a list")
+    return value
 
 
 def _checked(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple):
-        raise TypeError("it must be a list")
-    return tuple(str(check_name(path)) for path in value)
+    return tuple(str(check_name(path)) for path in _listed(value))
 
 
 @attrs.frozen(kw_only=True)
@@ -84,8 +87,8 @@ class Contents:
     What of ours lies in a directory: complete, if this is its record.
     """
 
-    sources: tuple[Source, ...] = attrs.field(converter=_many(Source))
-    files: tuple[FileEntry, ...] = attrs.field(converter=_many(FileEntry))
+    sources: tuple[Source, ...] = attrs.field(converter=_sources)
+    files: tuple[FileEntry, ...] = attrs.field(converter=_files)
     # Whether the files are links into a store.
     is_linked: bool = attrs.field(default=False, validator=instance_of(bool))
 
@@ -110,8 +113,7 @@ class Destination(VolumeWriter):
     The directory itself, which is made if it is missing.
 
     Raises:
-        StoreRootError: It is no directory, or a link.
-        ReadOnlyStoreError: It cannot be made.
+        SettingsError: It is no directory, or a link, or cannot be made.
     """
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
@@ -401,15 +403,24 @@ def _digest(fd: int) -> str:
 
 
 def _make(place: Path) -> None:
-    if not os.fspath(place).strip() or place.is_symlink():
-        raise StoreRootError(str(place), "it is a link; name the directory itself")
+    if place.is_symlink():
+        raise SettingsError("DEST", str(place), "it is a link; name the directory itself")
     try:
         place.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise StoreRootError(str(place), "it is not a directory") from error
+        raise SettingsError("DEST", str(place), "it is not a directory") from error
     except OSError as error:
         reason = f"it cannot be made: {os.strerror(error.errno or errno.EIO)}; mount a volume there that uid {os.geteuid()} may write"
-        raise StoreRootError(str(place), reason) from error
+        raise SettingsError("DEST", str(place), reason) from error
+
+
+def make_temporary() -> str:
+    """
+    Make a directory for a caller who names none.
+    """
+    from tempfile import mkdtemp
+
+    return mkdtemp(prefix="kserve-pvc-")
 
 
 def _nothing() -> None:

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +23,7 @@ from typing import NoReturn
 import attrs
 
 from kserve_pvc import _layout as layout
+from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef, parse_ref, redact
 from kserve_pvc._settings import pod_and_node
 from kserve_pvc._store import NETWORK_LEASE_SECONDS, Model, ModelStore
@@ -30,11 +31,12 @@ from kserve_pvc._volume import VolumeWriter
 from kserve_pvc.errors import (
     DigestMismatchError,
     InvalidURIError,
+    ModelNotFoundError,
     PolicyError,
     SettingsError,
     SourceNotFoundError,
     StoreError,
-    StoreRootError,
+    StoreFormatError,
     UnknownSchemeError,
     VolumeError,
     printable,
@@ -48,7 +50,6 @@ _USAGE = "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]"
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_TERMINATION_BYTES = 4096
 _GIT = re.compile(r"https://.+\.git/?")
-_PLAIN_PATH = re.compile(r"/[^:]*")
 # Schemes of KServe that are served neither here nor by a plug-in, and what to do instead.
 _ELSEWHERE = {
     "oci": "leave images to KServe, by `oci://` without this initializer's ClusterStorageContainer",
@@ -116,9 +117,11 @@ def fill_all(pairs: Sequence[tuple[str, str]], variables: Variables) -> None:
     """
     if variables.digest is not None and len(pairs) != 1:
         raise SettingsError("VERIFICATION_DIGEST", variables.digest, "it is for one source; name the digests of several by `#sha256=`")
-    by_place: dict[str, list[_Wanted]] = {}
+    by_place: dict[str, list[Wanted]] = {}
     for source, place in pairs:
-        by_place.setdefault(os.path.normpath(place), []).append(_wanted(source, variables))
+        if not place or ".." in place.split("/") or "\0" in place:
+            raise SettingsError("DEST", place, "name a directory, by a path that does not climb")
+        by_place.setdefault(os.path.normpath(place), []).append(read_source(source, variables))
     for place, wanted in by_place.items():
         began = time.monotonic()
         for one in wanted:
@@ -130,7 +133,7 @@ def fill_all(pairs: Sequence[tuple[str, str]], variables: Variables) -> None:
 
 
 @attrs.frozen(kw_only=True)
-class _Wanted:
+class Wanted:
     """
     A source as it is spelled, which is what KServe makes its key from, and as a store knows it.
     """
@@ -145,10 +148,24 @@ class _Wanted:
     @property
     def alias(self) -> str:
         """The name of its directory for KServe: its storage key, if nothing is filtered."""
-        return self.ref.key[-16:] if self.ref.allow_patterns or self.ref.ignore_patterns else sha256(self.source.encode()).hexdigest()[:16]
+        return self.ref.key[-16:] if self.is_filtered else sha256(self.source.encode()).hexdigest()[:16]
+
+    @property
+    def is_filtered(self) -> bool:
+        return self.ref.allow_patterns is not None or bool(self.ref.ignore_patterns)
+
+    def is_one_object(self, paths: Iterable[PurePosixPath]) -> bool:
+        """Whether these are all files of the source, and so the source is a file by itself."""
+        return [str(path) for path in paths] == [self.ref.location.rpartition("/")[2]]
 
 
-def _wanted(source: str, variables: Variables) -> _Wanted:
+def read_source(source: str, variables: Variables) -> Wanted:
+    """
+    Check a source, without asking it.
+
+    Raises:
+        InvalidURIError, UnknownSchemeError, PolicyError: It means nothing, or is not for this initializer.
+    """
     if ".." in source.split("://", 1)[-1].split("/"):
         raise InvalidURIError(redact(source), "its path may not climb with `..`")
     if _GIT.fullmatch(source):
@@ -156,31 +173,46 @@ def _wanted(source: str, variables: Variables) -> _Wanted:
     if (scheme := source.partition("://")[0]) in _ELSEWHERE:
         raise UnknownSchemeError(scheme, _ELSEWHERE[scheme])
     ref = parse_ref(source, allow_patterns=variables.allow_patterns, ignore_patterns=variables.ignore_patterns)
-    return _Wanted(source=source, ref=ref)
+    return Wanted(source=source, ref=ref)
 
 
-def _fill(place: Path, wanted: Sequence[_Wanted], variables: Variables) -> None:
-    store = _store_for(place, variables)
+def _fill(place: Path, wanted: Sequence[Wanted], variables: Variables) -> None:
+    if _are_there(place, wanted):
+        _log("INFO", f"{printable(place)} is the source itself, so nothing is copied")
+        return
+    store = find_store(place, variables)
     if store is None:
         _download_into(place, wanted, variables)
         return
-    models = [_from_store(store, one, variables) for one in wanted]
+    models = [from_store(store, one, variables) for one in wanted]
     inside = _inside(place, store)
     if inside is None:
-        _copy_into(place, models, variables)
+        _copy_into(place, wanted, models, variables)
     else:
         _point_to(store, inside, wanted, models)
 
 
-def _store_for(place: Path, variables: Variables) -> Path | None:
-    """The root of the store that a destination is served from, or None if it is private."""
+def _are_there(place: Path, wanted: Sequence[Wanted]) -> bool:
+    """Whether a local source is its own destination."""
+    here = Path(os.path.realpath(place))
+    for one in wanted:
+        source = Path(os.path.realpath(one.ref.location))
+        if one.ref.scheme == "file" and source != here and here.is_relative_to(source):
+            raise SettingsError("DEST", str(place), f"it lies inside of its source `{one.shown}`")
+    return len(wanted) == 1 and wanted[0].ref.scheme == "file" and Path(os.path.realpath(wanted[0].ref.location)) == here
+
+
+def find_store(place: Path, variables: Variables) -> Path | None:
+    """
+    The root of the store that a destination is served from, or None if it is private.
+    """
     if variables.kind == "private":
         return None
     if variables.store is not None:
         return variables.store
-    if variables.kind == "store" or (place / layout.SETTINGS).is_file():
+    if variables.kind == "store":
         return place
-    return None
+    return next((above for above in (place, *place.parents) if (above / layout.SETTINGS).is_file()), None)
 
 
 def _open(root: Path, variables: Variables, *, mode: str | None = None) -> ModelStore:
@@ -195,7 +227,7 @@ def _open(root: Path, variables: Variables, *, mode: str | None = None) -> Model
     )
 
 
-def _ensure(store: ModelStore, one: _Wanted, variables: Variables) -> Model:
+def _ensure(store: ModelStore, one: Wanted, variables: Variables) -> Model:
     ref = one.ref
     ensure = partial(store.ensure, timeout=variables.timeout)
     if ref.scheme in variables.streams:
@@ -203,40 +235,41 @@ def _ensure(store: ModelStore, one: _Wanted, variables: Variables) -> Model:
     # With its signature, which is asked with and never stored.
     uri = ref.uri if ref.query is None else f"{ref.uri}?{ref.query}"
     try:
-        return ensure(uri, allow_patterns=ref.allow_patterns, ignore_patterns=ref.ignore_patterns or None, progress=False if _is_quiet() else None)
+        return ensure(uri, allow_patterns=ref.allow_patterns, ignore_patterns=ref.ignore_patterns or None)
     except SourceNotFoundError:
-        if not _is_one_object(store, ref, uri):
+        if not (one.is_filtered and ref.scheme == "s3" and one.is_one_object(file.entry.path for file in store.resolve(uri).files)):
             raise
     # As in KServe, patterns choose among files, and an object that is named itself is no choice.
     return ensure(uri)
 
 
-def _is_quiet() -> bool:
-    return bool(os.environ.get("KSERVE_PVC_QUIET"))
+def from_store(root: Path, one: Wanted, variables: Variables) -> Model:
+    """
+    The model in a store that pods share. If it is there, the store need not be writable.
 
-
-def _is_one_object(store: ModelStore, ref: ModelRef, uri: str) -> bool:
-    if ref.scheme != "s3" or not (ref.allow_patterns or ref.ignore_patterns):
-        return False
-    files = store.resolve(uri).files
-    return len(files) == 1 and str(files[0].entry.path) == ref.location.rpartition("/")[2]
-
-
-def _from_store(root: Path, one: _Wanted, variables: Variables) -> Model:
-    """The model in a store that pods share, from where it is not written to if it is there."""
-    found = None
-    with suppress(StoreError):
-        found = _open(root, variables, mode="r").get(
-            one.ref.uri, allow_patterns=one.ref.allow_patterns, ignore_patterns=one.ref.ignore_patterns or None
-        )
-    model = found or _ensure(_open(root, variables, mode=variables.mode), one, variables)
+    Raises:
+        StoreError: As `ModelStore.ensure`; or it is there and not what KServe would serve.
+    """
+    model = _find(root, one) or _ensure(_open(root, variables, mode=variables.mode), one, variables)
     files = model.record.files
-    if one.ref.service not in ("http", "https", "hf", "fsspec") and len(files) == 1 and is_archive(files[0].path.name):
+    if one.ref.service in unpacking() and len(files) == 1 and is_archive(files[0].path.name):
         rule = "the store holds it as the archive that it is, which was not fetched by an initializer; remove it with `kserve-pvc rm`"
         raise PolicyError(one.shown, rule)
     _check_digest([model], variables)
     _log("INFO", f"{one.shown} is {model.status} in the store at {root}, as {model.path}")
     return model
+
+
+def _find(root: Path, one: Wanted) -> Model | None:
+    ref = one.ref
+    with suppress(StoreError):
+        store = ModelStore(root)
+        with suppress(ModelNotFoundError):
+            return store.get(ref.uri, allow_patterns=ref.allow_patterns, ignore_patterns=ref.ignore_patterns or None)
+        if one.is_filtered and ref.scheme == "s3":
+            model = store.get(ref.uri)
+            return model if one.is_one_object(file.path for file in model.record.files) else None
+    return None
 
 
 def _check_digest(models: Sequence[Model], variables: Variables) -> None:
@@ -250,34 +283,38 @@ def _check_digest(models: Sequence[Model], variables: Variables) -> None:
         raise DigestMismatchError(str(files[0].path), variables.digest, str(files[0].sha256))
 
 
-def _download_into(place: Path, wanted: Sequence[_Wanted], variables: Variables) -> None:
+def _download_into(place: Path, wanted: Sequence[Wanted], variables: Variables) -> None:
     """Fill a directory that nobody else writes to, keeping nothing but its files."""
     destination = Destination(place)
-    if _holds(destination, [one.ref.key for one in wanted], None):
+    if _holds(destination, wanted, None):
         _log("INFO", f"{printable(place)} is complete, so nothing is downloaded")
         _tidy(destination)
         return
     with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
-        if _holds(destination, [one.ref.key for one in wanted], None):
-            destination.tidy()
-            return
-        destination.make_directory(WORK)
-        local = attrs.evolve(variables, locker=variables.locker or "flock", mode="rw")
-        try:
-            store = _open(destination.absolute(WORK), local)
-        except StoreError:
-            # What an earlier start has left is of no use, such as settings of other lockers.
-            destination.drop(WORK)
-            destination.make_directory(WORK)
-            store = _open(destination.absolute(WORK), local)
-        models = [_ensure(store, one, variables) for one in wanted]
-        try:
-            _check_digest(models, variables)
-        except StoreError:
-            destination.drop(WORK)
-            raise
-        _move(destination, models, check)
+        if not _holds(destination, wanted, None):
+            models = _download(destination, wanted, variables)
+            _move(destination, wanted, models, check)
         destination.tidy()
+
+
+def _download(destination: Destination, wanted: Sequence[Wanted], variables: Variables) -> Sequence[Model]:
+    # Whoever gets here is alone, and its lock ends with it: nobody has to wait for the lease of one that was killed.
+    variables = attrs.evolve(variables, locker="flock", lease_seconds=None)
+    try:
+        destination.make_directory(WORK)
+        store = _open(destination.absolute(WORK), variables)
+    except StoreFormatError:
+        # Nothing but a broken volume or somebody else damages this; and it is of no use to anybody.
+        destination.drop(WORK)
+        destination.make_directory(WORK)
+        store = _open(destination.absolute(WORK), variables)
+    models = [_ensure(store, one, variables) for one in wanted]
+    try:
+        _check_digest(models, variables)
+    except StoreError:
+        destination.drop(WORK)
+        raise
+    return models
 
 
 def _tidy(destination: Destination) -> None:
@@ -286,45 +323,45 @@ def _tidy(destination: Destination) -> None:
         destination.tidy()
 
 
-def _holds(destination: Destination, keys: Sequence[str], versions: Sequence[str] | None) -> bool:
+def _holds(destination: Destination, wanted: Sequence[Wanted], versions: Sequence[str] | None) -> bool:
     record = destination.record()
-    if record is None or [source.key for source in record.sources] != list(keys):
+    if record is None or [source.key for source in record.sources] != [one.ref.key for one in wanted]:
         return False
     return versions is None or [source.version for source in record.sources] == list(versions)
 
 
-def _contents(models: Sequence[Model], *, is_linked: bool = False) -> tuple[Contents, Mapping[PurePosixPath, Path]]:
-    """What these models are together, where each file of it comes from. A later one wins, as with KServe."""
+def _contents(
+    wanted: Sequence[Wanted], models: Sequence[Model], *, is_linked: bool = False
+) -> tuple[Contents, Mapping[PurePosixPath, Path]]:
+    """What these models are together, and where each file of it comes from. A later one wins, as with KServe."""
     files, origins = {}, {}
     for model in models:
         for file in model.record.files:
             files[file.path], origins[file.path] = file, model.path / file.path
-    sources = tuple(Source(key=model.key, uri=model.uri, version=model.version) for model in models)
-    return Contents(sources=sources, files=tuple(files[path] for path in sorted(files)), is_linked=is_linked), origins
+    sources = [Source(key=one.ref.key, uri=model.uri, version=model.version) for one, model in zip(wanted, models, strict=True)]
+    return Contents(sources=sources, files=[files[path] for path in sorted(files)], is_linked=is_linked), origins
 
 
-def _move(destination: Destination, models: Sequence[Model], check: object) -> None:
-    contents, origins = _contents(models)
+def _move(destination: Destination, wanted: Sequence[Wanted], models: Sequence[Model], check: Callable[[], None]) -> None:
+    contents, origins = _contents(wanted, models)
 
-    def bring(file: object) -> None:
-        path = file.path  # type: ignore[attr-defined]
-        if not destination.move(PurePosixPath(origins[path].relative_to(destination.root)), file):  # type: ignore[arg-type]
+    def bring(file: FileEntry) -> None:
+        if not destination.move(PurePosixPath(origins[file.path].relative_to(destination.root)), file):
             destination.drop(WORK)
-            raise VolumeError(str(destination.absolute(path)), "renaming", "somebody else has taken it away")
+            raise VolumeError(str(destination.absolute(file.path)), "renaming", "somebody else has taken it away")
 
-    destination.fill(contents, bring, check)  # type: ignore[arg-type]
+    destination.fill(contents, bring, check)
 
 
-def _copy_into(place: Path, models: Sequence[Model], variables: Variables) -> None:
+def _copy_into(place: Path, wanted: Sequence[Wanted], models: Sequence[Model], variables: Variables) -> None:
     """Fill a directory from a store that is mounted beside it."""
     destination = Destination(place)
-    keys, versions = [model.key for model in models], [model.version for model in models]
-    if _holds(destination, keys, versions):
+    if _holds(destination, wanted, [model.version for model in models]):
         _log("INFO", f"{printable(place)} is complete, so nothing is copied")
         return
-    contents, origins = _contents(models, is_linked=variables.ways == ("symlink",))
+    contents, origins = _contents(wanted, models, is_linked=variables.ways == ("symlink",))
+    used: set[str] = set()
     with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
-        used: set[str] = set()
         destination.fill(contents, lambda file: used.add(destination.take(origins[file.path], file, variables.ways)), check)
         destination.tidy()
     _log("INFO", f"{printable(place)} holds it by {' and '.join(sorted(used))}")
@@ -339,7 +376,7 @@ def _inside(place: Path, store: Path) -> PurePosixPath | None:
     return PurePosixPath(parent.relative_to(root)) if parent.is_relative_to(root) else None
 
 
-def _point_to(store: Path, inside: PurePosixPath, wanted: Sequence[_Wanted], models: Sequence[Model]) -> None:
+def _point_to(store: Path, inside: PurePosixPath, wanted: Sequence[Wanted], models: Sequence[Model]) -> None:
     """Give models names in the store, which lead a server's mount to what it serves."""
     writer = VolumeWriter(store)
     if inside.parts:
@@ -353,11 +390,11 @@ def _point_to(store: Path, inside: PurePosixPath, wanted: Sequence[_Wanted], mod
         _log("INFO", f"`{alias}` of this volume is {one.shown}; mount that directory into the server")
 
 
-def _check_alias(inside: PurePosixPath, wanted: Sequence[_Wanted]) -> None:
+def _check_alias(inside: PurePosixPath, wanted: Sequence[Wanted]) -> None:
     if len(wanted) != 1:
-        raise StoreRootError(str(inside), f"it is one name in a store, for {len(wanted)} sources; give each a directory of its own")
+        raise SettingsError("DEST", str(inside), f"it is one name in a store, for {len(wanted)} sources; give each a directory of its own")
     if inside.parts[0] == layout.META.name or (inside.parts[0] == layout.MODELS.name and inside != layout.MODELS / wanted[0].alias):
-        raise StoreRootError(str(inside), "it belongs to the store; name a directory beside `models`")
+        raise SettingsError("DEST", str(inside), "it belongs to the store; name a directory beside `models`")
 
 
 def _fail(text: str) -> int:
