@@ -557,7 +557,7 @@ def test_a_store_that_is_the_destination_gets_a_name_for_the_server(upload, prox
     alias = root / "models" / hashlib.sha256(uri.encode()).hexdigest()[:16]
     assert (first.returncode, second.returncode, len(proxy.requests)) == (0, 0, asked)
     assert read_tree(alias) == FILES
-    assert not os.path.isabs(os.readlink(alias))
+    assert not os.readlink(alias).startswith("/")
     assert ModelStore(root).verify(uri, "full").ok
     assert sorted(os.listdir(root)) == [".kserve-pvc", "models"]
 

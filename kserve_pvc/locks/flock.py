@@ -5,6 +5,7 @@ An advisory file lock, for volumes on which it is known to work across nodes.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -61,9 +62,10 @@ class FileLock:
             _give_back(fd)
 
     def _acquire(self) -> None:
-        from portalocker import AlreadyLocked, LockException, LockFlags, lock
-
         try:
+            _load_portalocker()
+            from portalocker import AlreadyLocked, LockException, LockFlags, lock
+
             fd = self._open_file()
         except Exception as error:  # Raised again where somebody hears it.
             self._error = error
@@ -80,6 +82,20 @@ class FileLock:
                 self._fd = fd
                 return
         _give_back(fd)  # It was granted after its caller had left.
+
+
+def _load_portalocker() -> None:
+    """Import it where no directory for temporary files can be written, as in a container whose root file system is read-only."""
+    try:
+        import portalocker
+    except FileNotFoundError:
+        # It asks for that directory when it is imported, for locks that are not used here.
+        asked = sys.modules["tempfile"]
+        asked.tempdir = "/"  # type: ignore[attr-defined]
+        try:
+            import portalocker  # noqa: F401
+        finally:
+            asked.tempdir = None  # type: ignore[attr-defined]
 
 
 def _give_back(fd: int) -> None:
