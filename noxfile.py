@@ -42,7 +42,10 @@ DEBIAN = ["strace", "redis-server", "xfsprogs", "btrfs-progs", "glusterfs-server
 NFS = ["user-mode-linux", "nfs-kernel-server", "nfs-common", "rpcbind", "kmod", "strace"]
 NFS_MOUNTS = ["vers=4.2", "vers=3", "vers=3,nolock"]
 # The tests that look for rare events, and how long they look.
-RARE = "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes or power_cut or real_volumes or killed_at_random or gigabyte"
+RARE = (
+    "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes or power_cut or real_volumes"
+    " or killed_at_random or gigabyte"
+)
 LONG = {
     "KSERVE_PVC_TEST_KILLS": "10000",
     "KSERVE_PVC_TEST_ROUNDS": "1000",
