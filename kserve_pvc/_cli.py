@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Verbs that write are the wish to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm")
-_STORELESS = ("kserve", "webhook")
+_STORELESS = ("initialize", "kserve", "webhook")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run one command and return its exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "initialize" and not {"-h", "--help"} & set(argv):
+        return _run_initializer(argv[1:])  # With arguments and exit codes of KServe's, which know nothing of ours.
     arguments = _parser(argv[0] if argv and argv[0] in _VERBS else None).parse_args(argv)
     # A pod that is deleted gets SIGTERM first: unwinding gives the claim back, so that nobody waits out its lease.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -426,6 +428,16 @@ def _webhook(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _initialize(arguments: argparse.Namespace) -> int:
+    return _run_initializer(arguments.pairs)
+
+
+def _run_initializer(pairs: Sequence[str]) -> int:
+    from kserve_pvc.kserve._initialize import main as initialize
+
+    return initialize(pairs)
+
+
 def _exit_code(error: Exception) -> int:
     return error.exit_code if isinstance(error, StoreError) else 1
 
@@ -613,6 +625,10 @@ def _add_kserve(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--read-only", action="store_true", help="do not let it, whatever its annotation says now")
 
 
+def _add_initialize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pairs", metavar="SRC DEST", nargs="*", help="a source and the directory that it goes to; settings are variables")
+
+
 def _add_webhook(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", required=True, metavar="FILE", help="who may use which claim, and how")
     parser.add_argument("--tls-cert", required=True, metavar="FILE", help="the certificate, with its chain; read again when it changes")
@@ -661,6 +677,7 @@ _VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser
     "export": (_export, _add_export, "write a model as one file, to import it where there is no network"),
     "import": (_import, _add_import, "take over a model from a file that `export` wrote, and print its directory"),
     "locks": (_locks, _add_locks, "show who is downloading"),
+    "initialize": (_initialize, _add_initialize, "fill directories as KServe's storage initializer does"),
     "kserve": (_kserve_patch, _add_kserve, "share a claim between the replicas of an InferenceService"),
     "webhook": (_webhook, _add_webhook, "give pods the claims that a policy grants, as an admission webhook"),
 }

@@ -595,7 +595,7 @@ class VolumeWriter(Volume):
         with self._translated("deleting", place):
             try:
                 with self._parent(place) as parent:
-                    _delete(parent, place.name)
+                    delete_tree(parent, place.name)
             except FileNotFoundError:
                 return
 
@@ -810,9 +810,17 @@ def _is_free_for_link(directory: int, name: str) -> bool:
     with suppress(OSError):
         os.rmdir(name, dir_fd=directory)
     try:
-        return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+        mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):
+            os.rmdir(name, dir_fd=directory)  # The kubelet makes an empty one for a mount of what is missing.
+            return True
+        return stat.S_ISLNK(mode)
     except FileNotFoundError:
         return True
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
 
 
 def _sync_directory(fd: int) -> None:
@@ -834,7 +842,10 @@ def _sync_below(fd: int) -> None:
     _sync_directory(fd)
 
 
-def _delete(parent: int, name: str) -> None:
+def delete_tree(parent: int, name: str) -> None:
+    """
+    Delete a file, or a directory with all that is in it, below an open directory, following no link.
+    """
     try:
         fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=parent)
     except NotADirectoryError:
@@ -848,7 +859,7 @@ def _delete(parent: int, name: str) -> None:
     try:
         for child in os.listdir(fd):
             with suppress(FileNotFoundError):
-                _delete(fd, child)
+                delete_tree(fd, child)
     finally:
         os.close(fd)
     try:

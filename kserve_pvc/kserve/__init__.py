@@ -8,6 +8,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kserve_pvc.kserve._manifests import mutate_pod, share_volume
     from kserve_pvc.kserve._policy import Policy, Rule, read_policy
+    from kserve_pvc.kserve._storage import Storage
 else:
 
     def __getattr__(name):
@@ -25,8 +26,9 @@ else:
 _HOMES = {
     "Policy": "_policy",
     "Rule": "_policy",
+    "Storage": "_storage",
     "mutate_pod": "_manifests",
     "read_policy": "_policy",
     "share_volume": "_manifests",
 }
-__all__ = ["Policy", "Rule", "mutate_pod", "read_policy", "share_volume"]
+__all__ = ["Policy", "Rule", "Storage", "mutate_pod", "read_policy", "share_volume"]

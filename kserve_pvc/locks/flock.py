@@ -5,6 +5,7 @@ An advisory file lock, for volumes on which it is known to work across nodes.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -21,6 +22,7 @@ def grab_file(open_file: Callable[[], int]) -> Callable[[], None] | None:
         NoLockError: The volume has no locks.
         StoreError: The lock file cannot be opened.
     """
+    _load_portalocker()
     from portalocker import AlreadyLocked, LockException, LockFlags, lock, unlock
 
     fd = open_file()
@@ -39,3 +41,17 @@ def grab_file(open_file: Callable[[], int]) -> Callable[[], None] | None:
         os.close(fd)
 
     return give_back
+
+
+def _load_portalocker() -> None:
+    """Import it where no directory for temporary files can be written, as in a container whose root file system is read-only."""
+    try:
+        import portalocker
+    except FileNotFoundError:
+        # It asks for that directory when it is imported, for locks that are not used here.
+        asked = sys.modules["tempfile"]
+        asked.tempdir = "/"  # type: ignore[attr-defined]
+        try:
+            import portalocker  # noqa: F401
+        finally:
+            asked.tempdir = None  # type: ignore[attr-defined]

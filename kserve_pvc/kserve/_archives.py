@@ -1,0 +1,88 @@
+"""
+Archives where KServe unpacks them: a model that is one `.tar`, `.tar.gz`, `.tgz`, `.tar.xz` or `.zip` is what it holds.
+
+The store itself unpacks what it fetches over HTTP and keeps archives of other sources as they are. This is for those others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+
+from kserve_pvc._ref import ModelRef
+from kserve_pvc._source import Backend, BackendFactory, RemoteFile, Resolved, UnpackLimits
+from kserve_pvc.backends import make_backend
+from kserve_pvc.errors import PolicyError
+
+_UNPACKED = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
+_REFUSED = (".tar.bz2", ".tbz2", ".tbz", ".txz")
+# Where KServe unpacks, but for HTTP, whose back end does so by itself.
+_SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file", "pvc")
+
+
+def is_archive(name: str) -> bool:
+    """
+    Whether KServe unpacks a file of this name.
+    """
+    return name.lower().endswith((*_UNPACKED, *_REFUSED))
+
+
+def unpacking() -> Mapping[str, BackendFactory]:
+    """
+    The back ends of a store that unpacks as KServe does.
+    """
+    return {scheme: partial(_make, scheme) for scheme in _SCHEMES}
+
+
+def _make(scheme: str, options: Mapping[str, Any]) -> Backend:
+    backend = make_backend(scheme, {}, options)
+    made: Backend = _Listing(backend) if hasattr(backend, "pages") else _Whole(backend)
+    return made
+
+
+class _Whole:
+    """
+    A back end that says of its only file that it is an archive, if it is one.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def resolve(self, ref: ModelRef) -> Resolved:
+        found = self._backend.resolve(attrs.evolve(ref, allow_patterns=None, ignore_patterns=()))
+        files = found.files
+        if len(files) != 1 or not is_archive(files[0].entry.path.name):
+            return self._backend.resolve(ref) if ref.allow_patterns or ref.ignore_patterns else found
+        return attrs.evolve(found, ref=ref, files=(_marked(files[0], ref),))
+
+    def open_range(self, file: RemoteFile, start: int, stop: int) -> Any:
+        return self._backend.open_range(file, start, stop)
+
+
+class _Listing(_Whole):
+    """
+    The same, page by page.
+    """
+
+    def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
+        pages = self._backend.pages(ref)  # type: ignore[attr-defined]
+        first: list[RemoteFile] = []
+        for page in pages:
+            first += page
+            if len(first) > 1:
+                break
+        is_alone = len(first) == 1 and is_archive(first[0].entry.path.name)
+        yield [_marked(first[0], ref)] if is_alone else first
+        yield from pages
+
+
+def _marked(file: RemoteFile, ref: ModelRef) -> RemoteFile:
+    if file.entry.path.name.lower().endswith(_REFUSED):
+        raise PolicyError(str(ref), "archives of bzip2 are not unpacked; pack it as `.tar.gz`, `.tar.xz` or `.zip`")
+    return attrs.evolve(file, unpack=UnpackLimits())

@@ -1,0 +1,1075 @@
+"""
+The storage initializer as KServe runs it: pairs of a source and a directory, an environment, and an exit code.
+"""
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import shell
+from trees import listing, model_files, read_tree, write_files
+from users import public_directory
+from waiting import until
+from webserver import WebServer
+
+from kserve_pvc import InvalidURIError, LockTimeoutError, ModelStore, SourceNotFoundError
+from kserve_pvc.kserve import Storage
+from kserve_pvc.kserve._destination import OURS, Contents, Destination, Source
+from kserve_pvc.kserve._initialize import main
+from kserve_pvc.kserve._variables import read_variables, trust_bundle
+from kserve_pvc.locks.liveness import here
+
+FILES = model_files(seed=61, big=300_000)
+COMMAND = [sys.executable, "-I", "-c", "import sys; from kserve_pvc.kserve._initialize import main; sys.exit(main())"]
+# Another user may not be able to read this interpreter's libraries, so everything is imported before.
+AS_OPENSHIFT = """
+import os, sys, ctypes, fcntl, portalocker
+from kserve_pvc import *
+from kserve_pvc import _bundle, _download, _progress, _removal, _transfer, _unpack
+from kserve_pvc.backends import file
+from kserve_pvc.kserve._initialize import main
+
+os.umask(0o077)
+os.setgroups([])
+os.setgid(0)
+os.setuid(1000620000)
+sys.exit(main())
+"""
+MEMORY_MODEL = int(os.environ.get("KSERVE_PVC_TEST_INIT_MIB", "1100")) * 1024 * 1024
+KILLS = int(os.environ.get("KSERVE_PVC_TEST_INIT_KILLS", "10"))
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    """
+    Nothing of this process's environment says anything to an initializer in it.
+    """
+    kept = shell.clean_environ()
+    for name in [name for name in os.environ if name not in kept or name.startswith("STORAGE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KSERVE_PVC_TERMINATION_LOG", str(tmp_path / "no-such-log"))
+
+
+@pytest.fixture
+def uri(source):
+    return f"file://{source}"
+
+
+@pytest.fixture
+def place(tmp_path):
+    """
+    A destination, as a mount of an empty volume.
+    """
+    found = tmp_path / "mnt-models"
+    found.mkdir()
+    return found
+
+
+@pytest.fixture
+def s3_env(origin, proxy):
+    return {**origin.environ, "AWS_ENDPOINT_URL": proxy.endpoint}
+
+
+def run(*arguments, env=None):
+    """
+    Run the initializer in this process, which takes a tenth of the time of one of its own.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    environ = {"KSERVE_PVC_TERMINATION_LOG": "/nowhere/termination-log", **(env or {})}
+    with patch.dict(os.environ, shell.clean_environ(environ), clear=True), redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def spawn(*arguments, env=None, command=()):
+    """
+    Run the initializer in a process of its own and wait for its end.
+    """
+    return shell.run([*command, *COMMAND, *map(str, arguments)], env=env)
+
+
+def start(*arguments, env=None):
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], env=shell.clean_environ(env), text=True, **streams)
+
+
+def served(place) -> dict[str, bytes]:
+    """
+    What a server finds, without the one directory that is the initializer's own.
+    """
+    return {name: data for name, data in read_tree(place).items() if not name.startswith(f"{OURS}/")}
+
+
+def own(place) -> list[str]:
+    return sorted(os.listdir(place / OURS))
+
+
+def objects(proxy) -> int:
+    return len([request for request in proxy.requests if request.method == "GET"])
+
+
+def packed(kind: str) -> bytes:
+    data = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(data, "w") as archive:
+            for name, content in FILES.items():
+                archive.writestr(name, content)
+    else:
+        with tarfile.open(fileobj=data, mode=f"w:{kind}") as archive:
+            for name, content in FILES.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return data.getvalue()
+
+
+# What KServe gives and gets
+
+
+def test_a_bucket_lands_in_the_directory_and_is_not_fetched_again(upload, proxy, s3_env, place):
+    """
+    The files of a prefix lie in the directory by their names, and the second start asks no network for them.
+    """
+    uri = upload(FILES)
+    first = spawn(uri, place, env=s3_env)
+    asked, before = len(proxy.requests), listing(place)
+
+    second = spawn(uri, place, env=s3_env)
+
+    assert (first.returncode, first.stdout) == (0, "")
+    assert served(place) == FILES
+    assert own(place) == ["lock", "record.json"]
+    assert (second.returncode, len(proxy.requests), listing(place)) == (0, asked, before)
+
+
+def test_the_lines_that_people_look_for(uri, place):
+    """
+    The log has KServe's lines, in its order, on standard error.
+    """
+    result = run(uri, place)
+
+    found = [line for line in result.stderr.splitlines() if " storage.initializer " in line]
+    texts = [re.sub(r"^[-0-9]+ [:.0-9]+ [0-9]+ storage.initializer INFO ", "", line) for line in found]
+    assert texts[:-1] == [
+        f"Initializing, args: (src_uri, dest_path): [('{uri}', '{place}')]",
+        f"Copying contents of {uri} to local",
+        f"Successfully copied {uri} to {place}",
+    ]
+    assert re.fullmatch(r"Model downloaded in [0-9.]+ seconds\.", texts[-1])
+
+
+@pytest.mark.parametrize("arguments", [[], ["s3://b/m"], ["s3://b/m", "/mnt/models", "s3://b/n"]], ids=["none", "one", "three"])
+def test_arguments_that_are_no_pairs(arguments):
+    """
+    The usage goes to standard output and the exit code is 1, as with KServe's own.
+    """
+    result = spawn(*arguments)
+
+    assert (result.returncode, result.stdout) == (1, "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]\n")
+
+
+def test_a_failure_is_one_line_in_the_termination_log(tmp_path, place):
+    """
+    The line that ends the log is what the InferenceService shows; a success writes nothing there.
+    """
+    log = tmp_path / "termination-log"
+    log.touch()
+    env = {"KSERVE_PVC_TERMINATION_LOG": str(log)}
+
+    bad = run(f"file://{tmp_path}/missing", place, env=env)
+    said = log.read_text()
+    log.write_text("")
+    write_files(tmp_path / "missing", FILES)
+    good = run(f"file://{tmp_path}/missing", place, env=env)
+
+    assert bad.returncode == 1
+    assert said == f"nothing to fetch at `file://{tmp_path}/missing`: No such file or directory; check bucket, path, revision and patterns"
+    assert bad.stderr.endswith(f"storage.initializer ERROR {said}\n")
+    assert (good.returncode, log.read_text()) == (0, "")
+
+
+def test_a_long_line_fits_into_the_termination_log(tmp_path):
+    """
+    The kubelet takes 4,096 bytes.
+    """
+    log = tmp_path / "termination-log"
+    log.touch()
+
+    result = run(*["s3://" + "ü" * 5000, "x"] * 2, env={"KSERVE_PVC_TERMINATION_LOG": str(log)})
+
+    assert result.returncode == 1
+    assert 0 < log.stat().st_size <= 4096
+
+
+def test_no_secret_is_logged(tmp_path, place):
+    """
+    Neither what stands before a host nor what follows a question mark is shown, whatever is refused.
+    """
+    result = run("https://someone:canary@host.example/m.bin?sig=canary", place)
+
+    assert result.returncode == 1
+    assert "canary" not in result.stdout + result.stderr
+
+
+def test_pairs_go_one_after_the_other(tmp_path, uri, place):
+    """
+    The first pair that fails ends the run; those before it stay.
+    """
+    result = run(uri, place / "one", f"file://{tmp_path}/missing", place / "two", uri, place / "three")
+
+    assert result.returncode == 1
+    assert served(place / "one") == read_tree(Path(uri.removeprefix("file://")))
+    assert not (place / "three").exists()
+
+
+def test_two_sources_of_one_directory_lie_there_together(tmp_path, place):
+    """
+    KServe's mount path is the same for all sources unless it is said; what a later one brings wins, and both are a hit.
+    """
+    write_files(tmp_path / "a", {"one": b"a", "both": b"a"})
+    write_files(tmp_path / "b", {"two": b"b", "both": b"b"})
+    pairs = (tmp_path / "a", place, tmp_path / "b", place)
+
+    first = run(*pairs)
+    before = listing(place)
+    second = run(*pairs)
+
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert served(place) == {"one": b"a", "two": b"b", "both": b"b"}
+    assert "is complete" in second.stderr
+    assert listing(place) == before
+
+
+# Where files lie
+
+
+@pytest.mark.parametrize("kind", ["zip", "", "gz", "xz"])
+def test_an_object_that_is_an_archive_is_unpacked(upload, origin, proxy, s3_env, place, kind):
+    """
+    One archive by itself is the model that it holds; it does not stay.
+    """
+    name = {"zip": "model.zip", "": "model.tar"}.get(kind, f"model.tar.{kind}")
+    uri = upload({name: packed(kind)})
+
+    by_name, by_prefix = run(f"{uri}/{name}", place / "a", env=s3_env), run(uri, place / "b", env=s3_env)
+
+    assert (by_name.returncode, by_prefix.returncode) == (0, 0)
+    assert served(place / "a") == served(place / "b") == FILES
+
+
+def test_archives_among_others_stay(tmp_path, place):
+    """
+    Of two files none is unpacked.
+    """
+    write_files(tmp_path / "m", {"a.zip": packed("zip"), "b.txt": b"b"})
+
+    result = run(tmp_path / "m", place)
+
+    assert result.returncode == 0
+    assert served(place) == read_tree(tmp_path / "m")
+
+
+def test_an_archive_that_climbs_is_refused(tmp_path, place):
+    """
+    Nothing is written outside of the directory, nor left in it for a server to find.
+    """
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        archive.writestr("../../evil", b"evil")
+
+    result = run(tmp_path / "m.zip", place)
+
+    assert result.returncode == 1
+    assert served(place) == {}
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_bzip2_is_refused_by_name(tmp_path, place):
+    """
+    What KServe unpacks and we do not is no model that is silently an archive.
+    """
+    (tmp_path / "m.tar.bz2").write_bytes(packed("bz2"))
+
+    result = run(tmp_path / "m.tar.bz2", place)
+
+    assert result.returncode == 1
+    assert "bzip2" in result.stderr
+
+
+def test_one_object_lies_there_by_its_name(upload, s3_env, place):
+    """
+    An object that is named itself is a file, and patterns are no choice then; the second start asks for nothing.
+    """
+    uri = upload({"deep/m.onnx": b"onnx"})
+
+    result = run(f"{uri}/deep/m.onnx", place, env={**s3_env, "STORAGE_ALLOW_PATTERNS": "*.bin"})
+    again = run(f"{uri}/deep/m.onnx", place, env={**s3_env, "STORAGE_ALLOW_PATTERNS": "*.bin"})
+
+    assert (result.returncode, again.returncode) == (0, 0)
+    assert served(place) == {"m.onnx": b"onnx"}
+    assert "is complete" in again.stderr
+
+
+def test_siblings_and_an_empty_prefix(upload, s3_env, place):
+    """
+    A prefix brings what lies below it, and a prefix that holds nothing is an error.
+    """
+    uri = upload({"m/a": b"a", "m-v2/b": b"b"})
+
+    result, empty = run(f"{uri}/m", place / "m", env=s3_env), run(f"{uri}/none", place / "none", env=s3_env)
+
+    assert (result.returncode, served(place / "m")) == (0, {"a": b"a"})
+    assert empty.returncode == 1
+    assert "nothing to fetch" in empty.stderr
+
+
+def test_a_file_of_a_web_server(place):
+    """
+    The last part of the URL is the name.
+    """
+    with WebServer() as server:
+        server.put("some/m.bin", b"model")
+        result = run(server.uri("some/m.bin"), place, env={"KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES": "1"})
+
+    assert result.returncode == 0, result.stderr
+    assert served(place) == {"m.bin": b"model"}
+
+
+@pytest.mark.parametrize("name", ["STORAGE_ALLOW_PATTERNS", "STORAGE_IGNORE_PATTERNS"])
+@pytest.mark.parametrize("text", ['["*.bin", "*.txt"]', "*.bin, *.txt"], ids=["json", "commas"])
+def test_patterns_choose_and_count(uri, source, place, name, text):
+    """
+    Patterns choose files by their whole path, and another choice is another model.
+    """
+    result = run(uri, place, env={name: text})
+    chosen = served(place)
+    other = run(uri, place)
+
+    allowed = name == "STORAGE_ALLOW_PATTERNS"
+    assert (result.returncode, other.returncode) == (0, 0)
+    assert chosen == {name: data for name, data in read_tree(source).items() if name.endswith(".bin") is allowed}
+    assert served(place) == read_tree(source)
+
+
+@pytest.mark.parametrize(
+    "bad", ["s3://b/m/../../x", "file:///etc/../etc", "oci://r/m:1", "https://github.com/o/r.git", "modelscope://o/m", "nope", ""]
+)
+def test_sources_that_are_refused(place, bad):
+    """
+    What climbs, and what is served by nobody here, is refused before anything is written.
+    """
+    result = run(bad, place)
+
+    assert result.returncode == 1
+    assert list(place.iterdir()) == []
+
+
+# Directories as they are found
+
+
+def test_a_directory_that_is_missing_is_made(uri, source, place):
+    """
+    KServe names directories below its mount, which nobody has made.
+    """
+    result = run(uri, place / "a/b")
+
+    assert result.returncode == 0
+    assert served(place / "a/b") == read_tree(source)
+
+
+def test_a_destination_that_is_no_directory(uri, place):
+    """
+    A file, a link and a name that climbs are refused, and stay as they are.
+    """
+    (place / "file").write_text("x")
+    (place / "elsewhere").mkdir()
+    (place / "link").symlink_to(place / "elsewhere")
+    before = listing(place)
+
+    results = [run(uri, found) for found in (place / "file", place / "link", f"{place}/x/../y", "")]
+
+    assert [result.returncode for result in results] == [1, 1, 1, 1]
+    assert listing(place) == before
+
+
+def test_strangers_stay(uri, source, place):
+    """
+    What nobody here has written is kept, but for files that the model has by the same name.
+    """
+    write_files(place, {"lost+found/x": b"x", "config.json": b"old", "weights/mine": b"m"})
+
+    result = run(uri, place)
+
+    assert result.returncode == 0
+    assert served(place) == {"lost+found/x": b"x", "weights/mine": b"m", **read_tree(source)}
+
+
+def test_a_directory_of_strangers_where_a_file_belongs(uri, place):
+    """
+    It is not emptied: the run fails and names it.
+    """
+    write_files(place, {"config.json/mine": b"m"})
+
+    result = run(uri, place)
+
+    assert result.returncode == 1
+    assert "`config.json` is refused" in result.stderr
+    assert served(place)["config.json/mine"] == b"m"
+
+
+def test_a_link_of_a_stranger_is_not_followed(uri, source, place, tmp_path):
+    """
+    A link with the name of a file is replaced, and one with the name of a directory is an error; nothing is written behind them.
+    """
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/file").write_text("kept")
+    (place / "config.json").symlink_to(tmp_path / "outside/file")
+    replaced = run(uri, place)
+    (place / "two").mkdir()
+    (place / "two/weights").symlink_to(tmp_path / "outside")
+
+    refused = run(uri, place / "two")
+
+    assert (replaced.returncode, refused.returncode) == (0, 1)
+    assert served(place)["config.json"] == read_tree(source)["config.json"]
+    assert read_tree(tmp_path / "outside") == {"file": b"kept"}
+
+
+def test_another_version_leaves_nothing_of_the_old(source, place, tmp_path):
+    """
+    What an earlier run has put there and the model no longer has is removed, empty directories with it.
+    """
+    first = run(source, place)
+    write_files(tmp_path / "next", {"config.json/now": b"a directory", "new.bin": b"new"})
+
+    second = run(tmp_path / "next", place)
+
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert served(place) == read_tree(tmp_path / "next")
+    assert sorted(os.listdir(place)) == [str(OURS), "config.json", "new.bin"]
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "link", "record"])
+def test_what_is_not_whole_is_no_hit(uri, source, place, harm):
+    """
+    A file that is gone, cut, or a link, and a record that is damaged, each bring the files back.
+    """
+    run(uri, place)
+    path = place / "weights/b.bin"
+    if harm == "record":
+        (place / OURS / "record.json").write_text("{}")
+    else:
+        path.unlink()
+    if harm == "cut":
+        path.write_bytes(b"cut")
+    if harm == "link":
+        path.symlink_to(source / "weights/b.bin")
+
+    result = run(uri, place)
+
+    assert result.returncode == 0
+    assert served(place) == read_tree(source)
+    assert not path.is_symlink()
+
+
+def test_the_second_initializer_of_a_directory_is_refused(uri, place):
+    """
+    While one that lives writes there, another one ends at once and says so.
+    """
+    destination = Destination(place)
+    with destination.writing(here(), 1.0):
+        result = run(uri, place)
+
+    assert result.returncode == 1
+    assert "waited 0 s for another process" in result.stderr
+    assert served(place) == {}
+
+
+def test_on_a_network_volume_a_claim_excludes(uri, source, place, monkeypatch):
+    """
+    Where the kernel's lock may be a lie, whoever shows signs of life is left alone, and whoever shows none is taken over.
+
+    The kind of the volume is made up, as no network volume can be mounted everywhere.
+    """
+    monkeypatch.setattr("kserve_pvc._volume.Mount.is_network", property(lambda _: True))
+    monkeypatch.setattr("kserve_pvc.locks.outside.OutsideLock.try_acquire", lambda _: True)
+    one, other = Destination(place), Destination(place)
+    with one.writing(here(), 0.5), pytest.raises(LockTimeoutError), other.writing(here(), 0.5):
+        raise AssertionError("two write")
+
+    with other.writing(here(), 0.5) as check:
+        check()
+        contents = Contents(sources=[Source(key="k", uri="u", version="v")], files=[])
+        other.fill(contents, lambda file: None, check)
+
+    assert one.record() == contents
+
+
+def test_a_model_may_not_have_our_directory(tmp_path, place):
+    """
+    A file of the model in the place of our own bookkeeping is refused.
+    """
+    write_files(tmp_path / "m", {f"{OURS}/record.json": b"{}", "a": b"a"})
+
+    result = run(tmp_path / "m", place)
+
+    assert result.returncode == 1
+    assert served(place) == {}
+
+
+def test_a_source_that_is_its_own_destination(uri, source):
+    """
+    A model that lies where it should is left alone; a directory inside of its source is an error.
+    """
+    before = listing(source)
+
+    same, inside = run(uri, source), run(uri, source / "inside")
+
+    assert (same.returncode, inside.returncode) == (0, 1)
+    assert listing(source) == before
+
+
+# Stores
+
+
+def test_a_store_that_is_the_destination_gets_a_name_for_the_server(upload, proxy, s3_env, root):
+    """
+    The model is in the store, and `models/<KServe's key>` is the directory that the server mounts; another pod fetches nothing.
+    """
+    uri = upload(FILES)
+    env = {**s3_env, "KSERVE_PVC_STORE": str(root)}
+    first = run(uri, root, env=env)
+    asked = len(proxy.requests)
+
+    second = run(uri, root, env=env)
+
+    alias = root / "models" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    assert (first.returncode, second.returncode, len(proxy.requests)) == (0, 0, asked)
+    assert read_tree(alias) == FILES
+    assert not os.readlink(alias).startswith("/")
+    assert ModelStore(root).verify(uri, "full").ok
+    assert sorted(os.listdir(root)) == [".kserve-pvc", "models"]
+
+
+def test_pods_that_start_together_fetch_once(upload, proxy, s3_env, root, place):
+    """
+    Three initializers of one store at once all end well, and every byte is fetched once.
+    """
+    uri = upload(FILES)
+    env = {**s3_env, "KSERVE_PVC_STORE": str(root)}
+
+    processes = [start(uri, where, env=env) for where in (root, root, place)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert proxy.body_bytes() == sum(map(len, FILES.values()))
+    assert served(place) == FILES
+
+
+def test_the_name_of_an_empty_directory_that_the_kubelet_made_is_taken(uri, root):
+    """
+    A server that started too early has an empty directory there, which gives way; one with files does not.
+    """
+    alias = root / "models" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    alias.mkdir(parents=True)
+    env = {"KSERVE_PVC_STORE": str(root)}
+
+    first = run(uri, root, env=env)
+    alias.unlink()
+    write_files(alias, {"mine": b"m"})
+    second = run(uri, root, env=env)
+
+    assert (first.returncode, second.returncode) == (0, 1)
+    assert read_tree(alias) == {"mine": b"m"}
+
+
+def test_a_directory_in_a_store_leads_to_the_model(uri, source, root):
+    """
+    A destination inside of a store is a relative link, also if nobody says that it is a store; the store's own places are refused.
+    """
+    ModelStore(root, mode="rw")
+
+    result = run(uri, root / "a")
+    refused = [run(uri, root / name) for name in ("models", "models/x", ".kserve-pvc/x")]
+
+    assert (result.returncode, [one.returncode for one in refused]) == (0, [1, 1, 1])
+    assert read_tree(root / "a") == read_tree(source)
+    assert (root / "a").is_symlink()
+
+
+@pytest.mark.parametrize("way", ["auto", "link", "copy", "symlink"])
+def test_a_directory_beside_a_store_is_made_of_it(upload, proxy, s3_env, root, place, way):
+    """
+    Each way gives the same tree, the second start is a hit, and the store's files stay as they were.
+    """
+    uri = upload(FILES)
+    env = {**s3_env, "KSERVE_PVC_STORE": str(root), "KSERVE_PVC_MATERIALIZE": way}
+    first = run(uri, place, env=env)
+    before = listing(place)
+
+    second = run(uri, place, env=env)
+
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert served(place) == FILES
+    assert listing(place) == before
+    assert (place / "config.json").is_symlink() is (way == "symlink")
+    assert ((place / "config.json").stat().st_nlink > 1) is (way == "link" or (way == "auto" and "by link" in first.stderr))
+    assert ModelStore(root).verify(uri, "full").ok
+
+
+def test_between_two_file_systems_it_is_copied(uri, source, root, mount):
+    """
+    Where neither extents nor inodes can be shared, a copy is made; insisting on links is an error that says so.
+    """
+    env = {"KSERVE_PVC_STORE": str(root)}
+    place = mount("-t", "tmpfs", "none")
+
+    auto, link = run(uri, place / "a", env=env), run(uri, place / "b", env={**env, "KSERVE_PVC_MATERIALIZE": "link"})
+
+    assert (auto.returncode, link.returncode) == (0, 1)
+    assert served(place / "a") == read_tree(source)
+    assert "by copy" in auto.stderr
+    assert "KSERVE_PVC_MATERIALIZE" in link.stderr
+
+
+def test_extents_are_shared_where_that_is_possible(uri, source, tmp_path, tool, mount):
+    """
+    On XFS the default gives the server files of its own that take no room, and insisting on it works too.
+    """
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(320 * 1024 * 1024)
+    subprocess.run([tool("mkfs.xfs"), "-q", "-m", "reflink=1", str(image)], check=True)
+    volume = mount("-o", "loop", str(image))
+    (volume / "store").mkdir()
+    env = {"KSERVE_PVC_STORE": str(volume / "store")}
+
+    auto = run(uri, volume / "a", env=env)
+    named = run(uri, volume / "b", env={**env, "KSERVE_PVC_MATERIALIZE": "reflink"})
+
+    assert (auto.returncode, named.returncode) == (0, 0)
+    assert "holds it by reflink" in auto.stderr
+    assert served(volume / "a") == served(volume / "b") == read_tree(source)
+    assert {path.stat().st_nlink for path in (volume / "a").rglob("*") if path.is_file()} == {1}
+
+
+def test_a_store_that_may_only_be_read_serves_what_it_has(uri, source, root, place):
+    """
+    A hit writes nothing to the store; what is absent there is an error.
+    """
+    ModelStore(root, mode="rw").ensure(uri, progress=False)
+    before = listing(root)
+    env = {"KSERVE_PVC_STORE": str(root), "KSERVE_PVC_MODE": "r"}
+
+    hit, miss = run(uri, place, env=env), run(f"{uri}/weights", place / "x", env=env)
+
+    assert (hit.returncode, miss.returncode) == (0, 1)
+    assert served(place) == read_tree(source)
+    assert listing(root) == before
+
+
+def test_an_archive_that_a_store_has_is_not_served_as_one(tmp_path, root, place):
+    """
+    The store keeps archives, which KServe unpacks: one that was fetched by something else is an error and no model.
+    """
+    (tmp_path / "m.zip").write_bytes(packed("zip"))
+    ModelStore(root, mode="rw").ensure(f"file://{tmp_path}/m.zip", progress=False)
+
+    result = run(tmp_path / "m.zip", place, env={"KSERVE_PVC_STORE": str(root)})
+
+    assert result.returncode == 1
+    assert "kserve-pvc rm" in result.stderr
+
+
+def test_a_newer_version_in_the_store_reaches_the_directory(tmp_path, root, place):
+    """
+    A directory that holds what the store no longer serves is brought up to date.
+    """
+    write_files(tmp_path / "m", {"a": b"1", "old": b"o"})
+    uri, env = f"file://{tmp_path}/m", {"KSERVE_PVC_STORE": str(root)}
+    run(uri, place, env=env)
+    (tmp_path / "m/old").unlink()
+    (tmp_path / "m/a").write_bytes(b"22")
+    ModelStore(root, mode="rw").ensure(uri, refresh=True, progress=False)
+
+    result = run(uri, place, env=env)
+
+    assert result.returncode == 0
+    assert served(place) == {"a": b"22"}
+
+
+# The environment
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"CONFIDENTIAL_ENABLED": "true"}, "CONFIDENTIAL_ENABLED"),
+        ({"VERIFICATION_DIGEST": "md5:0"}, "VERIFICATION_DIGEST"),
+        ({"STORAGE_CONFIG": "{"}, "STORAGE_CONFIG"),
+        ({"STORAGE_CONFIG": '{"type": "hdfs"}'}, "STORAGE_CONFIG"),
+        ({"STORAGE_CONFIG": '{"type": "s3", "access_key": "canary"}'}, "STORAGE_CONFIG"),
+        ({"STORAGE_OVERRIDE_CONFIG": "[]"}, "STORAGE_OVERRIDE_CONFIG"),
+        ({"S3_MAX_FILE_CONCURRENCY": "many"}, "S3_MAX_FILE_CONCURRENCY"),
+        ({"AWS_CA_BUNDLE": "/nowhere/ca.crt"}, "AWS_CA_BUNDLE"),
+        ({"KSERVE_PVC_MATERIALIZE": "magic"}, "KSERVE_PVC_MATERIALIZE"),
+        ({"KSERVE_PVC_DESTINATION": "magic"}, "KSERVE_PVC_DESTINATION"),
+        ({"KSERVE_PVC_TIMEOUT": "-1"}, "KSERVE_PVC_TIMEOUT"),
+        ({"CA_BUNDLE_CONFIGMAP_NAME": "ca", "CA_BUNDLE_VOLUME_MOUNT_POINT": "/nowhere"}, "CA_BUNDLE_VOLUME_MOUNT_POINT"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_honoured_is_refused(uri, place, variables, named):
+    """
+    A setting that would have no effect ends the run, names itself, and shows no secret.
+    """
+    result = run(uri, place, env=variables)
+
+    assert result.returncode == 1
+    assert named in result.stderr
+    assert "canary" not in result.stderr
+    assert list(place.iterdir()) == []
+
+
+def test_credentials_of_a_storage_secret(upload, origin, proxy, place):
+    """
+    `STORAGE_CONFIG`, with what `STORAGE_OVERRIDE_CONFIG` lays over it, says all that S3 needs.
+    """
+    secret = {"type": "s3", "access_key_id": origin.key, "secret_access_key": origin.secret, "endpoint_url": "http://127.0.0.1:1"}
+    over = {"endpoint_url": proxy.endpoint, "region": "us-east-1", "verify_ssl": "0"}
+    env = {"STORAGE_CONFIG": json.dumps(secret), "STORAGE_OVERRIDE_CONFIG": json.dumps(over)}
+
+    result = run(upload(FILES), place, env=env)
+
+    assert result.returncode == 0, result.stderr
+    assert served(place) == FILES
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ({}, {}),
+        ({"awsAnonymousCredential": "true"}, {"s3": {"anon": True}}),
+        ({"S3_VERIFY_SSL": "0"}, {"s3": {"client_kwargs": {"verify": False}}}),
+        ({"S3_USER_VIRTUAL_BUCKET": "true"}, {"s3": {"config_kwargs": {"s3": {"addressing_style": "virtual"}}}}),
+        (
+            {"AWS_ENDPOINT_URL": "https://s3.amazonaws.com", "AWS_DEFAULT_REGION": "eu-west-1"},
+            {"s3": {"config_kwargs": {"s3": {"addressing_style": "virtual"}}}},
+        ),
+        ({"S3_USE_ACCELERATE": "true"}, {"s3": {"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}}}),
+        ({"S3_CONNECT_TIMEOUT": "5", "S3_READ_TIMEOUT": "6"}, {"s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 6}}}),
+        ({"S3_MAX_ATTEMPTS": "7"}, {"s3": {"config_kwargs": {"retries": {"max_attempts": 7, "mode": "standard"}}}}),
+        ({"STORAGE_CONFIG": '{"type": "s3", "anonymous": true}'}, {"s3": {"anon": True}}),
+        ({"STORAGE_CONFIG": '{"type": "s3", "region": "r"}'}, {"s3": {"client_kwargs": {"region_name": "r"}}}),
+    ],
+    ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else "",
+)
+def test_variables_of_s3(variables, options):
+    """
+    What KServe's own initializer reads of S3 becomes arguments of the back end.
+    """
+    assert read_variables(variables).storage_options == options
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [("", None), (" ", None), ('["a", " b ", ""]', ("a", "b")), ('"a,b"', ("a,b",)), ("a, b,", ("a", "b")), ("[a", ("[a",))],
+)
+def test_patterns_as_kserve_spells_them(text, patterns):
+    """
+    A JSON list, a JSON text, and a list with commas.
+    """
+    assert read_variables({"STORAGE_ALLOW_PATTERNS": text}).allow_patterns == patterns
+
+
+def test_kserves_bundle_is_trusted_too(tmp_path):
+    """
+    The file of the ConfigMap is told to OpenSSL, unless somebody else has.
+    """
+    (tmp_path / "cabundle.crt").write_text("")
+    named = {"CA_BUNDLE_CONFIGMAP_NAME": "ca", "CA_BUNDLE_VOLUME_MOUNT_POINT": str(tmp_path)}
+
+    assert trust_bundle({}) == {}
+    assert trust_bundle(named) == {"SSL_CERT_FILE": f"{tmp_path}/cabundle.crt"}
+    assert trust_bundle({**named, "SSL_CERT_FILE": "/mine"}) == {}
+
+
+def test_a_promised_digest_is_compared(tmp_path, place):
+    """
+    The one file of a model has the digest that was promised, or nothing is served; several files have no such digest.
+    """
+    write_files(tmp_path, {"m/m.bin": b"model"})
+    uri, digest = f"file://{tmp_path}/m/m.bin", hashlib.sha256(b"model").hexdigest()
+
+    wrong = run(uri, place / "a", env={"VERIFICATION_DIGEST": "0" * 64})
+    right = run(uri, place / "a", env={"VERIFICATION_DIGEST": f"sha256:{digest}"})
+    two = run(uri, place / "b", uri, place / "c", env={"VERIFICATION_DIGEST": digest})
+    write_files(tmp_path, {"m/n.bin": b"n"})
+    several = run(f"file://{tmp_path}/m", place / "d", env={"VERIFICATION_DIGEST": digest})
+
+    assert [one.returncode for one in (wrong, right, two, several)] == [1, 0, 1, 1]
+    assert served(place / "a") == {"m.bin": b"model"}
+    assert not (place / "b").exists()
+    assert served(place / "d") == {}
+
+
+# As imported by a server
+
+
+def test_storage_downloads_as_kserves_does(uri, source, place):
+    """
+    A directory is filled and returned, a second call is a hit, and patterns are given as arguments.
+    """
+    first, before = Storage.download(uri, str(place / "a")), listing(place / "a")
+    second = Storage.download(uri, place / "a")
+    chosen = Storage.download(uri, place / "b", ["*.json"], ["x"])
+
+    assert (first, second, listing(place / "a")) == (f"{place}/a", f"{place}/a", before)
+    assert served(place / "a") == read_tree(source)
+    assert set(served(Path(chosen))) == {"config.json"}
+
+
+def test_storage_without_a_directory(upload, origin, proxy, s3_env, uri, source, root, monkeypatch):
+    """
+    A path is returned as it is; a remote model lies in a temporary directory, or in the store if there is one.
+    """
+    for name, value in s3_env.items():
+        monkeypatch.setenv(name, value)
+    remote = upload(FILES)
+    temporary = Storage.download(remote)
+    monkeypatch.setenv("KSERVE_PVC_STORE", str(root))
+
+    stored = Storage.download(remote)
+
+    assert (Storage.download(uri), Storage.download(str(source))) == (str(source), str(source))
+    assert served(Path(temporary)) == read_tree(Path(stored)) == FILES
+    assert Path(stored).is_relative_to(root)
+    shutil.rmtree(temporary)
+
+
+def test_storage_downloads_several(uri, source, place):
+    """
+    Directories come back in order, and as many sources as directories are needed.
+    """
+    found = Storage.download_files([uri, uri], [str(place / "a"), None])
+
+    assert found == [f"{place}/a", str(source)]
+    assert served(place / "a") == read_tree(source)
+    assert Storage.download_files([], []) == []
+    with pytest.raises(ValueError, match="zip"):
+        Storage.download_files([uri], [])
+
+
+def test_storage_raises_what_it_is(tmp_path, place):
+    """
+    Errors are those of the store.
+    """
+    with pytest.raises(SourceNotFoundError):
+        Storage.download(f"file://{tmp_path}/missing", place)
+    with pytest.raises(InvalidURIError):
+        Storage.download("nope", place)
+
+
+# What a container does to a process
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_random_user_of_group_root():
+    """
+    As OpenShift runs it: a uid that nobody knows, gid 0, and no home; others can read what it writes, whatever its umask.
+    """
+    with public_directory() as public:
+        write_files(public / "source", FILES)
+        place = public / "models"
+        place.mkdir()
+        place.chmod(0o2775)
+        result = spawn_as_openshift(f"file://{public}/source", place, env={"HOME": "/nowhere", "TMPDIR": "/nowhere"})
+        owners = {path.lstat().st_uid for path in place.rglob("*")}
+        modes = {path.lstat().st_mode & 0o7777 for path in place.rglob("*") if path.is_file() and OURS.name not in path.parts}
+
+        assert result.returncode == 0, result.stderr
+        assert served(place) == FILES
+        assert (owners, modes) == ({1000620000}, {0o664})
+
+
+def spawn_as_openshift(*arguments, env=None):
+    return shell.run([sys.executable, "-I", "-c", AS_OPENSHIFT, *map(str, arguments)], env=env)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_root_file_system_that_may_only_be_read(upload, s3_env, place, tool):
+    """
+    Nothing is written but in the destination: everything else is mounted read-only.
+    """
+    uri = upload(FILES)
+    script = f'mount --bind {place} {place} && mount -o remount,ro,bind / && for m in /tmp /var /home /root; do \
+mountpoint -q $m && mount -o remount,ro,bind $m; done; touch {place.parent}/x 2>/dev/null && exit 77; exec "$@"'
+    command = [tool("unshare"), "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+
+    result = spawn(uri, place, env={**s3_env, "HOME": "/nonexistent"}, command=command)
+
+    if result.returncode == 77 or "mount:" in result.stderr or "unshare" in result.stderr:
+        pytest.skip(f"a read-only root is not possible here: {result.stderr.strip()[-200:]}")
+    assert result.returncode == 0, result.stderr
+    assert served(place) == FILES
+
+
+@pytest.mark.timeout(600)
+def test_a_gigabyte_of_memory(tmp_path, place):
+    """
+    A model that is larger than the memory that may be used is fetched in it. `KSERVE_PVC_TEST_INIT_MIB` says how large.
+    """
+    (tmp_path / "m").mkdir()
+    with (tmp_path / "m/large.bin").open("wb") as file:
+        file.truncate(MEMORY_MODEL)
+        file.seek(MEMORY_MODEL // 2)
+        file.write(b"middle")
+
+    result = spawn(tmp_path / "m", place, command=["sh", "-c", 'ulimit -v 1048576; exec "$@"', "sh"])
+
+    assert result.returncode == 0, result.stderr
+    assert (place / "large.bin").stat().st_size == MEMORY_MODEL
+    with (place / "large.bin").open("rb") as file:
+        file.seek(MEMORY_MODEL // 2)
+        assert file.read(6) == b"middle"
+
+
+def test_sigterm_ends_it_at_once(upload, proxy, s3_env, place, tmp_path):
+    """
+    A pod that is deleted waits for nothing: the exit code is 1, and the next start goes on where this one was.
+    """
+    log = tmp_path / "log"
+    log.touch()
+    files = {f"{number}.bin": bytes([number]) * 200_000 for number in range(12)}
+    uri = upload(files)
+    proxy.limit_bytes_per_second = 400_000
+    process = start(uri, place, env={**s3_env, "KSERVE_PVC_TERMINATION_LOG": str(log)})
+    until(lambda: proxy.body_bytes() > 500_000)
+
+    process.terminate()
+    process.communicate(timeout=10)
+    proxy.limit_bytes_per_second = None
+    again = spawn(uri, place, env=s3_env)
+
+    assert process.returncode == 1
+    assert log.read_text().startswith("terminated")
+    assert again.returncode == 0
+    assert served(place) == files
+
+
+@pytest.mark.timeout(60 + 5 * KILLS)
+def test_killed_at_random_and_started_again(upload, proxy, s3_env, place, capsys):
+    """
+    Whenever it is killed, the next start waits for nobody, and what is there in the end is exact, without leftovers.
+
+    `KSERVE_PVC_TEST_INIT_KILLS` says how often; the source changes on the way, as one that is uploaded anew does.
+    """
+    bits = random.Random(2)
+    ended = 0
+    for turn in range(KILLS // 2):
+        files = {f"d{number % 3}/{number}.bin": bits.randbytes(40_000) for number in range(turn % 4, turn % 4 + 20)}
+        uri = upload({f"{turn % 2}/{turn}/{name}": data for name, data in files.items()}) + f"/{turn % 2}/{turn}"
+        for _ in range(2):
+            process = start(uri, place, env=s3_env)
+            time.sleep(bits.uniform(0.15, 0.75))  # Anywhere in its life, which is what is tried out.
+            process.kill()
+            process.communicate(timeout=30)
+            ended += process.returncode == 0
+        last = spawn(uri, place, env=s3_env)
+        assert last.returncode == 0, last.stderr
+        assert served(place) == files
+        assert own(place) == ["lock", "record.json"]
+    with capsys.disabled():
+        print(f"\n{KILLS} starts, {ended} of them over before they were killed")
+
+
+def test_a_volume_that_is_full(tmp_path, mount):
+    """
+    What does not fit ends the run with the reason, and after room is made the next start fills the directory.
+    """
+    place = mount("-t", "tmpfs", "-o", "size=3m", "none")
+    write_files(tmp_path / "m", {"a.bin": b"a" * 2_000_000, "b.bin": b"b" * 500_000})
+    (place / "ballast").write_bytes(b"x" * 1_500_000)
+
+    full = run(tmp_path / "m", place)
+    (place / "ballast").unlink()
+    enough = run(tmp_path / "m", place)
+
+    assert (full.returncode, enough.returncode) == (1, 0)
+    assert "bytes free" in full.stderr
+    assert served(place) == read_tree(tmp_path / "m")
+
+
+def test_a_copy_that_does_not_fit(tmp_path, root, mount):
+    """
+    A directory beside a store that is too small ends the run with the reason, and has no record.
+    """
+    place = mount("-t", "tmpfs", "-o", "size=1m", "none")
+    write_files(tmp_path / "m", {"a.bin": b"a" * 2_000_000})
+
+    result = run(tmp_path / "m", place, env={"KSERVE_PVC_STORE": str(root), "KSERVE_PVC_MATERIALIZE": "copy"})
+
+    assert result.returncode == 1
+    assert "bytes free" in result.stderr
+    assert served(place) == {}
+    assert "record.json" not in own(place)
+
+
+@pytest.mark.parametrize("after", ["old", "new", "third"])
+@pytest.mark.parametrize("at", range(6))
+def test_a_crash_while_files_are_placed(tmp_path, place, at, after):
+    """
+    Wherever it dies between two renames, the next start ends with its own model alone, be it the same one or another.
+    """
+    write_files(tmp_path / "old", {"same": b"old", "y": b"yyy"})
+    write_files(tmp_path / "new", {"same": b"new", "y": b"YYY", "d/y": b"a directory"})
+    write_files(tmp_path / "third", {"d": b"a file", "other/z": b"z"})
+    run(tmp_path / "old", place)
+    steps = iter(range(100))
+    rename = Destination._rename
+
+    def dying(self, source, path):
+        if next(steps) == at:
+            raise KeyboardInterrupt
+        rename(self, source, path)
+
+    with patch.object(Destination, "_rename", dying):
+        died = run(tmp_path / "new", place)
+    result = run(tmp_path / after, place)
+
+    assert result.returncode == 0
+    assert died.returncode == (1 if at < 5 else 0)
+    assert served(place) == read_tree(tmp_path / after)
+    assert own(place) == ["lock", "record.json"]
+
+
+def test_a_file_that_was_moved_is_proven_after_a_crash(tmp_path, place):
+    """
+    What was renamed before a crash is compared with its digest; what somebody has changed since is fetched again.
+    """
+    write_files(tmp_path / "m", {"a": b"aaaa", "b": b"bbbb"})
+    put = Destination._put
+    with patch.object(Destination, "_put", lambda self, path, data: put(self, path, data) if path.name != "record.json" else interrupt()):
+        died = run(tmp_path / "m", place)
+    (place / "a").write_bytes(b"evil")
+
+    first, second = run(tmp_path / "m", place), run(tmp_path / "m", place)
+
+    assert (died.returncode, first.returncode, second.returncode) == (1, 1, 0)
+    assert served(place) == {"a": b"aaaa", "b": b"bbbb"}
+
+
+def interrupt():
+    raise KeyboardInterrupt
