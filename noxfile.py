@@ -42,7 +42,10 @@ DEBIAN = ["strace", "xfsprogs", "btrfs-progs", "glusterfs-server"]
 NFS = ["user-mode-linux", "nfs-kernel-server", "nfs-common", "rpcbind", "kmod", "strace"]
 NFS_MOUNTS = ["vers=4.2", "vers=3", "vers=3,nolock"]
 # The tests that look for rare events, and how long they look.
-RARE = "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes or power_cut or real_volumes"
+RARE = (
+    "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes or power_cut or real_volumes "
+    "or killed_at_random_and_started or a_gigabyte_of_memory"
+)
 LONG = {
     "KSERVE_PVC_TEST_KILLS": "10000",
     "KSERVE_PVC_TEST_ROUNDS": "1000",
@@ -52,6 +55,8 @@ LONG = {
     "KSERVE_PVC_TEST_NODES": "4",
     "KSERVE_PVC_TEST_PER_NODE": "16",
     "KSERVE_PVC_TEST_VOLUME_ROUNDS": "20",
+    "KSERVE_PVC_TEST_INIT_KILLS": "200",
+    "KSERVE_PVC_TEST_INIT_MIB": "4096",
 }
 DOCS = ["-r", "docs/requirements.txt"]
 
