@@ -927,6 +927,19 @@ def test_a_gigabyte_of_memory(tmp_path, place):
         assert file.read(6) == b"middle"
 
 
+def test_a_gigabyte_of_memory_for_many_streams(upload, s3_env, place):
+    """
+    As many streams as there may be fit into the memory of an init container, with their stacks and buffers.
+    """
+    files = {f"{number}.bin": bytes([number]) * 2_000_000 for number in range(48)}
+    env = {**s3_env, "S3_MAX_FILE_CONCURRENCY": "48"}
+
+    result = spawn(upload(files), place, env=env, command=["sh", "-c", 'ulimit -v 1048576; exec "$@"', "sh"])
+
+    assert result.returncode == 0, result.stderr
+    assert served(place) == files
+
+
 def test_sigterm_ends_it_at_once(upload, proxy, s3_env, place, tmp_path):
     """
     A pod that is deleted waits for nothing: the exit code is 1, and the next start goes on where this one was.
