@@ -503,7 +503,7 @@ def test_on_a_network_volume_a_claim_excludes(uri, source, place, monkeypatch):
     The kind of the volume is made up, as no network volume can be mounted everywhere.
     """
     monkeypatch.setattr("kserve_pvc._volume.Mount.is_network", property(lambda _: True))
-    monkeypatch.setattr("kserve_pvc.locks.flock.FileLock.try_acquire", lambda _: True)
+    monkeypatch.setattr("kserve_pvc.locks.outside.OutsideLock.try_acquire", lambda _: True)
     one, other = Destination(place), Destination(place)
     with one.writing(here(), 0.5), pytest.raises(LockTimeoutError), other.writing(here(), 0.5):
         raise AssertionError("two write")
@@ -626,6 +626,27 @@ def test_between_two_file_systems_it_is_copied(uri, source, root, mount):
     assert served(place / "a") == read_tree(source)
     assert "by copy" in auto.stderr
     assert "KSERVE_PVC_MATERIALIZE" in link.stderr
+
+
+def test_extents_are_shared_where_that_is_possible(uri, source, tmp_path, tool, mount):
+    """
+    On XFS the default gives the server files of its own that take no room, and insisting on it works too.
+    """
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(320 * 1024 * 1024)
+    subprocess.run([tool("mkfs.xfs"), "-q", "-m", "reflink=1", str(image)], check=True)
+    volume = mount("-o", "loop", str(image))
+    (volume / "store").mkdir()
+    env = {"KSERVE_PVC_STORE": str(volume / "store")}
+
+    auto = run(uri, volume / "a", env=env)
+    named = run(uri, volume / "b", env={**env, "KSERVE_PVC_MATERIALIZE": "reflink"})
+
+    assert (auto.returncode, named.returncode) == (0, 0)
+    assert "holds it by reflink" in auto.stderr
+    assert served(volume / "a") == served(volume / "b") == read_tree(source)
+    assert {path.stat().st_nlink for path in (volume / "a").rglob("*") if path.is_file()} == {1}
 
 
 def test_a_store_that_may_only_be_read_serves_what_it_has(uri, source, root, place):
