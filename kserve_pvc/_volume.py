@@ -810,17 +810,9 @@ def _is_free_for_link(directory: int, name: str) -> bool:
     with suppress(OSError):
         os.rmdir(name, dir_fd=directory)
     try:
-        mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
-        if stat.S_ISDIR(mode):
-            os.rmdir(name, dir_fd=directory)  # The kubelet makes an empty one for a mount of what is missing.
-            return True
-        return stat.S_ISLNK(mode)
+        return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
     except FileNotFoundError:
         return True
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False
 
 
 def _sync_directory(fd: int) -> None:

@@ -909,6 +909,25 @@ def spawn_as_openshift(*arguments, env=None):
 
 
 @pytest.mark.usefixtures("as_root")
+def test_a_random_user_without_a_home(upload, s3_env):
+    """
+    A user of whom neither the environment nor the user database knows a home fetches from S3.
+    """
+    uri = upload(FILES)
+    with public_directory() as public:
+        place = public / "models"
+        place.mkdir()
+        place.chmod(0o2775)
+        homeless = f"import s3fs, encodings.idna, encodings.utf_8_sig, kserve_pvc.backends.s3\n{AS_OPENSHIFT}".replace(
+            "os.umask", "os.environ.pop('HOME', None); os.umask"
+        )
+        result = shell.run([sys.executable, "-I", "-c", homeless, uri, str(place)], env=s3_env)
+
+        assert result.returncode == 0, result.stderr
+        assert served(place) == FILES
+
+
+@pytest.mark.usefixtures("as_root")
 def test_a_root_file_system_that_may_only_be_read(upload, s3_env, place, tool):
     """
     Nothing is written but in the destination: everything else is mounted read-only.
@@ -944,6 +963,19 @@ def test_a_gigabyte_of_memory(tmp_path, place):
     with (place / "large.bin").open("rb") as file:
         file.seek(MEMORY_MODEL // 2)
         assert file.read(6) == b"middle"
+
+
+def test_a_gigabyte_of_memory_for_many_streams(upload, s3_env, place):
+    """
+    As many streams as there may be fit into the memory of an init container, with their stacks and buffers.
+    """
+    files = {f"{number}.bin": bytes([number]) * 2_000_000 for number in range(48)}
+    env = {**s3_env, "S3_MAX_FILE_CONCURRENCY": "48"}
+
+    result = spawn(upload(files), place, env=env, command=["sh", "-c", 'ulimit -v 1048576; exec "$@"', "sh"])
+
+    assert result.returncode == 0, result.stderr
+    assert served(place) == files
 
 
 def test_sigterm_ends_it_at_once(upload, proxy, s3_env, place, tmp_path):
@@ -1010,6 +1042,27 @@ def test_a_volume_that_is_full(tmp_path, mount):
     assert (full.returncode, enough.returncode) == (1, 0)
     assert "bytes free" in full.stderr
     assert served(place) == read_tree(tmp_path / "m")
+
+
+def test_what_was_begun_of_another_source_takes_up_no_room(upload, proxy, s3_env, tmp_path, mount):
+    """
+    A directory in which another source was being fetched, by a process that was killed, has all of its room.
+    """
+    place = mount("-t", "tmpfs", "-o", "size=10m", "none")
+    write_files(tmp_path / "m", {"b.bin": b"b" * 7_000_000})
+    uri = upload({"a.bin": b"a" * 8_000_000})
+    proxy.limit_bytes_per_second = 8_000_000
+    killed = start(uri, place, env=s3_env)
+    until(lambda: shutil.disk_usage(place).used > 4_500_000)
+    killed.kill()
+    killed.communicate(timeout=30)
+
+    result = run(tmp_path / "m", place)
+
+    assert killed.returncode == -9
+    assert result.returncode == 0, result.stderr
+    assert served(place) == {"b.bin": b"b" * 7_000_000}
+    assert own(place) == ["lock", "record.json"]
 
 
 def test_a_copy_that_does_not_fit(tmp_path, root, mount):

@@ -334,7 +334,8 @@ def _plain_access(options: Mapping[str, Any], environ: Mapping[str, str], client
 def _has_files(environ: Mapping[str, str]) -> bool:
     """Whether AWS's files are there, which may say anything about endpoints, regions and proxies."""
     places = environ.get("AWS_CONFIG_FILE") or "~/.aws/config", environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
-    return any(Path(place).expanduser().exists() for place in places)
+    # Not `Path.expanduser`, which fails for a home that nobody has.
+    return any(Path(os.path.expanduser(place)).exists() for place in places)  # noqa: PTH111
 
 
 def parse_listing(body: bytes) -> tuple[list[tuple[str, int, str]], str | None]:

@@ -148,6 +148,11 @@ class Wanted:
     def is_filtered(self) -> bool:
         return self.ref.allow_patterns is not None or bool(self.ref.ignore_patterns)
 
+    @property
+    def keys(self) -> set[str]:
+        """What a store may know it by: an object that is named itself is fetched without patterns."""
+        return {self.ref.key, attrs.evolve(self.ref, allow_patterns=None, ignore_patterns=()).key}
+
     def is_one_object(self, paths: Iterable[PurePosixPath]) -> bool:
         """Whether these are all files of the source, and so the source is a file by itself."""
         return [str(path) for path in paths] == [self.ref.location.rpartition("/")[2]]
@@ -294,6 +299,8 @@ def _download_into(place: Path, wanted: Sequence[Wanted], variables: Variables) 
 def _download(destination: Destination, wanted: Sequence[Wanted], variables: Variables) -> Sequence[Model]:
     # Whoever gets here is alone, and its lock ends with it: nobody has to wait for the lease of one that was killed.
     variables = attrs.evolve(variables, locker="flock", lease_seconds=None)
+    if _begun(destination) - {key for one in wanted for key in one.keys}:
+        destination.drop(WORK)  # Somebody was killed over another source; nobody goes on with it, and it takes up room.
     try:
         destination.make_directory(WORK)
         store = _open(destination.absolute(WORK), variables)
@@ -309,6 +316,14 @@ def _download(destination: Destination, wanted: Sequence[Wanted], variables: Var
         destination.drop(WORK)
         raise
     return models
+
+
+def _begun(destination: Destination) -> set[str]:
+    """The keys of what an earlier run began and did not end."""
+    try:
+        return set(destination.names(WORK / layout.KEYS))
+    except StoreError:
+        return set()
 
 
 def _tidy(destination: Destination) -> None:
