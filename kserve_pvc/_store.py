@@ -23,7 +23,7 @@ from kserve_pvc._codec import KEY, MAX_RECORD_BYTES
 from kserve_pvc._entry import MAX_LEASE_SECONDS, MIN_LEASE_SECONDS, LogEntry, StoreSettings, decode_settings, encode_settings, now
 from kserve_pvc._log import LogView, read_log, read_log_of, read_manifest
 from kserve_pvc._ref import ModelRef, Patterns, parse_ref
-from kserve_pvc._volume import Volume, VolumeWriter, mount_of
+from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import (
     DamagedRecordError,
     LockerMismatchError,
@@ -54,9 +54,6 @@ if TYPE_CHECKING:
     from kserve_pvc._source import Backend, BackendFactory, Resolved
     from kserve_pvc._verify import Level, Verification
     from kserve_pvc._warm import Item, Listen, Warmed
-
-LOCAL_LEASE_SECONDS = 30.0
-NETWORK_LEASE_SECONDS = 60.0
 
 Status = Literal["present", "downloaded", "waited"]
 
@@ -165,7 +162,7 @@ class ModelStore:
             is read when a source would be asked.
 
     Raises:
-        StoreRootError: The root is missing or no directory.
+        StoreRootError: The root is missing or no directory, or a store is to be created on a volume that cannot hold one.
         ReadOnlyStoreError: Read-write was asked for and the volume refuses.
         StoreFormatError: The store was made by a newer version, or its settings are damaged.
         LockerMismatchError: The store was created with other settings.
@@ -882,7 +879,10 @@ def _read_store_settings(volume: Volume) -> StoreSettings | None:
 
 
 def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
-    default = NETWORK_LEASE_SECONDS if mount_of(writer.root).is_network else LOCAL_LEASE_SECONDS
+    from kserve_pvc._profile import probe_here
+
+    # A volume on which no store can be correct is refused before there is one.
+    default = probe_here(writer).lease_seconds
     settings = StoreSettings(
         store_id=os.urandom(16).hex(), locker=locker or LOCKERS[0], lease_seconds=lease_seconds or default, created_at=now()
     )
