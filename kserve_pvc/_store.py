@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from kserve_pvc._bundle import Exported
     from kserve_pvc._claims import LockInfo
+    from kserve_pvc._doctor import Diagnosis
     from kserve_pvc._download import Outcome
     from kserve_pvc._events import Listener
     from kserve_pvc._plan import Plan
@@ -704,6 +705,24 @@ class ModelStore:
                 if entry is not None and entry.generation == generation:
                     yield model
                     return
+
+    def doctor(self, *, peer: str | None = None, timeout: float = defaults.DOCTOR_TIMEOUT) -> Diagnosis:
+        """
+        Examine the volume: what it is and can do, how fast it is, what should be changed. A read-only store only looks.
+
+        Args:
+            peer: A name, under which a doctor on another node is waited for that is given the same: `store.doctor(peer="a")`
+                there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
+            timeout: Seconds to wait for it.
+
+        Raises:
+            ReadOnlyStoreError: A peer was asked for, and the store may only be read.
+            SettingsError: The name or the time means nothing.
+        """
+        from kserve_pvc._doctor import diagnose
+
+        _check_timeout(timeout)
+        return diagnose(self.root, writes=self._writer is not None, holder=_this_process(), peer=peer, timeout=timeout)
 
     def locks(self) -> Sequence[LockInfo]:
         """

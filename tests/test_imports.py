@@ -17,6 +17,7 @@ import kserve_pvc
 PACKAGE = Path(kserve_pvc.__file__).parent
 
 PURE = {
+    "_diagnosis_text",
     "_amounts",
     "_html",
     "_buffers",
