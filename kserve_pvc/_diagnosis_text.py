@@ -56,7 +56,10 @@ def _measured(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
         ("hard link", profile.link),
         ("rename without replacing", profile.rename),
     ):
-        yield name, {"refuses": "the second is refused", "replaces": "the second is NOT refused", None: "not tried"}.get(answer, str(answer))
+        yield (
+            name,
+            {"refuses": "the second is refused", "replaces": "the second is NOT refused", None: "not tried"}.get(answer, str(answer)),
+        )
     yield "listing shows new names", _SAID[profile.lists]
     yield "write at an offset", _SAID[profile.writes_at_offset]
     yield "fsync", f"file {_SAID[profile.syncs_files]}, directory {_SAID[profile.syncs_directories]}"

@@ -30,6 +30,7 @@ from kserve_pvc._profile import LockAnswer, dated_name, lock_range, try_lock
 from kserve_pvc._record import BEAT_BYTES
 from kserve_pvc._volume import Scratch, VolumeWriter
 from kserve_pvc.errors import SettingsError, StoreError, StoreFormatError
+from kserve_pvc.locks.liveness import is_provably_dead
 
 MEETING = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 DIRECTORY = re.compile(r"[0-9]{12}-[0-9a-f]{16}")
@@ -40,7 +41,8 @@ ROUNDS = 40
 
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
 _MAX_BYTES = 64 * 1024
-_BEAT_LEASE = 3.0  # Beats are a sixth of it apart.
+BEAT_LEASE = 3.0  # Beats are a sixth of it apart.
+_LONG_BEAT = 1.0
 _SILENCE = 20.0
 _POLL = 0.004
 _LOOK = 0.05
@@ -48,6 +50,7 @@ _SLOT = 0.015
 _LEAD = 0.2
 _LONGEST_LOOK = 75.0  # NFS hides a name that was looked for too early for up to a minute.
 _WATCHED = 3.0
+_CLOCK_LOOKS = 6
 _FARTHEST = 1e11  # Seconds since 1970 that a clock may show.
 
 Seen = Mapping[str, float | None]
@@ -170,6 +173,18 @@ class PeerReport:
         return self.step == "done"
 
 
+@contextmanager
+def beating(writer: VolumeWriter, own: PurePosixPath) -> Iterator[None]:
+    """
+    Beat in the directory of a doctor, so that others meet it and do not take it for what a dead one left.
+    """
+    heart = start_heart(writer, own, lease_seconds=BEAT_LEASE)
+    try:
+        yield
+    finally:
+        heart.stop()
+
+
 def check_meeting(name: str) -> str:
     """
     Raises:
@@ -185,19 +200,15 @@ def meet(writer: VolumeWriter, own: PurePosixPath, meeting: str, holder: Holder,
     Wait for the other doctor of a meeting and do all tests with it. None: nobody came in time.
 
     Args:
-        own: The directory of this doctor, which the caller takes away.
+        own: The directory of this doctor, which beats there and takes it away.
     """
     hello = Hello(meeting=meeting, holder=holder, device=os.stat(writer.root).st_dev)
     writer.write_private(own / "hello", encode(hello))
-    heart = start_heart(writer, own, lease_seconds=_BEAT_LEASE)
-    try:
-        found = _find_peer(writer, own, meeting, timeout)
-        if found is None:
-            return None
-        with writer.scratch(own) as scratch:
-            return _Meeting(writer, scratch, own, *found, hello).run()
-    finally:
-        heart.stop()
+    found = _find_peer(writer, own, meeting, timeout)
+    if found is None:
+        return None
+    with writer.scratch(own) as scratch:
+        return _Meeting(writer, scratch, own, *found, hello).run()
 
 
 def _find_peer(writer: VolumeWriter, own: PurePosixPath, meeting: str, timeout: float) -> tuple[PurePosixPath, Hello] | None:
@@ -212,7 +223,7 @@ def _find_peer(writer: VolumeWriter, own: PurePosixPath, meeting: str, timeout: 
             hello = _read_hello(writer, layout.DOCTOR / name)
             if hello is None or hello.meeting != meeting:
                 continue
-            beat = _quietly(writer, layout.DOCTOR / name / "beat", BEAT_BYTES)
+            beat = read_beat(writer, name)
             if first.setdefault(name, beat) != beat:
                 live[name] = hello
         if live:
@@ -222,6 +233,13 @@ def _find_peer(writer: VolumeWriter, own: PurePosixPath, meeting: str, timeout: 
         if time.monotonic() >= deadline:
             return None
         time.sleep(_LOOK)
+
+
+def read_beat(writer: VolumeWriter, name: str) -> bytes:
+    """
+    The beat of a doctor as it is now, to be compared with another one of its beats.
+    """
+    return _quietly(writer, layout.DOCTOR / name / "beat", BEAT_BYTES)
 
 
 def _read_hello(writer: VolumeWriter, place: PurePosixPath) -> Hello | None:
@@ -249,11 +267,13 @@ class _Meeting:
         self._scratch = scratch
         self._own = own
         self._other = other
+        self._their_holder = their.holder
         self._is_first = own.name < other.name
         self._step = 0
         self._seen = 0.0
         # What the other clock is ahead at least and at most, from who can have seen what of whom when.
         self._ahead = [-math.inf, math.inf]
+        self._clock_ahead = self._clock_error = 0.0
         self._written: dict[int, float] = {}
         same_node = bool(hello.holder.boot_id) and hello.holder.boot_id == their.holder.boot_id
         self._report: dict[str, Any] = {
@@ -274,7 +294,7 @@ class _Meeting:
             self._exchange({})
         return PeerReport(**{**self._report, "step": "done"})
 
-    def _exchange(self, answer: Mapping[str, Any], patience: float = _SILENCE) -> Mapping[str, Any]:
+    def _exchange(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
         """
         Tell the other side, and wait for what it tells. Neither goes on before both are here.
         """
@@ -284,14 +304,14 @@ class _Meeting:
             to=self._other.name, step=self._step, written=self._written[self._step], seen=self._seen, answer=json.dumps(answer)
         )
         self._writer.write_private(self._own / self._name(), encode(message))
-        heard = self._await(patience)
+        heard = self._await()
         self._narrow(heard)
         return _parsed(heard.answer)
 
     def _name(self) -> str:
         return f"{self._step:06d}"
 
-    def _await(self, patience: float) -> Message:
+    def _await(self) -> Message:
         beat, began = b"", time.monotonic()
         silent_since = began
         while True:
@@ -307,11 +327,13 @@ class _Meeting:
                         self._seen = time.time()
                         return message
             now = time.monotonic()
-            newer = _quietly(self._writer, self._other / "beat", BEAT_BYTES)
+            newer = read_beat(self._writer, self._other.name)
             if newer and newer != beat:
                 beat, silent_since = newer, now
+            if now - silent_since > _LONG_BEAT and is_provably_dead(self._their_holder):
+                raise PeerLostError
             # It may beat and have nothing to say: its other half is somebody else.
-            if now - silent_since > patience or now - began > patience + _LONGEST_LOOK:
+            if now - silent_since > _SILENCE or now - began > _SILENCE + _LONGEST_LOOK:
                 raise PeerLostError
             time.sleep(_POLL)
 
@@ -321,17 +343,13 @@ class _Meeting:
         if heard.step > 1 and heard.seen > 0:
             self._ahead[1] = min(self._ahead[1], heard.seen - self._written[heard.step - 1])
 
-    @property
-    def _clock_ahead(self) -> float:
-        return (self._ahead[0] + self._ahead[1]) / 2
-
-    @property
-    def _clock_error(self) -> float:
-        return max((self._ahead[1] - self._ahead[0]) / 2, 0.0)
-
     def _clocks(self) -> Mapping[str, Any]:
-        for _ in range(6):
+        for _ in range(_CLOCK_LOOKS):
             self._exchange({})
+        least, most = self._ahead
+        if not (math.isfinite(least) and math.isfinite(most)):
+            return {}
+        self._clock_ahead, self._clock_error = (least + most) / 2, max((most - least) / 2, 0.0)
         return {"clock_ahead": self._clock_ahead, "clock_error": self._clock_error}
 
     def _names(self) -> Mapping[str, Any]:
@@ -346,8 +364,7 @@ class _Meeting:
         self._scratch.remove("deleted")
         self._exchange({})
         seen = self._watch()
-        # The other one may still be waiting for a cache of its own, and beats meanwhile.
-        self._exchange({}, patience=_SILENCE + _LONGEST_LOOK)
+        self._exchange({})  # The other one may still be waiting for a cache of its own, and beats meanwhile.
         return seen
 
     def _look_too_early(self) -> None:
@@ -403,7 +420,7 @@ class _Meeting:
         attempts: list[list[float]] = []
         for number in range(ROUNDS):
             # The clocks agree only so far: one of the two comes a little earlier each time, and somewhere they meet.
-            sweep = self._clock_error * (2 * number / ROUNDS - 1) if self._is_first else 0.0
+            sweep = min(self._clock_error, _SLOT) * (2 * number / ROUNDS - 1) if self._is_first else 0.0
             time.sleep(max(0.0, start + number * _SLOT + sweep - time.time()))
             began = time.time()
             won = self._attempt(arena, what, number)
@@ -487,7 +504,7 @@ class _Meeting:
         began = last = time.monotonic()
         longest, beat, count = 0.0, b"", 0
         while (now := time.monotonic()) - began < _WATCHED or (count < 2 and now - began < _SILENCE):
-            newer = _quietly(self._writer, self._other / "beat", BEAT_BYTES)
+            newer = read_beat(self._writer, self._other.name)
             if newer and newer != beat:
                 longest = max(longest, now - last) if count else 0.0
                 beat, last, count = newer, now, count + 1
@@ -558,5 +575,3 @@ def _let_go(fd: int, kind: str) -> None:
 
 def new_directory() -> PurePosixPath:
     return layout.DOCTOR / dated_name()
-
-

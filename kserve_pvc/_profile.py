@@ -15,8 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -215,7 +216,7 @@ def probe(writer: VolumeWriter, place: PurePosixPath) -> Profile:
         )
 
 
-def _try_file(scratch: Scratch) -> dict[str, object]:
+def _try_file(scratch: Scratch) -> dict[str, Any]:
     fd = scratch.create("file")
     try:
         found = {
@@ -241,7 +242,7 @@ def _try_rename(scratch: Scratch) -> Exclusion:
     return _refusal(lambda: scratch.move("other", "file"))
 
 
-def _try_names(scratch: Scratch) -> dict[str, object]:
+def _try_names(scratch: Scratch) -> dict[str, Any]:
     folds_unicode = keeps = None
     if _can(lambda: scratch.write(_MIXED_PART, b"")):
         folds_unicode = _is_there(scratch, "Nne\u0301")
@@ -255,7 +256,10 @@ def _longest_name(scratch: Scratch) -> int:
     low, high = 1, MAX_PART_BYTES
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _can(lambda size=middle: scratch.write("n" * size, b"")) else (low, middle)
+        if _can(partial(scratch.write, "n" * middle, b"")):
+            low = middle
+        else:
+            high = middle
     return low
 
 
