@@ -576,7 +576,7 @@ def _judge_locks(diagnosis: Diagnosis, peer: PeerReport) -> Iterator[Finding]:
     elif verdict == "lies":
         rule = "the locker `lease` does not need it"
         yield _note("flock-lies", "both nodes held one `flock` at the same time", rule, "do not use `flock` here; `lease` is right")
-    elif verdict in ("unsupported", "unclear") and diagnosis.locker == "flock":
+    elif verdict != "excludes" and diagnosis.locker == "flock":
         yield Finding(
             what="flock-unproven",
             level="change",

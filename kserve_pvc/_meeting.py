@@ -49,7 +49,7 @@ _LOOK = 0.05
 _SLOT = 0.015
 _LEAD = 0.2
 _LONGEST_LOOK = 75.0  # NFS hides a name that was looked for too early for up to a minute.
-_WATCHED = 3.0
+_WATCHED = 2.0
 _CLOCK_LOOKS = 6
 _FARTHEST = 1e11  # Seconds since 1970 that a clock may show.
 

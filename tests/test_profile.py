@@ -11,7 +11,7 @@ import os
 import signal
 import unicodedata
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import attrs
 import pytest
@@ -155,7 +155,7 @@ def test_no_store_is_created_where_directories_do_not_exclude(root, monkeypatch)
     """
     A volume that lets everybody make the same directory is refused, and no store is made. The call is replaced, as no such one is at hand.
     """
-    monkeypatch.setattr(Scratch, "make_directory", lambda scratch, name: os.makedirs(f"/proc/self/fd/{scratch.fd}/{name}", exist_ok=True))
+    monkeypatch.setattr(Scratch, "make_directory", lambda scratch, name: Path(f"/proc/self/fd/{scratch.fd}/{name}").mkdir(exist_ok=True))
 
     with pytest.raises(StoreRootError, match="making a directory that is there succeeds; use another volume, and see `kserve-pvc doctor`"):
         ModelStore(root, mode="rw")
