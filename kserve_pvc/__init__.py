@@ -8,7 +8,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kserve_pvc._bundle import Exported
     from kserve_pvc._claims import LockInfo
-    from kserve_pvc._doctor import Diagnosis, Finding, Speed
+    from kserve_pvc._diagnosis import Diagnosis, Finding, Speed
     from kserve_pvc._meeting import LockTest, PeerReport, Race
     from kserve_pvc._plan import Plan
     from kserve_pvc._profile import Profile
@@ -60,9 +60,9 @@ else:
 # The module of every public name that is not an error.
 _HOMES = {
     "Backend": "_source",
-    "Diagnosis": "_doctor",
+    "Diagnosis": "_diagnosis",
     "Exported": "_bundle",
-    "Finding": "_doctor",
+    "Finding": "_diagnosis",
     "FileEntry": "_record",
     "LockInfo": "_claims",
     "LockTest": "_meeting",
@@ -78,7 +78,7 @@ _HOMES = {
     "Record": "_record",
     "RemoteFile": "_source",
     "Resolved": "_source",
-    "Speed": "_doctor",
+    "Speed": "_diagnosis",
     "Verification": "_verify",
     "Warmed": "_warm",
     "mode_from_annotations": "_settings",

@@ -12,7 +12,7 @@ from kserve_pvc._amounts import amount
 from kserve_pvc.errors import printable
 
 if TYPE_CHECKING:
-    from kserve_pvc._doctor import Diagnosis
+    from kserve_pvc._diagnosis import Diagnosis
     from kserve_pvc._meeting import PeerReport
 
 _WIDTH = 100

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from kserve_pvc._bundle import Exported
     from kserve_pvc._claims import LockInfo
-    from kserve_pvc._doctor import Diagnosis
+    from kserve_pvc._diagnosis import Diagnosis
     from kserve_pvc._download import Outcome
     from kserve_pvc._events import Listener
     from kserve_pvc._plan import Plan

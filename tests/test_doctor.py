@@ -23,8 +23,9 @@ from kserve_pvc import Diagnosis, LockTest, ModelStore, PeerReport, Profile, Rac
 from kserve_pvc import _layout as layout
 from kserve_pvc import _meeting as meeting
 from kserve_pvc._codec import encode
+from kserve_pvc._diagnosis import Speed, judge
 from kserve_pvc._diagnosis_text import tell
-from kserve_pvc._doctor import Speed, diagnose, judge, sweep
+from kserve_pvc._doctor import diagnose, sweep
 from kserve_pvc._meeting import Hello, Message, beating, new_directory
 from kserve_pvc._volume import VolumeWriter
 from kserve_pvc.locks.liveness import here
