@@ -238,8 +238,10 @@ def _write_backwards(fd: int) -> None:
 
 
 def _try_rename(scratch: Scratch) -> Exclusion:
+    # Onto a free name first: the kernel refuses a name that is taken without asking the file system whether it can.
+    scratch.write("one", b"")
     scratch.write("other", b"")
-    return _refusal(lambda: scratch.move("other", "file"))
+    return _refusal(lambda: scratch.move("other", "moved")) if _can(lambda: scratch.move("one", "moved")) else "unsupported"
 
 
 def _try_names(scratch: Scratch) -> dict[str, Any]:
