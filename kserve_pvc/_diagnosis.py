@@ -142,6 +142,13 @@ def _judge_profile(diagnosis: Diagnosis) -> Iterator[Finding]:
     if profile.syncs_directories is False:
         rule = "after a power failure a name may be gone that `fsync` of its directory would have kept"
         yield _note("directories-not-synced", "`fsync` of a directory is not supported", rule, "nothing; the next `ensure` downloads again")
+    if "hangs" in (profile.flock, profile.range_lock):
+        yield _note(
+            "locks-hang",
+            "a lock that does not wait was not answered within a second",
+            "so it is while an NFS server recovers; the store asks in a thread of its own and counts it as refused",
+            "look at the server if it stays so; the locker `lease` needs no such locks",
+        )
     if profile.link == "unsupported":
         yield _note("no-hard-links", "there are no hard links", "unchanged files of a new version are copied, not linked", "nothing")
     if profile.folds_case or profile.folds_unicode:

@@ -42,10 +42,14 @@ ROUNDS = 40
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
 _MAX_BYTES = 64 * 1024
 BEAT_LEASE = 3.0  # Beats are a sixth of it apart.
+# On NFS a listing refreshes what the kernel believes of the directories in it, and so of their names. Messages are found by
+# listing, so names that are asked for without one lie deeper.
+_UNLISTED = PurePosixPath("deep", "unlisted")
 _LONG_BEAT = 1.0
 _SILENCE = 20.0
 _POLL = 0.004
 _LOOK = 0.05
+_LONGEST_MEETING = 300.0
 _SLOT = 0.015
 _LEAD = 0.2
 _LONGEST_LOOK = 75.0  # NFS hides a name that was looked for too early for up to a minute.
@@ -239,19 +243,22 @@ def read_beat(writer: VolumeWriter, name: str) -> bytes:
     """
     The beat of a doctor as it is now, to be compared with another one of its beats.
     """
-    return _quietly(writer, layout.DOCTOR / name / "beat", BEAT_BYTES)
+    return _listed(writer, layout.DOCTOR / name / "beat", BEAT_BYTES)
 
 
 def _read_hello(writer: VolumeWriter, place: PurePosixPath) -> Hello | None:
-    data = _quietly(writer, place / "hello", _MAX_BYTES)
+    data = _listed(writer, place / "hello", _MAX_BYTES)
     with suppress(StoreFormatError):
         return decode(Hello, data, str(place / "hello"))
     return None
 
 
-def _quietly(writer: VolumeWriter, place: PurePosixPath, limit: int) -> bytes:
+def _listed(writer: VolumeWriter, place: PurePosixPath, limit: int) -> bytes:
+    """
+    Read a file if it is listed: on NFS one that was asked for before it was made stays hidden for half a minute.
+    """
     with suppress(StoreError, OSError):
-        return writer.read(place, limit) or b""
+        return (writer.read(place, limit) or b"") if place.name in writer.names(place.parent) else b""
     return b""
 
 
@@ -270,6 +277,7 @@ class _Meeting:
         self._their_holder = their.holder
         self._is_first = own.name < other.name
         self._step = 0
+        self._ends_at = time.monotonic() + _LONGEST_MEETING
         self._seen = 0.0
         # What the other clock is ahead at least and at most, from who can have seen what of whom when.
         self._ahead = [-math.inf, math.inf]
@@ -317,17 +325,14 @@ class _Meeting:
         beat, began = b"", time.monotonic()
         silent_since = began
         while True:
-            names = self._writer.names(self._other)
-            if not names:
+            if not self._writer.names(self._other):
                 raise PeerLostError  # It has left, and taken its directory with it.
-            if self._name() in names:
-                # Never asked for before it was listed: a name that was not there stays hidden for long on NFS.
-                data = _quietly(self._writer, self._other / self._name(), _MAX_BYTES)
-                with suppress(StoreFormatError):
-                    message = decode(Message, data, self._name())
-                    if message.to == self._own.name and message.step == self._step:
-                        self._seen = time.time()
-                        return message
+            data = _listed(self._writer, self._other / self._name(), _MAX_BYTES)
+            with suppress(StoreFormatError):
+                message = decode(Message, data, self._name())
+                if message.to == self._own.name and message.step == self._step:
+                    self._seen = time.time()
+                    return message
             now = time.monotonic()
             newer = read_beat(self._writer, self._other.name)
             if newer and newer != beat:
@@ -335,7 +340,7 @@ class _Meeting:
             if now - silent_since > _LONG_BEAT and is_provably_dead(self._their_holder):
                 raise PeerLostError
             # It may beat and have nothing to say: its other half is somebody else.
-            if now - silent_since > _SILENCE or now - began > _SILENCE + _LONGEST_LOOK:
+            if now - silent_since > _SILENCE or now - began > _SILENCE + _LONGEST_LOOK or now > self._ends_at:
                 raise PeerLostError
             time.sleep(_POLL)
 
@@ -355,21 +360,23 @@ class _Meeting:
         return {"clock_ahead": self._clock_ahead, "clock_error": self._clock_error}
 
     def _names(self) -> Mapping[str, Any]:
-        for name in ("replaced", "deleted"):
-            self._scratch.write(name, b"old")
-        self._exchange({})
-        self._look_too_early()
-        self._exchange({})
-        self._scratch.write("new", b"new")
-        self._scratch.write("newer", b"new")
-        self._scratch.replace("newer", "replaced")
-        self._scratch.remove("deleted")
-        self._exchange({})
-        seen = self._watch()
-        self._exchange({})  # The other one may still be waiting for a cache of its own, and beats meanwhile.
+        with self._writer.scratch(self._own / _UNLISTED) as unlisted, self._writer.scratch(self._own / "listed") as listed:
+            for name in ("replaced", "deleted"):
+                unlisted.write(name, b"old")
+            self._exchange({})
+            self._look_too_early()
+            self._exchange({})
+            for directory, name in ((unlisted, "new"), (unlisted, "newer"), (listed, "new")):
+                directory.write(name, b"new")
+            unlisted.replace("newer", "replaced")
+            unlisted.remove("deleted")
+            self._exchange({})
+            seen = self._watch()
+            self._exchange({})  # The other one may still be waiting for a cache of its own, and beats meanwhile.
         return seen
 
     def _look_too_early(self) -> None:
+        self._writer.names(self._other / "listed")
         for name in ("new", "replaced", "deleted"):
             self._is_gone(name)
             self._content(name)
@@ -377,24 +384,23 @@ class _Meeting:
     def _content(self, name: str) -> bytes | None:
         """What a file of the other side holds; None if it cannot be opened, as whatever stands there instead."""
         with suppress(StoreError, OSError):
-            return self._writer.read(self._other / name, 16)
+            return self._writer.read(self._other / _UNLISTED / name, 16)
         return None
 
     def _is_gone(self, name: str) -> bool:
         try:
-            os.lstat(self._writer.absolute(self._other / name))
+            os.lstat(self._writer.absolute(self._other / _UNLISTED / name))
         except OSError:
             return True
         return False
 
     def _watch(self) -> Seen:
-        # By name first: a listing refreshes what the kernel believes of its names.
         signs: dict[str, Callable[[], bool]] = {
+            "listed_after": lambda: "new" in self._writer.names(self._other / "listed"),
             "found_after": lambda: self._content("new") == b"new",
             "replaced_after": lambda: self._content("replaced") == b"new",
             "gone_after": lambda: self._is_gone("deleted"),
             "deleted_after": lambda: self._content("deleted") is None,
-            "listed_after": lambda: "new" in self._writer.names(self._other),
         }
         began = time.monotonic()
         seen: dict[str, float | None] = dict.fromkeys(signs)

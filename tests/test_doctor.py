@@ -482,6 +482,21 @@ def roots(volume: SharedVolume) -> Sequence[Path]:
     return fresh_root(volume)
 
 
+@pytest.mark.parametrize("volume", [*({"mounted"} & {*NETWORK})], indirect=True, scope="module")
+def test_a_volume_of_the_users_is_examined_by_both_nodes(roots):
+    """
+    Two doctors on the mounts that `KSERVE_PVC_TEST_MOUNTS` names go through all tests, and find what the store relies on.
+    """
+    pair = nodes.examine_together(roots)
+
+    for diagnosis in pair:
+        print(*tell(diagnosis), sep="\n")
+        assert (diagnosis.peer.is_done, diagnosis.peer.races["mkdir"].both_won, diagnosis.profile.obstacles) == (True, 0, ())
+        assert None not in (diagnosis.peer.listed_after, diagnosis.peer.beat_after)
+    sweep(VolumeWriter(roots[0]))  # While an NFS server recovers, a lock that hangs keeps its file open until the process has ended.
+    assert os.listdir(roots[0] / ".kserve-pvc" / "doctor") == []
+
+
 @pytest.mark.parametrize("volume", ["juicefs"], indirect=True, scope="module")
 def test_honest_locks_are_found_honest(roots):
     """
@@ -545,6 +560,7 @@ LYING = {
         ({"profile": attrs.evolve(PROFILE, keeps_names=False)}, "changes-names", "note"),
         ({"profile": attrs.evolve(PROFILE, name_bytes=143)}, "short-names", "note"),
         ({"profile": attrs.evolve(PROFILE, syncs_directories=False)}, "directories-not-synced", "note"),
+        ({"profile": attrs.evolve(PROFILE, flock="hangs")}, "locks-hang", "note"),
         ({"profile": attrs.evolve(PROFILE, type="overlay")}, "no-volume", "change"),
         ({"profile": attrs.evolve(PROFILE, type="tmpfs")}, "memory", "note"),
         ({"profile": nfs("soft", "actimeo=1")}, "nfs-soft", "change"),
