@@ -323,17 +323,18 @@ class _Meeting:
 
     def _await(self) -> Message:
         beat, began = b"", time.monotonic()
-        silent_since = began
+        silent_since, ask_at = began, began + _LONG_BEAT
         while True:
-            if not self._writer.names(self._other):
+            now = time.monotonic()
+            names = self._writer.names(self._other)
+            if not names:
                 raise PeerLostError  # It has left, and taken its directory with it.
-            data = _listed(self._writer, self._other / self._name(), _MAX_BYTES)
-            with suppress(StoreFormatError):
-                message = decode(Message, data, self._name())
-                if message.to == self._own.name and message.step == self._step:
+            # NFS 3 tells a changed directory by its time alone, and so may keep a listing from the very tick of the change.
+            if self._name() in names or now >= ask_at:
+                ask_at = now + _LONG_BEAT
+                if (message := self._heard()) is not None:
                     self._seen = time.time()
                     return message
-            now = time.monotonic()
             newer = read_beat(self._writer, self._other.name)
             if newer and newer != beat:
                 beat, silent_since = newer, now
@@ -343,6 +344,13 @@ class _Meeting:
             if now - silent_since > _SILENCE or now - began > _SILENCE + _LONGEST_LOOK or now > self._ends_at:
                 raise PeerLostError
             time.sleep(_POLL)
+
+    def _heard(self) -> Message | None:
+        with suppress(StoreError, OSError):
+            message = decode(Message, self._writer.read(self._other / self._name(), _MAX_BYTES) or b"", self._name())
+            if message.to == self._own.name and message.step == self._step:
+                return message
+        return None
 
     def _narrow(self, heard: Message) -> None:
         # It wrote before I saw, and it saw what I wrote after I wrote it: the difference of the clocks lies between.

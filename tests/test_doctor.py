@@ -399,6 +399,7 @@ def test_what_strangers_plant_harms_nobody(root, tmp_path, plant):
 
 LIES = [
     {"races": {what: [["x"]] for what in meeting.RACED}},
+    {"races": None, "start": 9e10, "lock": None},
     {"races": [], "start": 1e300, "lock": ["granted"]},
     {"races": {"mkdir": [[1.0, 2.0, 7]] * 3}, "start": float("nan"), "lock": "never"},
 ]
@@ -419,7 +420,8 @@ def test_a_peer_that_lies_ends_no_doctor(root, lie, monkeypatch):
         return Message(to=pair._own.name, step=pair._step, written=float(next(answers)), seen=1e10, answer=json.dumps(lie))
 
     monkeypatch.setattr(meeting._Meeting, "_await", hear)
-    writer, own, other = VolumeWriter(root), new_directory(), new_directory()
+    # The other one is the first by its name, and so the one that proposes when to begin.
+    writer, own, other = VolumeWriter(root), new_directory(), layout.DOCTOR / "000000000001-0123456789abcdef"
     writer.make_directory(other)
     writer.make_directory(own)
     with writer.scratch(own) as scratch:
@@ -533,6 +535,23 @@ def test_lying_locks_are_found_to_lie(roots):
         assert not diagnosis.ok
     assert pair[0].peer.races["create"].both_won == pair[1].peer.races["create"].both_won
     assert os.listdir(roots[0] / ".kserve-pvc" / "doctor") == []
+
+
+def test_a_name_with_two_winners_is_counted(root):
+    """
+    What both did is put together by round: who won, and whether the two calls overlapped on one clock.
+    """
+    writer, own, other = VolumeWriter(root), new_directory(), new_directory()
+    with writer.scratch(own) as scratch:
+        pair = meeting._Meeting(writer, scratch, own, other, HELLO, HELLO)
+        pair._clock_ahead = 100.0
+        mine = [[1.0, 2.0, 1.0], [3.0, 4.0, 1.0], [5.0, 6.0, 0.0], [7.0, 8.0, 0.0]]
+        theirs = [[101.5, 102.5, 1.0], [104.5, 105.5, 1.0], [105.5, 105.6, 0.0], [109.0, 110.0, 1.0]]
+
+        judged = pair._judge(mine, theirs), pair._judge(mine, None)
+
+    assert judged[0] == Race(rounds=4, contested=2, both_won=2, nobody_won=1, supported=True)
+    assert judged[1] == Race(rounds=0, contested=0, both_won=0, nobody_won=0, supported=False)
 
 
 def race(both_won: int, contested: int = 20) -> dict[str, Race]:
