@@ -111,12 +111,14 @@ def judge(diagnosis: Diagnosis, *, wanted_peer: bool) -> Iterator[Finding]:
     if diagnosis.peer is not None:
         yield from _judge_peer(diagnosis, diagnosis.peer)
     elif wanted_peer:
+        nfs4 = diagnosis.profile.type == "nfs4"
         yield Finding(
             what="peer-missing",
             level="change",
             measured="no other doctor came to this meeting in time, or its signs were not seen here",
             rule="two nodes see each other's files on a shared volume",
-            remedy="start `kserve-pvc doctor DIR --peer NAME` on both nodes with one NAME, within the time limit, on the same directory",
+            remedy="start `kserve-pvc doctor DIR --peer NAME` on both nodes with one NAME, within the time limit, on the same directory"
+            + ("; give each node a host name of its own, or its NFS client an `nfs4_unique_id`" if nfs4 else ""),
         )
     elif diagnosis.locker == "flock" and diagnosis.profile.mount.is_network:
         yield Finding(
