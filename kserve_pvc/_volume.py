@@ -626,7 +626,12 @@ class Scratch:
         os.unlink(name, dir_fd=self.fd)
 
     def names(self) -> list[str]:
-        return os.listdir(self.fd)
+        # Opened anew: through a descriptor Btrfs lists what was there when it was opened.
+        fd = os.open(".", _DIRECTORY_FLAGS, dir_fd=self.fd)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
 
     def sync(self) -> None:
         os.fsync(self.fd)

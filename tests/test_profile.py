@@ -37,7 +37,7 @@ def fail(*_: object, **__: object) -> None:
     raise AssertionError("nobody should have asked")
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs", "tmpfs"])
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
 def test_a_local_file_system_does_all_of_it(kind):
     """
     On a real local file system everything is measured, all is as it should be, and nothing is left.
