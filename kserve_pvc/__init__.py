@@ -8,7 +8,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kserve_pvc._bundle import Exported
     from kserve_pvc._claims import LockInfo
+    from kserve_pvc._diagnosis import Diagnosis, Finding, Speed
+    from kserve_pvc._meeting import LockTest, PeerReport, Race
     from kserve_pvc._plan import Plan
+    from kserve_pvc._profile import Profile
     from kserve_pvc._record import FileEntry, Record
     from kserve_pvc._ref import ModelRef
     from kserve_pvc._settings import mode_from_annotations
@@ -58,18 +61,25 @@ else:
 # The module of every public name that is not an error.
 _HOMES = {
     "Backend": "_source",
+    "Diagnosis": "_diagnosis",
     "Exported": "_bundle",
     "FileEntry": "_record",
+    "Finding": "_diagnosis",
     "LockInfo": "_claims",
+    "LockTest": "_meeting",
     "Model": "_store",
     "ModelRef": "_ref",
     "ModelStore": "_store",
+    "PeerReport": "_meeting",
     "Plan": "_plan",
     "Problem": "_verify",
+    "Profile": "_profile",
+    "Race": "_meeting",
     "RangeReader": "_source",
     "Record": "_record",
     "RemoteFile": "_source",
     "Resolved": "_source",
+    "Speed": "_diagnosis",
     "Verification": "_verify",
     "Warmed": "_warm",
     "mode_from_annotations": "_settings",
@@ -78,13 +88,16 @@ _HOMES = {
 __all__ = [
     "Backend",
     "DamagedRecordError",
+    "Diagnosis",
     "DigestMismatchError",
     "Exported",
     "FileEntry",
+    "Finding",
     "InsufficientSpaceError",
     "InvalidURIError",
     "LockInfo",
     "LockServiceError",
+    "LockTest",
     "LockTimeoutError",
     "LockerMismatchError",
     "Model",
@@ -92,9 +105,12 @@ __all__ = [
     "ModelNotFoundError",
     "ModelRef",
     "ModelStore",
+    "PeerReport",
     "Plan",
     "PolicyError",
     "Problem",
+    "Profile",
+    "Race",
     "RangeReader",
     "ReadOnlyStoreError",
     "Record",
@@ -105,6 +121,7 @@ __all__ = [
     "SourceDeniedError",
     "SourceNotFoundError",
     "SourceUnavailableError",
+    "Speed",
     "StoreError",
     "StoreFormatError",
     "StoreRootError",

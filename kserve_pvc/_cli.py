@@ -26,7 +26,7 @@ from kserve_pvc import __version__
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._ref import parse_ref, redact
 from kserve_pvc._settings import read_settings
-from kserve_pvc._store import Model, ModelStore
+from kserve_pvc._store import Model, ModelStore, _this_process
 from kserve_pvc.errors import SettingsError, StoreError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that does.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Verbs that write are the wish to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm")
-_STORELESS = ("initialize", "kserve", "webhook")
+_STORELESS = ("doctor", "initialize", "kserve", "webhook")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -392,6 +392,30 @@ def _age(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from kserve_pvc._diagnosis_text import tell
+    from kserve_pvc._doctor import diagnose
+
+    settings = read_settings()
+    if not arguments.timeout >= 0:
+        raise SettingsError("--timeout", str(arguments.timeout), "write a number of seconds, 0 or more")
+    if arguments.peer is not None and not arguments.quiet:
+        _say(f"waiting up to {arguments.timeout:.0f} s for `kserve-pvc doctor DIR --peer {printable(arguments.peer)}` on another node")
+    diagnosis = diagnose(
+        arguments.directory or arguments.store or settings.store,
+        writes=settings.mode != "r",
+        holder=_this_process(),
+        peer=arguments.peer,
+        timeout=arguments.timeout,
+    )
+    if arguments.json:
+        _print_json({**attrs.asdict(diagnosis), "kind": diagnosis.profile.kind, "ok": diagnosis.ok})
+    else:
+        for line in tell(diagnosis):
+            print(line)
+    return 0 if diagnosis.ok else 1
+
+
 def _kserve_patch(arguments: argparse.Namespace) -> int:
     from kserve_pvc.kserve._patch import Sharing, patch
 
@@ -610,6 +634,12 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=defaults.TIMEOUT, metavar="SECONDS", help="wait that long for another downloader")
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", nargs="?", help="what to examine, a store or not (else the store)")
+    parser.add_argument("--peer", metavar="NAME", help="test a second node too, on which the same is started with the same name")
+    parser.add_argument("--timeout", type=float, default=defaults.DOCTOR_TIMEOUT, metavar="SECONDS", help="wait that long for it")
+
+
 def _add_kserve(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     text = "print an InferenceService that downloads into a claim; standard input and output may be a ResourceList"
@@ -677,6 +707,7 @@ _VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser
     "export": (_export, _add_export, "write a model as one file, to import it where there is no network"),
     "import": (_import, _add_import, "take over a model from a file that `export` wrote, and print its directory"),
     "locks": (_locks, _add_locks, "show who is downloading"),
+    "doctor": (_doctor, _add_doctor, "say what a volume is and can do, and what should be changed"),
     "initialize": (_initialize, _add_initialize, "fill directories as KServe's storage initializer does"),
     "kserve": (_kserve_patch, _add_kserve, "share a claim between the replicas of an InferenceService"),
     "webhook": (_webhook, _add_webhook, "give pods the claims that a policy grants, as an admission webhook"),

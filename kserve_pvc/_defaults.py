@@ -19,3 +19,6 @@ RETRY_SECONDS = 300.0
 
 # How long what was thrown away stays intact for readers who hold it open without a lease.
 TRASH_SECONDS = 300.0
+
+# Seconds that a doctor waits for the one on the other node.
+DOCTOR_TIMEOUT = 60.0

@@ -27,6 +27,7 @@ from kserve_pvc._log import LogView, read_log_of
 from kserve_pvc._log_writer import LogWriter, generations
 from kserve_pvc._pace import Tuning
 from kserve_pvc._procedures import Publish, append, collect_garbage, collect_unnamed, drive
+from kserve_pvc._profile import check_names
 from kserve_pvc._record import Beat, Claim, FileEntry, Holder, LogEntry, Manifest, PartNote, StoreSettings, encode, now
 from kserve_pvc._ref import ModelRef
 from kserve_pvc._reuse import Found, find_donors, shared_bytes
@@ -366,6 +367,7 @@ class Download:
         yield self._resolved.files
 
     def _start(self, resolved: Resolved, donors: Mapping[PurePosixPath, Sequence[Found]]) -> None:
+        check_names(self._writer, (file.entry.path for file in resolved.files))
         shared = 0
         if self._tuning.digest != "none":  # Without digests nothing can prove itself, so nothing is shared.
             shared = shared_bytes(donors, resolved)

@@ -18,6 +18,7 @@ STAGING = META / "staging"
 TRASH = META / "trash"
 LEASES = META / "leases"
 MANIFESTS = META / "manifests"
+DOCTOR = META / "doctor"
 NAMES = PurePosixPath("names")
 
 _LOG_NAME = re.compile(r"([0-9]{12})\.(commit|restore|tombstone)")

@@ -23,7 +23,7 @@ from kserve_pvc._codec import KEY, MAX_RECORD_BYTES
 from kserve_pvc._entry import MAX_LEASE_SECONDS, MIN_LEASE_SECONDS, LogEntry, StoreSettings, decode_settings, encode_settings, now
 from kserve_pvc._log import LogView, read_log, read_log_of, read_manifest
 from kserve_pvc._ref import ModelRef, Patterns, parse_ref
-from kserve_pvc._volume import Volume, VolumeWriter, mount_of
+from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import (
     DamagedRecordError,
     LockerMismatchError,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from kserve_pvc._bundle import Exported
     from kserve_pvc._claims import LockInfo
+    from kserve_pvc._diagnosis import Diagnosis
     from kserve_pvc._download import Outcome
     from kserve_pvc._events import Listener
     from kserve_pvc._plan import Plan
@@ -54,10 +55,8 @@ if TYPE_CHECKING:
     from kserve_pvc._verify import Level, Verification
     from kserve_pvc._warm import Item, Listen, Warmed
 
-LOCAL_LEASE_SECONDS = 30.0
 # What is understood without the module that understands all of them.
 _PLAIN_LOCKERS = ("lease", "flock")
-NETWORK_LEASE_SECONDS = 60.0
 
 Status = Literal["present", "downloaded", "waited"]
 
@@ -174,7 +173,7 @@ class ModelStore:
             is read when a source would be asked.
 
     Raises:
-        StoreRootError: The root is missing or no directory.
+        StoreRootError: The root is missing or no directory, or a store is to be created on a volume that cannot hold one.
         ReadOnlyStoreError: Read-write was asked for and the volume refuses.
         StoreFormatError: The store was made by a newer version, or its settings are damaged.
         LockerMismatchError: The store was created with other settings.
@@ -776,6 +775,24 @@ class ModelStore:
                     yield model
                     return
 
+    def doctor(self, *, peer: str | None = None, timeout: float = defaults.DOCTOR_TIMEOUT) -> Diagnosis:
+        """
+        Examine the volume: what it is and can do, how fast it is, what should be changed. A read-only store only looks.
+
+        Args:
+            peer: A name, under which a doctor on another node is waited for that is given the same: `store.doctor(peer="a")`
+                there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
+            timeout: Seconds to wait for it.
+
+        Raises:
+            ReadOnlyStoreError: A peer was asked for, and the store may only be read.
+            SettingsError: The name or the time means nothing.
+        """
+        from kserve_pvc._doctor import diagnose
+
+        _check_timeout(timeout)
+        return diagnose(self.root, writes=self._writer is not None, holder=_this_process(), peer=peer, timeout=timeout)
+
     def locks(self) -> Sequence[LockInfo]:
         """
         Every claim that has not been given back, by key. Changes nothing.
@@ -952,13 +969,9 @@ def _read_store_settings(volume: Volume) -> StoreSettings | None:
 
 
 def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
-    default = NETWORK_LEASE_SECONDS if mount_of(writer.root).is_network else LOCAL_LEASE_SECONDS
-    chosen = "lease"
-    if locker is not None:
-        from kserve_pvc.locks.choice import parse_locker, settled
+# What is understood without the module that understands all of them.
+_PLAIN_LOCKERS = ("lease", "flock")
 
-        chosen = str(settled(parse_locker(locker), os.environ))
-    settings = StoreSettings(store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now())
     private = layout.staging_dir(f"create-{settings.store_id}")
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
     writer.throw_away(private)

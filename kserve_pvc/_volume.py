@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from kserve_pvc._layout import LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
+from kserve_pvc._layout import DOCTOR, LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
 from kserve_pvc.errors import (
     InsufficientSpaceError,
     ReadOnlyStoreError,
@@ -49,6 +49,7 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OCTAL = re.compile(r"\\([0-7]{3})")
 # Where `syncfs` reaches the medium and reports what failed on the way.
 _LOCAL_TYPES = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"}
+_NO_REPLACE = 1  # RENAME_NOREPLACE
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a file is as long as what was written to it.
 _COPY_BYTES = 1 << 30
 _PIECE_BYTES = 1024 * 1024
@@ -588,16 +589,84 @@ class VolumeWriter(Volume):
 
     def delete_trash(self, place: PurePosixPath) -> None:
         """
-        Delete a tree in the trash, following no link and tolerating others who delete it too.
+        Delete a tree in the trash or of a doctor, following no link and tolerating others who delete it too.
         """
-        if place.parent != TRASH:
-            raise UnsafePathError(str(place), "only the trash is ever deleted")
+        if place.parent not in (TRASH, DOCTOR):
+            raise UnsafePathError(str(place), "only the trash is ever deleted, and what a doctor made")
         with self._translated("deleting", place):
             try:
                 with self._parent(place) as parent:
                     delete_tree(parent, place.name)
             except FileNotFoundError:
                 return
+
+    @contextmanager
+    def scratch(self, place: PurePosixPath) -> Iterator[Scratch]:
+        """
+        Open a directory in which is tried out what the volume can do, making it if need be; `delete_trash` takes it away.
+        """
+        if not {TRASH, DOCTOR} & set(place.parents):
+            raise UnsafePathError(str(place), "what a volume can do is tried out in the trash or by a doctor, and nowhere else")
+        with self._translated("trying out the volume", place):
+            fd = self._ensure_directory(place)
+            try:
+                yield Scratch(fd, self._file_mode)
+            finally:
+                os.close(fd)
+
+
+class Scratch:
+    """
+    One directory, open, for trying out single calls. They answer as the volume does, with a bare `OSError`.
+    """
+
+    def __init__(self, fd: int, file_mode: int) -> None:
+        self.fd = fd
+        self._file_mode = file_mode
+
+    def make_directory(self, name: str) -> None:
+        os.mkdir(name, 0o700, dir_fd=self.fd)
+
+    def create(self, name: str) -> int:
+        """Make a new file and return its descriptor, open for reading and writing."""
+        return os.open(name, _CREATE_FLAGS, self._file_mode, dir_fd=self.fd)
+
+    def write(self, name: str, data: bytes) -> None:
+        fd = self.create(name)
+        try:
+            write_all(fd, data, 0)
+        finally:
+            os.close(fd)
+
+    def open(self, name: str, flags: int = 0) -> int:
+        return os.open(name, _READ_FLAGS | flags, dir_fd=self.fd)
+
+    def open_shared(self, name: str) -> int:
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode, dir_fd=self.fd)
+
+    def link(self, name: str, new: str) -> None:
+        os.link(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+
+    def replace(self, name: str, new: str) -> None:
+        os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def move(self, name: str, new: str) -> None:
+        """Rename where nothing is replaced: `renameat2` with RENAME_NOREPLACE."""
+        _rename_no_replace(self.fd, name, new)
+
+    def remove(self, name: str) -> None:
+        os.unlink(name, dir_fd=self.fd)
+
+    def names(self) -> list[str]:
+        # Opened anew: through a descriptor Btrfs lists what was there when it was opened.
+        fd = os.open(".", _DIRECTORY_FLAGS, dir_fd=self.fd)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
+
+    def sync(self) -> None:
+        os.fsync(self.fd)
 
 
 class Tree:
@@ -779,6 +848,17 @@ def _call(name: str, *arguments: int) -> None:
     if function(arguments[0], *map(ctypes.c_int64, arguments[1:])) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def _rename_no_replace(directory: int, name: str, new: str) -> None:
+    if not _has("renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    import ctypes
+
+    function = ctypes.CDLL(None, use_errno=True).renameat2
+    if function(directory, os.fsencode(name), directory, os.fsencode(new), _NO_REPLACE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))  # As the class that belongs to the number, such as FileExistsError.
 
 
 def copy_range(source: int, target: int, start: int, stop: int) -> bool:

@@ -37,7 +37,23 @@ PURE = {
     "_unpack",
 }
 EDGE = {"_bundle", "_settings", "_volume", "_transfer", "_verify", "_progress", "locks", "backends"}
-TOP = {"_aliases", "_log", "_log_writer", "_warm", "_claims", "_download", "_plan", "_removal", "_reuse", "_store"}
+TOP = {
+    "_aliases",
+    "_diagnosis",
+    "_diagnosis_text",
+    "_doctor",
+    "_meeting",
+    "_profile",
+    "_log",
+    "_log_writer",
+    "_warm",
+    "_claims",
+    "_download",
+    "_plan",
+    "_removal",
+    "_reuse",
+    "_store",
+}
 DOORS = {"_cli", "__main__", "kserve"}
 # What others import: the package itself, and the suite for back ends.
 FRONT = {"__init__", "testing"}

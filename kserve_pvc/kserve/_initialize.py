@@ -23,10 +23,11 @@ import attrs
 
 from kserve_pvc import _layout as layout
 from kserve_pvc._aliases import settle_view
+from kserve_pvc._profile import NETWORK_LEASE_SECONDS
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef, parse_ref, redact
 from kserve_pvc._settings import pod_and_node
-from kserve_pvc._store import NETWORK_LEASE_SECONDS, Model, ModelStore
+from kserve_pvc._store import Model, ModelStore
 from kserve_pvc._volume import VolumeWriter
 from kserve_pvc.errors import (
     DigestMismatchError,

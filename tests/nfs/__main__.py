@@ -19,6 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MODULES = Path("/usr/lib/uml/modules")
 DISK_BYTES = 1024**3
+DOCTORS = "test_a_volume_of_the_users_is_examined_by_both_nodes"
 PROGRAMS = ("linux.uml", "rpc.nfsd", "mount.nfs", "rpcbind", "modprobe", "mkfs.ext4")
 
 
@@ -49,8 +50,8 @@ def _prepare(stage: Path, options: argparse.Namespace, arguments: list[str]) -> 
     with (stage / "disk").open("wb") as file:
         file.truncate(DISK_BYTES)
     subprocess.run(["mkfs.ext4", "-q", "-F", str(stage / "disk")], check=True)
-    test = HERE.parent / "test_real_volumes.py"
-    command = [sys.executable, "-Im", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", str(test), *arguments]
+    tests = [str(HERE.parent / name) for name in ("test_real_volumes.py", f"test_doctor.py::{DOCTORS}")]
+    command = [sys.executable, "-Im", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", *tests, *arguments]
     passed = {name: value for name, value in os.environ.items() if name.startswith("KSERVE_PVC_TEST_")}
     exported = {"TMPDIR": "/run/tmp", "KSERVE_PVC_TEST_MOUNTS": "/mnt/node-0:/mnt/node-1", **passed}
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exported.items()]

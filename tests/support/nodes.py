@@ -14,7 +14,8 @@ import actors
 import attrs
 from auditor import hash_tree
 
-from kserve_pvc import ModelStore, StoreError
+from kserve_pvc import Diagnosis, ModelStore, StoreError
+from kserve_pvc._doctor import diagnose
 from kserve_pvc.locks import liveness
 
 
@@ -80,3 +81,36 @@ def all_at_once(act: Callable[..., None], roots: Sequence[Path], uri: str, argum
     if failures:
         raise AssertionError("; ".join(failures))
     return outcomes
+
+
+def examine(root: str, meeting: str | None, results: Any, clock_ahead: float = 0.0) -> None:
+    """
+    Let a doctor examine a directory, alone or with another one, and put its diagnosis into the queue.
+
+    No other clock can be set for one process only, so `clock_ahead` is added to what Python says the time is.
+    """
+    real = time.time
+    time.time = lambda: real() + clock_ahead
+    try:
+        found: Any = diagnose(root, writes=True, holder=liveness.here(), peer=meeting, timeout=30, sample_bytes=4 * 1024 * 1024)
+    except (StoreError, OSError) as error:
+        found = f"{type(error).__name__}: {error}"
+    results.put(found)
+    results.close()
+    results.join_thread()
+
+
+def examine_together(roots: Sequence[Path], **arguments: float) -> Sequence[Diagnosis]:
+    """
+    Let two doctors meet, the second with these arguments, and return what each has found.
+    """
+    queues = [actors.context().Queue() for _ in roots]
+    second = (arguments.get("clock_ahead", 0.0),)
+    more: Sequence[tuple[float, ...]] = [(), second]
+    processes = [actors.start(examine, str(root), "here", queue, *rest) for root, queue, rest in zip(roots, queues, more, strict=True)]
+    found = [queue.get(timeout=120) for queue in queues]
+    actors.run_all(processes)
+    failures = [what for what in found if isinstance(what, str)]
+    if failures:
+        raise AssertionError("; ".join(failures))
+    return found
