@@ -296,9 +296,8 @@ def test_services_choose_a_container_that_takes_their_uri():
     """
     The ClusterStorageContainer that a service names is one of init containers and takes its source; the cache has one as well.
     """
-    found = {
-        manifest["metadata"]["name"]: manifest["spec"] for _, manifest in everything() if manifest["kind"] == "ClusterStorageContainer"
-    }
+    manifests = [manifest for _, manifest in everything() if manifest["kind"] == "ClusterStorageContainer"]
+    found = {manifest["metadata"]["name"]: manifest["spec"] for manifest in manifests}
 
     def takes(spec, uri):
         return any(
