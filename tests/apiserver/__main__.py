@@ -7,6 +7,7 @@ install packages; then it lies in the user's cache, or where KSERVE_PVC_TEST_API
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +28,8 @@ import yaml
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent
 TOKEN = "token-of-the-tests"
+# Where the lockers' tests keep their Leases.
+NAMESPACE = "models"
 SECONDS_TO_START = 120
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kserve-pvc-tests"
 
@@ -68,6 +70,7 @@ def _cluster(place: Path, etcd: str, server: Path) -> Iterator[Path]:
     with _running(store, place / "etcd.log"), _running(_command(place, server, data, secure), place / "apiserver.log") as process:
         config = _kubeconfig(place, f"https://127.0.0.1:{secure}")
         _wait(process, f"https://127.0.0.1:{secure}", place)
+        _ask(place, f"https://127.0.0.1:{secure}/api/v1/namespaces", json.dumps({"metadata": {"name": NAMESPACE}}).encode())
         yield config
 
 
@@ -118,7 +121,7 @@ def _kubeconfig(place: Path, url: str) -> Path:
 
 def _wait(process: subprocess.Popen[bytes], url: str, place: Path) -> None:
     began = time.monotonic()
-    while not _is_ready(url, place / "ca.crt"):
+    while not _is_ready(url, place):
         if process.poll() is not None or time.monotonic() - began > SECONDS_TO_START:
             sys.stderr.write((place / "apiserver.log").read_text(errors="replace")[-4000:])
             raise SystemExit("kube-apiserver does not become ready")
@@ -126,13 +129,18 @@ def _wait(process: subprocess.Popen[bytes], url: str, place: Path) -> None:
     print(f"kube-apiserver is ready after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
 
-def _is_ready(url: str, authority: Path) -> bool:
-    request = urllib.request.Request(f"{url}/readyz", headers={"Authorization": f"Bearer {TOKEN}"})
+def _is_ready(url: str, place: Path) -> bool:
     try:
-        with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=authority), timeout=5) as answer:
-            return bool(answer.read() == b"ok")
-    except (urllib.error.URLError, OSError):
+        return _ask(place, f"{url}/readyz") == b"ok"
+    except OSError:
         return False
+
+
+def _ask(place: Path, url: str, document: bytes | None = None) -> bytes:
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=document, headers=headers)
+    with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=place / "ca.crt"), timeout=5) as answer:
+        return bytes(answer.read())
 
 
 @contextmanager
