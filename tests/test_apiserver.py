@@ -455,3 +455,24 @@ def test_the_server_refuses_what_our_definitions_forbid(cluster):
     ]
 
     assert [(status, answer["reason"]) for status, answer in answers] == [(422, "Invalid")] * 2
+
+
+def test_the_role_lets_the_job_keep_leases_and_nothing_else(cluster):
+    """
+    Asked as the Job's service account, the server lets it do with Leases what the locker does, and neither delete nor list them.
+    """
+    authorization = "/apis/rbac.authorization.k8s.io/v1/namespaces/research"
+    for manifest in yaml.safe_load_all((deployables.PLACE / "leases/role.yaml").read_text()):
+        for subject in manifest.get("subjects", ()):
+            subject["namespace"] = "research"
+        cluster.make(f"{authorization}/{manifest['kind'].lower()}s", manifest)
+
+    def may(verb, group="coordination.k8s.io", resource="leases", namespace="research"):
+        asked = {"verb": verb, "group": group, "resource": resource, "namespace": namespace}
+        user = {"user": "system:serviceaccount:research:kserve-pvc-warm", "resourceAttributes": asked}
+        return cluster.call("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", {"spec": user})[1]["status"]["allowed"]
+
+    until(lambda: may("create"))
+    assert [may(verb) for verb in ("get", "create", "update", "delete", "list")] == [True, True, True, False, False]
+    assert not may("get", group="", resource="secrets")
+    assert not may("get", namespace="production")

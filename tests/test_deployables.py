@@ -236,6 +236,33 @@ def test_a_volume_for_many_nodes(name, built):
     assert volumes["catalogue"]["configMap"]["name"] == config["metadata"]["name"]
 
 
+def test_the_job_gets_what_leases_ask_for_with_the_component(kubectl, tmp_path):
+    """
+    A store whose locker is Kubernetes has a Job with a token, a Role for Leases and nothing else, and a binding of the two.
+    """
+    validate = pytest.importorskip("kubernetes_validate")
+    place = tmp_path / "kserve"
+    shutil.copytree(deployables.PLACE, place)
+    (place / "mine").mkdir()
+    kustomization = {"namespace": "mine", "resources": ["../store"], "components": ["../leases"]}
+    (place / "mine/kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+
+    manifests = deployables.build(kubectl, place / "mine")
+
+    for manifest in manifests:
+        validate.validate(manifest, KUBERNETES[-1], strict=True)
+    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    spec = by_kind["Job"]["spec"]["template"]["spec"]
+    assert spec["automountServiceAccountToken"] is True
+    assert {"name": "KSERVE_PVC_LOCKER", "value": "kubernetes"} in spec["containers"][0]["env"]
+    assert by_kind["Role"]["rules"] == [
+        {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]}
+    ]
+    [subject] = by_kind["RoleBinding"]["subjects"]
+    assert (subject["name"], subject["namespace"]) == (spec["serviceAccountName"], "mine")
+    assert by_kind["RoleBinding"]["roleRef"]["name"] == by_kind["Role"]["metadata"]["name"]
+
+
 def test_the_catalogue_is_one_that_warm_reads():
     """
     Each line of the Job's list is a model.

@@ -28,9 +28,9 @@ Manifest = dict[str, Any]
 
 def kustomizations() -> list[Path]:
     """
-    Every directory that can be given to `kubectl apply -k`.
+    Every directory that can be given to `kubectl apply -k`, which a component alone cannot.
     """
-    return sorted(path.parent for path in PLACE.rglob("kustomization.yaml"))
+    return sorted(path.parent for path in PLACE.rglob("kustomization.yaml") if "kind: Component" not in path.read_text())
 
 
 def find_kubectl(place: Path) -> Path | None:
