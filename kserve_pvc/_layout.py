@@ -18,6 +18,7 @@ STAGING = META / "staging"
 TRASH = META / "trash"
 LEASES = META / "leases"
 MANIFESTS = META / "manifests"
+NAMES = PurePosixPath("names")
 
 _LOG_NAME = re.compile(r"([0-9]{12})\.(commit|restore|tombstone)")
 # What fits into the twelve digits of a name.
@@ -42,6 +43,17 @@ def log_dir(key: str) -> PurePosixPath:
 @lru_cache(maxsize=256)
 def record_file(key: str, name: str) -> PurePosixPath:
     return log_dir(key) / name
+
+
+def view_link(key: str) -> PurePosixPath:
+    """
+    Where KServe looks for a model in a volume: `models/` and the first 16 hex digits of the SHA-256 of its URI.
+    """
+    return MODELS / key.rpartition("-")[2]
+
+
+def name_link(name: str) -> PurePosixPath:
+    return NAMES / name
 
 
 def slot_dir(key: str) -> PurePosixPath:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
 from kserve_pvc._amounts import amount, count
-from kserve_pvc._events import Adopted, Event, Finished, Listener, Received, Retried, Started, TookOver, Waiting
+from kserve_pvc._events import Adopted, Event, Finished, Listener, Received, Retried, Started, TookOver, Unlocked, Waiting
 from kserve_pvc.errors import printable
 
 LINE_SECONDS = 10.0
@@ -142,7 +142,7 @@ class _Bars:
                 bar = self._show(_named(event, f"waiting for {printable(event.holder)}", self._names_model), event.bytes_total)
                 bar.n = event.bytes_done
                 bar.refresh()
-            case TookOver() | Retried():
+            case TookOver() | Unlocked() | Retried():
                 self._show("", 0).write(_named(event, describe(event), self._names_model), file=self._stream)
             case _:
                 self.close()
@@ -230,6 +230,8 @@ def describe(event: Event) -> str:
             )
         case TookOver():
             return f"taking over {printable(event.ref)} from {printable(event.holder)}: {event.reason}"
+        case Unlocked():
+            return f"the locker {printable(event.locker)} cannot be had now; who downloads {printable(event.ref)} is decided on the volume"
         case Retried():
             return f"asking again in {event.delay:.1f} s: {printable(event.reason)}"
         case Adopted():

@@ -60,8 +60,10 @@ class Looked:
 
 @attrs.frozen(kw_only=True)
 class Locked:
+    """`granted` is None where no lock is to be had."""
+
     now: float
-    granted: bool
+    granted: bool | None
 
 
 @attrs.frozen(kw_only=True)
@@ -227,17 +229,29 @@ def _looked(state: State, event: Looked) -> Step:
     state = _observe(state, event)
     if state.rules.lock_decides:
         return state, (TryLock(),)
-    reason = _why_free(state, event)
+    reason = _why_free(state, event.now)
     return _wait(state, event.now) if reason is None else _claim(state, reason)
 
 
 def _locked(state: State, event: Locked) -> Step:
+    reason = _why_locked_is_free(state, event.granted)
+    return _wait(state, event.now) if reason is None else _claim(state, reason)
+
+
+def _why_locked_is_free(state: State, granted: bool | None) -> str | None:
+    if granted is None:  # Where there is no lock the claims are the lock.
+        return _why_free(state, state.looked)
     claim = state.claim
     is_free = claim is None or claim.released or claim.dead
+    if granted and is_free:
+        return "its lock is free"
     # Where locks do nothing every try is granted. A holder that beats is alive all the same, and beats six times a lease.
-    if event.granted and (is_free or state.looked - state.idle_since >= state.rules.lease_seconds / 3):
-        return _claim(state, "its lock is free")
-    return _wait(state, event.now)
+    # And a lock may stay with one who has let go of the claim, or was made to.
+    is_silent = state.looked - state.idle_since >= state.rules.lease_seconds / 3
+    if is_silent and claim is not None and (granted or is_free):
+        return "its lock is free" if granted else _why_free(state, state.looked)
+    # A lock says who is next among those who live. Who holds it and shows no sign of life is not waited for.
+    return _why_dead(state, state.looked)
 
 
 def _rechecked(state: State, event: Looked) -> Step:
@@ -251,24 +265,28 @@ def _rechecked(state: State, event: Looked) -> Step:
 
 def _observe(state: State, event: Looked) -> State:
     started = event.now if state.started is None else state.started
-    if state.claim is None or event.claim is None or _signature(event.claim) != _signature(state.claim):
+    if state.started is None or _signature(event.claim) != _signature(state.claim):
         return attrs.evolve(state, started=started, claim=event.claim, idle_since=event.now, looked=event.now)
     return attrs.evolve(state, started=started, looked=event.now)
 
 
-def _signature(claim: ClaimSeen) -> tuple[int, bytes]:
-    return claim.epoch, claim.sign_of_life
+def _signature(claim: ClaimSeen | None) -> tuple[int, bytes] | None:
+    return None if claim is None else (claim.epoch, claim.sign_of_life)
 
 
-def _why_free(state: State, event: Looked) -> str | None:
-    claim = event.claim
+def _why_free(state: State, now: float) -> str | None:
+    claim = state.claim
     if claim is None:
         return "nobody has claimed it"
     if claim.released:
         return "its holder has let go"
     if claim.dead:
         return "its process no longer exists"
-    if event.now - state.idle_since >= state.rules.lease_seconds:
+    return _why_dead(state, now)
+
+
+def _why_dead(state: State, now: float) -> str | None:
+    if now - state.idle_since >= state.rules.lease_seconds:
         return f"no sign of life for {state.rules.lease_seconds:g} s"
     return None
 
@@ -281,7 +299,8 @@ def _claim(state: State, reason: str) -> Step:
 def _wait(state: State, now: float) -> Step:
     waited = state.waited_for(now)
     if waited >= state.rules.timeout:
-        return state, (GiveUp(reason="timeout", waited=waited, idle=now - state.idle_since),)
+        idle = 0.0 if state.claim is None else now - state.idle_since
+        return state, (GiveUp(reason="timeout", waited=waited, idle=idle),)
     # A twentieth of the time waited so far: the last waiter is ready within 5 % of the download it waited for. Not less
     # than a twentieth of a second: looking takes the processor from a downloader on the same node.
     pause = min(max(_SHORTEST_PAUSE, waited / 20), _LONGEST_PAUSE, state.rules.lease_seconds / 4)

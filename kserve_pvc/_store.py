@@ -35,7 +35,6 @@ from kserve_pvc.errors import (
     StoreFormatError,
     UnsafePathError,
 )
-from kserve_pvc.locks import LOCKERS
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks or
 # talks to a source is imported by the method that does it.
@@ -56,6 +55,8 @@ if TYPE_CHECKING:
     from kserve_pvc._warm import Item, Listen, Warmed
 
 LOCAL_LEASE_SECONDS = 30.0
+# What is understood without the module that understands all of them.
+_PLAIN_LOCKERS = ("lease", "flock")
 NETWORK_LEASE_SECONDS = 60.0
 
 Status = Literal["present", "downloaded", "waited"]
@@ -150,7 +151,15 @@ class ModelStore:
     Args:
         root: An existing directory, usually where the volume is mounted.
         mode: `"r"` never writes one byte to the volume; `"rw"` may download and remove.
-        locker: `"lease"` (default) or `"flock"`. Counts when the store is created, and is read from it ever after.
+        locker: Who says which process downloads. Counts when the store is created, and is read from it ever after; who wants
+            another one is refused. No locker carries safety.
+
+            - `"lease"` (default): claims on the volume, which need `mkdir` to exclude.
+            - `"flock"`: a file lock, which must reach all nodes. On NFS it needs a file opened for writing, which it is; on a
+              SeaweedFS mount with `-dlm` one opened for reading, which it is not, so choose another one there.
+            - `"redis://HOST:PORT/DB"` (or `rediss://`; extra `redis`): portalocker's `RedisLock`, which lets a holder that
+              stood still for a second be taken over. To be said by every process that downloads.
+            - `"kubernetes"` or `"kubernetes://NAMESPACE"` (extra `kubernetes`): Leases, as client-go's leader election.
         lease_seconds: After how long without a sign of life a downloader is taken over. Counts when the store is
             created; default 30 on local and 60 on network file systems.
         backends: Factories by URI scheme, preferred to installed ones.
@@ -170,6 +179,7 @@ class ModelStore:
         StoreFormatError: The store was made by a newer version, or its settings are damaged.
         LockerMismatchError: The store was created with other settings.
         SettingsError: An argument means nothing.
+        LockServiceError: (by what downloads) the service that keeps the locks refuses this process.
 
     What is not guaranteed: that a model stays while nobody holds it with `open`, and that two stores on two roots
     share anything. Threads and processes may share a store freely; after a fork the child may go on using it.
@@ -201,6 +211,7 @@ class ModelStore:
             self._settings = self._settings or _create_store(self._writer, locker, lease_seconds)
             # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
             _check_agreement(self._volume, self._settings, locker, lease_seconds)
+        self._locker = locker
         self._offline = offline
         self._factories = dict(backends or {})
         self._options = dict(storage_options or {})
@@ -359,12 +370,15 @@ class ModelStore:
         listen: Listen,
         source: Backend | None = None,
     ) -> Outcome:
+        from kserve_pvc._aliases import settle_view_quietly
         from kserve_pvc._download import Download, Wish
         from kserve_pvc._events import Finished
         from kserve_pvc._pace import Tuning
         from kserve_pvc.backends import check_scheme
+        from kserve_pvc.locks.choice import check_confirmed
 
         assert self._settings is not None  # A read-write store has created them.
+        check_confirmed(self._settings.locker, self._locker)
         if source is None:
             check_scheme(self._service(ref), self._factories)
         # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
@@ -383,6 +397,8 @@ class ModelStore:
                 tuning=Tuning(max_workers=max_workers, **tuning),
             )
             outcome = download.run()
+            if outcome.status == "downloaded":
+                settle_view_quietly(writer, ref.key)
             listener(Finished(ref=str(ref), status=outcome.status))
         return outcome
 
@@ -593,11 +609,63 @@ class ModelStore:
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
+        from kserve_pvc._aliases import settle_view_quietly
         from kserve_pvc._removal import Removal
 
         assert self._settings is not None  # A read-write store has created them.
-        if not Removal(self._writer, self._settings, ref, _this_process()).run(trash_seconds):
-            raise self._absent(ref, self._look(ref))
+        try:
+            if not Removal(self._writer, self._settings, ref, _this_process()).run(trash_seconds):
+                raise self._absent(ref, self._look(ref))
+        finally:
+            settle_view_quietly(self._writer, ref.key)
+
+    def alias(
+        self, name: str, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+    ) -> None:
+        """
+        Give a model that is present a name under which a pod can mount it: `names/<name>` in the volume.
+
+        The name follows the model: a newer version is mounted under it by containers that start later, and never changes
+        under one that runs. It is decoration, which the store never consults. It stays when the model is removed, and leads
+        nowhere until the model is there again.
+
+        Raises:
+            ModelNotFoundError: The model is absent.
+            UnsafePathError: It is no name of 1 to 63 letters, digits, `-`, `_` and `.`.
+            VolumeError: Something that is no link has that name, or the volume has no symbolic links.
+            ReadOnlyStoreError: The store may only be read.
+        """
+        from kserve_pvc._aliases import check_alias, point_alias
+
+        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        check_alias(name)
+        if self._writer is None:
+            raise ReadOnlyStoreError(str(self.root), f"name `{ref}`", _HOW_TO_WRITE)
+        model = self.get(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        point_alias(self._writer, name, model.key)
+
+    def drop_alias(self, name: str) -> None:
+        """
+        Take a name away, if it is there. The model stays.
+
+        Raises:
+            UnsafePathError: It is no name that an alias can have.
+            ReadOnlyStoreError: The store may only be read.
+        """
+        from kserve_pvc._aliases import check_alias, drop_alias
+
+        check_alias(name)
+        if self._writer is None:
+            raise ReadOnlyStoreError(str(self.root), f"drop the name `{name}`", _HOW_TO_WRITE)
+        drop_alias(self._writer, name)
+
+    def aliases(self) -> Mapping[str, str]:
+        """
+        Every name, with the key of its model, whether that is present or not. Links that lead elsewhere are left out.
+        """
+        from kserve_pvc._aliases import read_aliases
+
+        return read_aliases(self._volume)
 
     def export(
         self,
@@ -857,8 +925,10 @@ def _this_process() -> Holder:
 def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None) -> None:
     if mode not in ("r", "rw"):
         raise SettingsError("mode", str(mode), 'write "r" or "rw"')
-    if locker is not None and locker not in LOCKERS:
-        raise SettingsError("locker", str(locker), f"choose one of {', '.join(LOCKERS)}")
+    if locker is not None:
+        from kserve_pvc.locks.choice import parse_locker
+
+        parse_locker(locker)
     if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
         raise SettingsError("lease_seconds", str(lease_seconds), f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds")
 
@@ -883,9 +953,12 @@ def _read_store_settings(volume: Volume) -> StoreSettings | None:
 
 def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
     default = NETWORK_LEASE_SECONDS if mount_of(writer.root).is_network else LOCAL_LEASE_SECONDS
-    settings = StoreSettings(
-        store_id=os.urandom(16).hex(), locker=locker or LOCKERS[0], lease_seconds=lease_seconds or default, created_at=now()
-    )
+    chosen = "lease"
+    if locker is not None:
+        from kserve_pvc.locks.choice import parse_locker, settled
+
+        chosen = str(settled(parse_locker(locker), os.environ))
+    settings = StoreSettings(store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now())
     private = layout.staging_dir(f"create-{settings.store_id}")
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
     writer.throw_away(private)
@@ -894,9 +967,18 @@ def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float
 
 
 def _check_agreement(volume: Volume, settings: StoreSettings, locker: str | None, lease_seconds: float | None) -> None:
-    if settings.locker not in LOCKERS:
-        raise StoreFormatError(str(layout.SETTINGS), f"this version does not have the locker `{settings.locker}`; upgrade kserve_pvc")
-    if locker is not None and locker != settings.locker:
-        raise LockerMismatchError(str(volume.root), "locker", settings.locker, locker)
+    if settings.locker not in _PLAIN_LOCKERS or locker not in (None, settings.locker):
+        _check_same_locker(volume, settings.locker, locker)
     if lease_seconds is not None and lease_seconds != settings.lease_seconds:
         raise LockerMismatchError(str(volume.root), "lease_seconds", f"{settings.lease_seconds:g}", f"{lease_seconds:g}")
+
+
+def _check_same_locker(volume: Volume, stored: str, wanted: str | None) -> None:
+    from kserve_pvc.locks.choice import parse_locker
+
+    try:
+        choice = parse_locker(stored)
+    except SettingsError as error:
+        raise StoreFormatError(str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc") from error
+    if wanted is not None and not parse_locker(wanted).agrees_with(choice):
+        raise LockerMismatchError(str(volume.root), "locker", stored, wanted)

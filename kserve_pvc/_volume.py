@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from kserve_pvc._layout import LEASES, MANIFESTS, MODELS, STAGING, TRASH, is_claim
+from kserve_pvc._layout import LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
 from kserve_pvc.errors import (
     InsufficientSpaceError,
     ReadOnlyStoreError,
@@ -177,6 +177,14 @@ class Volume:
         if len(data) > limit:
             raise StoreFormatError(str(place), f"it is larger than {limit} bytes")
         return data
+
+    def link_target(self, place: PurePosixPath) -> str | None:
+        """
+        Where a symbolic link leads; None if there is something else, or nothing. It is read and never followed.
+        """
+        with suppress(OSError), self._parent(place) as parent:
+            return os.readlink(place.name, dir_fd=parent)
+        return None
 
     def names(self, place: PurePosixPath) -> list[str]:
         """
@@ -515,6 +523,30 @@ class VolumeWriter(Volume):
             finally:
                 os.close(fd)
 
+    def point(self, place: PurePosixPath, target: str) -> bool:
+        """
+        Let a symbolic link lead somewhere else, in one step.
+
+        Returns:
+            False if something that is no link stands there, or the volume has no links.
+        """
+        made = TRASH / f"{int(time.time()):012d}-{os.urandom(8).hex()}"  # Where it is found if this process dies here.
+        with self._translated("linking", place):
+            self.make_directory(TRASH)
+            self.make_directory(place.parent)
+            with self._parent(made) as source, self._parent(place) as directory:
+                if not _is_free_for_link(directory, place.name):
+                    return False
+                try:
+                    os.symlink(target, made.name, dir_fd=source)
+                except OSError as error:
+                    if error.errno in _UNSUPPORTED:
+                        return False
+                    raise
+                os.rename(made.name, place.name, src_dir_fd=source, dst_dir_fd=directory)
+                _sync_directory(directory)
+        return True
+
     def discard(self, place: PurePosixPath) -> PurePosixPath | None:
         """
         Move a tree into the trash, where it stays intact for readers who hold its files open.
@@ -522,7 +554,7 @@ class VolumeWriter(Volume):
         Returns:
             Its name in the trash, or None if there is no such tree.
         """
-        if not {MODELS, STAGING, MANIFESTS, LEASES} & set(place.parents) and not is_claim(place):
+        if not {MODELS, STAGING, MANIFESTS, LEASES, NAMES} & set(place.parents) and not is_claim(place):
             raise UnsafePathError(str(place), "only models and what belongs to one generation are ever thrown away")
         trashed = TRASH / f"{int(time.time()):012d}-{os.urandom(8).hex()}"
         with self._translated("moving to the trash", place):
@@ -542,31 +574,6 @@ class VolumeWriter(Volume):
         """
         if (trashed := self.discard(place)) is not None:
             self.delete_trash(trashed)
-
-    def alias(self, place: PurePosixPath, target: PurePosixPath) -> None:
-        """
-        Let a name of the store lead to one of its directories, by a relative link that takes the place of an earlier one
-        atomically. Who has the directory open or mounted that it led to keeps it.
-
-        Raises:
-            UnsafePathError: A directory with files, or a file, has this name.
-        """
-        link = os.path.relpath(self.absolute(target), self.absolute(place).parent)
-        private = STAGING / f"alias-{os.urandom(16).hex()}"
-        with self._translated("linking", place):
-            self.make_directory(place.parent)
-            self.make_directory(STAGING)
-            with self._parent(private) as source, self._parent(place) as parent:
-                if _read_link(parent, place.name) == link:
-                    return
-                _make_way(parent, place)
-                os.symlink(link, private.name, dir_fd=source)
-                try:
-                    os.rename(private.name, place.name, src_dir_fd=source, dst_dir_fd=parent)
-                except BaseException:
-                    os.unlink(private.name, dir_fd=source)
-                    raise
-                _sync_directory(parent)
 
     def empty_trash(self, older_than: float) -> None:
         """
@@ -798,6 +805,21 @@ def copy_range(source: int, target: int, start: int, stop: int) -> bool:
     return True
 
 
+def _is_free_for_link(directory: int, name: str) -> bool:
+    try:
+        mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):
+            os.rmdir(name, dir_fd=directory)  # The kubelet makes an empty one for a mount of what is missing.
+            return True
+        return stat.S_ISLNK(mode)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+
+
 def _sync_directory(fd: int) -> None:
     try:
         os.fsync(fd)
@@ -815,27 +837,6 @@ def _sync_below(fd: int) -> None:
             finally:
                 os.close(child)
     _sync_directory(fd)
-
-
-def _read_link(parent: int, name: str) -> str | None:
-    try:
-        return os.readlink(name, dir_fd=parent)
-    except OSError:
-        return None
-
-
-def _make_way(parent: int, place: PurePosixPath) -> None:
-    """Remove an empty directory, such as the kubelet makes for a mount of one that is missing; a link stays to be replaced."""
-    try:
-        found = os.stat(place.name, dir_fd=parent, follow_symlinks=False)
-        if stat.S_ISDIR(found.st_mode):
-            os.rmdir(place.name, dir_fd=parent)
-        elif not stat.S_ISLNK(found.st_mode):
-            raise UnsafePathError(str(place), "a file stands where a name of the store belongs; remove it")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UnsafePathError(str(place), "a directory with files stands where a name of the store belongs; empty it") from error
 
 
 def delete_tree(parent: int, name: str) -> None:

@@ -112,6 +112,23 @@ class LockerMismatchError(StoreError, ValueError):
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
+class LockServiceError(StoreError, ConnectionError):
+    """
+    The service that keeps the locks refuses this process, and will go on to.
+
+    A service that only does not answer is no error: the claims on the volume decide then.
+    """
+
+    exit_code: ClassVar[int] = 1
+    service: str
+    reason: str
+    remedy: str
+
+    def _message(self) -> str:
+        return f"the locker `{self.service}` refused: {self.reason}; {self.remedy}"
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class StoreRootError(StoreError, NotADirectoryError):
     """
     The path given as a store cannot be one.

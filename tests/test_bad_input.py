@@ -606,10 +606,10 @@ def test_a_locker_of_a_newer_version_closes_the_store_to_writers(scene):
     """
     path = scene.root / META / "store.json"
     path.chmod(0o600)
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), "locker": "redis://host"}))
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "locker": "zookeeper://host"}))
     before = listing(scene.place)
 
-    with pytest.raises(StoreFormatError, match="this version does not have the locker `redis://host`; upgrade kserve_pvc"):
+    with pytest.raises(StoreFormatError, match="this version does not have the locker `zookeeper://host`; upgrade kserve_pvc"):
         scene.writer()
 
     assert listing(scene.place) == before

@@ -307,12 +307,14 @@ def test_locks_show_who_downloads(root, downloading):
 
     (lock,) = shell.document(document)
     holder = f"pod server-0 on node-a (uid {os.geteuid()}, pid {process.pid})"
-    fields = ["bytes_done", "bytes_per_second", "bytes_total", "epoch", "holder", "key", "since", "state", "uri"]
+    fields = ["bytes_done", "bytes_per_second", "bytes_total", "epoch", "holder", "key", "since", "state", "uri", "pod", "node", "uid"]
     assert [name for name in fields if name not in lock] == []
     assert (lock["uri"], lock["state"], lock["holder"], lock["bytes_total"]) == (uri, "held", holder, SIZE)
+    assert (lock["pod"], lock["node"], lock["uid"]) == ("server-0", "node-a", os.geteuid())
+    assert 0 < lock["age_seconds"] < 3600
     assert timedelta(0) < now - datetime.fromisoformat(lock["since"]) < timedelta(hours=1)
     head, row = plain.stdout.splitlines()
-    assert {"URI", "STATE", "HOLDER", "SINCE", "PROGRESS"} <= set(head.split())
+    assert {"URI", "STATE", "HOLDER", "SINCE", "AGE", "PROGRESS"} <= set(head.split())
     assert [word for word in (uri, " held ", holder, " of 684.6 KiB") if word not in row] == []
     assert plain.stderr == "kserve-pvc: 1 claim not given back\n"
 

@@ -26,6 +26,7 @@ CONTRACT = {
     errors.DamagedRecordError: (FileNotFoundError, 3),
     errors.ModelInUseError: (BlockingIOError, 1),
     errors.ReadOnlyStoreError: (PermissionError, 4),
+    errors.LockServiceError: (ConnectionError, 1),
     errors.LockTimeoutError: (TimeoutError, 5),
     errors.InsufficientSpaceError: (OSError, 6),
     errors.VolumeError: (OSError, 1),

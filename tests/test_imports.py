@@ -37,7 +37,7 @@ PURE = {
     "_unpack",
 }
 EDGE = {"_bundle", "_settings", "_volume", "_transfer", "_verify", "_progress", "locks", "backends"}
-TOP = {"_log", "_log_writer", "_warm", "_claims", "_download", "_plan", "_removal", "_reuse", "_store"}
+TOP = {"_aliases", "_log", "_log_writer", "_warm", "_claims", "_download", "_plan", "_removal", "_reuse", "_store"}
 DOORS = {"_cli", "__main__", "kserve"}
 # What others import: the package itself, and the suite for back ends.
 FRONT = {"__init__", "testing"}
@@ -46,7 +46,7 @@ FRONT = {"__init__", "testing"}
 FOREIGN = {
     **{room: {"attrs"} for room in PURE | EDGE | TOP | FRONT},
     "backends": {"attrs", "fsspec", "s3fs", "aiobotocore", "botocore", "aiohttp", "azure", "gcsfs", "google", "google_crc32c", "requests"},
-    "locks": {"attrs", "portalocker"},
+    "locks": {"attrs", "portalocker", "redis", "kubernetes"},
     "testing": {"pytest"},
     "_progress": {"attrs", "tqdm"},
     **{door: {"attrs"} for door in DOORS},
@@ -284,7 +284,7 @@ LAZY = {
     *("multiprocessing", "concurrent.futures", "subprocess", "ctypes", "secrets", "random", "shutil"),
 }
 # What a hit in the store loads of this package: nothing that downloads, removes, checks, locks or shows progress.
-HIT = {"_codec", "_defaults", "_entry", "_layout", "_log", "_ref", "_store", "_volume", "errors", "locks"}
+HIT = {"_codec", "_defaults", "_entry", "_layout", "_log", "_ref", "_store", "_volume", "errors"}
 
 
 def run(program: str) -> str:

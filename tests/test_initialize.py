@@ -394,6 +394,7 @@ def test_a_destination_that_is_no_directory(uri, place):
     A file, a link and a name that climbs are refused, and stay as they are.
     """
     (place / "file").write_text("x")
+    (place / "elsewhere").mkdir()
     (place / "link").symlink_to(place / "elsewhere")
     before = listing(place)
 
@@ -503,7 +504,7 @@ def test_on_a_network_volume_a_claim_excludes(uri, source, place, monkeypatch):
     The kind of the volume is made up, as no network volume can be mounted everywhere.
     """
     monkeypatch.setattr("kserve_pvc._volume.Mount.is_network", property(lambda _: True))
-    monkeypatch.setattr("kserve_pvc.locks.flock.FileLock.try_acquire", lambda _: True)
+    monkeypatch.setattr("kserve_pvc.locks.outside.OutsideLock.try_acquire", lambda _: True)
     one, other = Destination(place), Destination(place)
     with one.writing(here(), 0.5), pytest.raises(LockTimeoutError), other.writing(here(), 0.5):
         raise AssertionError("two write")
@@ -557,9 +558,24 @@ def test_a_store_that_is_the_destination_gets_a_name_for_the_server(upload, prox
     alias = root / "models" / hashlib.sha256(uri.encode()).hexdigest()[:16]
     assert (first.returncode, second.returncode, len(proxy.requests)) == (0, 0, asked)
     assert read_tree(alias) == FILES
-    assert not os.path.isabs(os.readlink(alias))
+    assert not os.readlink(alias).startswith("/")
     assert ModelStore(root).verify(uri, "full").ok
     assert sorted(os.listdir(root)) == [".kserve-pvc", "models"]
+
+
+def test_pods_that_start_together_fetch_once(upload, proxy, s3_env, root, place):
+    """
+    Three initializers of one store at once all end well, and every byte is fetched once.
+    """
+    uri = upload(FILES)
+    env = {**s3_env, "KSERVE_PVC_STORE": str(root)}
+
+    processes = [start(uri, where, env=env) for where in (root, root, place)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert proxy.body_bytes() == sum(map(len, FILES.values()))
+    assert served(place) == FILES
 
 
 def test_the_name_of_an_empty_directory_that_the_kubelet_made_is_taken(uri, root):
@@ -626,6 +642,27 @@ def test_between_two_file_systems_it_is_copied(uri, source, root, mount):
     assert served(place / "a") == read_tree(source)
     assert "by copy" in auto.stderr
     assert "KSERVE_PVC_MATERIALIZE" in link.stderr
+
+
+def test_extents_are_shared_where_that_is_possible(uri, source, tmp_path, tool, mount):
+    """
+    On XFS the default gives the server files of its own that take no room, and insisting on it works too.
+    """
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(320 * 1024 * 1024)
+    subprocess.run([tool("mkfs.xfs"), "-q", "-m", "reflink=1", str(image)], check=True)
+    volume = mount("-o", "loop", str(image))
+    (volume / "store").mkdir()
+    env = {"KSERVE_PVC_STORE": str(volume / "store")}
+
+    auto = run(uri, volume / "a", env=env)
+    named = run(uri, volume / "b", env={**env, "KSERVE_PVC_MATERIALIZE": "reflink"})
+
+    assert (auto.returncode, named.returncode) == (0, 0)
+    assert "holds it by reflink" in auto.stderr
+    assert served(volume / "a") == served(volume / "b") == read_tree(source)
+    assert {path.stat().st_nlink for path in (volume / "a").rglob("*") if path.is_file()} == {1}
 
 
 def test_a_store_that_may_only_be_read_serves_what_it_has(uri, source, root, place):
@@ -988,13 +1025,15 @@ def test_a_copy_that_does_not_fit(tmp_path, root, mount):
     assert "record.json" not in own(place)
 
 
-@pytest.mark.parametrize("at", range(8))
-def test_a_crash_while_files_are_placed(tmp_path, place, at):
+@pytest.mark.parametrize("after", ["old", "new", "third"])
+@pytest.mark.parametrize("at", range(6))
+def test_a_crash_while_files_are_placed(tmp_path, place, at, after):
     """
-    Wherever it dies between two renames, from one model to another, the next start ends with the new one alone.
+    Wherever it dies between two renames, the next start ends with its own model alone, be it the same one or another.
     """
-    write_files(tmp_path / "old", {"same": b"old", "gone/x": b"x", "d": b"a file"})
-    write_files(tmp_path / "new", {"same": b"new", "d/y": b"a directory", "z": b"z"})
+    write_files(tmp_path / "old", {"same": b"old", "y": b"yyy"})
+    write_files(tmp_path / "new", {"same": b"new", "y": b"YYY", "d/y": b"a directory"})
+    write_files(tmp_path / "third", {"d": b"a file", "other/z": b"z"})
     run(tmp_path / "old", place)
     steps = iter(range(100))
     rename = Destination._rename
@@ -1006,11 +1045,11 @@ def test_a_crash_while_files_are_placed(tmp_path, place, at):
 
     with patch.object(Destination, "_rename", dying):
         died = run(tmp_path / "new", place)
-    after = run(tmp_path / "new", place)
+    result = run(tmp_path / after, place)
 
-    assert after.returncode == 0
+    assert result.returncode == 0
     assert died.returncode == (1 if at < 5 else 0)
-    assert served(place) == read_tree(tmp_path / "new")
+    assert served(place) == read_tree(tmp_path / after)
     assert own(place) == ["lock", "record.json"]
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -18,9 +20,10 @@ from kserve_pvc._claims import break_claim, is_claimed, newest_epoch, read_claim
 from kserve_pvc._layout import claim_dir
 from kserve_pvc._record import Beat, decode
 from kserve_pvc._volume import VolumeWriter
-from kserve_pvc.locks.flock import FileLock
+from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import RENEW_DEADLINE, Heart, LeaseLostError
 from kserve_pvc.locks.liveness import here, is_provably_dead
+from kserve_pvc.locks.outside import OutsideLock
 
 KEY = "model-0123456789abcdef"
 
@@ -32,6 +35,10 @@ def beat_file(tmp_path):
 
 def heart(path: Path, **arguments) -> Heart:
     return Heart(os.open(path, os.O_RDWR | os.O_CREAT), **{"lease_seconds": 0.6, **arguments})
+
+
+def file_lock(open_file: Callable[[], int]) -> OutsideLock:
+    return OutsideLock(partial(grab_file, open_file))
 
 
 def read_beat(path: Path) -> Beat:
@@ -95,7 +102,7 @@ def test_a_lock_excludes_and_is_given_back(tmp_path):
     A second lock on the file is refused until the first is released; the file stays.
     """
     path = tmp_path / "lock"
-    first, second = (FileLock(lambda: os.open(path, os.O_RDWR | os.O_CREAT)) for _ in range(2))
+    first, second = (file_lock(lambda: os.open(path, os.O_RDWR | os.O_CREAT)) for _ in range(2))
 
     assert [first.try_acquire(), first.try_acquire(), second.try_acquire()] == [True, True, False]
     first.release()
@@ -113,7 +120,7 @@ def test_a_lock_of_a_killed_process_is_free(tmp_path):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        lock = FileLock(lambda: os.open(path, os.O_RDWR))
+        lock = file_lock(lambda: os.open(path, os.O_RDWR))
         refused = lock.try_acquire()
         holder.kill()
         holder.wait()
@@ -137,22 +144,22 @@ def test_a_lock_call_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
         honest(fd, flags)
 
     monkeypatch.setattr(portalocker, "lock", lock)
-    monkeypatch.setattr("kserve_pvc.locks.flock._PATIENCE", 0.05)
-    hanging = FileLock(lambda: os.open(path, os.O_RDWR | os.O_CREAT))
+    monkeypatch.setattr("kserve_pvc.locks.outside._PATIENCE", 0.05)
+    hanging = file_lock(lambda: os.open(path, os.O_RDWR | os.O_CREAT))
     tried = hanging.try_acquire()
     hanging.release()
     go_on.set()
     hanging._attempt.join()
-    monkeypatch.setattr("kserve_pvc.locks.flock._PATIENCE", 5)
-    other = FileLock(lambda: os.open(path, os.O_RDWR))
+    monkeypatch.setattr("kserve_pvc.locks.outside._PATIENCE", 5)
+    other = file_lock(lambda: os.open(path, os.O_RDWR))
 
     assert (tried, other.try_acquire()) == (False, True)
     other.release()
 
 
-def test_without_lock_support_every_try_is_granted(tmp_path, monkeypatch):
+def test_without_lock_support_there_is_no_lock(tmp_path, monkeypatch):
     """
-    A volume that answers ENOLCK costs duplicate work, not the download.
+    A volume that answers ENOLCK has no lock, which is neither granted nor refused.
     """
     import portalocker
 
@@ -161,7 +168,7 @@ def test_without_lock_support_every_try_is_granted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(portalocker, "lock", lock)
 
-    assert FileLock(lambda: os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)).try_acquire()
+    assert file_lock(lambda: os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)).try_acquire() is None
 
 
 def test_an_error_of_the_lock_file_reaches_the_caller(tmp_path):
@@ -169,7 +176,7 @@ def test_an_error_of_the_lock_file_reaches_the_caller(tmp_path):
     A lock file that cannot be opened is an error, not a lock that is taken.
     """
     with pytest.raises(FileNotFoundError):
-        FileLock(lambda: os.open(tmp_path / "missing" / "lock", os.O_RDWR)).try_acquire()
+        file_lock(lambda: os.open(tmp_path / "missing" / "lock", os.O_RDWR)).try_acquire()
 
 
 def test_this_process_is_not_dead_and_a_finished_one_is():

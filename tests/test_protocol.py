@@ -411,11 +411,11 @@ def test_an_outside_lock_is_tried_before_anything_is_claimed():
 
 def test_a_lock_that_is_not_granted_is_waited_for():
     """
-    Where a lock decides, a claim without any sign of life is waited for as long as the lock is held.
+    Where a lock decides, whoever holds it and shows signs of life is waited for, however long it takes.
     """
     events: list[Event] = []
-    for now in (0, 20, 500):
-        events += [look(now, epoch=1, sign=b"a"), Locked(now=now, granted=False), Paused()]
+    for now, sign in ((0, b"a"), (20, b"b"), (500, b"c")):
+        events += [look(now, epoch=1, sign=sign), Locked(now=now, granted=False), Paused()]
 
     answers = play(*events, found(501), rules=FLOCK)
 
@@ -452,6 +452,47 @@ def test_a_lock_that_is_held_is_stronger_than_a_claim_that_is_free(seen):
     Where a lock decides, whoever does not get it waits, even if no claim stands in the way.
     """
     assert play(seen, Locked(now=0, granted=False), rules=FLOCK) == [(TryLock(),), WAIT]
+
+
+@pytest.mark.parametrize(
+    ("seen", "granted", "silence", "epoch", "reason"),
+    [
+        ({"epoch": 6, "sign": b"a"}, False, LEASE, 7, "no sign of life for 30 s"),
+        ({"epoch": 6, "released": True}, False, LEASE / 3, 7, "its holder has let go"),
+        ({"epoch": 6, "dead": True}, False, LEASE / 3, 7, "its process no longer exists"),
+        ({}, False, LEASE, 1, "no sign of life for 30 s"),
+        ({"epoch": 6, "sign": b"a"}, None, LEASE, 7, "no sign of life for 30 s"),
+    ],
+    ids=["silent", "released", "dead", "nobody", "no lock"],
+)
+def test_a_lock_that_stays_away_holds_nobody_up_for_ever(seen, granted, silence, epoch, reason):
+    """
+    A lock that a silent process keeps, or that cannot be had, is passed over, and not a moment before it may be.
+    """
+    events: list[Event] = []
+    for now in (1000.0, 1000.0 + silence - 0.001, 1000.0 + silence):
+        events += [look(now, **seen), Locked(now=now, granted=granted)]
+
+    answers = play(*events, rules=FLOCK)
+
+    assert [type(actions[-1]) for actions in answers[1:5:2]] == [Pause] * 2
+    assert answers[5] == claim(epoch, reason)
+
+
+@pytest.mark.parametrize(
+    ("seen", "epoch", "reason"),
+    [
+        ({"epoch": 6, "released": True}, 7, "its holder has let go"),
+        ({"epoch": 6, "dead": True}, 7, "its process no longer exists"),
+        ({}, 1, "nobody has claimed it"),
+    ],
+    ids=["released", "dead", "nobody"],
+)
+def test_without_a_lock_the_claim_is_the_lock(seen, epoch, reason):
+    """
+    Where no lock is to be had a free claim is taken at once, as with the locker `lease`.
+    """
+    assert play(look(**seen), Locked(now=0, granted=None), rules=FLOCK) == [(TryLock(),), claim(epoch, reason)]
 
 
 def test_a_granted_lock_that_is_not_believed_ends_with_the_timeout():

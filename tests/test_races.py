@@ -136,7 +136,8 @@ def test_kill_9_at_random_moments_never_publishes_a_wrong_model(root, s3, proxy:
     print(f"{kills + kills_here} kills, {commits} models published, at most {worst} bytes fetched again for each kill")
     assert commits >= KILLS // 9
     assert kills > KILLS / 2
-    assert worst <= PART_BYTES * 2
+    # Files that are smaller than a part count as one more together, as `how-to/resume` says.
+    assert worst <= PART_BYTES * 2 + sum(len(data) for data in files.values() if len(data) < PART_BYTES)
     store.ensure(uri, progress=False)
     assert store.verify(uri, "full").ok
     assert list((root / ".kserve-pvc" / "staging").iterdir()) == []

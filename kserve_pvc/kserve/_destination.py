@@ -29,8 +29,9 @@ from kserve_pvc._names import check_collisions, check_name
 from kserve_pvc._record import MAX_MANIFEST_BYTES, FileEntry, Holder
 from kserve_pvc._volume import VolumeWriter, allocate, copy_range, delete_tree, mount_of
 from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
-from kserve_pvc.locks.flock import FileLock
+from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import LeaseLostError
+from kserve_pvc.locks.outside import OutsideLock
 
 OURS = PurePosixPath(".kserve-pvc-initialize")
 WORK = OURS / "work"
@@ -162,13 +163,13 @@ class Destination(VolumeWriter):
         Raises:
             LockTimeoutError: Another process that lives is writing here.
         """
-        lock = FileLock(partial(self.open_shared, _LOCK))
+        lock = OutsideLock(partial(grab_file, partial(self.open_shared, _LOCK)))
         try:
-            if not lock.try_acquire():
+            if (is_locked := lock.try_acquire()) is False:
                 raise self._taken("another process")
             with ExitStack() as stack:
                 # Among the processes of one node the kernel's lock is enough, and it ends with its holder.
-                is_shared = mount_of(self.root).is_network
+                is_shared = not is_locked or mount_of(self.root).is_network
                 yield stack.enter_context(self._claimed(holder, lease_seconds)) if is_shared else _nothing
         finally:
             lock.release()

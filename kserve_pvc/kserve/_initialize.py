@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import NoReturn
@@ -23,6 +22,7 @@ from typing import NoReturn
 import attrs
 
 from kserve_pvc import _layout as layout
+from kserve_pvc._aliases import settle_view
 from kserve_pvc._record import FileEntry
 from kserve_pvc._ref import ModelRef, parse_ref, redact
 from kserve_pvc._settings import pod_and_node
@@ -135,20 +135,14 @@ def fill_all(pairs: Sequence[tuple[str, str]], variables: Variables) -> None:
 @attrs.frozen(kw_only=True)
 class Wanted:
     """
-    A source as it is spelled, which is what KServe makes its key from, and as a store knows it.
+    A source that was checked.
     """
 
-    source: str = attrs.field(repr=False)
     ref: ModelRef
 
     @property
     def shown(self) -> str:
         return redact(self.ref.uri)
-
-    @property
-    def alias(self) -> str:
-        """The name of its directory for KServe: its storage key, if nothing is filtered."""
-        return self.ref.key[-16:] if self.is_filtered else sha256(self.source.encode()).hexdigest()[:16]
 
     @property
     def is_filtered(self) -> bool:
@@ -173,7 +167,7 @@ def read_source(source: str, variables: Variables) -> Wanted:
     if (scheme := source.partition("://")[0]) in _ELSEWHERE:
         raise UnknownSchemeError(scheme, _ELSEWHERE[scheme])
     ref = parse_ref(source, allow_patterns=variables.allow_patterns, ignore_patterns=variables.ignore_patterns)
-    return Wanted(source=source, ref=ref)
+    return Wanted(ref=ref)
 
 
 def _fill(place: Path, wanted: Sequence[Wanted], variables: Variables) -> None:
@@ -379,21 +373,28 @@ def _inside(place: Path, store: Path) -> PurePosixPath | None:
 def _point_to(store: Path, inside: PurePosixPath, wanted: Sequence[Wanted], models: Sequence[Model]) -> None:
     """Give models names in the store, which lead a server's mount to what it serves."""
     writer = VolumeWriter(store)
-    if inside.parts:
-        _check_alias(inside, wanted)
     for one, model in zip(wanted, models, strict=True):
-        target = layout.generation_dir(model.key, model.path.name)
-        alias = layout.MODELS / one.alias
-        writer.alias(alias, target)
-        if inside.parts:
-            writer.alias(inside, target)
-        _log("INFO", f"`{alias}` of this volume is {one.shown}; mount that directory into the server")
+        view = layout.view_link(model.key)
+        if not settle_view(writer, model.key):
+            raise _not_named(writer, view)
+        _log("INFO", f"`{view}` of this volume is {one.shown}; mount that directory into the server")
+        if inside.parts and inside != view:
+            _check_name(inside, wanted)
+            # To the generation: what a server sees through a mount of the whole store changes only with another start.
+            target = os.path.relpath(layout.generation_dir(model.key, model.path.name), inside.parent)
+            if writer.link_target(inside) != target and not writer.point(inside, target):
+                raise _not_named(writer, inside)
 
 
-def _check_alias(inside: PurePosixPath, wanted: Sequence[Wanted]) -> None:
+def _not_named(writer: VolumeWriter, place: PurePosixPath) -> VolumeError:
+    reason = "something that is no link has that name, or the volume has no symbolic links"
+    return VolumeError(str(writer.absolute(place)), "naming a model", reason)
+
+
+def _check_name(inside: PurePosixPath, wanted: Sequence[Wanted]) -> None:
     if len(wanted) != 1:
         raise SettingsError("DEST", str(inside), f"it is one name in a store, for {len(wanted)} sources; give each a directory of its own")
-    if inside.parts[0] == layout.META.name or (inside.parts[0] == layout.MODELS.name and inside != layout.MODELS / wanted[0].alias):
+    if inside.parts[0] in (layout.META.name, layout.MODELS.name):
         raise SettingsError("DEST", str(inside), "it belongs to the store; name a directory beside `models`")
 
 

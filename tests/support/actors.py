@@ -59,6 +59,14 @@ def ensure(root: str, uri: str, arguments: Mapping[str, Any], options: Mapping[s
         results.join_thread()
 
 
+def with_environ(environ: Mapping[str, str], act: Callable[..., None], *arguments: Any) -> None:
+    """
+    Do something with these variables, which the server that children are forked from does not have.
+    """
+    os.environ.update(environ)
+    act(*arguments)
+
+
 def watch(root: str, expected: Mapping[str, str], gate: Any, stop: Any, results: Any) -> None:
     """
     Read models as soon as they are visible, as a read-only server does, and report every mix.

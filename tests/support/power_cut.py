@@ -42,6 +42,7 @@ class Names:
 
     changes: tuple[tuple[int, str, int | None], ...]
     made: tuple[int, bool] | None = None
+    target: str | None = None
 
 
 @attrs.frozen
@@ -80,11 +81,12 @@ class _Call:
 @attrs.define
 class _Image:
     """
-    Directories and files by number.
+    Directories, files and symbolic links by number.
     """
 
     directories: dict[int, dict[str, int]] = attrs.Factory(lambda: {_ROOT: {}})
     files: dict[int, bytearray] = attrs.Factory(dict)
+    links: dict[int, str] = attrs.Factory(dict)
 
     def apply(self, step: Step) -> None:
         if isinstance(step, Write):
@@ -102,7 +104,9 @@ class _Image:
         """What a number stands for is known even where no name of it persists."""
         if isinstance(step, Names) and step.made is not None:
             number, is_directory = step.made
-            if is_directory:
+            if step.target is not None:
+                self.links[number] = step.target
+            elif is_directory:
                 self.directories[number] = {}
             else:
                 self.files[number] = bytearray()
@@ -120,6 +124,8 @@ class _Image:
             target = place / name
             if what in self.directories:
                 self.write_to(target, what, written)
+            elif what in self.links:
+                target.symlink_to(self.links[what])
             elif what in written:
                 target.hardlink_to(written[what])
             else:
@@ -132,7 +138,9 @@ class _Image:
             inode = entry.inode()
             number = numbers.setdefault(inode, len(numbers) + 1)
             self.directories[directory][entry.name] = number
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_symlink():
+                self.links[number] = os.readlink(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
                 self.directories[number] = {}
                 self.load(Path(entry.path), number, numbers)
             else:
@@ -241,7 +249,13 @@ def _copy_links(source: Path, target: Path) -> None:
 
 
 def _tree(place: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in sorted(place.rglob("*"))}
+    return {str(path.relative_to(place)): _content(path) for path in sorted(place.rglob("*"))}
+
+
+def _content(path: Path) -> bytes | None:
+    if path.is_symlink():
+        return os.fsencode(os.readlink(path))
+    return path.read_bytes() if path.is_file() else None
 
 
 def _calls(log: Path) -> Iterator[_Call]:
@@ -287,6 +301,11 @@ def _step(call: _Call, image: _Image, root: str, marks: str, new: int) -> Step |
     match call.name:
         case "mkdirat":
             return _made(image, inside[0], new, is_directory=True)
+        case "symlinkat":
+            found = _STRING.search(call.arguments)
+            assert found is not None
+            made = _made(image, inside[0], new, is_directory=False)
+            return attrs.evolve(made, target=os.fsdecode(_decoded(found[1])))
         case "linkat":
             return Names((_change(image, inside[1], image.find(inside[0])),))
         case "unlinkat":

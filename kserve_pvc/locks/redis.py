@@ -1,0 +1,77 @@
+"""
+A lock that Redis keeps, for volumes whose own locks reach one node only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kserve_pvc.errors import LockServiceError, SettingsError
+from kserve_pvc.locks import NoLockError
+
+_CONNECT_SECONDS = 2.0
+_ANSWER_SECONDS = 5.0
+
+
+class RedisGrab:
+    """
+    Tries portalocker's `RedisLock`: whoever is subscribed to a channel has it.
+
+    Redis drops the subscription when the holder dies. A holder that stood still for a second is taken for dead as well,
+    and the next one gets the lock; the claim on the volume then says that it lives.
+    """
+
+    def __init__(self, url: str, channel: str, environ: Mapping[str, str] | None = None) -> None:
+        environ = os.environ if environ is None else environ
+        self._url = url
+        self._channel = channel
+        self._options: dict[str, Any] = {
+            "username": environ.get("KSERVE_PVC_REDIS_USERNAME") or None,
+            "password": environ.get("KSERVE_PVC_REDIS_PASSWORD") or None,
+            "socket_connect_timeout": _CONNECT_SECONDS,
+            "socket_timeout": _ANSWER_SECONDS,
+            "client_name": "kserve-pvc",
+        }
+        try:
+            import redis
+            from portalocker.redis import RedisLock
+        except ImportError as error:
+            raise SettingsError("locker", url, f"install what it needs with `pip install 'kserve-pvc[redis]'` ({error})") from error
+        self._redis: Any = redis
+        self._lock_class: Any = RedisLock
+
+    def __call__(self) -> Callable[[], None] | None:
+        from portalocker import AlreadyLocked
+
+        errors = self._redis.exceptions
+        try:
+            connection = self._redis.Redis.from_url(self._url, **self._options)
+            # The lock takes a service that does not answer for a lock that is held.
+            connection.ping()
+            lock = self._lock_class(
+                self._channel, connection=connection, timeout=0, fail_when_locked=True, interrupt_on_lost=False, self_check_interval=None
+            )
+            try:
+                lock.acquire()
+            except AlreadyLocked:
+                connection.close()
+                return None
+        except (errors.AuthenticationError, errors.NoPermissionError, errors.ResponseError) as error:
+            raise LockServiceError(self._url, _first_words(error), "set KSERVE_PVC_REDIS_USERNAME and KSERVE_PVC_REDIS_PASSWORD") from error
+        except (errors.RedisError, OSError) as error:
+            raise NoLockError(type(error).__name__) from error
+
+        def give_back() -> None:
+            try:
+                lock.release()
+            finally:
+                connection.close()
+
+        return give_back
+
+
+def _first_words(error: Exception) -> str:
+    """What Redis says, without the command that it may repeat."""
+    return str(error).split(",")[0][:80]
