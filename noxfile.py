@@ -127,8 +127,13 @@ def differential(session: nox.Session) -> None:
     stock = Path(session.create_tmp()).resolve() / "stock"
     session.run("python", "-m", "venv", str(stock))
     session.run(str(stock / "bin/python"), "-m", "pip", "install", "-q", STOCK, external=True)
-    found = {"KSERVE_PVC_TEST_STOCK": str(stock / "bin/python")}
-    session.run("python", "-Im", "pytest", "--import-mode=importlib", "tests/test_differential.py", *session.posargs, env=found)
+    # Its sources hold the tests, of which those that are about what is public are run against ours.
+    session.run("python", "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(stock), STOCK)
+    (archive,) = stock.glob("kserve_storage-*.tar.gz")
+    shutil.unpack_archive(archive, stock, filter="data")
+    found = {"KSERVE_PVC_TEST_STOCK": str(stock / "bin/python"), "KSERVE_PVC_TEST_STOCK_SOURCES": str(archive).removesuffix(".tar.gz")}
+    suites = ["tests/test_differential.py", "tests/test_kserve_tests.py"]
+    session.run("python", "-Im", "pytest", "--import-mode=importlib", *suites, *session.posargs, env=found)
 
 
 @nox.session
