@@ -207,6 +207,13 @@ def demo(session: nox.Session) -> None:
     session.run("python", "examples/demo", *session.posargs)
 
 
+@nox.session(name="bench-webhook")
+def bench_webhook(session: nox.Session) -> None:
+    """How long the admission webhook takes at 100 requests a second over TLS."""
+    session.install(f"{_wheel(session)}[webhook]", "trustme")
+    session.run("python", "bench/webhook.py", *session.posargs)
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
     """Ours and everybody else, taking turns. `nox -s bench -- --quick --rounds 3 --only w2,w3`; `-- --help` tells more."""
