@@ -116,7 +116,7 @@ def generations(root: Path) -> list[Path]:
     """
     What lies where models go, complete or not.
     """
-    return [path for path in root.glob("models/*/*") if any(path.rglob("*"))]
+    return [path for path in root.glob("models/*-*/*") if any(path.rglob("*"))]
 
 
 def tar(files: dict[str, bytes]) -> bytes:

@@ -861,7 +861,7 @@ def leave_unfinished(scene: Scene, uri: str) -> tuple[Path, Path]:
     fake = FakeBackend({"a": b"a" * 5000, "b": b"b"}, sent={"b": b""})
     with pytest.raises(SourceUnavailableError):
         scene.writer(backends={"fake": fake.factory}, part_bytes=1000).ensure(uri, progress=False, max_workers=1)
-    (generation,) = (path for path in (scene.root / "models").glob("*/*") if (path / "a").exists())
+    (generation,) = (path for path in (scene.root / "models").glob("*-*/*") if (path / "a").exists())
     return generation, scene.root / META / "staging" / generation.name / "journal"
 
 
@@ -949,7 +949,7 @@ def test_leftovers_that_may_not_be_read_are_fetched():
         said = [python_as(1001, USE, str(volume), "rw", uri)]
         (record,) = volume.glob(f"{META}/keys/*/log/*.commit")
         staging = volume / META / "staging" / json.loads(record.read_bytes())["generation"]
-        (generation,) = volume.glob("models/*/*")
+        (generation,) = volume.glob("models/*-*/*")
         staging.mkdir(parents=True)
         (staging / "journal").write_bytes(b"".join(notes_of(volume, generation)))
         record.unlink()
