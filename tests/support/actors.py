@@ -12,13 +12,19 @@ from typing import Any
 
 from kserve_pvc import ModelStore, StoreError
 
+# What a download loads only when it needs it.
+_LOADED = (
+    *("kserve_pvc.backends.s3", "kserve_pvc.backends.file", "kserve_pvc._download", "kserve_pvc._transfer"),
+    *("kserve_pvc._progress", "kserve_pvc._profile", "kserve_pvc.locks.flock", "kserve_pvc.locks.lease", "portalocker"),
+)
+
 
 def context() -> ForkServerContext:
     """
     Children are forked from a clean server that has imported everything, so that hundreds of them are cheap.
     """
     children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["actors", "kserve_pvc.backends.s3", "kserve_pvc.backends.file"])
+    children.set_forkserver_preload(["actors", *_LOADED])
     return children
 
 
