@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -857,6 +858,20 @@ def test_storage_without_a_directory(upload, origin, proxy, s3_env, uri, source,
     assert served(Path(temporary)) == read_tree(Path(stored)) == FILES
     assert Path(stored).is_relative_to(root)
     shutil.rmtree(temporary)
+
+
+def test_storage_leaves_no_temporary_directory_of_a_model_that_is_not_there(tmp_path, upload, s3_env, monkeypatch):
+    """
+    Nobody is told the name of a temporary directory whose download failed, so it is deleted.
+    """
+    for name, value in {**s3_env, "TMPDIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+    with pytest.raises(SourceNotFoundError):
+        Storage.download(f"{upload(FILES)}-missing")
+
+    assert list(tmp_path.glob("kserve-pvc-*")) == []
 
 
 def test_storage_downloads_several(uri, source, place):

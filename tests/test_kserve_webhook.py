@@ -186,6 +186,16 @@ def test_a_pod_is_mutated_over_tls(webhook):
     assert CANARY not in "".join([*webhook.audited, *webhook.said, metrics])
 
 
+def test_no_part_of_an_answer_waits_for_an_acknowledgement():
+    """
+    Connections that are accepted send what they are given at once, which asyncio sees to only for sockets that it makes itself.
+    """
+    with _webhook._listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname(), 30):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_what_is_not_granted_is_denied_over_tls(webhook):
     """
     Another tenant's claim, a directory that climbs and a pod that is none are answered with 200 and not allowed.

@@ -415,13 +415,20 @@ def _make(place: Path) -> None:
         raise SettingsError("DEST", str(place), reason) from error
 
 
-def make_temporary() -> str:
+@contextmanager
+def temporary_directory() -> Iterator[str]:
     """
-    Make a directory for a caller who names none.
+    Make a directory for a caller who names none. It stays, unless an error ends what is done with it.
     """
+    from shutil import rmtree
     from tempfile import mkdtemp
 
-    return mkdtemp(prefix="kserve-pvc-")
+    place = mkdtemp(prefix="kserve-pvc-")
+    try:
+        yield place
+    except BaseException:
+        rmtree(place, ignore_errors=True)
+        raise
 
 
 def _nothing() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import attrs
 
-from kserve_pvc.kserve._destination import make_temporary
+from kserve_pvc.kserve._destination import temporary_directory
 from kserve_pvc.kserve._initialize import fill_all, from_store, read_source
 from kserve_pvc.kserve._variables import Variables, read_variables, trust_bundle
 
@@ -49,7 +49,9 @@ class Storage:
                 return ref.location
             if variables.store is not None:
                 return str(from_store(variables.store, read_source(uri, variables), variables).path)
-            out_dir = make_temporary()
+            with temporary_directory() as made:
+                fill_all([(uri, made)], variables)
+            return made
         fill_all([(uri, os.fspath(out_dir))], variables)
         return os.fspath(out_dir)
 

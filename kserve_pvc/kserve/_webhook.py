@@ -292,9 +292,13 @@ async def _well(_: Request) -> Response:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=host == "::")
+        listener = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=host == "::")
     except (OSError, OverflowError) as error:
         raise SettingsError("--host and --port", f"{host} and {port}", f"nobody can listen there: {error}") from None
+    # Every accepted connection has it from here: asyncio sets it only where the protocol number is not 0, which it is here, and
+    # the body of an answer would wait 40 ms for the acknowledgement of its headers.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _shown(listener: socket.socket) -> str:
