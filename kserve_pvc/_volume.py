@@ -17,11 +17,11 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
@@ -46,6 +46,8 @@ _CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # The kernel writes blanks and backslashes of mount points as octal escapes.
+_T = TypeVar("_T")
+
 _OCTAL = re.compile(r"\\([0-7]{3})")
 # Where `syncfs` reaches the medium and reports what failed on the way.
 _LOCAL_TYPES = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"}
@@ -193,23 +195,26 @@ class Volume:
         """
         try:
             return sorted(os.listdir(f"{self._prefix}{place}"))
-        except (FileNotFoundError, NotADirectoryError):
-            return self._names_below(place)
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+                return self._names_below(place)
             raise self.failure("listing", place, error) from error
 
     def _names_below(self, place: PurePosixPath) -> list[str]:
         # NFS remembers for half a minute that a name was not there. Opening the directories above makes it look again.
         try:
-            fd = self._open_directory(place)
-            try:
-                return sorted(os.listdir(fd))
-            finally:
-                os.close(fd)
+            return _settled(lambda: self._listed(place), {errno.ESTALE})
         except (FileNotFoundError, UnsafePathError):
             return []
         except OSError as error:
             raise self.failure("listing", place, error) from error
+
+    def _listed(self, place: PurePosixPath) -> list[str]:
+        fd = self._open_directory(place)
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
 
     def free_bytes(self) -> int:
         """
@@ -352,6 +357,9 @@ class VolumeWriter(Volume):
             os.close(self._ensure_directory(place))
 
     def _ensure_directory(self, place: PurePosixPath) -> int:
+        return _settled(lambda: self._make_way(place))
+
+    def _make_way(self, place: PurePosixPath) -> int:
         fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in place.parts:
             try:
@@ -385,16 +393,19 @@ class VolumeWriter(Volume):
         A lost reply makes the winner believe that it lost; the number then stays unused.
         """
         with self._translated("reserving a number", place):
-            fd = self._ensure_directory(place.parent)
-            try:
-                os.mkdir(place.name, self._directory_mode, dir_fd=fd)
-                self._set_mode(fd, place.name, self._directory_mode)
-                _sync_directory(fd)
-            except FileExistsError:
-                return False
-            finally:
-                os.close(fd)
-            return True
+            return _settled(lambda: self._reserve(place))
+
+    def _reserve(self, place: PurePosixPath) -> bool:
+        fd = self._make_way(place.parent)
+        try:
+            os.mkdir(place.name, self._directory_mode, dir_fd=fd)
+            self._set_mode(fd, place.name, self._directory_mode)
+            _sync_directory(fd)
+        except FileExistsError:
+            return False
+        finally:
+            os.close(fd)
+        return True
 
     def publish(self, place: PurePosixPath, data: bytes, private: PurePosixPath) -> bool:
         """
@@ -893,6 +904,20 @@ def _is_free_for_link(directory: int, name: str) -> bool:
         return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
     except FileNotFoundError:
         return True
+
+
+def _settled(act: Callable[[], _T], codes: Collection[int] = (errno.ENOENT, errno.ESTALE)) -> _T:
+    """Try again, for a second or so, what failed because a directory on its way is only just being made."""
+    pause = 0.005
+    while True:
+        try:
+            return act()
+        except OSError as error:
+            # GlusterFS says both of a directory that exists, while the node that made it is not done with it.
+            if error.errno not in codes or pause > 1:
+                raise
+        time.sleep(pause)
+        pause *= 2
 
 
 def _sync_directory(fd: int) -> None:

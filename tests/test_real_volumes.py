@@ -101,6 +101,23 @@ def test_a_cold_start_on_all_nodes_downloads_once(roots, s3, proxy: CountingProx
     assert len(seen_without_a_flaw(reports)) == 1
 
 
+@everywhere
+def test_numbers_in_directories_that_all_nodes_make_at_once(roots):
+    """
+    Each number is reserved by one process and refused to the others, though no directory above it was there a moment ago.
+    """
+    numbers = [f".kserve-pvc/keys/model-{number:016x}/claims/000000000001" for number in range(100)]
+    context = actors.context()
+    gate, results = context.Barrier(len(roots) * 8), context.Queue()
+
+    processes = [actors.start(nodes.reserve_each, str(root), numbers, results, gate) for root in roots for _ in range(8)]
+    outcomes = [results.get(timeout=120) for _ in processes]
+    actors.run_all(processes)
+
+    assert [failed for _, failures in outcomes for failed in failures] == []
+    assert sorted(number for won, _ in outcomes for number in won) == numbers
+
+
 @between_clients
 def test_who_asked_too_early_sees_the_model_when_it_is_there(roots, source, measured):
     """

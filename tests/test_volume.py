@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from threading import Barrier, Thread
@@ -124,6 +125,73 @@ def test_a_number_is_reserved_once(root):
         thread.join()
 
     assert sorted(won) == [False] * 7 + [True]
+
+
+@pytest.fixture
+def unsettled(monkeypatch):
+    """
+    Directories that others have just made fail to open, so many times, as they do for a moment on GlusterFS.
+    """
+    left, pauses, honest = [], [], os.open
+
+    def open_(path, flags, mode=0o777, *, dir_fd=None):
+        if left and dir_fd is not None:
+            raise OSError(left.pop(), "not yet", path)
+        return honest(path, flags, mode, dir_fd=dir_fd)
+
+    def set_(code: int, times: int) -> list[float]:
+        monkeypatch.setattr(os, "open", open_)
+        monkeypatch.setattr(time, "sleep", pauses.append)
+        left.extend([code] * times)
+        return pauses
+
+    return set_
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])
+def test_a_directory_that_is_only_just_being_made_is_tried_again(root, unsettled, nothing_is_left_open, code):
+    """
+    Errors that pass are waited for, and the number is reserved.
+    """
+    pauses = unsettled(code, 5)
+
+    assert VolumeWriter(root).reserve(PurePosixPath(".kserve-pvc/keys/k/claims/000000000001"))
+
+    assert pauses
+
+
+def test_a_directory_that_is_only_just_being_made_is_listed(root, unsettled, monkeypatch, nothing_is_left_open):
+    """
+    A handle that is stale for a moment is no error of a listing either.
+    """
+    (root / "a" / "b").mkdir(parents=True)
+    honest = os.listdir
+
+    def listdir(place):
+        if isinstance(place, str):
+            raise OSError(errno.ESTALE, "not yet", place)
+        return honest(place)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    unsettled(errno.ESTALE, 3)
+
+    names = Volume(root).names(PurePosixPath("a"))
+    monkeypatch.undo()
+
+    assert names == ["b"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])
+def test_a_directory_that_never_opens_is_an_error(root, unsettled, nothing_is_left_open, code):
+    """
+    Errors that stay are told, after a second or so.
+    """
+    pauses = unsettled(code, 1000)
+
+    with pytest.raises(VolumeError, match="reserving a number"):
+        VolumeWriter(root).reserve(PurePosixPath(".kserve-pvc/keys/k/claims/000000000001"))
+
+    assert 0.5 < sum(pauses) < 2
 
 
 GENERATION = PurePosixPath("models/k/g")

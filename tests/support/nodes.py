@@ -7,7 +7,7 @@ from __future__ import annotations
 import fcntl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import actors
@@ -16,6 +16,7 @@ from auditor import hash_tree
 
 from kserve_pvc import Diagnosis, ModelStore, StoreError
 from kserve_pvc._doctor import diagnose
+from kserve_pvc._volume import VolumeWriter
 from kserve_pvc.locks import liveness
 
 
@@ -65,6 +66,24 @@ def ensure_with_lying_locks(*arguments: Any) -> None:
     fcntl.lockf = lambda *_: None
     actors._grant_every_claim()
     ensure(*arguments)
+
+
+def reserve_each(root: str, numbers: Sequence[str], results: Any, gate: Any) -> None:
+    """
+    Reserve numbers whose directories are not there yet, each when the others do, and put what came of it into the queue.
+    """
+    writer = VolumeWriter(root)
+    won, failed = [], []
+    for number in map(PurePosixPath, numbers):
+        gate.wait(60)
+        try:
+            if writer.reserve(number):
+                won.append(str(number))
+        except (StoreError, OSError) as error:
+            failed.append(f"{type(error).__name__}: {error}")
+    results.put((won, failed))
+    results.close()
+    results.join_thread()
 
 
 def all_at_once(act: Callable[..., None], roots: Sequence[Path], uri: str, arguments: Mapping[str, Any], on_each: int) -> Sequence[Got]:
