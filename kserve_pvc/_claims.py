@@ -79,14 +79,16 @@ class LockInfo:
 
 
 def _read_sign(volume: Volume, place: PurePosixPath, cls: type[Claim] | type[ReaderLease]) -> Sign:
-    owner, beat = _quietly(volume, place / "owner", MAX_RECORD_BYTES), _quietly(volume, place / "beat", BEAT_BYTES)
+    with suppress(VolumeError):
+        volume.names(place)  # GlusterFS learns by it that a file has changed, which it believes it knows for a second.
+    owner, beat = _quietly(volume, place / "owner", MAX_RECORD_BYTES), _quietly(volume, place / "beat", BEAT_BYTES, anew=True)
     return Sign(name=place.name, raw=owner + beat, owner=_decoded(cls, owner, place), beat=_decoded(Beat, beat, place))
 
 
-def _quietly(volume: Volume, place: PurePosixPath, limit: int) -> bytes:
+def _quietly(volume: Volume, place: PurePosixPath, limit: int, *, anew: bool = False) -> bytes:
     # Whatever stands there instead shows no sign of life, and is superseded like what a dead process left.
     with suppress(StoreFormatError, VolumeError):
-        return volume.read(place, limit) or b""
+        return volume.read(place, limit, anew=anew) or b""
     return b""
 
 

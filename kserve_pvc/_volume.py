@@ -138,9 +138,12 @@ class Volume:
     def absolute(self, place: PurePosixPath) -> Path:
         return _joined(self.root, place)
 
-    def read(self, place: PurePosixPath, limit: int) -> bytes | None:
+    def read(self, place: PurePosixPath, limit: int, *, anew: bool = False) -> bytes | None:
         """
         Read a small regular file whole, or return None if it is not there.
+
+        Args:
+            anew: Whether the file is rewritten in place, so that what this node has read of it before may have changed.
 
         Raises:
             StoreFormatError: It is a link, no regular file, or larger than `limit` bytes.
@@ -157,6 +160,9 @@ class Volume:
                     raise StoreFormatError(str(place), "it is not a regular file") from error
                 raise self.failure("reading", place, error) from error
             try:
+                if anew:
+                    # Some mounts, such as those of GlusterFS, serve pages that they have read before for a second more.
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 return self._read_open(fd, place, limit)
             except OSError as error:
                 if error.errno != errno.ESTALE:
