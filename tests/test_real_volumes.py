@@ -2,7 +2,8 @@
 Several nodes on real volumes, with honest locks and with lying ones, watched by processes that know what is right.
 
 `KSERVE_PVC_TEST_NODES`, `KSERVE_PVC_TEST_PER_NODE` and `KSERVE_PVC_TEST_VOLUME_ROUNDS` ask for more than the few of a normal
-run, as `nox -s soak` does. `KSERVE_PVC_TEST_FIGURES` names a file that gets what was measured, a line of JSON for each test.
+run, as `nox -s soak` does, and `KSERVE_PVC_TEST_LEASE_SECONDS` for a longer lease where nodes are slow. `KSERVE_PVC_TEST_FIGURES`
+names a file that gets what was measured, a line of JSON for each test.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NODES = int(os.environ.get("KSERVE_PVC_TEST_NODES", "2"))
 PER_NODE = int(os.environ.get("KSERVE_PVC_TEST_PER_NODE", "3"))
 ROUNDS = int(os.environ.get("KSERVE_PVC_TEST_VOLUME_ROUNDS", "1"))
 PART_BYTES = 64 * 1024
-LEASE_SECONDS = 1.5
+LEASE_SECONDS = float(os.environ.get("KSERVE_PVC_TEST_LEASE_SECONDS", "1.5"))
 
 everywhere = pytest.mark.parametrize("volume", [*NETWORK, *LOCAL], indirect=True, scope="module")
 between_clients = pytest.mark.parametrize("volume", [*NETWORK], indirect=True, scope="module")
