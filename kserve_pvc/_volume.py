@@ -38,6 +38,8 @@ from kserve_pvc.errors import (
 if TYPE_CHECKING:
     from kserve_pvc._record import FoundFile
 
+_T = TypeVar("_T")
+
 # What a file system without the operation answers; the step then takes the next rung or does without.
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -46,8 +48,6 @@ _CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # The kernel writes blanks and backslashes of mount points as octal escapes.
-_T = TypeVar("_T")
-
 _OCTAL = re.compile(r"\\([0-7]{3})")
 # Where `syncfs` reaches the medium and reports what failed on the way.
 _LOCAL_TYPES = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"}
