@@ -11,7 +11,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "types", "docs", "tests", "plugin", "examples", "offline"]
+nox.options.sessions = ["lint", "types", "docs", "tests", "plugin", "examples", "offline", "demo"]
 nox.options.error_on_external_run = True
 
 PYTEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]

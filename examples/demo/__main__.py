@@ -228,15 +228,19 @@ def _verified(stage: Stage, model: Uploaded) -> Promise:
 
 
 def _look_around(stage: Stage, *models: Uploaded) -> list[Promise]:
-    generations = [p.relative_to(stage.root / "models").as_posix() for p in (stage.root / "models").glob("*/*")]
-    visible = [model.path.relative_to(stage.root / "models").as_posix() for model in ModelStore(stage.root).list()]
+    models_directory = stage.root / "models"
+    # A link there is the name by which a plain KServe mounts the newest generation.
+    links, keys = (sorted(p for p in models_directory.iterdir() if p.is_symlink() is wanted) for wanted in (True, False))
+    generations = [generation.relative_to(models_directory).as_posix() for key in keys for generation in key.iterdir()]
+    linked = [link.resolve().relative_to(models_directory.resolve()).as_posix() for link in links]
+    visible = [model.path.relative_to(models_directory).as_posix() for model in ModelStore(stage.root).list()]
     private = stage.root / ".kserve-pvc"
     leftovers = [p.relative_to(private).as_posix() for name in ("staging", "trash") for p in (private / name).rglob("*")]
     return [
         Promise(
             text="each model is there exactly once, and nothing else",
-            holds=sorted(generations) == sorted(visible) and len(visible) == len(models),
-            measured=f"{plural(len(visible), 'model')}, {plural(len(generations), 'generation')}",
+            holds=sorted(generations) == sorted(visible) == sorted(linked) and len(visible) == len(models),
+            measured=f"{plural(len(visible), 'model')}, {plural(len(generations), 'generation')}, {plural(len(linked), 'link')}",
         ),
         Promise(text="nothing is left in staging or trash", holds=not leftovers, measured=_listed(leftovers, "both empty")),
     ]
