@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +28,17 @@ import actors
 import nodes
 import pytest
 from auditor import Auditor, auditing
+from hub import Answer, Hub, Request
 from origin import CountingProxy
+from shell import COMMAND, clean_environ
+from shell import run as run_command
 from trees import digests, model_files, read_tree, write_files
 from volumes import LOCAL, MOUNTS, NETWORK, CannotStartError, SharedVolume, fresh_root
 from waiting import until
 
 from kserve_pvc import ModelInUseError, ModelStore
 from kserve_pvc._volume import VolumeWriter
+from kserve_pvc.kserve._destination import OURS
 
 NODES = int(os.environ.get("KSERVE_PVC_TEST_NODES", "2"))
 PER_NODE = int(os.environ.get("KSERVE_PVC_TEST_PER_NODE", "3"))
@@ -272,6 +277,40 @@ def test_with_all_locks_lying_nobody_sees_a_mix(roots, source, tmp_path):
             returned |= {path.name for path in paths}
 
     assert seen_without_a_flaw(reports) <= returned
+
+
+@between_clients
+def test_an_init_container_goes_on_where_one_on_another_node_was_killed(roots):
+    """
+    Without a store, in a directory of the volume: a model of the hub is there exactly, and after that nobody asks for its bytes.
+    """
+    files = {f"part-{number:02}.safetensors": os.urandom(200_000) for number in range(20)} | {"config.json": b"{}"}
+    places = [root / "served" for root in roots]
+    go_on = threading.Event()
+    with Hub() as hub:
+        hub.push("team/model", files)
+        environ = {"HF_ENDPOINT": hub.endpoint, "KSERVE_PVC_LEASE_SECONDS": str(LEASE_SECONDS)}
+        command = [*COMMAND, "initialize", "hf://team/model"]
+
+        def hold_back(request: Request, answer: Answer) -> None:
+            if len(hub.asked("storage")) > 10:
+                go_on.wait(60)
+
+        hub.meddle = hold_back
+        first = subprocess.Popen([*command, str(places[0])], env=clean_environ(environ), stderr=subprocess.DEVNULL)
+        until(lambda: len(hub.asked("storage")) > 10)
+        first.kill()
+        first.wait()
+        go_on.set()
+        second = run_command([*command, str(places[1])], env=environ)
+        sent = len(hub.asked("storage"))
+        third = run_command([*command, str(places[0])], env=environ)
+
+    assert second.returncode == third.returncode == 0, (second.stderr, third.stderr)
+    assert first.returncode == -signal.SIGKILL
+    assert len(hub.asked("storage")) == sent
+    for place in places:
+        assert {name: data for name, data in read_tree(place).items() if not name.startswith(f"{OURS}/")} == files
 
 
 @pytest.mark.timeout(900)  # A removal waits until every node sees it, which takes minutes on NFS.
