@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,6 +32,7 @@ from kserve_pvc.kserve import Storage
 from kserve_pvc.kserve._destination import OURS, Contents, Destination, Source
 from kserve_pvc.kserve._initialize import main
 from kserve_pvc.kserve._variables import read_variables, trust_bundle
+from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.liveness import here
 
 FILES = model_files(seed=61, big=300_000)
@@ -367,10 +369,12 @@ def test_patterns_choose_and_count(uri, source, place, name, text):
 @pytest.mark.parametrize(
     "bad", ["s3://b/m/../../x", "file:///etc/../etc", "oci://r/m:1", "https://github.com/o/r.git", "modelscope://o/m", "nope", ""]
 )
-def test_sources_that_are_refused(place, bad):
+def test_sources_that_are_refused(source, place, monkeypatch, bad):
     """
-    What climbs, and what is served by nobody here, is refused before anything is written.
+    What climbs, and what is served by nobody here, is refused before anything is written. Nothing does not mean "here".
     """
+    monkeypatch.chdir(source)
+
     result = run(bad, place)
 
     assert result.returncode == 1
@@ -498,14 +502,42 @@ def test_the_second_initializer_of_a_directory_is_refused(uri, place):
     assert served(place) == {}
 
 
+@pytest.mark.parametrize("seconds", [1.5, 10], ids=["late", "never"])
+def test_a_lock_that_is_not_answered_at_once_refuses_nobody(uri, source, place, monkeypatch, seconds):
+    """
+    A try of the lock that takes longer than a second, or than the lease, is not taken for another process.
+    """
+    answer_now = threading.Event()
+
+    def slow(open_file):
+        answer_now.wait(seconds)
+        return grab_file(open_file)
+
+    monkeypatch.setattr("kserve_pvc.kserve._destination.grab_file", slow)
+
+    result = run(uri, place, env={"KSERVE_PVC_LEASE_SECONDS": "2"})
+    answer_now.set()
+
+    assert result.returncode == 0, result.stderr
+    assert served(place) == read_tree(source)
+
+
+def refused(_):
+    """
+    Another process, which may be gone, has the lock.
+    """
+    return
+
+
 def test_on_a_network_volume_a_claim_excludes(uri, source, place, monkeypatch):
     """
-    Where the kernel's lock may be a lie, whoever shows signs of life is left alone, and whoever shows none is taken over.
+    Where the kernel's lock may be a lie, whoever shows signs of life is left alone, and whoever shows none is taken over. The
+    lock, which may have stayed with a node that is gone, is not asked for.
 
     The kind of the volume is made up, as no network volume can be mounted everywhere.
     """
     monkeypatch.setattr("kserve_pvc._volume.Mount.is_network", property(lambda _: True))
-    monkeypatch.setattr("kserve_pvc.locks.outside.OutsideLock.try_acquire", lambda _: True)
+    monkeypatch.setattr("kserve_pvc.kserve._destination.grab_file", refused)
     one, other = Destination(place), Destination(place)
     with one.writing(here(), 0.5), pytest.raises(LockTimeoutError), other.writing(here(), 0.5):
         raise AssertionError("two write")
@@ -895,6 +927,8 @@ def test_storage_raises_what_it_is(tmp_path, place):
         Storage.download(f"file://{tmp_path}/missing", place)
     with pytest.raises(InvalidURIError):
         Storage.download("nope", place)
+    with pytest.raises(InvalidURIError):
+        Storage.download("")
 
 
 # What a container does to a process

@@ -163,16 +163,18 @@ class Destination(VolumeWriter):
         Raises:
             LockTimeoutError: Another process that lives is writing here.
         """
-        lock = OutsideLock(partial(grab_file, partial(self.open_shared, _LOCK)))
+        # Between nodes the kernel's lock may be granted to everybody, or stay with a node that is gone: signs of life decide alone.
+        lock = None if mount_of(self.root).is_network else OutsideLock(partial(grab_file, partial(self.open_shared, _LOCK)))
         try:
-            if (is_locked := lock.try_acquire()) is False:
+            is_locked = lock.try_acquire(lease_seconds, unanswered=None) if lock is not None else None
+            if is_locked is False:
                 raise self._taken("another process")
             with ExitStack() as stack:
-                # Among the processes of one node the kernel's lock is enough, and it ends with its holder.
-                is_shared = not is_locked or mount_of(self.root).is_network
-                yield stack.enter_context(self._claimed(holder, lease_seconds)) if is_shared else _nothing
+                # Among the processes of one node it is enough, and ends with its holder.
+                yield _nothing if is_locked else stack.enter_context(self._claimed(holder, lease_seconds))
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
     @contextmanager
     def _claimed(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:

@@ -172,7 +172,7 @@ def read_source(source: str, variables: Variables) -> Wanted:
         raise InvalidURIError(redact(source), "git repositories are not fetched; put the files into a bucket, or on Hugging Face")
     if (scheme := source.partition("://")[0]) in _ELSEWHERE:
         raise UnknownSchemeError(scheme, _ELSEWHERE[scheme])
-    if "://" not in source and Path(source).exists():
+    if source and "://" not in source and Path(source).exists():
         source = os.path.abspath(source)
     ref = parse_ref(source, allow_patterns=variables.allow_patterns, ignore_patterns=variables.ignore_patterns)
     return Wanted(ref=ref)

@@ -42,7 +42,7 @@ class Storage:
         """
         variables = _variables(allow_patterns, ignore_patterns)
         if out_dir is None:
-            if "://" not in uri and Path(uri).exists():
+            if uri and "://" not in uri and Path(uri).exists():
                 return uri
             ref = read_source(uri, variables).ref
             if ref.scheme == "file" and Path(ref.location).exists():

@@ -19,7 +19,7 @@ class OutsideLock:
 
     The tries run in a thread of their own: on NFS even a lock call that does not wait hangs while the server recovers, a
     service may not answer, and no time limit can interrupt either. A try that has not come back within a second counts
-    as "not now". The same goes for giving it back.
+    as "not now", unless its caller says otherwise. The same second goes for giving it back.
     """
 
     def __init__(self, grab: Grab) -> None:
@@ -30,9 +30,13 @@ class OutsideLock:
         self._attempt: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def try_acquire(self) -> bool | None:
+    def try_acquire(self, seconds: float = _PATIENCE, *, unanswered: bool | None = False) -> bool | None:
         """
         Try once to get the lock: True if this process holds it, False if not now, None if there is none to be had.
+
+        Args:
+            seconds: How long to wait for an answer.
+            unanswered: What to return if there is none by then. For who asks again and again, it is "not now".
 
         Raises:
             StoreError: Somebody has to change something first.
@@ -44,14 +48,16 @@ class OutsideLock:
             if self._attempt is None or not self._attempt.is_alive():
                 self._attempt = threading.Thread(target=self._acquire, name="kserve-pvc-lock", daemon=True)
                 self._attempt.start()
-        self._attempt.join(_PATIENCE)
+        self._attempt.join(seconds)
         with self._guard:
             error, self._error = self._error, None
             if isinstance(error, NoLockError):
                 return None
             if error is not None:
                 raise error
-            return self._give_back is not None
+            if self._give_back is not None:
+                return True
+            return unanswered if self._attempt.is_alive() else False
 
     def release(self) -> None:
         """
