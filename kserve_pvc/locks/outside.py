@@ -55,9 +55,9 @@ class OutsideLock:
                 return None
             if error is not None:
                 raise error
-            if self._give_back is not None:
-                return True
-            return unanswered if self._attempt.is_alive() else False
+            if self._attempt.is_alive() and self._give_back is None:
+                return unanswered
+            return self._give_back is not None
 
     def release(self) -> None:
         """

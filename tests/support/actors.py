@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
@@ -32,9 +33,15 @@ def start(act: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     """
     Run one of the actors below in a process of its own.
     """
-    process = context().Process(target=act, args=arguments, daemon=True)
+    process = context().Process(target=_play, args=(act, *arguments), daemon=True)
     process.start()
     return process
+
+
+def _play(act: Callable[..., None], *arguments: Any) -> None:
+    # Whoever is started by what a shell runs in the background, tests too, would not hear interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    act(*arguments)
 
 
 def run_all(processes: list[ForkServerProcess], timeout: float = 120) -> list[int | None]:
