@@ -12,7 +12,6 @@ import os
 import re
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -23,7 +22,7 @@ import attrs
 
 from kserve_pvc import _layout as layout
 from kserve_pvc._names import MAX_PART_BYTES
-from kserve_pvc._volume import Mount, Scratch, Volume, VolumeWriter, mount_of, write_all
+from kserve_pvc._volume import Mount, Scratch, Volume, VolumeWriter, dated_name, mount_of, write_all
 from kserve_pvc.errors import StoreError, StoreRootError, UnsafePathError, VolumeError
 
 LOCAL_LEASE_SECONDS = 30.0
@@ -187,11 +186,6 @@ def _in_trash(writer: VolumeWriter) -> Iterator[PurePosixPath]:
     finally:
         with suppress(OSError, StoreError):
             writer.delete_trash(place)
-
-
-def dated_name() -> str:
-    """A name nobody else uses, which says to whoever cleans up how old it is."""
-    return f"{int(time.time()):012d}-{os.urandom(8).hex()}"
 
 
 def probe(writer: VolumeWriter, place: PurePosixPath) -> Profile:

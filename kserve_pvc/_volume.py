@@ -548,7 +548,7 @@ class VolumeWriter(Volume):
         Returns:
             False if something that is no link stands there, other than an empty directory, or the volume has no links.
         """
-        made = TRASH / f"{int(time.time()):012d}-{os.urandom(8).hex()}"  # Where it is found if this process dies here.
+        made = TRASH / dated_name()  # Where it is found if this process dies here.
         with self._translated("linking", place):
             self.make_directory(TRASH)
             self.make_directory(place.parent)
@@ -574,7 +574,7 @@ class VolumeWriter(Volume):
         """
         if not {MODELS, STAGING, MANIFESTS, LEASES, NAMES} & set(place.parents) and not is_claim(place):
             raise UnsafePathError(str(place), "only models and what belongs to one generation are ever thrown away")
-        trashed = TRASH / f"{int(time.time()):012d}-{os.urandom(8).hex()}"
+        trashed = TRASH / dated_name()
         with self._translated("moving to the trash", place):
             self.make_directory(TRASH)
             try:
@@ -910,6 +910,11 @@ def _is_free_for_link(directory: int, name: str) -> bool:
         return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
     except FileNotFoundError:
         return True
+
+
+def dated_name() -> str:
+    """A name nobody else uses, which says to whoever cleans up how old it is."""
+    return f"{int(time.time()):012d}-{os.urandom(8).hex()}"
 
 
 def _settled(act: Callable[[], _T], codes: Collection[int] = (errno.ENOENT, errno.ESTALE)) -> _T:

@@ -163,18 +163,19 @@ class Destination(VolumeWriter):
         Raises:
             LockTimeoutError: Another process that lives is writing here.
         """
-        # Between nodes the kernel's lock may be granted to everybody, or stay with a node that is gone: signs of life decide alone.
-        lock = None if mount_of(self.root).is_network else OutsideLock(partial(grab_file, partial(self.open_shared, _LOCK)))
-        try:
-            is_locked = lock.try_acquire(lease_seconds, unanswered=None) if lock is not None else None
-            if is_locked is False:
-                raise self._taken("another process")
-            with ExitStack() as stack:
-                # Among the processes of one node it is enough, and ends with its holder.
-                yield _nothing if is_locked else stack.enter_context(self._claimed(holder, lease_seconds))
-        finally:
-            if lock is not None:
-                lock.release()
+        with ExitStack() as stack:
+            # Between nodes the kernel's lock may be granted to all, or stay with a node that is gone: signs of life decide alone.
+            is_alone = not mount_of(self.root).is_network and self._grabbed(stack, lease_seconds)
+            yield _nothing if is_alone else stack.enter_context(self._claimed(holder, lease_seconds))
+
+    def _grabbed(self, stack: ExitStack, patience: float) -> bool:
+        """Whether the kernel's lock is held, which ends with its holder. False if there is none to be had, or no answer in time."""
+        lock = OutsideLock(partial(grab_file, partial(self.open_shared, _LOCK)))
+        stack.callback(lock.release)
+        answer = lock.try_acquire(patience, unanswered=None)
+        if answer is False:
+            raise self._taken("another process")
+        return answer is True
 
     @contextmanager
     def _claimed(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:
