@@ -1,8 +1,8 @@
 """
 Names under which a pod can mount a model: links on the volume, which the store itself never follows.
 
-`models/<16 hex digits>` is where KServe looks for a URI in a volume. It leads to the generation that is current, and is put in
-place after every commit and removal. `names/<name>` leads to that link, so it is never moved again.
+`models/<16 hex digits>` is where KServe looks for a URI in a volume. It leads to the generation that is current, and is
+put in place after every commit and removal. `names/<name>` leads to that link, so it is never moved again.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def settle_view(writer: VolumeWriter, key: str) -> bool:
     """
     Let KServe's name for a model lead to what the log says, or to nothing if there is no model.
 
-    It is looked again afterwards, since another writer may have published meanwhile: whoever moved the link last has seen the
-    newest record before or after.
+    It is looked again afterwards, since another writer may have published meanwhile: whoever moved the link last has
+    seen the newest record before or after.
 
     Returns:
         False if something of somebody else has that name, or the volume has no links.

@@ -73,7 +73,8 @@ class BundleManifest:
     """
     The first member of a bundle: which version of which model it holds, and every file of it with its SHA-256.
 
-    It says nothing about the store, the time or the process that wrote it, so that the same version of a model gives the same bundle.
+    It says nothing about the store, the time or the process that wrote it, so that the same version of a model gives
+    the same bundle.
     """
 
     uri: str = attrs.field(validator=text)
@@ -102,11 +103,21 @@ class BundleManifest:
         """
         What a caller asks for to get this model.
         """
-        return ModelRef(uri=self.uri, revision=self.revision, allow_patterns=self.allow_patterns, ignore_patterns=self.ignore_patterns)
+        return ModelRef(
+            uri=self.uri,
+            revision=self.revision,
+            allow_patterns=self.allow_patterns,
+            ignore_patterns=self.ignore_patterns,
+        )
 
     def _parse_ref(self) -> ModelRef:
         try:
-            ref = parse_ref(self.uri, revision=self.revision, allow_patterns=self.allow_patterns, ignore_patterns=self.ignore_patterns)
+            ref = parse_ref(
+                self.uri,
+                revision=self.revision,
+                allow_patterns=self.allow_patterns,
+                ignore_patterns=self.ignore_patterns,
+            )
         except PolicyError as error:  # The other one that it raises is a ValueError, as is expected here.
             raise ValueError(str(error)) from error
         if ref != self.ref or ref.key != self.key:
@@ -155,7 +166,9 @@ class _Plan:
 
 
 def _plan(manifest: BundleManifest, data: bytes) -> _Plan:
-    return _Plan(manifest, data, hashlib.sha256(data).hexdigest(), sum(_length(piece) for piece in _pieces(manifest, data)))
+    return _Plan(
+        manifest, data, hashlib.sha256(data).hexdigest(), sum(_length(piece) for piece in _pieces(manifest, data))
+    )
 
 
 def _pieces(manifest: BundleManifest, data: bytes) -> Iterator[bytes | FileEntry]:
@@ -207,7 +220,14 @@ def _extension(keyword: str, value: str) -> bytes:
 
 def _block(name: str, size_bytes: int, kind: bytes) -> bytes:
     none, number = bytes(0), b"0000000\0"
-    fields: list[bytes] = [name.encode("ascii", "replace"), b"0000444\0", number, number, b"%011o\0" % size_bytes, b"00000000000\0"]
+    fields: list[bytes] = [
+        name.encode("ascii", "replace"),
+        b"0000444\0",
+        number,
+        number,
+        b"%011o\0" % size_bytes,
+        b"00000000000\0",
+    ]
     rest: list[bytes] = [kind, none, b"ustar\0", b"00", none, none, none, none, none]
     # The checksum is taken with blanks in its own place.
     checksum = b"%06o\0 " % sum(_HEADER.pack(*fields, b" " * 8, *rest))
@@ -234,7 +254,12 @@ class Exported:
 
 
 def export_bundle(
-    manifest: BundleManifest, open_file: OpenFile, file: str | os.PathLike[str] | BinaryIO, *, root: Path, listener: Listener
+    manifest: BundleManifest,
+    open_file: OpenFile,
+    file: str | os.PathLike[str] | BinaryIO,
+    *,
+    root: Path,
+    listener: Listener,
 ) -> Exported:
     """
     Write a model as a bundle, comparing every file with its SHA-256 on the way.
@@ -254,7 +279,9 @@ def export_bundle(
     """
     target = _check_place(Path(file), root) if isinstance(file, str | os.PathLike) else file
     plan = _plan(manifest, encode(manifest))
-    listener(Started(ref=str(manifest.ref), bytes_total=manifest.size_bytes, files=len(manifest.files), activity="exporting"))
+    listener(
+        Started(ref=str(manifest.ref), bytes_total=manifest.size_bytes, files=len(manifest.files), activity="exporting")
+    )
     export = _Export(plan, open_file, listener)
     if isinstance(target, Path):
         _export_to_file(export, target)
@@ -281,7 +308,9 @@ def _check_place(file: Path, root: Path) -> Path:
     with _writing(place):
         is_foreign = place.exists() and not place.is_file()
     if is_foreign:
-        raise SettingsError("file", str(file), "something that is no regular file is there; name a file, or `-` for standard output")
+        raise SettingsError(
+            "file", str(file), "something that is no regular file is there; name a file, or `-` for standard output"
+        )
     return place
 
 
@@ -364,7 +393,9 @@ def _reading(file: FileEntry) -> Iterator[None]:
         raise
     except OSError as error:
         is_gone = isinstance(error, FileNotFoundError)
-        raise _damaged(file, "it is recorded and not there" if is_gone else os.strerror(error.errno or errno.EIO)) from error
+        raise _damaged(
+            file, "it is recorded and not there" if is_gone else os.strerror(error.errno or errno.EIO)
+        ) from error
 
 
 def _damaged(file: FileEntry, reason: str) -> VolumeError:
@@ -469,7 +500,9 @@ class _Export:
             self.listener(Adopted(ref=self.ref, size_bytes=count))
             at += count
 
-    def _copy(self, target: _Target, at: int, file: FileEntry, start: int, update: Callable[[memoryview], None]) -> None:
+    def _copy(
+        self, target: _Target, at: int, file: FileEntry, start: int, update: Callable[[memoryview], None]
+    ) -> None:
         if start and start == file.size_bytes:
             return
         with self._opened(file) as fd:
@@ -505,7 +538,8 @@ def open_bundle(file: str | os.PathLike[str], *, sha256: str | None = None) -> I
     when they are read.
 
     Args:
-        sha256: The digest its manifest must have, as `export` told it. Without it a bundle is as good as where it comes from.
+        sha256: The digest its manifest must have, as `export` told it. Without it a bundle is as good as where it comes
+            from.
 
     Raises:
         SourceNotFoundError, SourceDeniedError: It is not there, or may not be read.
@@ -534,13 +568,19 @@ def _translate(name: str, error: OSError) -> StoreError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return SourceNotFoundError(name, reason)
     # Asking a disk again does not help.
-    return SourceDeniedError(name, reason) if isinstance(error, PermissionError) else SourceUnavailableError(name, reason, is_final=True)
+    return (
+        SourceDeniedError(name, reason)
+        if isinstance(error, PermissionError)
+        else SourceUnavailableError(name, reason, is_final=True)
+    )
 
 
 def _read_bundle(fd: int, name: str) -> Bundle:
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
-        raise SettingsError("file", name, "a bundle is read from any place in it, so it must be a regular file; write it to one first")
+        raise SettingsError(
+            "file", name, "a bundle is read from any place in it, so it must be a regular file; write it to one first"
+        )
     try:
         plan = _read_plan(fd, name, found.st_size)
         places = _compare(fd, name, plan, found.st_size)
@@ -582,7 +622,9 @@ def _compare(fd: int, name: str, plan: _Plan, size_bytes: int) -> Mapping[PurePo
         if not isinstance(piece, bytes):
             places[piece.path] = at
         elif os.pread(fd, len(piece), at) != piece:
-            raise StoreFormatError(name, f"what begins at byte {at} is not what its manifest makes it, so it was changed or packed anew")
+            raise StoreFormatError(
+                name, f"what begins at byte {at} is not what its manifest makes it, so it was changed or packed anew"
+            )
         at += _length(piece)
     return places
 

@@ -59,8 +59,8 @@ class LockInfo:
     """
     A claim that its holder has not given back. `state` is `dead` if its process provably no longer exists.
 
-    `pod`, `node` and `uid` are empty and -1 where the holder is not known. `age_seconds` compares this node's clock with
-    the holder's when it claimed, so it is for people.
+    `pod`, `node` and `uid` are empty and -1 where the holder is not known. `age_seconds` compares this node's clock
+    with the holder's when it claimed, so it is for people.
     """
 
     uri: str
@@ -81,7 +81,10 @@ class LockInfo:
 def _read_sign(volume: Volume, place: PurePosixPath, cls: type[Claim] | type[ReaderLease]) -> Sign:
     with suppress(VolumeError):
         volume.names(place)  # GlusterFS learns by it that a file has changed, which it believes it knows for a second.
-    owner, beat = _quietly(volume, place / "owner", MAX_RECORD_BYTES), _quietly(volume, place / "beat", BEAT_BYTES, anew=True)
+    owner, beat = (
+        _quietly(volume, place / "owner", MAX_RECORD_BYTES),
+        _quietly(volume, place / "beat", BEAT_BYTES, anew=True),
+    )
     return Sign(name=place.name, raw=owner + beat, owner=_decoded(cls, owner, place), beat=_decoded(Beat, beat, place))
 
 
@@ -102,7 +105,9 @@ def newest_epoch(volume: Volume, key: str) -> int:
     """
     The number of the current claim of a key, 0 if there is none.
     """
-    return max((n for name in volume.names(layout.claims_dir(key)) if (n := layout.parse_number(name)) is not None), default=0)
+    return max(
+        (n for name in volume.names(layout.claims_dir(key)) if (n := layout.parse_number(name)) is not None), default=0
+    )
 
 
 def read_claim(volume: Volume, key: str) -> Sign | None:
@@ -146,7 +151,9 @@ def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: 
     If the process dies here, the number is a claim without an owner, which is superseded once its lease is over.
     """
     if epoch > layout.MAX_NUMBER:
-        raise StoreFormatError(str(layout.claims_dir(key)), f"claim {epoch - 1} in it was made by no writer; delete that forgery")
+        raise StoreFormatError(
+            str(layout.claims_dir(key)), f"claim {epoch - 1} in it was made by no writer; delete that forgery"
+        )
     place = layout.claim_dir(key, epoch)
     if not writer.reserve(place):
         return None
@@ -159,7 +166,8 @@ def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: 
 
 
 def _forget_older(writer: VolumeWriter, key: str, epoch: int) -> None:
-    # Only the newest counts, and as long as it is there no number comes back. A pod that fails in a loop leaves one, not all.
+    # Only the newest counts, and as long as it is there no number comes back. A pod that fails in a loop leaves one,
+    # not all.
     for name in writer.names(layout.claims_dir(key)):
         number = layout.parse_number(name)
         if number is not None and number < epoch:
@@ -244,7 +252,9 @@ def _showing_life(look: Callable[[], dict[str, Sign]], seconds: float) -> tuple[
     while any(not (s.is_released or s.is_dead) for s in signs.values()) and time.monotonic() < deadline:
         time.sleep(min(0.25, seconds / 20))
         signs = look()
-        live = tuple(s.holder for name, s in signs.items() if not s.is_released and name in first and s.raw != first[name].raw)
+        live = tuple(
+            s.holder for name, s in signs.items() if not s.is_released and name in first and s.raw != first[name].raw
+        )
         if live:
             return live
     return ()

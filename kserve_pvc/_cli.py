@@ -110,7 +110,11 @@ def _complain(error: Exception, about: str, *, verbose: bool) -> None:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    return {"type": type(error).__name__, "message": _reason(error), **(error.fields if isinstance(error, StoreError) else {})}
+    return {
+        "type": type(error).__name__,
+        "message": _reason(error),
+        **(error.fields if isinstance(error, StoreError) else {}),
+    }
 
 
 def _reason(error: Exception) -> str:
@@ -130,7 +134,11 @@ def _ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
         progress=False if arguments.quiet else None,
     )
     document = {**_identity(model), "status": model.status, "size_bytes": model.size_bytes}
-    _answer(arguments, {**document, "bytes_fetched": model.bytes_fetched, "seconds": round(model.seconds, 3)}, str(model.path))
+    _answer(
+        arguments,
+        {**document, "bytes_fetched": model.bytes_fetched, "seconds": round(model.seconds, 3)},
+        str(model.path),
+    )
     return 0
 
 
@@ -241,7 +249,10 @@ def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
         return 0
     _print_table(
         ("URI", "SIZE", "FILES", "CREATED", "KEY"),
-        [(_described(m), amount(m.size_bytes), str(m.files), m.created_at.strftime("%Y-%m-%d %H:%M"), m.key) for m in models],
+        [
+            (_described(m), amount(m.size_bytes), str(m.files), m.created_at.strftime("%Y-%m-%d %H:%M"), m.key)
+            for m in models
+        ],
     )
     if not arguments.quiet:
         _say(f"{count(len(models), 'model')}, {amount(sum(m.size_bytes for m in models))} at {store.root}")
@@ -268,7 +279,9 @@ def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"{name.ljust(width)}  {printable(value)}")
-    _print_table(("FILE", "SIZE", "SHA256"), [(str(f.path), amount(f.size_bytes), f.sha256 or "unknown") for f in record.files])
+    _print_table(
+        ("FILE", "SIZE", "SHA256"), [(str(f.path), amount(f.size_bytes), f.sha256 or "unknown") for f in record.files]
+    )
     return 0
 
 
@@ -283,7 +296,9 @@ def _plan(store: ModelStore, arguments: argparse.Namespace) -> int:
         print(f"nothing to do: {printable(plan.uri)} is present ({amount(plan.size_bytes)})")
         return 0
     seconds = "at an unknown rate" if plan.seconds is None else f"in about {plan.seconds:.0f} s"
-    print(f"would fetch {amount(plan.bytes_to_fetch)} of {amount(plan.size_bytes)} in {count(plan.files, 'file')} {seconds}")
+    print(
+        f"would fetch {amount(plan.bytes_to_fetch)} of {amount(plan.size_bytes)} in {count(plan.files, 'file')} {seconds}"
+    )
     print(f"would take over {amount(plan.bytes_reusable)} that is there already")
     print(f"{amount(plan.free_bytes)} are free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
     return 0
@@ -294,7 +309,9 @@ def _verify(store: ModelStore, arguments: argparse.Namespace) -> int:
     if arguments.uri is None and not arguments.all:
         _say("verify: name a URI, or write `--all`")
         return 2
-    reports = store.verify_all(level) if arguments.all else [store.verify(arguments.uri, level, **_selection(arguments))]
+    reports = (
+        store.verify_all(level) if arguments.all else [store.verify(arguments.uri, level, **_selection(arguments))]
+    )
     seen = []
     for report in reports:
         seen.append(report)
@@ -332,7 +349,9 @@ def _export(store: ModelStore, arguments: argparse.Namespace) -> int:
 
     to_stdout = arguments.file == "-"
     if to_stdout and (arguments.json or sys.stdout.isatty()):
-        _say("export: standard output is the bundle, so it can be neither a terminal nor `--json`; redirect it, or name a file")
+        _say(
+            "export: standard output is the bundle, so it can be neither a terminal nor `--json`; redirect it, or name a file"
+        )
         return 2
     file = sys.stdout.buffer if to_stdout else arguments.file
     exported = store.export(arguments.uri, file, **_selection(arguments), progress=False if arguments.quiet else None)
@@ -340,7 +359,9 @@ def _export(store: ModelStore, arguments: argparse.Namespace) -> int:
         _print_json(attrs.asdict(exported))
     elif not arguments.quiet:
         size = f"{count(exported.files, 'file')}, {amount(exported.size_bytes)}"
-        _say(f"{printable(exported.file)} holds {printable(exported.uri)}: {size}; check it with `import --sha256 {exported.sha256}`")
+        _say(
+            f"{printable(exported.file)} holds {printable(exported.uri)}: {size}; check it with `import --sha256 {exported.sha256}`"
+        )
     return 0
 
 
@@ -356,7 +377,11 @@ def _import(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 def _answer_model(arguments: argparse.Namespace, model: Model) -> None:
     document = {**_identity(model), "status": model.status, "size_bytes": model.size_bytes}
-    _answer(arguments, {**document, "bytes_fetched": model.bytes_fetched, "seconds": round(model.seconds, 3)}, str(model.path))
+    _answer(
+        arguments,
+        {**document, "bytes_fetched": model.bytes_fetched, "seconds": round(model.seconds, 3)},
+        str(model.path),
+    )
 
 
 def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
@@ -400,7 +425,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if not arguments.timeout >= 0:
         raise SettingsError("--timeout", str(arguments.timeout), "write a number of seconds, 0 or more")
     if arguments.peer is not None and not arguments.quiet:
-        _say(f"waiting up to {arguments.timeout:.0f} s for `kserve-pvc doctor DIR --peer {printable(arguments.peer)}` on another node")
+        _say(
+            f"waiting up to {arguments.timeout:.0f} s for `kserve-pvc doctor DIR --peer {printable(arguments.peer)}` on another node"
+        )
     diagnosis = diagnose(
         arguments.directory or arguments.store or settings.store,
         writes=settings.mode != "r",
@@ -421,7 +448,9 @@ def _kserve_patch(arguments: argparse.Namespace) -> int:
 
     read_only = False if arguments.read_write else True if arguments.read_only else None
     sharing = Sharing(claim=arguments.claim, sub_path=arguments.sub_path, read_only=read_only)
-    patched = patch(_read_input(arguments.file), sharing, name="standard input" if arguments.file == "-" else arguments.file)
+    patched = patch(
+        _read_input(arguments.file), sharing, name="standard input" if arguments.file == "-" else arguments.file
+    )
     sys.stdout.write(patched.text)
     for remark in () if arguments.quiet else patched.remarks:
         _say(printable(remark))
@@ -481,7 +510,13 @@ def _described(model: Model) -> str:
 
 def _row(model: Model) -> dict[str, Any]:
     # Nothing can be pinned before there is eviction to be protected from.
-    return {**_identity(model), "size_bytes": model.size_bytes, "files": model.files, "created_at": model.created_at, "pinned": False}
+    return {
+        **_identity(model),
+        "size_bytes": model.size_bytes,
+        "files": model.files,
+        "created_at": model.created_at,
+        "pinned": False,
+    }
 
 
 def _verification(report: Verification) -> dict[str, Any]:
@@ -492,7 +527,9 @@ def _verification(report: Verification) -> dict[str, Any]:
 def _print_verification(report: Verification) -> None:
     from kserve_pvc._amounts import amount, count
 
-    checked = f"{count(report.files, 'file')}, {amount(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"
+    checked = (
+        f"{count(report.files, 'file')}, {amount(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"
+    )
     print(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
     for problem in report.problems:
         print(f"     {problem.kind}: {printable(problem.path)}: {printable(problem.detail)}")
@@ -568,15 +605,25 @@ def _parser(only: str | None = None) -> argparse.ArgumentParser:
 
 def _add_ensure(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--refresh", action="store_true", help="ask the source, and fetch a newer version beside the old one")
+    parser.add_argument(
+        "--refresh", action="store_true", help="ask the source, and fetch a newer version beside the old one"
+    )
     parser.add_argument("--force-download", action="store_true", help="fetch even if it is present")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
     _add_patience(parser)
 
 
 def _add_patience(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--timeout", type=float, default=defaults.TIMEOUT, metavar="SECONDS", help="wait that long for another downloader")
-    parser.add_argument("--max-workers", type=int, default=defaults.MAX_WORKERS, metavar="N", help="most streams at the same time")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=defaults.TIMEOUT,
+        metavar="SECONDS",
+        help="wait that long for another downloader",
+    )
+    parser.add_argument(
+        "--max-workers", type=int, default=defaults.MAX_WORKERS, metavar="N", help="most streams at the same time"
+    )
 
 
 def _add_warm(parser: argparse.ArgumentParser) -> None:
@@ -589,7 +636,9 @@ def _add_warm(parser: argparse.ArgumentParser) -> None:
         help="a model a line, as a URI or a JSON object; `-` is standard input",
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="models at the same time")
-    parser.add_argument("--refresh", action="store_true", help="ask the sources, and fetch newer versions beside the old ones")
+    parser.add_argument(
+        "--refresh", action="store_true", help="ask the sources, and fetch newer versions beside the old ones"
+    )
     _add_patience(parser)
 
 
@@ -601,7 +650,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, optional=True)
     parser.add_argument("--all", action="store_true", help="verify every model")
-    parser.add_argument("--full", action="store_true", help="read every byte and compare digests, instead of sizes only")
+    parser.add_argument(
+        "--full", action="store_true", help="read every byte and compare digests, instead of sizes only"
+    )
 
 
 def _add_rm(parser: argparse.ArgumentParser) -> None:
@@ -612,13 +663,21 @@ def _add_rm(parser: argparse.ArgumentParser) -> None:
 def _add_locks(parser: argparse.ArgumentParser) -> None:
     _add_selection(parser)
     parser.add_argument(
-        "--break", dest="break_claim", action="append", metavar="URI", help="let another process download; safe at any time"
+        "--break",
+        dest="break_claim",
+        action="append",
+        metavar="URI",
+        help="let another process download; safe at any time",
     )
 
 
 def _add_alias(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a name that a pod can mount: `names/NAME` in the volume")
-    parser.add_argument("uri", metavar="URI", nargs="?", help="the model, which is present; without any arguments all names are listed")
+    parser.add_argument(
+        "name", metavar="NAME", nargs="?", help="a name that a pod can mount: `names/NAME` in the volume"
+    )
+    parser.add_argument(
+        "uri", metavar="URI", nargs="?", help="the model, which is present; without any arguments all names are listed"
+    )
     parser.add_argument("--drop", metavar="NAME", help="take a name away; the model stays")
     _add_selection(parser)
 
@@ -631,13 +690,23 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a bundle that `export` wrote")
     parser.add_argument("--sha256", metavar="HEX", help="accept only the bundle whose digest `export` told")
-    parser.add_argument("--timeout", type=float, default=defaults.TIMEOUT, metavar="SECONDS", help="wait that long for another downloader")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=defaults.TIMEOUT,
+        metavar="SECONDS",
+        help="wait that long for another downloader",
+    )
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", nargs="?", help="what to examine, a store or not (else the store)")
-    parser.add_argument("--peer", metavar="NAME", help="test a second node too, on which the same is started with the same name")
-    parser.add_argument("--timeout", type=float, default=defaults.DOCTOR_TIMEOUT, metavar="SECONDS", help="wait that long for it")
+    parser.add_argument(
+        "--peer", metavar="NAME", help="test a second node too, on which the same is started with the same name"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=defaults.DOCTOR_TIMEOUT, metavar="SECONDS", help="wait that long for it"
+    )
 
 
 def _add_kserve(parser: argparse.ArgumentParser) -> None:
@@ -646,34 +715,55 @@ def _add_kserve(parser: argparse.ArgumentParser) -> None:
     patch = actions.add_parser("patch", help=text, description=text)
     _add_common(patch, defaults=False)
     patch.add_argument(
-        "-f", "--file", default="-", metavar="FILE", help="the manifests, of which all others are passed on; `-` is standard input"
+        "-f",
+        "--file",
+        default="-",
+        metavar="FILE",
+        help="the manifests, of which all others are passed on; `-` is standard input",
     )
     patch.add_argument("--claim", metavar="NAME", help="the PersistentVolumeClaim")
-    patch.add_argument("--sub-path", metavar="DIR", help="the directory of the claim that the server sees; else all of it")
+    patch.add_argument(
+        "--sub-path", metavar="DIR", help="the directory of the claim that the server sees; else all of it"
+    )
     mode = patch.add_mutually_exclusive_group()
     mode.add_argument("--read-write", action="store_true", help="let the server write")
     mode.add_argument("--read-only", action="store_true", help="do not let it, whatever its annotation says now")
 
 
 def _add_initialize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pairs", metavar="SRC DEST", nargs="*", help="a source and the directory that it goes to; settings are variables")
+    parser.add_argument(
+        "pairs",
+        metavar="SRC DEST",
+        nargs="*",
+        help="a source and the directory that it goes to; settings are variables",
+    )
 
 
 def _add_webhook(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", required=True, metavar="FILE", help="who may use which claim, and how")
-    parser.add_argument("--tls-cert", required=True, metavar="FILE", help="the certificate, with its chain; read again when it changes")
+    parser.add_argument(
+        "--tls-cert", required=True, metavar="FILE", help="the certificate, with its chain; read again when it changes"
+    )
     parser.add_argument("--tls-key", required=True, metavar="FILE", help="its private key")
     parser.add_argument("--host", default="0.0.0.0", metavar="ADDRESS", help="where to listen")
-    parser.add_argument("--port", type=int, default=8443, metavar="N", help="where to listen; 0 takes a free one and says which")
     parser.add_argument(
-        "--reload-seconds", type=float, default=5.0, metavar="SECONDS", help="how often to look whether the files have changed"
+        "--port", type=int, default=8443, metavar="N", help="where to listen; 0 takes a free one and says which"
+    )
+    parser.add_argument(
+        "--reload-seconds",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="how often to look whether the files have changed",
     )
 
 
 def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
     # Accepted before and after the verb; only the first place has defaults, or the second would undo the first.
     missing = None if defaults else argparse.SUPPRESS
-    parser.add_argument("--store", metavar="DIR", default=missing, help="the store (else KSERVE_PVC_STORE, else /mnt/models)")
+    parser.add_argument(
+        "--store", metavar="DIR", default=missing, help="the store (else KSERVE_PVC_STORE, else /mnt/models)"
+    )
     for names, text in (
         (("--json",), "print one JSON document"),
         (("-q", "--quiet"), "no progress and no summaries"),

@@ -134,7 +134,9 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
 
 def _check_format(version: object, where: str) -> None:
     if type(version) is int and version > FORMAT:
-        raise StoreFormatError(where, f"it has format {version} and this version reads up to {FORMAT}; upgrade kserve_pvc")
+        raise StoreFormatError(
+            where, f"it has format {version} and this version reads up to {FORMAT}; upgrade kserve_pvc"
+        )
     if type(version) is not int or version != FORMAT:
         raise StoreFormatError(where, "it has no valid format number, so it does not belong to a store")
 

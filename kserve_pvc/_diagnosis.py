@@ -72,7 +72,8 @@ class Diagnosis:
         uid, gid: Of this process.
         owner_uid, owner_gid, mode: Of the directory.
         free_bytes, total_bytes: What the volume says.
-        clock_ahead: By how many seconds the clock that dates files is ahead of this node's; None if nothing was written.
+        clock_ahead: By how many seconds the clock that dates files is ahead of this node's; None if nothing was
+            written.
         peer: What two nodes found out about each other; None if none was waited for, or none came.
         ok: Nothing is unsafe or to be changed.
     """
@@ -137,13 +138,23 @@ def _judge_profile(diagnosis: Diagnosis) -> Iterator[Finding]:
         yield Finding(what="unusable", level="unsafe", measured=obstacle, rule=rule, remedy="use another volume")
     if profile.read_only:
         yield _note(
-            "read-only", "the volume is mounted read-only", "a replica may read; what downloads needs to write", "nothing, if so meant"
+            "read-only",
+            "the volume is mounted read-only",
+            "a replica may read; what downloads needs to write",
+            "nothing, if so meant",
         )
     elif profile.mkdir is None:
-        yield _note("not-tried", "nothing was written", "only writing shows what a volume can do", "run it where it may write")
+        yield _note(
+            "not-tried", "nothing was written", "only writing shows what a volume can do", "run it where it may write"
+        )
     if profile.syncs_directories is False:
         rule = "after a power failure a name may be gone that `fsync` of its directory would have kept"
-        yield _note("directories-not-synced", "`fsync` of a directory is not supported", rule, "nothing; the next `ensure` downloads again")
+        yield _note(
+            "directories-not-synced",
+            "`fsync` of a directory is not supported",
+            rule,
+            "nothing; the next `ensure` downloads again",
+        )
     if "hangs" in (profile.flock, profile.range_lock):
         yield _note(
             "locks-hang",
@@ -152,17 +163,27 @@ def _judge_profile(diagnosis: Diagnosis) -> Iterator[Finding]:
             "look at the server if it stays so; the locker `lease` needs no such locks",
         )
     if profile.link == "unsupported":
-        yield _note("no-hard-links", "there are no hard links", "unchanged files of a new version are copied, not linked", "nothing")
+        yield _note(
+            "no-hard-links",
+            "there are no hard links",
+            "unchanged files of a new version are copied, not linked",
+            "nothing",
+        )
     if profile.folds_case or profile.folds_unicode:
         rule = "models with two such names are refused on every volume, so nothing gets lost"
         yield _note("folds-names", "names that differ only in case or Unicode form are one", rule, "nothing")
     if profile.keeps_names is False:
         yield _note(
-            "changes-names", "some letters of names are refused or changed", "a model with such names is refused", "rename its files"
+            "changes-names",
+            "some letters of names are refused or changed",
+            "a model with such names is refused",
+            "rename its files",
         )
     if profile.name_bytes is not None and profile.name_bytes < 255:
         measured = f"names may have {profile.name_bytes} bytes"
-        yield _note("short-names", measured, "a model with longer names is refused before it is fetched", "rename its files")
+        yield _note(
+            "short-names", measured, "a model with longer names is refused before it is fetched", "rename its files"
+        )
 
 
 def _note(what: str, measured: str, rule: str, remedy: str) -> Finding:
@@ -270,7 +291,10 @@ def _judge_space(diagnosis: Diagnosis) -> Iterator[Finding]:
 
 def _judge_clock(diagnosis: Diagnosis) -> Iterator[Finding]:
     peer = diagnosis.peer
-    for what, ahead in (("clock-of-volume", diagnosis.clock_ahead), ("clock-of-peer", peer.clock_ahead if peer else None)):
+    for what, ahead in (
+        ("clock-of-volume", diagnosis.clock_ahead),
+        ("clock-of-peer", peer.clock_ahead if peer else None),
+    ):
         if ahead is None or abs(ahead) <= _CLOCK_SECONDS:
             continue
         yield Finding(
@@ -304,7 +328,12 @@ def _judge_peer(diagnosis: Diagnosis, peer: PeerReport) -> Iterator[Finding]:
 
 
 def _judge_race(what: str, race: Race) -> Iterator[Finding]:
-    calls = {"mkdir": "`mkdir`", "create": "an exclusive create", "link": "`link`", "rename": "a rename that replaces nothing"}
+    calls = {
+        "mkdir": "`mkdir`",
+        "create": "an exclusive create",
+        "link": "`link`",
+        "rename": "a rename that replaces nothing",
+    }
     measured = f"of {race.rounds} names that both nodes made at once by {calls[what]}, {race.both_won} had two winners"
     if race.both_won and what == "mkdir":
         rule = "two writers may take one number or one claim; each still publishes only complete, verified models"
@@ -319,7 +348,12 @@ def _judge_race(what: str, race: Race) -> Iterator[Finding]:
         )
     elif race.supported and not race.contested:
         rule = "exclusion shows only if two calls overlap"
-        yield _note(f"{what}-not-contested", f"no two of {race.rounds} calls overlapped", rule, "run it again while the nodes are idle")
+        yield _note(
+            f"{what}-not-contested",
+            f"no two of {race.rounds} calls overlapped",
+            rule,
+            "run it again while the nodes are idle",
+        )
 
 
 def _judge_locks(diagnosis: Diagnosis, peer: PeerReport) -> Iterator[Finding]:
@@ -328,7 +362,12 @@ def _judge_locks(diagnosis: Diagnosis, peer: PeerReport) -> Iterator[Finding]:
         yield _flock_lies("both nodes held one `flock` at the same time")
     elif verdict == "lies":
         rule = "the locker `lease` does not need it"
-        yield _note("flock-lies", "both nodes held one `flock` at the same time", rule, "do not use `flock` here; `lease` is right")
+        yield _note(
+            "flock-lies",
+            "both nodes held one `flock` at the same time",
+            rule,
+            "do not use `flock` here; `lease` is right",
+        )
     elif verdict != "excludes" and diagnosis.locker == "flock":
         yield Finding(
             what="flock-unproven",
@@ -364,12 +403,20 @@ def _judge_names(peer: PeerReport) -> Iterator[Finding]:
         measured = "was not found within the test" if hidden is None else f"stayed hidden for {hidden:.0f} s"
         rule = "the store lists instead of asking by name, so it does not wait for this"
         yield _note(
-            "hidden-name", f"a name that was looked for too early {measured}", rule, "for other programs: on NFS, `lookupcache=positive`"
+            "hidden-name",
+            f"a name that was looked for too early {measured}",
+            rule,
+            "for other programs: on NFS, `lookupcache=positive`",
         )
     stale = peer.replaced_after
     if stale is None or stale > 2.0:
         measured = "kept its old content" if stale is None else f"kept its old content for {stale:.0f} s"
-        yield _note("stale-content", f"a file that was replaced {measured}", "the store never replaces a file of a model", "nothing")
+        yield _note(
+            "stale-content",
+            f"a file that was replaced {measured}",
+            "the store never replaces a file of a model",
+            "nothing",
+        )
 
 
 def _judge_beats(diagnosis: Diagnosis, peer: PeerReport) -> Iterator[Finding]:

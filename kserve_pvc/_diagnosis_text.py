@@ -58,19 +58,26 @@ def _measured(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     ):
         yield (
             name,
-            {"refuses": "the second is refused", "replaces": "the second is NOT refused", None: "not tried"}.get(answer, str(answer)),
+            {"refuses": "the second is refused", "replaces": "the second is NOT refused", None: "not tried"}.get(
+                answer, str(answer)
+            ),
         )
     yield "listing shows new names", _SAID[profile.lists]
     yield "write at an offset", _SAID[profile.writes_at_offset]
     yield "fsync", f"file {_SAID[profile.syncs_files]}, directory {_SAID[profile.syncs_directories]}"
     yield "locks on this node", f"flock {profile.flock or 'not tried'}, range lock {profile.range_lock or 'not tried'}"
     folded = f"case {_SAID[profile.folds_case]}, Unicode forms {_SAID[profile.folds_unicode]}"
-    yield "names", f"folds {folded}; keeps letters {_SAID[profile.keeps_names]}; up to {profile.name_bytes or '?'} bytes"
+    yield (
+        "names",
+        f"folds {folded}; keeps letters {_SAID[profile.keeps_names]}; up to {profile.name_bytes or '?'} bytes",
+    )
     if diagnosis.clock_ahead is not None:
         yield "clock of the volume", f"{diagnosis.clock_ahead:+.1f} s"
     if speed is not None:
         yield "write", f"{_rate(speed.write_bytes_per_second)} ({amount(speed.sample_bytes)}, one stream, with fsync)"
-        how = {"direct": "around this node's page cache", "dropped": "after asking this node to forget it", None: ""}[speed.reading]
+        how = {"direct": "around this node's page cache", "dropped": "after asking this node to forget it", None: ""}[
+            speed.reading
+        ]
         yield "read", f"{_rate(speed.read_bytes_per_second)} ({how})" if speed.read_bytes_per_second else "failed"
 
 

@@ -1,8 +1,8 @@
 """
 What a volume is, what it can do, how fast it is, and what should be changed about it.
 
-Everything measured is measured in a directory of its own below `.kserve-pvc/doctor`, which is taken away afterwards. One
-that a killed doctor left goes with the next doctor on its node, or with any after an hour.
+Everything measured is measured in a directory of its own below `.kserve-pvc/doctor`, which is taken away afterwards.
+One that a killed doctor left goes with the next doctor on its node, or with any after an hour.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def diagnose(
     if peer is not None:
         check_meeting(peer)
     if peer is not None and not writes:
-        raise ReadOnlyStoreError(str(volume.root), "meet another doctor", 'let this one write, with `mode="rw"` or `KSERVE_PVC_MODE=rw`')
+        raise ReadOnlyStoreError(
+            str(volume.root), "meet another doctor", 'let this one write, with `mode="rw"` or `KSERVE_PVC_MODE=rw`'
+        )
     findings: list[Finding] = []
     settings = _read_settings(volume, findings)
     seen = _Seen(profile=describe(volume))
@@ -123,7 +125,13 @@ def _conclude(volume: Volume, settings: StoreSettings | None, seen: _Seen) -> Di
 
 
 def _examine(
-    writer: VolumeWriter, seen: _Seen, holder: Holder, peer: str | None, timeout: float, sample_bytes: int, findings: list[Finding]
+    writer: VolumeWriter,
+    seen: _Seen,
+    holder: Holder,
+    peer: str | None,
+    timeout: float,
+    sample_bytes: int,
+    findings: list[Finding],
 ) -> _Seen:
     """Do what writes, one thing after the other. What fails is a finding, and the others are done all the same."""
     own = new_directory()
@@ -157,7 +165,11 @@ def sweep(writer: VolumeWriter) -> None:
     """
     with suppress(StoreError, OSError):
         names = [name for name in writer.names(layout.DOCTOR) if DIRECTORY.fullmatch(name) is not None]
-        old = {name: read_beat(writer, name) for name in names if abs(time.time() - int(name.partition("-")[0])) > _LEFT_AFTER}
+        old = {
+            name: read_beat(writer, name)
+            for name in names
+            if abs(time.time() - int(name.partition("-")[0])) > _LEFT_AFTER
+        }
         if old:
             time.sleep(BEAT_LEASE / 2)  # A clock may be wrong by an hour, and a doctor that lives beats meanwhile.
         for name in names:
@@ -264,8 +276,16 @@ def _failed(what: str, error: StoreError) -> Finding:
         # The sample is at most an eighth of what is free.
         lies = what == "speed" and error.free_bytes > _BLOCK_BYTES
         rule = "a download asks first whether it fits" if lies else "a download needs room"
-        return Finding(what="free-space-lies" if lies else "full", level="change", measured=measured, rule=rule, remedy=remedy)
+        return Finding(
+            what="free-space-lies" if lies else "full", level="change", measured=measured, rule=rule, remedy=remedy
+        )
     remedy = "see the volume's own logs, then call again"
     if isinstance(error, StoreFormatError):
         remedy = "upgrade kserve_pvc if the store is newer, else see who wrote there"
-    return Finding(what=what, level="unsafe", measured=str(error), rule="the volume must do what the store asks of it", remedy=remedy)
+    return Finding(
+        what=what,
+        level="unsafe",
+        measured=str(error),
+        rule="the volume must do what the store asks of it",
+        remedy=remedy,
+    )

@@ -118,7 +118,9 @@ class Download:
         self._wish = wish
         self._resolved = resolved
         self._tuning = tuning
-        self._rules = protocol.Rules(lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=settings.locker != "lease")
+        self._rules = protocol.Rules(
+            lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=settings.locker != "lease"
+        )
         open_file = partial(writer.open_shared, layout.lock_file(self._key))
         self._lock = outside_lock(settings, self._key, holder=holder.pod, open_file=open_file)
         self._view = LogView()
@@ -188,7 +190,9 @@ class Download:
         seen = None
         if self._sign is not None:
             sign = self._sign
-            seen = protocol.ClaimSeen(epoch=int(sign.name), sign_of_life=sign.raw, released=sign.is_released, dead=sign.is_dead)
+            seen = protocol.ClaimSeen(
+                epoch=int(sign.name), sign_of_life=sign.raw, released=sign.is_released, dead=sign.is_dead
+            )
         return protocol.Looked(now=began, present=present, seq=self._view.seq, claim=seen)
 
     def _try_lock(self) -> protocol.Locked:
@@ -239,7 +243,9 @@ class Download:
         if action.reason == "volume" and self._tally.spoiled is not None:
             raise self._tally.spoiled
         waiting = self._tally.waiting(self._sign)
-        raise LockTimeoutError(str(self._ref), waiting.holder, action.waited, action.idle, waiting.bytes_done, waiting.bytes_total)
+        raise LockTimeoutError(
+            str(self._ref), waiting.holder, action.waited, action.idle, waiting.bytes_done, waiting.bytes_total
+        )
 
     def _fetch(self) -> protocol.Event:
         assert self._claim is not None  # The protocol fetches only under a claim.
@@ -275,7 +281,10 @@ class Download:
         first = next((page for page in pages if page), ())
         self._writer.empty_trash(defaults.TRASH_SECONDS)
         self._unpublished.append(generation)
-        with self._writer.writing_tree(place) as tree, _Journal(self._writer, generation, self._tuning.part_bytes) as journal:
+        with (
+            self._writer.writing_tree(place) as tree,
+            _Journal(self._writer, generation, self._tuning.part_bytes) as journal,
+        ):
             destination = Destination(
                 create=tree.create,
                 allocate=tree.allocate,
@@ -287,7 +296,12 @@ class Download:
             )
             offered = {path: [f.donor(tree) for f in found] for path, found in donors.items()}
             transfer = Transfer(
-                backend=backend, destination=destination, donors=offered, observer=self._tally, tuning=self._tuning, uri=str(self._ref)
+                backend=backend,
+                destination=destination,
+                donors=offered,
+                observer=self._tally,
+                tuning=self._tuning,
+                uri=str(self._ref),
             )
             done = transfer.run(chain([first], pages))
             assert self._resolved is not None  # All pages were listed.
@@ -300,7 +314,9 @@ class Download:
         self._writer.write_private(layout.manifest_file(generation), data)
         return manifest
 
-    def _unpack_all(self, tree: Tree, place: PurePosixPath, done: Mapping[PurePosixPath, FileEntry]) -> tuple[FileEntry, ...]:
+    def _unpack_all(
+        self, tree: Tree, place: PurePosixPath, done: Mapping[PurePosixPath, FileEntry]
+    ) -> tuple[FileEntry, ...]:
         """The files of the model, once what its archives hold has taken their place."""
         assert self._resolved is not None  # All of it was fetched.
         self._is_unpacking = True
@@ -322,7 +338,9 @@ class Download:
         path = archive.entry.path
         try:
             with self._writer.open_file(place / path) as fd, open(fd, "rb", closefd=False) as stream:
-                members = unpack(stream, str(path), archive.unpack, selects=self._ref.selects, make_room=self._make_room)
+                members = unpack(
+                    stream, str(path), archive.unpack, selects=self._ref.selects, make_room=self._make_room
+                )
                 return [self._write_member(tree, member) for member in members]
         except StoreError:
             raise
@@ -348,7 +366,9 @@ class Download:
         digest = None if hashed is None else hashed.hexdigest()
         return FileEntry(path=member.path, size_bytes=size, sha256=digest, evidence=member.evidence)
 
-    def _pages(self, backend: Backend, donors: Mapping[PurePosixPath, Sequence[Found]]) -> Iterator[Sequence[RemoteFile]]:
+    def _pages(
+        self, backend: Backend, donors: Mapping[PurePosixPath, Sequence[Found]]
+    ) -> Iterator[Sequence[RemoteFile]]:
         """What the source holds, page by page if it is listed only now."""
         if self._resolved is None and (pages := getattr(backend, "pages", None)) is not None:
             listing, before = Listing(self._ref), None
@@ -423,7 +443,11 @@ class Download:
 
     def _collect(self, generation: str) -> None:
         # The model's directory goes last: as long as it is there, the next collection finds the rest.
-        for place in (layout.staging_dir(generation), layout.manifest_file(generation), layout.generation_dir(self._key, generation)):
+        for place in (
+            layout.staging_dir(generation),
+            layout.manifest_file(generation),
+            layout.generation_dir(self._key, generation),
+        ):
             self._writer.throw_away(place)
 
 
@@ -545,7 +569,9 @@ class _Journal:
         with suppress(OSError):
             os.close(self._fd)
 
-    def note(self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None) -> None:
+    def note(
+        self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None
+    ) -> None:
         """
         Write down what is on the volume, as in `PartNote`. A lost note costs a fetch and never a lie.
 

@@ -15,7 +15,20 @@ from typing import Any, Literal
 import attrs
 from attrs.validators import and_, ge, le, matches_re, optional
 
-from kserve_pvc._codec import GENERATION, KEY, SHA256, build, decode_plain, encode_plain, integer, moment, number, size, text, texts
+from kserve_pvc._codec import (
+    GENERATION,
+    KEY,
+    SHA256,
+    build,
+    decode_plain,
+    encode_plain,
+    integer,
+    moment,
+    number,
+    size,
+    text,
+    texts,
+)
 
 MIN_LEASE_SECONDS = 0.1
 MAX_LEASE_SECONDS = 3600.0
@@ -34,7 +47,8 @@ def _tuple(value: Any) -> Any:
 @attrs.frozen(kw_only=True)
 class Holder:
     """
-    Who writes or reads: enough for a person to find the pod, and for a neighbour in the same PID namespace to know it is dead.
+    Who writes or reads: enough for a person to find the pod, and for a neighbour in the same PID namespace to know it
+    is dead.
 
     `started` is the process's start time in clock ticks since boot, so that a reused PID is told apart.
     """

@@ -1,5 +1,6 @@
 """
-What a notebook shows: small tables without scripts, colours of their own or anything from elsewhere, with all text escaped.
+What a notebook shows: small tables without scripts, colours of their own or anything from elsewhere, with all text
+escaped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from kserve_pvc.errors import printable
 # A table is for looking at. Whoever wants all of it has `list()` and `problems`.
 MAX_ROWS = 100
 
-# What typesets formulas in a notebook, and would in names too, leaves out elements of these classes: MathJax 3 and later, and 2.
+# What typesets formulas in a notebook, and would in names too, leaves out elements of these classes: MathJax 3 and
+# later, and 2.
 _PLAIN = 'class="mathjax_ignore tex2jax_ignore"'
 # Notebooks set cells to the right, and let a long word widen the table.
 _WORDS = "text-align:left;overflow-wrap:anywhere"
@@ -36,7 +38,14 @@ def show_store(root: str, mode: str, models: Iterable[Mapping[str, Any]]) -> str
         total += model["size_bytes"]
         chosen = " ".join(f"{word.lower()} {what}" for word, what in _chosen(model).items())
         rows.append(
-            (model["uri"], chosen, amount(model["size_bytes"]), str(model["files"]), f"{model['created_at']:%Y-%m-%d %H:%M}", model["key"])
+            (
+                model["uri"],
+                chosen,
+                amount(model["size_bytes"]),
+                str(model["files"]),
+                f"{model['created_at']:%Y-%m-%d %H:%M}",
+                model["key"],
+            )
         )
     caption = f"ModelStore at {root}, {access}: {count(len(rows), 'model')}, {amount(total)}"
     return _table(caption, ("URI", "Which", "Size", "Files", "Created", "Key"), rows)
@@ -63,7 +72,9 @@ def show_model(
         f"Model {uri}",
         {
             **_chosen(choice),
-            "Status": f"{status}, {amount(bytes_fetched)} fetched in {seconds:.1f} s" if status != "present" else status,
+            "Status": f"{status}, {amount(bytes_fetched)} fetched in {seconds:.1f} s"
+            if status != "present"
+            else status,
             "Size": f"{amount(size_bytes)} in {count(files, 'file')}",
             "Path": str(path),
             "Version": version,
@@ -92,14 +103,18 @@ def show_plan(
     Show what `ensure` would do.
     """
     if action == "nothing":
-        return _facts(f"Plan for {uri}", {"Action": "nothing, it is present", "Size": f"{amount(size_bytes)} in {count(files, 'file')}"})
+        return _facts(
+            f"Plan for {uri}",
+            {"Action": "nothing, it is present", "Size": f"{amount(size_bytes)} in {count(files, 'file')}"},
+        )
     return _facts(
         f"Plan for {uri}",
         {
             "Action": action,
             "Size": f"{amount(size_bytes)} in {count(files, 'file')}",
             "To fetch": amount(bytes_to_fetch),
-            "There already": amount(bytes_reusable) + (f", {amount(bytes_shared)} of it in whole files" if bytes_shared else ""),
+            "There already": amount(bytes_reusable)
+            + (f", {amount(bytes_shared)} of it in whole files" if bytes_shared else ""),
             "Free": f"{amount(free_bytes)}: {'it fits' if fits else 'it does NOT fit'}",
             "Time": "not known" if seconds is None else f"about {seconds:.0f} s",
             "Version": version,
@@ -108,18 +123,28 @@ def show_plan(
     )
 
 
-def show_verification(uri: str, level: str, files: int, size_bytes: int, problems: Sequence[tuple[str, str, str]]) -> str:
+def show_verification(
+    uri: str, level: str, files: int, size_bytes: int, problems: Sequence[tuple[str, str, str]]
+) -> str:
     """
     Show what was compared, and every difference: its kind, path and detail.
     """
     compared = f"{count(files, 'file')}, {amount(size_bytes)}, {'digests' if level == 'full' else 'sizes'}"
     found = f"{count(len(problems), 'problem')}" if problems else "no difference"
-    return _table(f"Verification of {uri}: {'ok' if not problems else 'BAD'}, {found} ({compared})", ("Kind", "Path", "Detail"), problems)
+    return _table(
+        f"Verification of {uri}: {'ok' if not problems else 'BAD'}, {found} ({compared})",
+        ("Kind", "Path", "Detail"),
+        problems,
+    )
 
 
 def _chosen(model: Mapping[str, Any]) -> dict[str, str]:
     """What makes this another model than the plain URI."""
-    chosen = {"At": model["revision"], "Only": " ".join(model["allow_patterns"] or ()), "Without": " ".join(model["ignore_patterns"])}
+    chosen = {
+        "At": model["revision"],
+        "Only": " ".join(model["allow_patterns"] or ()),
+        "Without": " ".join(model["ignore_patterns"]),
+    }
     return {word: what for word, what in chosen.items() if what}
 
 
@@ -141,7 +166,11 @@ def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def _cell(text: str, style: str, *, head: str | None = None) -> str:
-    return f'<td style="{style}">{_escaped(text)}</td>' if head is None else f'<th scope="{head}" style="{style}">{_escaped(text)}</th>'
+    return (
+        f'<td style="{style}">{_escaped(text)}</td>'
+        if head is None
+        else f'<th scope="{head}" style="{style}">{_escaped(text)}</th>'
+    )
 
 
 def _caption(text: str) -> str:

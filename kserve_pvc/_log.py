@@ -111,7 +111,11 @@ def read_all(volume: Volume, key: str) -> list[LogEntry]:
         StoreFormatError: One of them is damaged.
     """
     place = log_dir(key)
-    return [_read_entry(volume, key, record_file(key, name)) for name in volume.names(place) if parse_log_name(name) is not None]
+    return [
+        _read_entry(volume, key, record_file(key, name))
+        for name in volume.names(place)
+        if parse_log_name(name) is not None
+    ]
 
 
 def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:

@@ -12,7 +12,17 @@ from kserve_pvc._codec import encode
 from kserve_pvc._entry import LogEntry
 from kserve_pvc._layout import MAX_NUMBER, MODELS, log_dir, parse_generation, parse_number, slot_dir
 from kserve_pvc._log import read_all, read_log
-from kserve_pvc._procedures import Collect, ListGenerations, ListNamed, Operation, Pause, Publish, ReadHighestSlot, ReadNewest, Reserve
+from kserve_pvc._procedures import (
+    Collect,
+    ListGenerations,
+    ListNamed,
+    Operation,
+    Pause,
+    Publish,
+    ReadHighestSlot,
+    ReadNewest,
+    Reserve,
+)
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import StoreFormatError
 
@@ -65,7 +75,8 @@ class LogWriter:
             case Reserve(seq):
                 if seq > MAX_NUMBER:
                     raise StoreFormatError(
-                        str(log_dir(self._key)), f"it holds a record of number {seq - 1}, which no writer makes; delete that forgery"
+                        str(log_dir(self._key)),
+                        f"it holds a record of number {seq - 1}, which no writer makes; delete that forgery",
                     )
                 return self._writer.reserve(slot_dir(self._key) / f"{seq:012d}")
             case Publish():

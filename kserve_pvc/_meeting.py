@@ -42,8 +42,8 @@ ROUNDS = 40
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
 _MAX_BYTES = 64 * 1024
 BEAT_LEASE = 3.0  # Beats are a sixth of it apart.
-# On NFS a listing refreshes what the kernel believes of the directories in it, and so of their names. Messages are found by
-# listing, so names that are asked for without one lie deeper.
+# On NFS a listing refreshes what the kernel believes of the directories in it, and so of their names. Messages are
+# found by listing, so names that are asked for without one lie deeper.
 _UNLISTED = PurePosixPath("deep", "unlisted")
 _LONG_BEAT = 1.0
 _SILENCE = 20.0
@@ -67,7 +67,12 @@ class PeerLostError(Exception):
 
 
 def _time(_: object, field: attrs.Attribute[Any], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > _FARTHEST:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or abs(value) > _FARTHEST
+    ):
         raise TypeError(f"`{field.name}` must be a time")
 
 
@@ -145,7 +150,8 @@ class PeerReport:
 
     Args:
         name: The other process.
-        same_node, same_mount: The other process shares this kernel, and this very mount: then nothing is known about others.
+        same_node, same_mount: The other process shares this kernel, and this very mount: then nothing is known about
+            others.
         clock_ahead: How far its clock is ahead of this one, give or take `clock_error`.
         listed_after: A new name is in a listing.
         found_after: A new name that was looked for too early is found.
@@ -195,7 +201,9 @@ def check_meeting(name: str) -> str:
         SettingsError: Two doctors cannot meet by this name.
     """
     if MEETING.fullmatch(name) is None:
-        raise SettingsError("peer", name, "name the meeting by up to 40 small letters, digits and dashes, the same on both nodes")
+        raise SettingsError(
+            "peer", name, "name the meeting by up to 40 small letters, digits and dashes, the same on both nodes"
+        )
     return name
 
 
@@ -215,7 +223,9 @@ def meet(writer: VolumeWriter, own: PurePosixPath, meeting: str, holder: Holder,
         return _Meeting(writer, scratch, own, *found, hello).run()
 
 
-def _find_peer(writer: VolumeWriter, own: PurePosixPath, meeting: str, timeout: float) -> tuple[PurePosixPath, Hello] | None:
+def _find_peer(
+    writer: VolumeWriter, own: PurePosixPath, meeting: str, timeout: float
+) -> tuple[PurePosixPath, Hello] | None:
     """The one other doctor of this meeting that beats: what lies there may be years old."""
     deadline = time.monotonic() + timeout
     first: dict[str, bytes] = {}
@@ -268,7 +278,13 @@ class _Meeting:
     """
 
     def __init__(
-        self, writer: VolumeWriter, scratch: Scratch, own: PurePosixPath, other: PurePosixPath, their: Hello, hello: Hello
+        self,
+        writer: VolumeWriter,
+        scratch: Scratch,
+        own: PurePosixPath,
+        other: PurePosixPath,
+        their: Hello,
+        hello: Hello,
     ) -> None:
         self._writer = writer
         self._scratch = scratch
@@ -291,7 +307,13 @@ class _Meeting:
         }
 
     def run(self) -> PeerReport:
-        steps = {"clocks": self._clocks, "names": self._names, "races": self._races, "locks": self._locks, "beats": self._beats}
+        steps = {
+            "clocks": self._clocks,
+            "names": self._names,
+            "races": self._races,
+            "locks": self._locks,
+            "beats": self._beats,
+        }
         for name, step in steps.items():
             self._report["step"] = name
             try:
@@ -309,7 +331,11 @@ class _Meeting:
         self._step += 1
         self._written[self._step] = time.time()
         message = Message(
-            to=self._other.name, step=self._step, written=self._written[self._step], seen=self._seen, answer=json.dumps(answer)
+            to=self._other.name,
+            step=self._step,
+            written=self._written[self._step],
+            seen=self._seen,
+            answer=json.dumps(answer),
         )
         # Under another name first, so that it is whole when it is listed; not synced, as it may go with this kernel.
         self._scratch.write("unsaid", encode(message))
@@ -329,7 +355,8 @@ class _Meeting:
             names = self._writer.names(self._other)
             if not names:
                 raise PeerLostError  # It has left, and taken its directory with it.
-            # NFS 3 tells a changed directory by its time alone, and so may keep a listing from the very tick of the change.
+            # NFS 3 tells a changed directory by its time alone, and so may keep a listing from the very tick of the
+            # change.
             if self._name() in names or now >= ask_at:
                 ask_at = now + _LONG_BEAT
                 if (message := self._heard()) is not None:
@@ -368,7 +395,10 @@ class _Meeting:
         return {"clock_ahead": self._clock_ahead, "clock_error": self._clock_error}
 
     def _names(self) -> Mapping[str, Any]:
-        with self._writer.scratch(self._own / _UNLISTED) as unlisted, self._writer.scratch(self._own / "listed") as listed:
+        with (
+            self._writer.scratch(self._own / _UNLISTED) as unlisted,
+            self._writer.scratch(self._own / "listed") as listed,
+        ):
             for name in ("replaced", "deleted"):
                 unlisted.write(name, b"old")
             self._exchange({})
@@ -435,7 +465,8 @@ class _Meeting:
         start = self._agree_on_start()
         attempts: list[list[float]] = []
         for number in range(ROUNDS):
-            # The clocks are known only so far, and best in the middle: one of the two comes earlier, then later, mostly just a little.
+            # The clocks are known only so far, and best in the middle: one of the two comes earlier, then later, mostly
+            # just a little.
             sweep = min(self._clock_error, _SLOT) * (2 * number / ROUNDS - 1) ** 3 if self._is_first else 0.0
             time.sleep(max(0.0, start + number * _SLOT + sweep - time.time()))
             began = time.time()
@@ -545,13 +576,20 @@ def _attempts(races: object, what: str) -> Sequence[Sequence[float]] | None:
     for attempt in found:
         if not isinstance(attempt, list) or len(attempt) != 3:
             return None
-        if not all(isinstance(value, int | float) and abs(value) < _FARTHEST for value in attempt) or attempt[2] not in (0, 1):
+        if not all(isinstance(value, int | float) and abs(value) < _FARTHEST for value in attempt) or attempt[
+            2
+        ] not in (0, 1):
             return None
     return found
 
 
 def _answer(told: Mapping[str, Any]) -> LockAnswer | None:
-    known: Mapping[object, LockAnswer] = {"granted": "granted", "refused": "refused", "unsupported": "unsupported", "hangs": "hangs"}
+    known: Mapping[object, LockAnswer] = {
+        "granted": "granted",
+        "refused": "refused",
+        "unsupported": "unsupported",
+        "hangs": "hangs",
+    }
     answer = told.get("lock")
     return known.get(answer) if isinstance(answer, str) else None
 
@@ -568,7 +606,10 @@ def _open_file(arena: Scratch, name: str) -> Iterator[int]:
 def _ask(fd: int, kind: str) -> LockAnswer:
     import fcntl
 
-    return try_lock(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) if kind == "flock" else lock_range(fd, release=False), 5.0)
+    return try_lock(
+        lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) if kind == "flock" else lock_range(fd, release=False),
+        5.0,
+    )
 
 
 def _ask_until_granted(fd: int, kind: str) -> LockAnswer:

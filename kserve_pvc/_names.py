@@ -72,13 +72,17 @@ def check_collisions(paths: Iterable[PurePosixPath]) -> None:
         name = str(path)
         folded = fold(name)
         if folded in seen:
-            raise UnsafePathError(name, f"it collides with `{seen[folded]}` on a volume that ignores case or Unicode form")
+            raise UnsafePathError(
+                name, f"it collides with `{seen[folded]}` on a volume that ignores case or Unicode form"
+            )
         seen[folded] = name
         parent, _, _ = name.rpartition("/")
         while parent and directories.get(folded := fold(parent)) != parent:
             if folded in directories:
                 twin = directories[folded]
-                raise UnsafePathError(name, f"its directory collides with `{twin}` on a volume that ignores case or Unicode form")
+                raise UnsafePathError(
+                    name, f"its directory collides with `{twin}` on a volume that ignores case or Unicode form"
+                )
             directories[folded] = parent
             parent, _, _ = parent.rpartition("/")
     for folded, name in seen.items():

@@ -23,7 +23,8 @@ class Plan:
 
     Args:
         bytes_reusable: What is on the volume already and will be taken over once it has proved itself.
-        bytes_shared: How much of that are whole files, which get a second name where the volume has hard links, and take no room.
+        bytes_shared: How much of that are whole files, which get a second name where the volume has hard links, and
+            take no room.
     """
 
     uri: str
@@ -66,7 +67,9 @@ def plan_nothing(volume: Volume, ref: ModelRef, entry: LogEntry) -> Plan:
     )
 
 
-def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, shares: bool, newest_keys: Iterable[str]) -> Plan:
+def plan_download(
+    volume: Volume, ref: ModelRef, resolved: Resolved, *, shares: bool, newest_keys: Iterable[str]
+) -> Plan:
     """
     Plan for what the source holds, less what dead writers left of it.
 
@@ -99,4 +102,6 @@ def _measured_rate(volume: Volume, newest_keys: Iterable[str]) -> int:
     from kserve_pvc._claims import read_claim  # An empty store has no claims to read.
 
     signs = (read_claim(volume, key) for key in newest_keys)
-    return next((s.beat.bytes_per_second for s in signs if s is not None and s.beat is not None and s.beat.bytes_per_second), 0)
+    return next(
+        (s.beat.bytes_per_second for s in signs if s is not None and s.beat is not None and s.beat.bytes_per_second), 0
+    )

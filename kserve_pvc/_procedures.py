@@ -97,7 +97,16 @@ class AwaitReaders:
 
 
 Operation = (
-    ReadNewest | ReadHighestSlot | Reserve | Publish | Pause | ListGenerations | ListNamed | Collect | AwaitVisibility | AwaitReaders
+    ReadNewest
+    | ReadHighestSlot
+    | Reserve
+    | Publish
+    | Pause
+    | ListGenerations
+    | ListNamed
+    | Collect
+    | AwaitVisibility
+    | AwaitReaders
 )
 Procedure = Generator[Operation, Any, _T]
 
@@ -115,7 +124,9 @@ def drive(procedure: Procedure[_T], perform: Callable[[Operation], object]) -> _
         return result
 
 
-def append(after_seq: int, type: Literal["commit", "tombstone", "restore"], of: Newest | None = None) -> Procedure[int | None]:
+def append(
+    after_seq: int, type: Literal["commit", "tombstone", "restore"], of: Newest | None = None
+) -> Procedure[int | None]:
     """
     Append the next record, or learn that somebody else did.
 
@@ -180,7 +191,8 @@ def collect_unnamed(generations: Sequence[str]) -> Procedure[None]:
 
 def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["removed", "read"]]:
     """
-    Remove a model and what else there is of its key: tombstone, wait until every node sees it, look for readers, collect.
+    Remove a model and what else there is of its key: tombstone, wait until every node sees it, look for readers,
+    collect.
 
     Args:
         newest: Read after `generations` were listed: what is collected was begun on a record older than the

@@ -1,5 +1,6 @@
 """
-What a volume can do: measured by single calls in a scratch directory, together with what the kernel says about the mount.
+What a volume can do: measured by single calls in a scratch directory, together with what the kernel says about the
+mount.
 
 A profile picks waits and fallbacks, and refuses a volume on which no store can be correct. It never switches a check
 off, and it is not written down: whoever needs one measures, so there is nothing on the volume to forge.
@@ -33,17 +34,77 @@ Exclusion = Literal["refuses", "replaces", "unsupported"]
 LockAnswer = Literal["granted", "refused", "unsupported", "hangs"]
 
 # What says something about the volume itself and not about this operation, and is an error of the caller's.
-_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTCONN}
+_HOPELESS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOENT,
+    errno.ENOTCONN,
+}
 # Every file system measured keeps names of this kind, and encrypting ones keep 143 bytes of 255.
 _PLAIN_PART = re.compile(r"[\w.+=@-]{1,140}", re.ASCII)
 _ODD_PART = 'a:b*c?d"e<f>g|h'
 _MIXED_PART = "Nn\u00e9"
 # Mount options are shown and compared by these names only: others may hold an account or a secret.
 _TOLD = {
-    *("ro", "rw", "sync", "noatime", "relatime", "nosuid", "nodev", "noexec", "dirsync", "casefold", "size", "nr_inodes"),
-    *("vers", "hard", "soft", "softerr", "softreval", "timeo", "retrans", "proto", "rsize", "wsize", "nconnect", "lookupcache"),
-    *("ac", "noac", "actimeo", "acregmin", "acregmax", "acdirmin", "acdirmax", "nolock", "lock", "local_lock", "cto", "nocto"),
-    *("cache", "nobrl", "mfsymlinks", "noperm", "forceuid", "forcegid", "uid", "gid", "file_mode", "dir_mode", "nounix"),
+    *(
+        "ro",
+        "rw",
+        "sync",
+        "noatime",
+        "relatime",
+        "nosuid",
+        "nodev",
+        "noexec",
+        "dirsync",
+        "casefold",
+        "size",
+        "nr_inodes",
+    ),
+    *(
+        "vers",
+        "hard",
+        "soft",
+        "softerr",
+        "softreval",
+        "timeo",
+        "retrans",
+        "proto",
+        "rsize",
+        "wsize",
+        "nconnect",
+        "lookupcache",
+    ),
+    *(
+        "ac",
+        "noac",
+        "actimeo",
+        "acregmin",
+        "acregmax",
+        "acdirmin",
+        "acdirmax",
+        "nolock",
+        "lock",
+        "local_lock",
+        "cto",
+        "nocto",
+    ),
+    *(
+        "cache",
+        "nobrl",
+        "mfsymlinks",
+        "noperm",
+        "forceuid",
+        "forcegid",
+        "uid",
+        "gid",
+        "file_mode",
+        "dir_mode",
+        "nounix",
+    ),
     *("flock", "localflock", "noflock", "user_id", "group_id", "allow_other", "default_permissions"),
 }
 _PATIENCE = 1.0
@@ -94,7 +155,8 @@ class Profile:
     @property
     def kind(self) -> Literal["read-only", "unusable", "nfs", "smb", "network", "local"]:
         """
-        How the store treats it: `local` waits for no other node, `nfs` and `smb` wait for the attribute caches of theirs.
+        How the store treats it: `local` waits for no other node, `nfs` and `smb` wait for the attribute caches of
+            theirs.
         """
         if self.read_only:
             return "read-only"
@@ -235,7 +297,11 @@ def _try_rename(scratch: Scratch) -> Exclusion:
     # Onto a free name first: the kernel refuses a name that is taken without asking the file system whether it can.
     scratch.write("one", b"")
     scratch.write("other", b"")
-    return _refusal(lambda: scratch.move("other", "moved")) if _can(lambda: scratch.move("one", "moved")) else "unsupported"
+    return (
+        _refusal(lambda: scratch.move("other", "moved"))
+        if _can(lambda: scratch.move("one", "moved"))
+        else "unsupported"
+    )
 
 
 def _try_names(scratch: Scratch) -> dict[str, Any]:
@@ -299,7 +365,8 @@ def _is_there(scratch: Scratch, name: str) -> bool:
 
 def try_lock(lock: Callable[[], None], patience: float = _PATIENCE) -> LockAnswer:
     """
-    Ask for a lock without waiting for the volume: on some, even a lock that does not wait hangs while a server recovers.
+    Ask for a lock without waiting for the volume: on some, even a lock that does not wait hangs while a server
+    recovers.
     """
     answers: list[LockAnswer] = []
 

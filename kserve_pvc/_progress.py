@@ -13,7 +13,18 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
 from kserve_pvc._amounts import amount, count
-from kserve_pvc._events import Adopted, Event, Finished, Listener, Received, Retried, Started, TookOver, Unlocked, Waiting
+from kserve_pvc._events import (
+    Adopted,
+    Event,
+    Finished,
+    Listener,
+    Received,
+    Retried,
+    Started,
+    TookOver,
+    Unlocked,
+    Waiting,
+)
 from kserve_pvc.errors import printable
 
 LINE_SECONDS = 10.0
@@ -31,7 +42,12 @@ class Callback(Protocol):
 
 @contextmanager
 def make_listener(
-    progress: bool | None, callback: Callback | None, stream: TextIO | None = None, *, names_model: bool = False, may_draw: bool = True
+    progress: bool | None,
+    callback: Callback | None,
+    stream: TextIO | None = None,
+    *,
+    names_model: bool = False,
+    may_draw: bool = True,
 ) -> Iterator[Listener]:
     """
     Tell a person and a callback what happens, until the context ends.
@@ -74,7 +90,8 @@ def _is_interactive(stream: TextIO) -> bool:
 
 
 def _size(stream: TextIO) -> dict[str, int]:
-    # A terminal that nobody told its size is 0 by 0, as with `kubectl exec -t` from a script; tqdm draws nothing on that.
+    # A terminal that nobody told its size is 0 by 0, as with `kubectl exec -t` from a script; tqdm draws nothing on
+    # that.
     with suppress(OSError, ValueError, AttributeError):
         found = os.get_terminal_size(stream.fileno())
         if not (found.columns and found.lines):
@@ -139,7 +156,9 @@ class _Bars:
             case Adopted(size_bytes=size) | Received(size_bytes=size) if self._bar is not None:
                 self._bar.update(size)
             case Waiting():
-                bar = self._show(_named(event, f"waiting for {printable(event.holder)}", self._names_model), event.bytes_total)
+                bar = self._show(
+                    _named(event, f"waiting for {printable(event.holder)}", self._names_model), event.bytes_total
+                )
                 bar.n = event.bytes_done
                 bar.refresh()
             case TookOver() | Unlocked() | Retried():
@@ -152,7 +171,13 @@ class _Bars:
             from tqdm.auto import tqdm
 
             self._bar = tqdm(
-                total=total, unit="B", unit_scale=True, unit_divisor=1024, file=self._stream, leave=False, **_size(self._stream)
+                total=total,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                file=self._stream,
+                leave=False,
+                **_size(self._stream),
             )
         if description:
             self._bar.set_description_str(description, refresh=False)
@@ -170,7 +195,9 @@ class Lines:
     One line at each turn of events, and one every ten seconds in between.
     """
 
-    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic, *, names_model: bool = False) -> None:
+    def __init__(
+        self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic, *, names_model: bool = False
+    ) -> None:
         self._write = write
         self._clock = clock
         self._names_model = names_model

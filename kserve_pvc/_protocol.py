@@ -245,8 +245,8 @@ def _why_locked_is_free(state: State, granted: bool | None) -> str | None:
     is_free = claim is None or claim.released or claim.dead
     if granted and is_free:
         return "its lock is free"
-    # Where locks do nothing every try is granted. A holder that beats is alive all the same, and beats six times a lease.
-    # And a lock may stay with one who has let go of the claim, or was made to.
+    # Where locks do nothing every try is granted. A holder that beats is alive all the same, and beats six times a
+    # lease. And a lock may stay with one who has let go of the claim, or was made to.
     is_silent = state.looked - state.idle_since >= state.rules.lease_seconds / 3
     if is_silent and claim is not None and (granted or is_free):
         return "its lock is free" if granted else _why_free(state, state.looked)

@@ -63,7 +63,9 @@ class FileEntry:
     size_bytes: int = attrs.field(validator=size)
     sha256: str | None = attrs.field(default=None, validator=optional(matches_re(SHA256)))
     token: str | None = attrs.field(default=None, validator=optional(text))
-    evidence: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(r"[a-z0-9]{1,16}:[0-9a-f]{8,128}")))
+    evidence: str | None = attrs.field(
+        default=None, metadata=OMITTED, validator=optional(matches_re(r"[a-z0-9]{1,16}:[0-9a-f]{8,128}"))
+    )
 
     def proven(self, sha256: str | None, evidence: str | None) -> FileEntry:
         """

@@ -100,12 +100,15 @@ class ModelRef:
         return self.uri if self.revision is None else f"{self.uri} at {self.revision}"
 
 
-def parse_ref(uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None) -> ModelRef:
+def parse_ref(
+    uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+) -> ModelRef:
     """
     Check what a caller asks for, without touching disk or network.
 
     Args:
-        uri: As KServe spells it, or an absolute path. The spelling is the identity: a trailing slash makes another model.
+        uri: As KServe spells it, or an absolute path. The spelling is the identity: a trailing slash makes another
+            model.
         allow_patterns: Shell patterns over the path inside the model, `*` also matching `/`; one or several.
         ignore_patterns: The same, applied after `allow_patterns`.
 
@@ -150,8 +153,16 @@ def _parse(uri: str, revision: str | None, allow_patterns: Patterns, ignore_patt
 def _take_signature(scheme: str, location: str) -> tuple[str, str | None]:
     """Take the shared access signature off the address of an Azure blob; another query stays, and is refused."""
     address, _, query = location.partition("?")
-    is_signed = scheme == "https" and _AZURE_HOST.fullmatch(location.partition("/")[0]) and re.search(r"(?:^|&)sig=[^&#]", query)
-    return (address, query) if is_signed and "#" not in query and query.isascii() and query.isprintable() else (location, None)
+    is_signed = (
+        scheme == "https"
+        and _AZURE_HOST.fullmatch(location.partition("/")[0])
+        and re.search(r"(?:^|&)sig=[^&#]", query)
+    )
+    return (
+        (address, query)
+        if is_signed and "#" not in query and query.isascii() and query.isprintable()
+        else (location, None)
+    )
 
 
 def _check_location(scheme: str, location: str) -> None:
@@ -164,9 +175,13 @@ def _check_location(scheme: str, location: str) -> None:
     has_digest = scheme in ("http", "https") and _DIGEST_FRAGMENT.fullmatch(location.partition("#")[2])
     # What follows a colon is a port or a password; a password may hold a slash and hide its `@` behind it.
     if "@" in authority or (not authority and "@" in path) or not _HOST_AND_PORT.fullmatch(authority):
-        raise PolicyError(shown(), "credentials do not belong in a URI; use the provider's environment or `storage_options`")
+        raise PolicyError(
+            shown(), "credentials do not belong in a URI; use the provider's environment or `storage_options`"
+        )
     if "?" in location or ("#" in location and not has_digest):
-        raise PolicyError(shown(), "a query or fragment may carry a signature and would be stored; use `revision=` for a version")
+        raise PolicyError(
+            shown(), "a query or fragment may carry a signature and would be stored; use `revision=` for a version"
+        )
     if scheme != scheme.lower():
         raise InvalidURIError(shown(), f"schemes are lower case; write `{scheme.lower()}://`")
     if not location.isprintable():

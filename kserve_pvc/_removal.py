@@ -58,7 +58,9 @@ class Removal:
         if (downloader := is_claimed(self.writer, self.ref.key, lease_seconds=self.settings.lease_seconds)) is not None:
             raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
         staging = layout.staging_dir(f"remove-{secrets.token_hex(16)}")
-        log = LogWriter(self.writer, self.ref.key, partial(self._record, found), private=staging / "record", collect=self._collect)
+        log = LogWriter(
+            self.writer, self.ref.key, partial(self._record, found), private=staging / "record", collect=self._collect
+        )
         readers: list[str] = []
 
         def perform(operation: Operation) -> object:
@@ -67,7 +69,11 @@ class Removal:
                     time.sleep(mount_of(self.writer.root).visibility_delay)
                     return None
                 case AwaitReaders(which):
-                    readers.extend(r for g in which for r in live_readers(self.writer, g, lease_seconds=self.settings.lease_seconds))
+                    readers.extend(
+                        r
+                        for g in which
+                        for r in live_readers(self.writer, g, lease_seconds=self.settings.lease_seconds)
+                    )
                     return bool(readers)
             return log.perform(operation)
 

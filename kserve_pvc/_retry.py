@@ -11,7 +11,8 @@ ATTEMPTS = 5
 
 def delays(random: float, *, attempts: int = ATTEMPTS, first: float = 0.2, ceiling: float = 10.0) -> Iterator[float]:
     """
-    The pauses in seconds between `attempts` tries: doubling up to a ceiling, each scaled into [0.5, 1.5) by `random` in [0, 1).
+    The pauses in seconds between `attempts` tries: doubling up to a ceiling, each scaled into [0.5, 1.5) by `random` in
+    [0, 1).
 
     Everybody who failed together would come back together without the scatter.
     """

@@ -43,13 +43,21 @@ class Found:
     def donor(self, tree: Tree) -> Donor:
         from kserve_pvc._transfer import Donor
 
-        return Donor(notes=self.notes, open_file=partial(self.volume.open_file, self.place), link=lambda path: tree.link(self.place, path))
+        return Donor(
+            notes=self.notes,
+            open_file=partial(self.volume.open_file, self.place),
+            link=lambda path: tree.link(self.place, path),
+        )
 
     def has_all(self, file: RemoteFile) -> bool:
-        return any(n.sha256 is not None and n.token == file.entry.token and n.stop == file.entry.size_bytes for n in self.notes)
+        return any(
+            n.sha256 is not None and n.token == file.entry.token and n.stop == file.entry.size_bytes for n in self.notes
+        )
 
 
-def find_donors(volume: Volume, ref: ModelRef, *, own: str = "", with_complete: bool = True) -> Mapping[PurePosixPath, Sequence[Found]]:
+def find_donors(
+    volume: Volume, ref: ModelRef, *, own: str = "", with_complete: bool = True
+) -> Mapping[PurePosixPath, Sequence[Found]]:
     """
     Files that may already hold what is wanted: complete ones of the same source first, then what dead writers left,
     the newest attempt first. Nothing here is believed: tokens choose, digests prove.
@@ -67,7 +75,9 @@ def find_donors(volume: Volume, ref: ModelRef, *, own: str = "", with_complete: 
             for file in read_manifest(volume, entry).files:
                 if file.sha256 is not None and file.token is not None:
                     note = PartNote(path=file.path, token=file.token, stop=file.size_bytes, sha256=file.sha256)
-                    donors[file.path].append(Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,)))
+                    donors[file.path].append(
+                        Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,))
+                    )
     for generation in reversed(volume.names(layout.MODELS / ref.key)):
         if generation == own or layout.parse_generation(generation) is None:
             continue
@@ -92,7 +102,9 @@ def reusable_bytes(donors: Mapping[PurePosixPath, Sequence[Found]], resolved: Re
     total = 0
     for file in resolved.files:
         notes = [note for found in donors.get(file.entry.path, ()) for note in found.notes]
-        ranges = sorted((n.start, n.stop) for n in notes if n.token == file.entry.token and n.stop <= file.entry.size_bytes)
+        ranges = sorted(
+            (n.start, n.stop) for n in notes if n.token == file.entry.token and n.stop <= file.entry.size_bytes
+        )
         end = 0
         for start, stop in ranges:
             total += max(0, stop - max(start, end))
@@ -105,7 +117,8 @@ def _read_journal(volume: Volume, generation: str) -> dict[PurePosixPath, list[P
     notes: dict[PurePosixPath, list[PartNote]] = defaultdict(list)
     with suppress(StoreFormatError, VolumeError):
         for line in (volume.read(place, _MAX_JOURNAL_BYTES) or b"").splitlines():
-            # The first line that does not check out is the torn end of a killed writer, or forged: nothing after it counts.
+            # The first line that does not check out is the torn end of a killed writer, or forged: nothing after it
+            # counts.
             note = decode(PartNote, line, str(place))
             notes[note.path].append(note)
     return notes

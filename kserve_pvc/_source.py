@@ -39,9 +39,9 @@ class RemoteFile:
 
     `address` is the back end's own name for it; `pin` is what makes a later read fail rather than return other
     content (an ETag, a version id, an inode with its times). `digest` is what the listing says the bytes amount to,
-    as `name:hex` with `md5`, `crc32` or `sha256`, if it says so. `in_ranges` is False if the source gives only all of it:
-    one stream then reads it from its beginning. A file with `unpack` is an archive, and its members are the files of
-    the model; patterns are for them, and it is kept no longer than until they are there.
+    as `name:hex` with `md5`, `crc32` or `sha256`, if it says so. `in_ranges` is False if the source gives only all of
+    it: one stream then reads it from its beginning. A file with `unpack` is an archive, and its members are the files
+    of the model; patterns are for them, and it is kept no longer than until they are there.
     """
 
     entry: FileEntry
@@ -170,9 +170,9 @@ class Backend(Protocol):
 
     Five more methods are used if a back end has them: `pages(ref)`, which yields sequences of `RemoteFile` as they are
     listed, so that files are fetched while the next page is asked for; `evidence(file)`, which asks the source for a
-    digest of a file (`name:hex`, or None), where the listing has none that is cheap or certain enough; `checksum(name)`,
-    which makes a `Checksum` for digests that are none of `sha256`, `md5` and `crc32`, or returns None;
-    `tune(stall_seconds=, retry_seconds=)`, which says how patient to be; and `close()`, which lets go of idle
+    digest of a file (`name:hex`, or None), where the listing has none that is cheap or certain enough;
+    `checksum(name)`, which makes a `Checksum` for digests that are none of `sha256`, `md5` and `crc32`, or returns
+    None; `tune(stall_seconds=, retry_seconds=)`, which says how patient to be; and `close()`, which lets go of idle
     connections once a download is over.
     """
 

@@ -20,7 +20,15 @@ import attrs
 from kserve_pvc import _defaults as defaults
 from kserve_pvc import _layout as layout
 from kserve_pvc._codec import KEY, MAX_RECORD_BYTES
-from kserve_pvc._entry import MAX_LEASE_SECONDS, MIN_LEASE_SECONDS, LogEntry, StoreSettings, decode_settings, encode_settings, now
+from kserve_pvc._entry import (
+    MAX_LEASE_SECONDS,
+    MIN_LEASE_SECONDS,
+    LogEntry,
+    StoreSettings,
+    decode_settings,
+    encode_settings,
+    now,
+)
 from kserve_pvc._log import LogView, read_log, read_log_of, read_manifest
 from kserve_pvc._ref import ModelRef, Patterns, parse_ref
 from kserve_pvc._volume import Volume, VolumeWriter
@@ -36,8 +44,8 @@ from kserve_pvc.errors import (
     UnsafePathError,
 )
 
-# A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks or
-# talks to a source is imported by the method that does it.
+# A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
+# or talks to a source is imported by the method that does it.
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from concurrent.futures import Executor
@@ -150,30 +158,31 @@ class ModelStore:
     Args:
         root: An existing directory, usually where the volume is mounted.
         mode: `"r"` never writes one byte to the volume; `"rw"` may download and remove.
-        locker: Who says which process downloads. Counts when the store is created, and is read from it ever after; who wants
-            another one is refused. No locker carries safety.
+        locker: Who says which process downloads. Counts when the store is created, and is read from it ever after; who
+            wants another one is refused. No locker carries safety.
 
             - `"lease"` (default): claims on the volume, which need `mkdir` to exclude.
-            - `"flock"`: a file lock, which must reach all nodes. On NFS it needs a file opened for writing, which it is; on a
-              SeaweedFS mount with `-dlm` one opened for reading, which it is not, so choose another one there.
-            - `"redis://HOST:PORT/DB"` (or `rediss://`; extra `redis`): portalocker's `RedisLock`, which lets a holder that
-              stood still for a second be taken over. To be said by every process that downloads.
+            - `"flock"`: a file lock, which must reach all nodes. On NFS it needs a file opened for writing, which it
+              is; on a SeaweedFS mount with `-dlm` one opened for reading, which it is not, so choose another one there.
+            - `"redis://HOST:PORT/DB"` (or `rediss://`; extra `redis`): portalocker's `RedisLock`, which lets a holder
+              that stood still for a second be taken over. To be said by every process that downloads.
             - `"kubernetes"` or `"kubernetes://NAMESPACE"` (extra `kubernetes`): Leases, as client-go's leader election.
         lease_seconds: After how long without a sign of life a downloader is taken over. Counts when the store is
             created; default 30 on local and 60 on network file systems.
         backends: Factories by URI scheme, preferred to installed ones.
-        storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …), or such arguments by scheme:
-            `{"s3": {…}, "hf": {…}}`. Never written down.
+        storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …), or such arguments by
+            scheme: `{"s3": {…}, "hf": {…}}`. Never written down.
         part_bytes: The most that a killed process costs per stream in bytes fetched again.
         digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume; the record
             says so, and `verify` can compare only sizes.
         stall_seconds: After how long without a byte a range is asked for again on another connection.
         retry_seconds: How long a range is tried without any progress before `ensure` gives up.
-        offline: True asks no source for anything; what is present is served. None leaves it to `KSERVE_PVC_OFFLINE`, which
-            is read when a source would be asked.
+        offline: True asks no source for anything; what is present is served. None leaves it to `KSERVE_PVC_OFFLINE`,
+            which is read when a source would be asked.
 
     Raises:
-        StoreRootError: The root is missing or no directory, or a store is to be created on a volume that cannot hold one.
+        StoreRootError: The root is missing or no directory, or a store is to be created on a volume that cannot hold
+            one.
         ReadOnlyStoreError: Read-write was asked for and the volume refuses.
         StoreFormatError: The store was made by a newer version, or its settings are damaged.
         LockerMismatchError: The store was created with other settings.
@@ -266,8 +275,8 @@ class ModelStore:
         return show_store(str(self.root), self.mode, (model._facts() for model in self.list()))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Clients of remote services do not travel, not even into a copy of this object, which may ask with other options.
-        # The storage options do, secrets included: to a process, not to a file.
+        # Clients of remote services do not travel, not even into a copy of this object, which may ask with other
+        # options. The storage options do, secrets included: to a process, not to a file.
         return {**self.__dict__, "_backends": {}}
 
     def ensure(
@@ -295,15 +304,16 @@ class ModelStore:
         Args:
             uri: As KServe spells it, such as `s3://bucket/path`.
             revision: Which version of the source; what it means is the back end's (an S3 VersionId, …).
-            refresh: Ask the source, and fetch a newer version beside the old one; files that have not changed are linked
-                or copied once their digest is proven.
+            refresh: Ask the source, and fetch a newer version beside the old one; files that have not changed are
+                linked or copied once their digest is proven.
             force_download: Fetch even if it is present, into a new directory, taking nothing from complete models.
             local_files_only: Never use the network.
             timeout: Seconds to wait for another downloader; `math.inf` waits for ever.
             max_workers: The most streams at the same time; how many are worth while is found out on the way.
             callback: Told the size and every step in bytes, as fsspec does it.
             progress: None shows bars on a terminal and lines elsewhere, False nothing.
-            storage_options: For this call, instead of all of the store's. A model that is present is returned whoever asks.
+            storage_options: For this call, instead of all of the store's. A model that is present is returned whoever
+                asks.
 
         Raises:
             ReadOnlyStoreError: It is absent, and the store may only be read. The network was not touched.
@@ -414,32 +424,42 @@ class ModelStore:
         storage_options: Mapping[str, Any] | None = None,
     ) -> Generator[Warmed, None, None]:
         """
-        Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no other.
+        Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no
+        other.
 
         A model that is named twice is fetched once and has one result. Nothing begins before the first result is asked
         for. Closing the iterator cancels what has not begun; an exception that is raised in it, such as a
         KeyboardInterrupt, also stops what runs in threads.
 
         Args:
-            items: URIs, `ModelRef`s, or mappings with `uri` and, if need be, `revision`, `allow_patterns` and `ignore_patterns`.
-            executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched one
-                after the other, each by several streams. The store is sent to an executor of processes, with its
+            items: URIs, `ModelRef`s, or mappings with `uri` and, if need be, `revision`, `allow_patterns` and
+                `ignore_patterns`.
+            executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched
+                one after the other, each by several streams. The store is sent to an executor of processes, with its
                 `backends` and `storage_options`, so these must pickle then; lines take the place of bars there.
             refresh, timeout, max_workers: As in `ensure`, for each model.
-            callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with processes.
+            callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with
+                processes.
             progress: As in `ensure`; several bars or lines at a time.
             storage_options: As in `ensure`, for all of them.
 
         Raises:
-            SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model is
-                the `error` of its result.
+            SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model
+                is the `error` of its result.
         """
         from kserve_pvc._warm import warm
 
         _check_timeout(timeout)
         how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
         ensure = partial(self._asking_with(storage_options)._ensure, **how, timeout=timeout, max_workers=max_workers)
-        return warm(ensure, items, executor, progress=progress, callback=callback, remember=lambda model: self._remember(model._entry))
+        return warm(
+            ensure,
+            items,
+            executor,
+            progress=progress,
+            callback=callback,
+            remember=lambda model: self._remember(model._entry),
+        )
 
     @contextmanager
     def _flight(self, ref: ModelRef, timeout: float) -> Iterator[None]:
@@ -454,7 +474,14 @@ class ModelStore:
         finally:
             lock.release()
 
-    def get(self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None) -> Model:
+    def get(
+        self,
+        uri: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
+    ) -> Model:
         """
         Return a model that is present. Never the network, never a lock, never a write.
 
@@ -579,10 +606,16 @@ class ModelStore:
             return Verification(uri=uri, level=level, files=0, bytes=0, problems=(problem,))
         place = layout.generation_dir(entry.key, entry.generation)
         try:
-            problems = tuple(compare(manifest.files, self._volume.tree(place), lambda path: self._volume.open_file(place / path), level))
+            problems = tuple(
+                compare(
+                    manifest.files, self._volume.tree(place), lambda path: self._volume.open_file(place / path), level
+                )
+            )
         except UnsafePathError as planted:
             problems = (Problem(path=planted.name, kind="type", detail=planted.rule),)
-        return Verification(uri=uri, level=level, files=len(manifest.files), bytes=manifest.size_bytes, problems=problems)
+        return Verification(
+            uri=uri, level=level, files=len(manifest.files), bytes=manifest.size_bytes, problems=problems
+        )
 
     def remove(
         self,
@@ -619,14 +652,21 @@ class ModelStore:
             settle_view_quietly(self._writer, ref.key)
 
     def alias(
-        self, name: str, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+        self,
+        name: str,
+        uri: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
     ) -> None:
         """
         Give a model that is present a name under which a pod can mount it: `names/<name>` in the volume.
 
-        The name follows the model: a newer version is mounted under it by containers that start later, and never changes
-        under one that runs. It is decoration, which the store never consults. It stays when the model is removed, and leads
-        nowhere until the model is there again.
+        The name follows the model: a newer version is mounted under it by containers that start later, and never
+            changes
+        under one that runs. It is decoration, which the store never consults. It stays when the model is removed, and
+        leads nowhere until the model is there again.
 
         Raises:
             ModelNotFoundError: The model is absent.
@@ -678,7 +718,8 @@ class ModelStore:
         progress: bool | None = None,
     ) -> Exported:
         """
-        Write a model that is present as one file, to be imported where there is no network. Nothing is written to the store.
+        Write a model that is present as one file, to be imported where there is no network. Nothing is written to the
+        store.
 
         Every file is compared with its SHA-256 on the way. The file gets its name when it is whole and on the disk; an
         export that was interrupted goes on where it was. The same version of a model gives the same bytes.
@@ -696,11 +737,17 @@ class ModelStore:
         from kserve_pvc._bundle import export_bundle, manifest_of
         from kserve_pvc._progress import make_listener
 
-        selection: Mapping[str, Any] = {"revision": revision, "allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        selection: Mapping[str, Any] = {
+            "revision": revision,
+            "allow_patterns": allow_patterns,
+            "ignore_patterns": ignore_patterns,
+        }
         with self.open(uri, **selection) as model, make_listener(progress, callback) as listener:
             place = layout.generation_dir(model.key, model.path.name)
             manifest = manifest_of(model._entry, model.record.files)
-            return export_bundle(manifest, lambda path: self._volume.open_file(place / path), file, root=self.root, listener=listener)
+            return export_bundle(
+                manifest, lambda path: self._volume.open_file(place / path), file, root=self.root, listener=listener
+            )
 
     def import_(
         self,
@@ -715,7 +762,8 @@ class ModelStore:
         Take over a model from a file that `export` wrote. No source is asked, and no network is needed.
 
         It is written as a download is: by one process, resumed after a crash, every file compared with its SHA-256, and
-        published last. A version that is present is returned at once; another one is put beside it and becomes the current one.
+        published last. A version that is present is returned at once; another one is put beside it and becomes the
+        current one.
 
         Args:
             sha256: The digest that `export` told. Without it the file is as good as where it comes from.
@@ -740,13 +788,20 @@ class ModelStore:
             if entry is not None and entry.version == resolved.version:
                 return self._model(entry, "present", started)
             listen = partial(_listen, progress, callback)
-            outcome = self._download(self._writer, ref, 0, resolved, timeout, started, defaults.MAX_WORKERS, listen, source=bundle)
+            outcome = self._download(
+                self._writer, ref, 0, resolved, timeout, started, defaults.MAX_WORKERS, listen, source=bundle
+            )
         status: Status = "waited" if outcome.status == "present" else outcome.status
         return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
 
     @contextmanager
     def open(
-        self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+        self,
+        uri: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
     ) -> Iterator[Model]:
         """
         Hold a model that is present, so that nobody removes it inside the `with`.
@@ -780,8 +835,8 @@ class ModelStore:
         Examine the volume: what it is and can do, how fast it is, what should be changed. A read-only store only looks.
 
         Args:
-            peer: A name, under which a doctor on another node is waited for that is given the same: `store.doctor(peer="a")`
-                there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
+            peer: A name, under which a doctor on another node is waited for that is given the same:
+                `store.doctor(peer="a")` there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
             timeout: Seconds to wait for it.
 
         Raises:
@@ -802,7 +857,12 @@ class ModelStore:
         return [lock for key in self._keys() if (lock := read_lock(self._volume, key)) is not None]
 
     def break_lock(
-        self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+        self,
+        uri: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
     ) -> None:
         """
         Take a claim away from its holder and give it back at once, so that another process may download.
@@ -818,7 +878,9 @@ class ModelStore:
             raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
         from kserve_pvc._claims import break_claim
 
-        break_claim(self._writer, ref.key, uri=ref.uri, holder=_this_process(), lease_seconds=self._settings.lease_seconds)
+        break_claim(
+            self._writer, ref.key, uri=ref.uri, holder=_this_process(), lease_seconds=self._settings.lease_seconds
+        )
 
     def _keys(self) -> Sequence[str]:
         return [name for name in self._volume.names(layout.KEYS) if KEY.fullmatch(name)]
@@ -837,7 +899,9 @@ class ModelStore:
 
     def _look(self, ref: ModelRef) -> LogView:
         """Read the newest record of a ref, and never an older one than this process has returned."""
-        seen = _returned.get((self._identity, ref.key), 0)  # Before reading: another thread may return a newer one meanwhile.
+        seen = _returned.get(
+            (self._identity, ref.key), 0
+        )  # Before reading: another thread may return a newer one meanwhile.
         view = read_log_of(self._volume, ref)
         if view.seq < seen:
             reason = f"its newest record is {view.seq}, but this process has returned {seen}; somebody deleted records"
@@ -902,14 +966,18 @@ class ModelStore:
         # Clients of remote services do not survive a fork, so each process has its own.
         name = (os.getpid(), ref.scheme, self._service(ref))
         if name not in self._backends:
-            backend = make_backend(self._service(ref), self._factories, options_for(ref, self._options, self._factories))
+            backend = make_backend(
+                self._service(ref), self._factories, options_for(ref, self._options, self._factories)
+            )
             if (tune := getattr(backend, "tune", None)) is not None:
                 tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])
             self._backends[name] = backend
         return self._backends[name]
 
 
-_HOW_TO_WRITE = 'open it with `mode="rw"`, `KSERVE_PVC_MODE=rw`, or the annotation `storage.kserve.io/readonly: "false"`'
+_HOW_TO_WRITE = (
+    'open it with `mode="rw"`, `KSERVE_PVC_MODE=rw`, or the annotation `storage.kserve.io/readonly: "false"`'
+)
 
 
 def _listen(progress: bool | None, callback: Callback | None) -> AbstractContextManager[Listener]:
@@ -925,7 +993,9 @@ def _importing(listener: Listener) -> Listener:
 
 
 def _offline(ref: ModelRef) -> PolicyError:
-    return PolicyError(str(ref), "this store is offline and asks no source; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of it")
+    return PolicyError(
+        str(ref), "this store is offline and asks no source; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of it"
+    )
 
 
 def _present(view: LogView) -> LogEntry | None:
@@ -947,7 +1017,11 @@ def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None)
 
         parse_locker(locker)
     if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
-        raise SettingsError("lease_seconds", str(lease_seconds), f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds")
+        raise SettingsError(
+            "lease_seconds",
+            str(lease_seconds),
+            f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds",
+        )
 
 
 def _check_timeout(timeout: float) -> None:
@@ -978,7 +1052,9 @@ def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float
         chosen = str(settled(parse_locker(locker), os.environ))
     # A volume on which no store can be correct is refused before there is one.
     default = probe_here(writer).lease_seconds
-    settings = StoreSettings(store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now())
+    settings = StoreSettings(
+        store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now()
+    )
     private = layout.staging_dir(f"create-{settings.store_id}")
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
     writer.throw_away(private)
@@ -990,7 +1066,9 @@ def _check_agreement(volume: Volume, settings: StoreSettings, locker: str | None
     if settings.locker not in _PLAIN_LOCKERS or locker not in (None, settings.locker):
         _check_same_locker(volume, settings.locker, locker)
     if lease_seconds is not None and lease_seconds != settings.lease_seconds:
-        raise LockerMismatchError(str(volume.root), "lease_seconds", f"{settings.lease_seconds:g}", f"{lease_seconds:g}")
+        raise LockerMismatchError(
+            str(volume.root), "lease_seconds", f"{settings.lease_seconds:g}", f"{lease_seconds:g}"
+        )
 
 
 def _check_same_locker(volume: Volume, stored: str, wanted: str | None) -> None:
@@ -999,6 +1077,8 @@ def _check_same_locker(volume: Volume, stored: str, wanted: str | None) -> None:
     try:
         choice = parse_locker(stored)
     except SettingsError as error:
-        raise StoreFormatError(str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc") from error
+        raise StoreFormatError(
+            str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc"
+        ) from error
     if wanted is not None and not parse_locker(wanted).agrees_with(choice):
         raise LockerMismatchError(str(volume.root), "locker", stored, wanted)

@@ -176,7 +176,11 @@ class _Writing:
 
     @property
     def is_over(self) -> bool:
-        return not self.unwritten and not self.is_hashing and (self.hashed == self.file.entry.size_bytes or not self.hashes.is_needed)
+        return (
+            not self.unwritten
+            and not self.is_hashing
+            and (self.hashed == self.file.entry.size_bytes or not self.hashes.is_needed)
+        )
 
 
 class _AskedRange:
@@ -191,7 +195,9 @@ class _AskedRange:
     def __enter__(self) -> RangeReader:
         return self._reader
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         context, self._context = self._context, None
         if context is not None:
             context.__exit__(kind, error, trace)
@@ -304,10 +310,14 @@ class Transfer:
     def _staff(self, workers: list[threading.Thread]) -> None:
         """Start as many workers as there may be streams and as there is work for; those above the pace rest."""
         with self._guard:
-            wanted = min(self._pace.streams, len(self._waiting) + self._unassigned // min(self._part_bytes, _SHORTEST_RANGE) + 1)
+            wanted = min(
+                self._pace.streams, len(self._waiting) + self._unassigned // min(self._part_bytes, _SHORTEST_RANGE) + 1
+            )
             self._guard.notify_all()
         while len(workers) < wanted:
-            worker = threading.Thread(target=self._work, args=(len(workers),), name=f"kserve-pvc-transfer-{len(workers)}", daemon=True)
+            worker = threading.Thread(
+                target=self._work, args=(len(workers),), name=f"kserve-pvc-transfer-{len(workers)}", daemon=True
+            )
             workers.append(worker)
             worker.start()
 
@@ -365,7 +375,8 @@ class Transfer:
             return self._take(front)
         # Who writes small files asks for some at a time, so fewer are enough.
         if self._waiting and (
-            not self._is_small(self._waiting[0][2]) or self._at_small_files * _at_once(self._waiting[0][2]) < self._pace.streams
+            not self._is_small(self._waiting[0][2])
+            or self._at_small_files * _at_once(self._waiting[0][2]) < self._pace.streams
         ):
             file = self._take_file()
             self._at_small_files += self._is_small(file)
@@ -380,7 +391,9 @@ class Transfer:
 
     def _is_small(self, file: RemoteFile) -> bool:
         """Whether one worker fetches all of it with one request: nobody else needs to know of it before it is done."""
-        is_short = file.entry.size_bytes <= min(_SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors
+        is_short = (
+            file.entry.size_bytes <= min(_SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors
+        )
         return is_short or not file.in_ranges
 
     def _is_front(self, writing: _Writing) -> bool:
@@ -643,7 +656,13 @@ class Transfer:
         return promised
 
     def _pieces(
-        self, file: RemoteFile, start: int, stop: int, buffer: memoryview, asked: _AskedRange | None = None, streams: int = 1
+        self,
+        file: RemoteFile,
+        start: int,
+        stop: int,
+        buffer: memoryview,
+        asked: _AskedRange | None = None,
+        streams: int = 1,
     ) -> Iterator[memoryview]:
         """
         Yield the bytes of a range in order; after a failure go on where the last byte was.
@@ -665,7 +684,9 @@ class Transfer:
                         # Decrypting is no waiting: more streams would only take turns with it.
                         self._waited += (now - asking - getattr(reader, "worked", 0.0) + worked) * streams
                         if count == 0:
-                            raise SourceUnavailableError(self._uri, f"its answer for `{file.entry.path}` ended {stop - start} bytes early")
+                            raise SourceUnavailableError(
+                                self._uri, f"its answer for `{file.entry.path}` ended {stop - start} bytes early"
+                            )
                         if count is not None:
                             start += count
                             yield buffer[:count]
@@ -717,7 +738,11 @@ class Transfer:
                 with donor.open_file() as fd:
                     is_whole = os.fstat(fd).st_size == note.stop
                     digest = hashlib.sha256()
-                    if not is_whole or not self._read(fd, 0, note.stop, buffer, digest.update) or digest.hexdigest() != note.sha256:
+                    if (
+                        not is_whole
+                        or not self._read(fd, 0, note.stop, buffer, digest.update)
+                        or digest.hexdigest() != note.sha256
+                    ):
                         continue
                 if not donor.link(file.entry.path):
                     continue
@@ -756,7 +781,9 @@ class Transfer:
             writing.unwritten -= note.stop - start
             self._observer.adopted(note.stop - start)
 
-    def _take_over(self, writing: _Writing, source: int, note: PartNote, start: int, buffer: memoryview, *, is_front: bool) -> bool:
+    def _take_over(
+        self, writing: _Writing, source: int, note: PartNote, start: int, buffer: memoryview, *, is_front: bool
+    ) -> bool:
         """Copy what a note speaks of and check the copy. False: it does not prove itself."""
         if not self._destination.copy(source, writing.fd, start, note.stop):
             return False

@@ -1,9 +1,9 @@
 """
 What an archive holds, member by member, and nothing of it believed.
 
-Nothing is written here: whoever asks gets a checked path and the bytes, piece by piece, so that an archive of any size needs
-little memory. An archive comes from a stranger. It may name files outside of the model, claim sizes it does not have, turn
-a kilobyte into a terabyte, or hold links and devices; each is an error that names archive and member.
+Nothing is written here: whoever asks gets a checked path and the bytes, piece by piece, so that an archive of any size
+needs little memory. An archive comes from a stranger. It may name files outside of the model, claim sizes it does not
+have, turn a kilobyte into a terabyte, or hold links and devices; each is an error that names archive and member.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Member:
     """
     One regular file of an archive, whose pieces are read to their end before the next member is asked for.
 
-    `evidence` is the digest that the archive gives it, as `name:hex`; the pieces end in an error if they do not have it.
+    `evidence` is the digest that the archive gives it, as `name:hex`; the pieces end in an error if they do not have
+    it.
     """
 
     path: PurePosixPath
@@ -166,7 +167,9 @@ class _Names:
         """
         self._left -= 1
         if self._left < 0:
-            raise PolicyError(self.archive, f"it has more than {self.limits.entries} entries; `unpack_limits` may allow more")
+            raise PolicyError(
+                self.archive, f"it has more than {self.limits.entries} entries; `unpack_limits` may allow more"
+            )
 
     def take(self, name: str, *, is_directory: bool = False) -> PurePosixPath | None:
         """
@@ -183,7 +186,10 @@ class _Names:
         except UnsafePathError as error:
             raise UnsafePathError(self.shown(name), error.rule) from None
         if len(inside.encode()) > self.limits.path_bytes:
-            raise PolicyError(self.shown(name), f"its name is longer than {self.limits.path_bytes} bytes; `unpack_limits` may allow more")
+            raise PolicyError(
+                self.shown(name),
+                f"its name is longer than {self.limits.path_bytes} bytes; `unpack_limits` may allow more",
+            )
         self._enter(name, inside if is_directory else inside.rpartition("/")[0])
         if not is_directory:
             folded = fold(inside)
@@ -275,7 +281,9 @@ def _translated(archive: str) -> Iterator[None]:
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
         # Whatever a library says to bytes that somebody else has chosen.
-        raise DigestMismatchError(archive, "a whole archive", f"damaged ({str(error)[:200] or type(error).__name__})") from error
+        raise DigestMismatchError(
+            archive, "a whole archive", f"damaged ({str(error)[:200] or type(error).__name__})"
+        ) from error
 
 
 def _pieces(stream: _Stream, archive: str) -> Iterator[bytes]:
@@ -345,8 +353,8 @@ def _tar_members(
     """
     Walk a tar by its headers.
 
-    `tarfile` parses each of them. Walking is done here, since it keeps all members in memory, reads names of any length,
-    and lets a header send it backwards.
+    `tarfile` parses each of them. Walking is done here, since it keeps all members in memory, reads names of any
+    length, and lets a header send it backwards.
     """
     import tarfile
 
@@ -377,7 +385,9 @@ def _tar_members(
         stream.skip_to(end)
     while piece := stream.read(_PIECE_BYTES):
         if piece.strip(b"\0"):
-            raise PolicyError(names.archive, "something follows the end of the archive, which others may take for a part of it")
+            raise PolicyError(
+                names.archive, "something follows the end of the archive, which others may take for a part of it"
+            )
 
 
 def _tar_pieces(stream: _Stream, archive: str, size: int) -> Iterator[bytes]:
@@ -399,7 +409,9 @@ def _size(extended: str | None, header: tarfile.TarInfo) -> int:
 def _wrong_type(header: tarfile.TarInfo) -> str:
     if header.type in _LINK_TYPES:
         return "it is a link, and only regular files and directories are unpacked"
-    what = {b"3": "a device", b"4": "a device", b"6": "a named pipe", b"S": "a sparse file"}.get(header.type, "of an unknown kind")
+    what = {b"3": "a device", b"4": "a device", b"6": "a named pipe", b"S": "a sparse file"}.get(
+        header.type, "of an unknown kind"
+    )
     return f"it is {what}, and only regular files and directories are unpacked"
 
 
@@ -463,7 +475,11 @@ class _BoundedFile:
 
 
 def _zip_members(
-    archive: BinaryIO, names: _Names, meter: _Meter, selects: Callable[[PurePosixPath], bool], make_room: Callable[[int], None]
+    archive: BinaryIO,
+    names: _Names,
+    meter: _Meter,
+    selects: Callable[[PurePosixPath], bool],
+    make_room: Callable[[int], None],
 ) -> Iterator[Member]:
     import zipfile
 
@@ -478,7 +494,9 @@ def _zip_members(
         make_room(total)
         for info, path in chosen:
             with opened.open(info) as stream:
-                yield Member(path=path, pieces=_zip_pieces(stream, info, names, meter), evidence=f"crc32:{info.CRC:08x}")
+                yield Member(
+                    path=path, pieces=_zip_pieces(stream, info, names, meter), evidence=f"crc32:{info.CRC:08x}"
+                )
 
 
 def _check_overlaps(infos: list[zipfile.ZipInfo], end: int, names: _Names) -> None:
@@ -519,4 +537,6 @@ def _zip_pieces(stream: Any, info: zipfile.ZipInfo, names: _Names, meter: _Meter
             meter.add(len(piece))
             yield piece
     if size != info.file_size:
-        raise PolicyError(names.shown(info.orig_filename), f"it says that it has {info.file_size} bytes, and has {size}")
+        raise PolicyError(
+            names.shown(info.orig_filename), f"it says that it has {info.file_size} bytes, and has {size}"
+        )

@@ -55,10 +55,14 @@ class Verification:
     def _repr_html_(self) -> str:
         from kserve_pvc._html import show_verification
 
-        return show_verification(self.uri, self.level, self.files, self.bytes, [(p.kind, p.path, p.detail) for p in self.problems])
+        return show_verification(
+            self.uri, self.level, self.files, self.bytes, [(p.kind, p.path, p.detail) for p in self.problems]
+        )
 
 
-def compare(expected: Iterable[FileEntry], found: Iterable[FoundFile], open_file: OpenFile, level: Level) -> Iterator[Problem]:
+def compare(
+    expected: Iterable[FileEntry], found: Iterable[FoundFile], open_file: OpenFile, level: Level
+) -> Iterator[Problem]:
     """
     Find every difference: missing, unexpected and irregular files, sizes and, at level `full`, digests.
 
@@ -73,7 +77,11 @@ def compare(expected: Iterable[FileEntry], found: Iterable[FoundFile], open_file
         elif not file.is_regular:
             yield Problem(path=str(entry.path), kind="type", detail="it is a link or no regular file")
         elif file.size_bytes != entry.size_bytes:
-            yield Problem(path=str(entry.path), kind="size", detail=f"it has {file.size_bytes} bytes instead of {entry.size_bytes}")
+            yield Problem(
+                path=str(entry.path),
+                kind="size",
+                detail=f"it has {file.size_bytes} bytes instead of {entry.size_bytes}",
+            )
         elif level == "full":
             yield from _compare_digest(entry, open_file)
     for path in lying:

@@ -57,9 +57,23 @@ _COPY_BYTES = 1 << 30
 _PIECE_BYTES = 1024 * 1024
 _MOST_DIRECTORIES = 256
 _MOST_SYNCED_ALONE = 100
-# Where the other name of a file is lost to the node that wrote it, once another node has linked it and deleted the first.
+# Where the other name of a file is lost to the node that wrote it, once another node has linked it and deleted the
+# first.
 _FALSE_LINK_TYPES = {"fuse.seaweedfs"}
-_NETWORK_TYPES = ("nfs", "cifs", "smb", "fuse", "ceph", "lustre", "glusterfs", "gpfs", "9p", "virtiofs", "beegfs", "afs")
+_NETWORK_TYPES = (
+    "nfs",
+    "cifs",
+    "smb",
+    "fuse",
+    "ceph",
+    "lustre",
+    "glusterfs",
+    "gpfs",
+    "9p",
+    "virtiofs",
+    "beegfs",
+    "afs",
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -129,7 +143,9 @@ class Volume:
         try:
             self.root = Path(root).resolve(strict=True)
         except (OSError, ValueError, RuntimeError) as error:  # A loop of links is a RuntimeError before Python 3.13.
-            raise StoreRootError(os.fspath(root), "it does not exist; mount the volume there, or create the directory") from error
+            raise StoreRootError(
+                os.fspath(root), "it does not exist; mount the volume there, or create the directory"
+            ) from error
         if not self.root.is_dir():
             raise StoreRootError(str(self.root), "it is not a directory")
 
@@ -231,7 +247,8 @@ class Volume:
 
     def tree(self, place: PurePosixPath) -> Iterator[FoundFile]:
         """
-        Walk a directory without following links. Directories themselves are not reported; nothing is there if it is not.
+        Walk a directory without following links. Directories themselves are not reported; nothing is there if it is
+        not.
 
         Raises:
             UnsafePathError: The directory itself is a link.
@@ -305,7 +322,9 @@ class Volume:
         except OSError as error:
             # O_NOFOLLOW answers ELOOP for a link, or ENOTDIR when a directory was asked for.
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise UnsafePathError(str(place), "a link or file stands where a directory or file of the store belongs") from error
+                raise UnsafePathError(
+                    str(place), "a link or file stands where a directory or file of the store belongs"
+                ) from error
             raise
 
     def failure(self, operation: str, place: PurePosixPath, error: OSError) -> Exception:
@@ -341,7 +360,8 @@ class VolumeWriter(Volume):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         super().__init__(root)
-        # Whoever may write the root may write the store: the root's permission bits are the store's, whatever the umask.
+        # Whoever may write the root may write the store: the root's permission bits are the store's, whatever the
+        # umask.
         bits = stat.S_IMODE(os.stat(self.root).st_mode) & 0o777
         self._directory_mode = bits | 0o700
         self._file_mode = (bits & 0o666) | 0o600
@@ -389,7 +409,9 @@ class VolumeWriter(Volume):
         with suppress(OSError):
             found = stat.S_IMODE(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
             if found & 0o777 != mode:
-                os.chmod(name, found & 0o7000 | mode, dir_fd=parent)  # The set-gid bit of an `fsGroup` volume is inherited.
+                os.chmod(
+                    name, found & 0o7000 | mode, dir_fd=parent
+                )  # The set-gid bit of an `fsGroup` volume is inherited.
 
     def reserve(self, place: PurePosixPath) -> bool:
         """
@@ -439,10 +461,14 @@ class VolumeWriter(Volume):
                 _sync_directory(target)
             found = self.read(place, max(len(data), 1) * 2)
         if found is None:
-            raise VolumeError(str(self.root / place), "publishing", "the volume reported success and the file is not there")
+            raise VolumeError(
+                str(self.root / place), "publishing", "the volume reported success and the file is not there"
+            )
         return found == data
 
-    def _link_or_create(self, source: int, private: PurePosixPath, target: int, place: PurePosixPath, data: bytes) -> None:
+    def _link_or_create(
+        self, source: int, private: PurePosixPath, target: int, place: PurePosixPath, data: bytes
+    ) -> None:
         try:
             os.link(private.name, place.name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
         except FileExistsError:
@@ -469,7 +495,9 @@ class VolumeWriter(Volume):
                 os.close(fd)
 
     def _write_new(self, parent: int, place: PurePosixPath, data: bytes) -> None:
-        fd = self._open_at(parent, place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode)
+        fd = self._open_at(
+            parent, place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode
+        )
         try:
             self._set_open_mode(fd, self._file_mode)
             write_all(fd, data, 0)
@@ -620,10 +648,13 @@ class VolumeWriter(Volume):
     @contextmanager
     def scratch(self, place: PurePosixPath) -> Iterator[Scratch]:
         """
-        Open a directory in which is tried out what the volume can do, making it if need be; `delete_trash` takes it away.
+        Open a directory in which is tried out what the volume can do, making it if need be; `delete_trash` takes it
+        away.
         """
         if not {TRASH, DOCTOR} & set(place.parents):
-            raise UnsafePathError(str(place), "what a volume can do is tried out in the trash or by a doctor, and nowhere else")
+            raise UnsafePathError(
+                str(place), "what a volume can do is tried out in the trash or by a doctor, and nowhere else"
+            )
         with self._translated("trying out the volume", place):
             fd = self._ensure_directory(place)
             try:

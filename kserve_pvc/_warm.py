@@ -77,7 +77,8 @@ def warm(
     remember: Callable[[Model], None],
 ) -> Generator[Warmed, None, None]:
     """
-    Check what is asked for, and return the results as they will come. Nothing is begun before the first one is asked for.
+    Check what is asked for, and return the results as they will come. Nothing is begun before the first one is asked
+    for.
 
     Args:
         ensure: Called in this thread, or wherever the executor calls it.
@@ -87,7 +88,11 @@ def warm(
         SettingsError: An argument means nothing.
     """
     if executor is not None and not callable(getattr(executor, "submit", None)):
-        raise SettingsError("executor", type(executor).__name__, "give a `concurrent.futures.Executor`, such as a `ThreadPoolExecutor(4)`")
+        raise SettingsError(
+            "executor",
+            type(executor).__name__,
+            "give a `concurrent.futures.Executor`, such as a `ThreadPoolExecutor(4)`",
+        )
     if isinstance(items, str | ModelRef | Mapping):
         raise SettingsError("items", type(items).__name__, "give several: a list of URIs")
     refused, asked = _sorted_out([wanted(item, f"items[{index}]") for index, item in enumerate(items)])
@@ -246,7 +251,9 @@ class _Listening:
     Who hears of the models. In other processes lines take the place of bars, which would overwrite each other.
     """
 
-    def __init__(self, progress: bool | None, callback: Callback | None, *, is_one_of_many: bool, may_draw: bool = True) -> None:
+    def __init__(
+        self, progress: bool | None, callback: Callback | None, *, is_one_of_many: bool, may_draw: bool = True
+    ) -> None:
         self.stopped = threading.Event()
         self._progress = progress
         self._is_one_of_many = is_one_of_many
@@ -262,12 +269,16 @@ class _Listening:
         from kserve_pvc._progress import make_listener
 
         callback = None if self._part is None else self._part()
-        with make_listener(self._progress, callback, names_model=self._is_one_of_many, may_draw=self._may_draw) as listener:
+        with make_listener(
+            self._progress, callback, names_model=self._is_one_of_many, may_draw=self._may_draw
+        ) as listener:
             yield _Stoppable(listener, self.stopped)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._part is not None:
-            raise SettingsError("callback", "one of this process", "it cannot hear other processes; use a `ThreadPoolExecutor`")
+            raise SettingsError(
+                "callback", "one of this process", "it cannot hear other processes; use a `ThreadPoolExecutor`"
+            )
         return _in_another_process, (self._progress,)
 
 

@@ -181,7 +181,8 @@ def test_another_user_reads_what_one_wrote_whatever_the_umask(reachable):
 @pytest.mark.usefixtures("as_root")
 def test_users_of_one_group_write_one_store(reachable):
     """
-    Under a set-gid root that a group may write, as `fsGroup` makes it, members with other uids and primary groups add models.
+    Under a set-gid root that a group may write, as `fsGroup` makes it, members with other uids and primary groups add
+    models.
     """
     volume = reachable / "volume"
     for name in ("one", "two"):
@@ -212,7 +213,9 @@ def test_a_user_who_may_not_write_is_told_who_may(reachable):
     assert all(word in said for word in ("uid 1001", "gid 1001", "uid 0", "mode 0755", "fsGroup"))
 
 
-@pytest.mark.parametrize("place", ["models", "models/{key}", ".kserve-pvc/keys", ".kserve-pvc/keys/{key}/claims", ".kserve-pvc/staging"])
+@pytest.mark.parametrize(
+    "place", ["models", "models/{key}", ".kserve-pvc/keys", ".kserve-pvc/keys/{key}/claims", ".kserve-pvc/staging"]
+)
 def test_a_link_planted_where_we_write_leads_nowhere(root, source, tmp_path, place):
     """
     A symbolic link instead of any directory of the store is refused, and nothing is written outside.
@@ -372,7 +375,17 @@ def with_errors(strace: str, injected: str, root: Path, source: Path) -> str:
     """
     Download with errors injected into the system calls of every thread.
     """
-    tracing = [strace, "-f", "-qq", "-o", os.devnull, "-e", f"trace={injected.partition(':')[0]}", "-e", f"inject={injected}"]
+    tracing = [
+        strace,
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        f"trace={injected.partition(':')[0]}",
+        "-e",
+        f"inject={injected}",
+    ]
     command = [*tracing, sys.executable, "-I", "-c", DOWNLOAD, str(root), f"file://{source}"]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
@@ -399,7 +412,9 @@ def test_a_lock_that_cannot_be_taken_loses_no_model(root, source, tool, code):
 
     said = with_errors(tool("strace"), f"flock:error={code}", root, source)
 
-    assert (said == "downloaded") if code in ("ENOLCK", "ENOSYS", "EOPNOTSUPP") else said in ("downloaded", "VolumeError")
+    assert (
+        (said == "downloaded") if code in ("ENOLCK", "ENOSYS", "EOPNOTSUPP") else said in ("downloaded", "VolumeError")
+    )
     assert ModelStore(root, mode="rw").ensure(f"file://{source}", progress=False).status in ("present", "downloaded")
     assert ModelStore(root).verify(f"file://{source}", "full").ok
 
@@ -408,7 +423,8 @@ def test_a_lock_that_cannot_be_taken_loses_no_model(root, source, tool, code):
 @pytest.mark.parametrize("call", ["pwrite64", "fsync", "mkdirat", "linkat"])
 def test_a_volume_that_says_it_is_full_publishes_nothing_half(root, source, tool, call, code):
     """
-    Rows 17 and 18: whichever call reports that space or quota is used up, the error is that, and the next download is exact.
+    Rows 17 and 18: whichever call reports that space or quota is used up, the error is that, and the next download is
+    exact.
     """
     ModelStore(root, mode="rw", lease_seconds=1)
     uri, said = f"file://{source}", []
@@ -539,7 +555,11 @@ def test_long_names_deep_trees_and_many_files_are_one_record(root, tmp_path, too
     log = tmp_path / "calls.log"
     tracing = [tool("strace"), "-f", "-qq", "-o", str(log), "-e", "trace=fsync,fdatasync,syncfs"]
 
-    subprocess.run([*tracing, sys.executable, "-I", "-c", DOWNLOAD, str(root), f"file://{tmp_path}/source"], check=True, timeout=120)
+    subprocess.run(
+        [*tracing, sys.executable, "-I", "-c", DOWNLOAD, str(root), f"file://{tmp_path}/source"],
+        check=True,
+        timeout=120,
+    )
 
     store = ModelStore(root)
     assert read_tree(store.get(f"file://{tmp_path}/source").path) == files

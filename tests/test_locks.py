@@ -273,5 +273,10 @@ def test_debris_in_place_of_a_claim_shows_no_life(root, debris):
     sign = read_claim(writer, KEY)
 
     assert sign is not None
-    assert (sign.name, sign.holder, sign.is_released, sign.is_dead) == ("000000000003", "an unknown process", False, False)
+    assert (sign.name, sign.holder, sign.is_released, sign.is_dead) == (
+        "000000000003",
+        "an unknown process",
+        False,
+        False,
+    )
     assert is_claimed(writer, KEY, lease_seconds=0.2) is None

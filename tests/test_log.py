@@ -43,7 +43,9 @@ def entry(seq: int, kind: str = "commit", nonce: str = "a") -> LogEntry:
 
 def append(writer: VolumeWriter, *, after_seq: int, nonce: str = "a", kind: str = "commit") -> LogEntry | None:
     private = layout.STAGING / f"private-{nonce}" / "record"
-    hand = LogWriter(writer, KEY, lambda wanted: entry(wanted.seq, wanted.type, nonce), private=private, collect=pytest.fail)
+    hand = LogWriter(
+        writer, KEY, lambda wanted: entry(wanted.seq, wanted.type, nonce), private=private, collect=pytest.fail
+    )
     seq = procedures.drive(procedures.append(after_seq, kind), hand.perform)
     return None if seq is None else hand.published[seq]
 

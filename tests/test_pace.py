@@ -17,11 +17,13 @@ MB = 1_000_000
 
 class Line:
     """
-    A transfer on a clock of its own: `rate` says how many bytes a second so many streams bring, `waiting` which share of
-    their time they wait for them.
+    A transfer on a clock of its own: `rate` says how many bytes a second so many streams bring, `waiting` which share
+    of their time they wait for them.
     """
 
-    def __init__(self, pace: Pace, rate: Callable[[int], float], waiting: Callable[[int], float] = lambda streams: 1.0) -> None:
+    def __init__(
+        self, pace: Pace, rate: Callable[[int], float], waiting: Callable[[int], float] = lambda streams: 1.0
+    ) -> None:
         self.pace, self.rate, self.waiting = pace, rate, waiting
         self.now = self.received = self.waited = 0.0
 

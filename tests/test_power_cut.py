@@ -1,5 +1,6 @@
 """
-A power cut at any moment of a download, a refresh, a takeover or a removal, on a volume that keeps only what was synced.
+A power cut at any moment of a download, a refresh, a takeover or a removal, on a volume that keeps only what was
+synced.
 """
 
 from __future__ import annotations
@@ -121,7 +122,11 @@ def scene(request, tmp_path, tool) -> Scene:
     if request.param == "remove":
         subprocess.run(run(root, source, marks, "ensure"), check=True)
     if request.param == "takeover":
-        command = ["sh", "-c", f"{shlex.join(run(root, source, marks, 'die'))}; {shlex.join(run(root, source, marks, 'ensure'))}"]
+        command = [
+            "sh",
+            "-c",
+            f"{shlex.join(run(root, source, marks, 'die'))}; {shlex.join(run(root, source, marks, 'ensure'))}",
+        ]
     recording = record(strace, command, root, marks, scratch)
     after = {"remove": None} if request.param == "remove" else {"ensure": old}
     return Scene(recording=recording, uri=uri, allowed=(None, old), after=after, newest=old)
@@ -179,7 +184,8 @@ def judge_many(scene: Scene, count: int, memory: Path) -> list[str]:
 @pytest.mark.parametrize("scene", SCENES, indirect=True)
 def test_a_power_cut_leaves_the_old_state_or_the_whole_model(scene, memory, request):
     """
-    After every prefix, with any part of what was not synced gone, a reader finds old or new, and what was returned stays.
+    After every prefix, with any part of what was not synced gone, a reader finds old or new, and what was returned
+    stays.
     """
     said = judge_many(scene, CUTS // len(SCENES), memory)
 

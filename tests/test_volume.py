@@ -335,7 +335,9 @@ def test_a_link_that_was_planted_leads_a_tree_nowhere(root, tmp_path, planted, n
     outside.mkdir()
     place = root / GENERATION
     place.mkdir(parents=True)
-    (place / ("below" if planted == "directory" else "file")).symlink_to(outside if planted == "directory" else outside / "file")
+    (place / ("below" if planted == "directory" else "file")).symlink_to(
+        outside if planted == "directory" else outside / "file"
+    )
 
     with VolumeWriter(root).writing_tree(GENERATION) as tree, pytest.raises((UnsafePathError, VolumeError)):
         tree.create(PurePosixPath("below/file" if planted == "directory" else "file"))
@@ -356,8 +358,8 @@ def test_a_file_is_created_once(root):
 @pytest.mark.parametrize("at_once", ["many", "few", "never"])
 def test_a_tree_is_durable_when_it_ends_well(root, monkeypatch, at_once):
     """
-    Where one sync reaches the medium it is made once for many files, else every file and directory is synced; a tree that failed
-    needs none.
+    Where one sync reaches the medium it is made once for many files, else every file and directory is synced; a tree
+    that failed needs none.
     """
     monkeypatch.setattr(_volume, "_MOST_SYNCED_ALONE", 0 if at_once == "many" else 1)
     synced, honest = [], os.fsync
@@ -509,7 +511,9 @@ def test_room_is_reserved_without_a_byte(root):
     assert found.st_size == 0
 
 
-@pytest.mark.parametrize(("code", "is_told"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False), (errno.EIO, False)])
+@pytest.mark.parametrize(
+    ("code", "is_told"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False), (errno.EIO, False)]
+)
 def test_only_a_full_volume_fails_a_reservation(root, monkeypatch, code, is_told):
     """
     A volume that cannot reserve is written without; one that is full says so at once.
@@ -519,7 +523,10 @@ def test_only_a_full_volume_fails_a_reservation(root, monkeypatch, code, is_told
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(_volume, "_call", call)
-    with open(root / "file", "w+b") as file, pytest.raises(OSError, match=os.strerror(code)) if is_told else nullcontext():
+    with (
+        open(root / "file", "w+b") as file,
+        pytest.raises(OSError, match=os.strerror(code)) if is_told else nullcontext(),
+    ):
         allocate(file.fileno(), 1)
 
 
@@ -708,7 +715,9 @@ def test_the_trash_keeps_what_is_young(root):
     assert not (root / trashed).exists()
 
 
-@pytest.mark.parametrize(("name", "reason"), [("missing", "does not exist"), ("file", "not a directory"), ("nul\0", "does not exist")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("missing", "does not exist"), ("file", "not a directory"), ("nul\0", "does not exist")]
+)
 def test_a_root_that_cannot_be_one_is_refused(tmp_path, name, reason):
     """
     A missing root is an error and is not created: it usually means that the volume is not mounted.

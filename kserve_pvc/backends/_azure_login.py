@@ -55,7 +55,18 @@ _ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
 # A signature is part of a request line: no blank, no control character, no fragment.
 _SIGNATURE = re.compile(r"(?!.*#)[!-~]+")
 # What a request asks for is never said by a signature.
-_OURS = {"comp", "delimiter", "include", "marker", "maxresults", "prefix", "restype", "snapshot", "timeout", "versionid"}
+_OURS = {
+    "comp",
+    "delimiter",
+    "include",
+    "marker",
+    "maxresults",
+    "prefix",
+    "restype",
+    "snapshot",
+    "timeout",
+    "versionid",
+}
 _SIGNED_SECONDS = 3600
 # It decides what a signature is made of.
 _SIGNED_VERSION = "2021-02-12"
@@ -84,10 +95,12 @@ class Credential(Protocol):
 
     is_bound: ClassVar[bool]
 
-    def authorize(self, account: str, container: str, *, is_sealed: bool, renewed: bool) -> tuple[str, Mapping[str, str]]:
+    def authorize(
+        self, account: str, container: str, *, is_sealed: bool, renewed: bool
+    ) -> tuple[str, Mapping[str, str]]:
         """
-        What to add to the query and to the headers. `is_sealed` if the request goes over TLS; `renewed` if what was given
-        before was refused. Raises `TokenError`.
+        What to add to the query and to the headers. `is_sealed` if the request goes over TLS; `renewed` if what was
+        given before was refused. Raises `TokenError`.
         """
 
     def hint(self) -> str:
@@ -100,10 +113,14 @@ class Anonymous:
     Nobody in particular, who may read public containers.
     """
 
-    reason: str = "no credentials were given, so set AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or AZURE_CLIENT_ID"
+    reason: str = (
+        "no credentials were given, so set AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or AZURE_CLIENT_ID"
+    )
     is_bound: ClassVar[bool] = False
 
-    def authorize(self, account: str, container: str, *, is_sealed: bool, renewed: bool) -> tuple[str, Mapping[str, str]]:
+    def authorize(
+        self, account: str, container: str, *, is_sealed: bool, renewed: bool
+    ) -> tuple[str, Mapping[str, str]]:
         return "", {}
 
     def hint(self) -> str:
@@ -119,7 +136,9 @@ class Signature:
     query: str = attrs.field(repr=False)
     is_bound: ClassVar[bool] = True
 
-    def authorize(self, account: str, container: str, *, is_sealed: bool, renewed: bool) -> tuple[str, Mapping[str, str]]:
+    def authorize(
+        self, account: str, container: str, *, is_sealed: bool, renewed: bool
+    ) -> tuple[str, Mapping[str, str]]:
         return self.query, {}
 
     def hint(self) -> str:
@@ -133,7 +152,8 @@ class Signature:
 
 class AccountKey:
     """
-    The key of an account, which is never sent: it makes signatures for one container each, to read and list, for an hour.
+    The key of an account, which is never sent: it makes signatures for one container each, to read and list, for an
+    hour.
     """
 
     is_bound: ClassVar[bool] = True
@@ -143,7 +163,9 @@ class AccountKey:
         self._guard = threading.Lock()
         self._made: dict[tuple[str, str, bool], tuple[float, str]] = {}
 
-    def authorize(self, account: str, container: str, *, is_sealed: bool, renewed: bool) -> tuple[str, Mapping[str, str]]:
+    def authorize(
+        self, account: str, container: str, *, is_sealed: bool, renewed: bool
+    ) -> tuple[str, Mapping[str, str]]:
         place = (account, container, is_sealed)
         with self._guard:
             made_at, query = self._made.get(place, (0.0, ""))
@@ -158,7 +180,14 @@ class AccountKey:
         protocol = "https" if is_sealed else ""
         lines = ["rl", "", end, f"/blob/{account}/{container}", "", "", protocol, _SIGNED_VERSION, "c", *[""] * 7]
         digest = hmac.digest(base64.b64decode(self._key), "\n".join(lines).encode(), "sha256")
-        fields = {"sv": _SIGNED_VERSION, "sr": "c", "sp": "rl", "se": end, "spr": protocol, "sig": base64.b64encode(digest).decode()}
+        fields = {
+            "sv": _SIGNED_VERSION,
+            "sr": "c",
+            "sp": "rl",
+            "se": end,
+            "spr": protocol,
+            "sig": base64.b64encode(digest).decode(),
+        }
         return urlencode({name: value for name, value in fields.items() if value})
 
     def hint(self) -> str:
@@ -185,7 +214,9 @@ class Token:
         self._token = ""
         self._expires = 0.0
 
-    def authorize(self, account: str, container: str, *, is_sealed: bool, renewed: bool) -> tuple[str, Mapping[str, str]]:
+    def authorize(
+        self, account: str, container: str, *, is_sealed: bool, renewed: bool
+    ) -> tuple[str, Mapping[str, str]]:
         if not is_sealed:
             raise TokenError("tokens are sent over https only", is_denied=True)
         with self._guard:
@@ -265,7 +296,8 @@ def find_login(options: Mapping[str, Any], environ: Mapping[str, str]) -> Login:
     """
     Decide who asks.
 
-    Options win over the environment, and are not mixed with it, but for the name of the account. Among several the first
+    Options win over the environment, and are not mixed with it, but for the name of the account. Among several the
+    first
     counts: connection string, account key, signature, given credential, client id, KServe's access key, `anon=False`.
 
     Raises:
@@ -274,7 +306,9 @@ def find_login(options: Mapping[str, Any], environ: Mapping[str, str]) -> Login:
     """
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
-        raise SettingsError("storage_options", ", ".join(unknown), f"write {', '.join(f'`{name}`' for name in OPTIONS)} or `check_md5`")
+        raise SettingsError(
+            "storage_options", ", ".join(unknown), f"write {', '.join(f'`{name}`' for name in OPTIONS)} or `check_md5`"
+        )
     given = {name: value for name, value in options.items() if value not in (None, "")}
     found = {name: _look(environ, names) for name, names in _VARIABLES.items()}
     if any(name in given for name in _CREDENTIALS) or given.get("anon"):
@@ -300,7 +334,9 @@ def _login(settings: Mapping[str, Any]) -> Login:
     else:
         credential = _credential(settings)
     if account is not None and not _ACCOUNT.fullmatch(str(account)):
-        raise SettingsError("account_name", str(account), "the name of a storage account has 3 to 24 lower-case letters and digits")
+        raise SettingsError(
+            "account_name", str(account), "the name of a storage account has 3 to 24 lower-case letters and digits"
+        )
     return Login(account, endpoint, credential)
 
 
@@ -326,7 +362,11 @@ def _given_credential(credential: Any) -> Credential:
     if isinstance(credential, str):
         return read_signature("credential", credential)
     if not callable(getattr(credential, "get_token", None)) or hasattr(credential, "__aenter__"):
-        raise SettingsError("credential", type(credential).__name__, "give a signature, or a credential of azure.identity (not of its aio)")
+        raise SettingsError(
+            "credential",
+            type(credential).__name__,
+            "give a signature, or a credential of azure.identity (not of its aio)",
+        )
     _need("azure.core")
     return Token(credential)
 
@@ -359,7 +399,10 @@ def read_signature(name: str, text: str) -> Signature:
 
 
 def _read_connection_string(text: str) -> tuple[str, Target | None, Credential]:
-    parts = {name.strip().lower(): value.strip() for name, _, value in (part.partition("=") for part in text.split(";") if part.strip())}
+    parts = {
+        name.strip().lower(): value.strip()
+        for name, _, value in (part.partition("=") for part in text.split(";") if part.strip())
+    }
     account, endpoint = parts.get("accountname"), None
     scheme, suffix = parts.get("defaultendpointsprotocol", "https").lower(), parts.get("endpointsuffix", _USUAL_SUFFIX)
     if "blobendpoint" in parts:
@@ -383,7 +426,9 @@ def _endpoint(name: str, url: str) -> Target:
             raise HTTPError("")
         return target_of(url)
     except HTTPError:
-        raise SettingsError(name, _HIDDEN, "the endpoint of an account looks like `https://account.blob.core.windows.net`") from None
+        raise SettingsError(
+            name, _HIDDEN, "the endpoint of an account looks like `https://account.blob.core.windows.net`"
+        ) from None
 
 
 def _need(package: str) -> None:

@@ -33,7 +33,8 @@ _T = TypeVar("_T")
 
 class RefusedError(Exception):
     """
-    What a service said instead of giving what it was asked for: a status, its own word if it has one, and a sentence for people.
+    What a service said instead of giving what it was asked for: a status, its own word if it has one, and a sentence
+    for people.
 
     `busy` is how many seconds a busy service wants to be left alone for, None if it is not busy.
     """
@@ -77,7 +78,9 @@ class Reader:
     up. A refusal is taken for an expired signature once: then the request is signed anew.
     """
 
-    def __init__(self, client: HTTPClient, requests: Requests, file: RemoteFile, where: str, start: int, stop: int) -> None:
+    def __init__(
+        self, client: HTTPClient, requests: Requests, file: RemoteFile, where: str, start: int, stop: int
+    ) -> None:
         self._client = client
         self._requests = requests
         self._file = file
@@ -95,7 +98,9 @@ class Reader:
             raise SourceUnavailableError(self._where, str(error), is_final=error.is_final) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.__exit__(kind, error, trace)
@@ -257,7 +262,11 @@ def _check(file: RemoteFile, where: str, answer: Answer, start: int, stop: int) 
         if said is not None and said != wanted:
             raise SourceChangedError(where, str(file.entry.path))
     # A whole object comes without a range: then its length has to be the one that was pinned.
-    got = answer.header("content-range") if answer.status == 206 else f"bytes 0-{(answer.length or 0) - 1}/{answer.length}"
+    got = (
+        answer.header("content-range")
+        if answer.status == 206
+        else f"bytes 0-{(answer.length or 0) - 1}/{answer.length}"
+    )
     if got != expected:
         raise SourceUnavailableError(where, f"it was asked for `{expected}` and answered `{got}`")
     if answer.length is not None and answer.length != stop - start:

@@ -1,8 +1,9 @@
 """
-Who asks Google Cloud Storage: nobody in particular, a token that was given, or an account whose tokens google-auth renews.
+Who asks Google Cloud Storage: nobody in particular, a token that was given, or an account whose tokens google-auth
+renews.
 
-google-auth is loaded only for the last of them. gcsfs, which depends on it, is never loaded: it takes three times as long, and
-asks for a bucket's type over gRPC before it lists anything.
+google-auth is loaded only for the last of them. gcsfs, which depends on it, is never loaded: it takes three times as
+long, and asks for a bucket's type over gRPC before it lists anything.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _INTERACTIVE = ("browser", "cache")
 
 class LoginError(Exception):
     """
-    No token to ask with. With `is_denied` whoever issues them refused, else nobody was there to ask. With `is_absent` there
-    are no credentials at all.
+    No token to ask with. With `is_denied` whoever issues them refused, else nobody was there to ask. With `is_absent`
+    there are no credentials at all.
     """
 
     def __init__(self, reason: str, *, is_denied: bool, is_absent: bool = False) -> None:
@@ -141,7 +142,8 @@ class Account:
         try:
             self._call(self._credentials.refresh)
         except LoginError:
-            # A token that cannot be renewed and has not expired may be a good one that lacks a right: the service knows.
+            # A token that cannot be renewed and has not expired may be a good one that lacks a right: the service
+            # knows.
             if not self._credentials.valid:
                 raise
         self._renewed_at = time.monotonic()
@@ -158,7 +160,9 @@ class Account:
             is_weather = isinstance(error, TransportError) or bool(getattr(error, "retryable", False))
             reason = hide(str(error.args[0] if error.args else error)).partition("\n")[0].rstrip(". ")
             # What google-auth chains to it may hold a whole answer of the token service.
-            raise LoginError(reason, is_denied=not is_weather, is_absent=isinstance(error, DefaultCredentialsError)) from None
+            raise LoginError(
+                reason, is_denied=not is_weather, is_absent=isinstance(error, DefaultCredentialsError)
+            ) from None
 
     def hint(self) -> str:
         return "" if self._nobody is None else self._nobody.hint()
@@ -173,7 +177,9 @@ def _session() -> Any:
     session: Any = Session()
     ask, most = session.request, _TOKEN_SERVICE_SECONDS
     # google-auth by itself would wait for two minutes, three times.
-    session.request = lambda *arguments, timeout=None, **more: ask(*arguments, timeout=min(timeout or most, most), **more)
+    session.request = lambda *arguments, timeout=None, **more: ask(
+        *arguments, timeout=min(timeout or most, most), **more
+    )
     return session
 
 
@@ -186,7 +192,8 @@ def hide(text: str) -> str:
 
 def find_endpoint(options: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[Target, bool]:
     """
-    Decide where the service is, and whether that is an emulator or the like, which is asked without default credentials.
+    Decide where the service is, and whether that is an emulator or the like, which is asked without default
+    credentials.
 
     Raises:
         SettingsError: It is no address.
@@ -213,20 +220,24 @@ def find_login(token: Any, endpoint: Target, *, is_emulator: bool) -> Login:
     Decide who asks, without asking anybody.
 
     Args:
-        token: As `gcsfs.GCSFileSystem` takes it: None for the default credentials, `anon`, `google_default`, `cloud`, a file
-            or the content of a key or of a user's login, credentials of google-auth, or an access token.
+        token: As `gcsfs.GCSFileSystem` takes it: None for the default credentials, `anon`, `google_default`, `cloud`, a
+            file or the content of a key or of a user's login, credentials of google-auth, or an access token.
 
     Raises:
         SettingsError: It means nothing, or would be sent in the clear.
     """
     if token is None or token == "":
         if is_emulator:
-            return Anonymous("it was asked without credentials, as every address that is not https is unless `token` gives some")
+            return Anonymous(
+                "it was asked without credentials, as every address that is not https is unless `token` gives some"
+            )
         return Account(_default, is_optional=True)
     if token == "anon":
         return Anonymous()
     if endpoint.scheme == "http" and not _LOOPBACK.fullmatch(endpoint.host):
-        raise SettingsError("token", _HIDDEN, "credentials are sent over https, or to this machine; else use `token='anon'`")
+        raise SettingsError(
+            "token", _HIDDEN, "credentials are sent over https, or to this machine; else use `token='anon'`"
+        )
     if token == "google_default":
         return Account(_default)
     if token == "cloud":
@@ -238,7 +249,9 @@ def _given(token: Any) -> Login:
     if not isinstance(token, str):
         return Account(_reader(token)) if isinstance(token, Mapping) else _object(token)
     if token in _INTERACTIVE:
-        raise SettingsError("token", token, "log in with `gcloud auth application-default login`, and leave `token` out")
+        raise SettingsError(
+            "token", token, "log in with `gcloud auth application-default login`, and leave `token` out"
+        )
     # Not `Path.expanduser`, which fails for a home that nobody has.
     place = Path(os.path.expanduser(token))  # noqa: PTH111
     if token.startswith(("/", "~", "./", "../")) or token.endswith(".json") or (len(token) < 256 and place.is_file()):
@@ -250,7 +263,9 @@ def _given(token: Any) -> Login:
 
 def _object(token: Any) -> Login:
     if not all(callable(getattr(token, name, None)) for name in ("apply", "refresh")):
-        raise SettingsError("token", type(token).__name__, "give a file, an access token, or credentials of google-auth")
+        raise SettingsError(
+            "token", type(token).__name__, "give a file, an access token, or credentials of google-auth"
+        )
     if type(token).__name__ == "AnonymousCredentials":
         return Anonymous()
     return Account(lambda request: _scoped(token))
@@ -273,7 +288,9 @@ def _reader(content: Mapping[str, Any]) -> Callable[[Any], Any]:
     kind = content.get("type", "service_account" if "private_key" in content else "authorized_user")
     if kind not in ("service_account", "authorized_user"):
         remedy = "name its file in GOOGLE_APPLICATION_CREDENTIALS, or give credentials of google-auth as `token`"
-        raise SettingsError("token", str(kind)[:40], f"only `service_account` and `authorized_user` are read here; {remedy}")
+        raise SettingsError(
+            "token", str(kind)[:40], f"only `service_account` and `authorized_user` are read here; {remedy}"
+        )
 
     def read(request: Any) -> Any:
         if kind == "service_account":

@@ -102,8 +102,9 @@ class HTTPClient:
     Args:
         ca_bundle: File or directory of certificates to trust, False to check none, or None for those of the system.
         environ: Where `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` are looked up, in either case.
-        check_address: Told the name and every address of a host before one of those very addresses is connected to; raises
-            if it may not be. Behind a proxy it is told only of hosts that are addresses, as the proxy looks up names.
+        check_address: Told the name and every address of a host before one of those very addresses is connected to;
+            raises if it may not be. Behind a proxy it is told only of hosts that are addresses, as the proxy looks up
+            names.
     """
 
     def __init__(
@@ -318,7 +319,8 @@ def make_context(ca_bundle: str | bool | None, environ: Mapping[str, str]) -> ss
     Decide which certificates to trust.
 
     `ca_bundle` wins, then `AWS_CA_BUNDLE`, `REQUESTS_CA_BUNDLE`, `CURL_CA_BUNDLE`, then what OpenSSL finds by itself
-    (`SSL_CERT_FILE`, `SSL_CERT_DIR`, the system's store). Slim images have none, and what certifi or botocore bring is used.
+    (`SSL_CERT_FILE`, `SSL_CERT_DIR`, the system's store). Slim images have none, and what certifi or botocore bring is
+    used.
 
     Raises:
         HTTPError: The bundle cannot be read.
@@ -339,7 +341,9 @@ def make_context(ca_bundle: str | bool | None, environ: Mapping[str, str]) -> ss
             from pathlib import Path
 
             is_directory = Path(named).is_dir()
-            return ssl.create_default_context(cafile=None if is_directory else named, capath=named if is_directory else None)
+            return ssl.create_default_context(
+                cafile=None if is_directory else named, capath=named if is_directory else None
+            )
         context = ssl.create_default_context()
         if not context.get_ca_certs() and not _has_directory():
             bundle = _packaged_bundle()
@@ -427,7 +431,11 @@ def _dial(place: Target | _Proxy, check: Callable[[str, str], None] | None = Non
     except StoreError:
         raise
     except OSError as error:
-        name = f"the proxy {place.host}:{place.port}" if isinstance(place, _Proxy) else f"{place.scheme}://{place.authority}"
+        name = (
+            f"the proxy {place.host}:{place.port}"
+            if isinstance(place, _Proxy)
+            else f"{place.scheme}://{place.authority}"
+        )
         raise HTTPError(f"no connection to {name}: {error.strerror or error}") from error
     except UnicodeError as error:
         raise HTTPError(f"`{place.host}` is no name of a host", is_final=True) from error
@@ -450,12 +458,15 @@ def _tunnel(sock: socket.socket, target: Target, password: str, deadline: float)
         if time.monotonic() > deadline:
             raise HTTPError("the proxy did not answer CONNECT in time")
     if answer.status != 200:
-        raise HTTPError(f"the proxy answered {answer.status} to CONNECT", is_final=answer.status in (401, 403, 405, 407))
+        raise HTTPError(
+            f"the proxy answered {answer.status} to CONNECT", is_final=answer.status in (401, 403, 405, 407)
+        )
 
 
 class _Wire(Protocol):
     """
-    How bytes come and go; two ways of it, in the clear and under TLS. `worked` is how many seconds reading took without waiting.
+    How bytes come and go; two ways of it, in the clear and under TLS. `worked` is how many seconds reading took without
+    waiting.
     """
 
     worked: float
@@ -516,7 +527,9 @@ class _Sealed:
         except (ssl.SSLError, OSError) as error:
             # A broken-off handshake may be the weather; an answer that is no TLS will stay that.
             is_end = isinstance(error, ssl.SSLEOFError | ConnectionError)
-            raise HTTPError(f"the TLS handshake failed: {getattr(error, 'reason', None) or error}", is_final=not is_end) from error
+            raise HTTPError(
+                f"the TLS handshake failed: {getattr(error, 'reason', None) or error}", is_final=not is_end
+            ) from error
         self.sock.setblocking(False)
         self._poll = select.poll()
         self._poll.register(self.sock, select.POLLIN)
@@ -581,7 +594,9 @@ class _Connection:
     One connection, and the bytes that came with a head but belong to what follows it.
     """
 
-    def __init__(self, sock: socket.socket, wire: _Wire, *, is_forwarded: bool = False, proxy_password: str = "") -> None:
+    def __init__(
+        self, sock: socket.socket, wire: _Wire, *, is_forwarded: bool = False, proxy_password: str = ""
+    ) -> None:
         self._sock = sock
         self._wire = wire
         self._buffer = memoryview(bytearray(_MAX_HEAD_BYTES))
@@ -747,7 +762,12 @@ class Answer:
         self._trailers = 0
         self.is_over = False
         coding, length = self.header("transfer-encoding"), self.header("content-length")
-        if method == "HEAD" or self.status in (204, 304) or self.status < 200 or (method == "CONNECT" and self.status == 200):
+        if (
+            method == "HEAD"
+            or self.status in (204, 304)
+            or self.status < 200
+            or (method == "CONNECT" and self.status == 200)
+        ):
             self._left, self.is_over = 0, True
         elif coding is not None:
             # Both at once is how one answer is made to look like two.

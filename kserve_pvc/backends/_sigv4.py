@@ -63,7 +63,9 @@ def sign(
     text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
     signature = hmac.digest(_signing_key(credentials.secret, stamp[:8], region), text.encode(), "sha256").hex()
     del signed["host"]
-    signed["Authorization"] = f"AWS4-HMAC-SHA256 Credential={credentials.key}/{scope}, SignedHeaders={words}, Signature={signature}"
+    signed["Authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={credentials.key}/{scope}, SignedHeaders={words}, Signature={signature}"
+    )
     return signed
 
 

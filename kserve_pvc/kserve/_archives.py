@@ -1,7 +1,8 @@
 """
 Archives where KServe unpacks them: a model that is one `.tar`, `.tar.gz`, `.tgz`, `.tar.xz` or `.zip` is what it holds.
 
-The store itself unpacks what it fetches over HTTP and keeps archives of other sources as they are. This is for those others.
+The store itself unpacks what it fetches over HTTP and keeps archives of other sources as they are. This is for those
+others.
 """
 
 from __future__ import annotations

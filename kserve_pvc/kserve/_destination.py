@@ -1,9 +1,10 @@
 """
-A directory that a model server reads and that belongs to one model: an `emptyDir`, or the directory that a Job is given.
+A directory that a model server reads and that belongs to one model: an `emptyDir`, or the directory that a Job is
+given.
 
-It may be a mount point, which has no siblings and cannot be renamed. So files are prepared in one directory of ours inside of
-it and renamed into place one by one. The record goes last: with it everything is there, without it nothing is believed.
-What is removed is only what an earlier record or plan of ours names; strangers stay.
+It may be a mount point, which has no siblings and cannot be renamed. So files are prepared in one directory of ours
+inside of it and renamed into place one by one. The record goes last: with it everything is there, without it nothing is
+believed. What is removed is only what an earlier record or plan of ours names; strangers stay.
 """
 
 from __future__ import annotations
@@ -48,7 +49,16 @@ _T = TypeVar("_T")
 
 # What a volume answers that cannot do it, or not between these two places.
 _CANNOT = {
-    *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL),
+    *(
+        errno.EXDEV,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EMLINK,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+        errno.ENOSYS,
+        errno.EINVAL,
+    ),
     *(errno.ENOTTY, errno.EBADF, errno.ETXTBSY),
 }
 
@@ -164,7 +174,8 @@ class Destination(VolumeWriter):
             LockTimeoutError: Another process that lives is writing here.
         """
         with ExitStack() as stack:
-            # Between nodes the kernel's lock may be granted to all, or stay with a node that is gone: signs of life decide alone.
+            # Between nodes the kernel's lock may be granted to all, or stay with a node that is gone: signs of life
+            # decide alone.
             is_alone = not mount_of(self.root).is_network and self._grabbed(stack, lease_seconds)
             yield _nothing if is_alone else stack.enter_context(self._claimed(holder, lease_seconds))
 
@@ -209,7 +220,8 @@ class Destination(VolumeWriter):
 
     def fill(self, contents: Contents, bring: Callable[[FileEntry], None], check: Callable[[], None]) -> None:
         """
-        Put these files here and remove others of ours. Whatever happens meanwhile, doing it again comes to the same end.
+        Put these files here and remove others of ours. Whatever happens meanwhile, doing it again comes to the same
+        end.
 
         Args:
             bring: Puts one file into its place.
@@ -239,7 +251,9 @@ class Destination(VolumeWriter):
     def _known(self) -> set[PurePosixPath]:
         """Every file that an earlier call has put here, or may have."""
         record, plan = self._read(Contents, _RECORD), self._read(_Plan, _PLAN)
-        return {file.path for file in (record.files if record else ())} | {PurePosixPath(path) for path in (plan.paths if plan else ())}
+        return {file.path for file in (record.files if record else ())} | {
+            PurePosixPath(path) for path in (plan.paths if plan else ())
+        }
 
     def _plan(self, paths: Iterable[PurePosixPath]) -> None:
         # First what may be here from now on, then that the old record holds no longer.
@@ -382,7 +396,9 @@ def _rename_into(source: int, name: str, target: int, path: PurePosixPath) -> No
         try:
             os.rmdir(path.name, dir_fd=target)
         except OSError as error:
-            raise UnsafePathError(str(path), "a directory with files of others stands where it belongs; empty it") from error
+            raise UnsafePathError(
+                str(path), "a directory with files of others stands where it belongs; empty it"
+            ) from error
         os.rename(name, path.name, src_dir_fd=source, dst_dir_fd=target)
 
 

@@ -1,5 +1,6 @@
 """
-The names that KServe gives to things, and how a manifest is taken apart: plain dictionaries, of which nothing is believed.
+The names that KServe gives to things, and how a manifest is taken apart: plain dictionaries, of which nothing is
+believed.
 """
 
 from __future__ import annotations

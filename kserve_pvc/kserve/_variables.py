@@ -1,8 +1,8 @@
 """
 What KServe and its users say to a storage initializer in its environment.
 
-Everything that KServe's own initializer reads is honoured, or refused with its name and the reason. Nothing is passed over, since
-a setting that has no effect is found out in production.
+Everything that KServe's own initializer reads is honoured, or refused with its name and the reason. Nothing is passed
+over, since a setting that has no effect is found out in production.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Variables:
     """
     How this run of the initializer is meant.
 
-    `store` is the root of a store to download into, or None. `kind` says what a destination is, if that is not to be found
-    out. `storage_options` are by scheme.
+    `store` is the root of a store to download into, or None. `kind` says what a destination is, if that is not to be
+    found out. `storage_options` are by scheme.
     """
 
     store: Path | None
@@ -107,7 +107,9 @@ def trust_bundle(environ: Mapping[str, str]) -> Mapping[str, str]:
     bundle = _bundle(environ)
     if bundle is None:
         where = environ.get("CA_BUNDLE_VOLUME_MOUNT_POINT") or "nowhere"
-        raise SettingsError("CA_BUNDLE_VOLUME_MOUNT_POINT", where, f"mount the ConfigMap there; it must have the key `{_BUNDLE}`")
+        raise SettingsError(
+            "CA_BUNDLE_VOLUME_MOUNT_POINT", where, f"mount the ConfigMap there; it must have the key `{_BUNDLE}`"
+        )
     # OpenSSL goes on to look into the directory of the system.
     return {} if environ.get("SSL_CERT_FILE") else {"SSL_CERT_FILE": str(bundle)}
 
@@ -123,7 +125,9 @@ def _refuse(environ: Mapping[str, str]) -> None:
         rule = "what it decrypts would lie readable on a volume; use KServe's own initializer for confidential models"
         raise PolicyError("CONFIDENTIAL_ENABLED", rule)
     if _truth("S3_USE_ACCELERATE", environ) and environ.get("AWS_ENDPOINT_URL"):
-        raise SettingsError("S3_USE_ACCELERATE", "true", "transfer acceleration is Amazon's own; unset it, or `AWS_ENDPOINT_URL`")
+        raise SettingsError(
+            "S3_USE_ACCELERATE", "true", "transfer acceleration is Amazon's own; unset it, or `AWS_ENDPOINT_URL`"
+        )
 
 
 def _ways(environ: Mapping[str, str]) -> tuple[Way, ...]:
@@ -216,7 +220,11 @@ def _s3_options(environ: Mapping[str, str], said: Mapping[str, str]) -> dict[str
     options: dict[str, Any] = {}
     client: dict[str, Any] = {}
     s3: dict[str, Any] = {}
-    for name, variable in (("key", "AWS_ACCESS_KEY_ID"), ("secret", "AWS_SECRET_ACCESS_KEY"), ("endpoint_url", "AWS_ENDPOINT_URL")):
+    for name, variable in (
+        ("key", "AWS_ACCESS_KEY_ID"),
+        ("secret", "AWS_SECRET_ACCESS_KEY"),
+        ("endpoint_url", "AWS_ENDPOINT_URL"),
+    ):
         if said.get(variable):
             options[name] = said[variable]
     if said.get("AWS_DEFAULT_REGION"):
@@ -226,7 +234,9 @@ def _s3_options(environ: Mapping[str, str], said: Mapping[str, str]) -> dict[str
     if (verify := _verify(environ, said)) is not None:
         client["verify"] = verify
     endpoint, region = environ.get("AWS_ENDPOINT_URL"), environ.get("AWS_DEFAULT_REGION")
-    if _truth("S3_USER_VIRTUAL_BUCKET", environ) or (endpoint == "https://s3.amazonaws.com" and region not in (None, "", "us-east-1")):
+    if _truth("S3_USER_VIRTUAL_BUCKET", environ) or (
+        endpoint == "https://s3.amazonaws.com" and region not in (None, "", "us-east-1")
+    ):
         s3["addressing_style"] = "virtual"
     if _truth("S3_USE_ACCELERATE", environ):
         s3["use_accelerate_endpoint"] = True

@@ -18,7 +18,9 @@ from kserve_pvc.locks import LOCKERS, Grab
 from kserve_pvc.locks.outside import OutsideLock
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_REDIS = re.compile(r"(rediss?)://(\[[0-9a-f:.]+\]|[a-z0-9][a-z0-9._-]*)(?::([0-9]{1,5}))?(?:/([0-9]{1,4})?)?", re.ASCII | re.IGNORECASE)
+_REDIS = re.compile(
+    r"(rediss?)://(\[[0-9a-f:.]+\]|[a-z0-9][a-z0-9._-]*)(?::([0-9]{1,5}))?(?:/([0-9]{1,4})?)?", re.ASCII | re.IGNORECASE
+)
 _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 
@@ -57,7 +59,9 @@ def parse_locker(text: str) -> Choice:
             raise SettingsError("locker", f"{scheme}://…", remedy)
         found = _REDIS.fullmatch(text)
         if found is not None and int(found[3] or 6379) < 65536:
-            return Choice("redis", f"{found[1].lower()}://{found[2].lower()}:{int(found[3] or 6379)}/{int(found[4] or 0)}")
+            return Choice(
+                "redis", f"{found[1].lower()}://{found[2].lower()}:{int(found[3] or 6379)}/{int(found[4] or 0)}"
+            )
     if scheme == "kubernetes" and separator and _NAMESPACE.fullmatch(rest):
         return Choice("kubernetes", rest)
     raise SettingsError("locker", text, f"choose one of {', '.join(LOCKERS)}")

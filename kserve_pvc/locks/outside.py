@@ -17,9 +17,9 @@ class OutsideLock:
     """
     Tries to get a lock, and never waits for long.
 
-    The tries run in a thread of their own: on NFS even a lock call that does not wait hangs while the server recovers, a
-    service may not answer, and no time limit can interrupt either. A try that has not come back within a second counts
-    as "not now", unless its caller says otherwise. The same second goes for giving it back.
+    The tries run in a thread of their own: on NFS even a lock call that does not wait hangs while the server recovers,
+    a service may not answer, and no time limit can interrupt either. A try that has not come back within a second
+    counts as "not now", unless its caller says otherwise. The same second goes for giving it back.
     """
 
     def __init__(self, grab: Grab) -> None:

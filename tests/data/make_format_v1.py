@@ -1,5 +1,6 @@
 """
-How the store under `format-v1` was made. It is kept for ever and never made again: it stands for every store of format 1.
+How the store under `format-v1` was made. It is kept for ever and never made again: it stands for every store of format
+1.
 """
 
 from __future__ import annotations

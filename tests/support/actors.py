@@ -53,7 +53,9 @@ def run_all(processes: list[ForkServerProcess], timeout: float = 120) -> list[in
     return [process.exitcode for process in processes]
 
 
-def ensure(root: str, uri: str, arguments: Mapping[str, Any], options: Mapping[str, Any], results: Any = None, gate: Any = None) -> None:
+def ensure(
+    root: str, uri: str, arguments: Mapping[str, Any], options: Mapping[str, Any], results: Any = None, gate: Any = None
+) -> None:
     """
     Ask for a model read-write, when the gate opens, and put what came of it into the queue.
     """
@@ -94,7 +96,11 @@ def watch(root: str, expected: Mapping[str, str], gate: Any, stop: Any, results:
         for model in store.list():
             if model.key in read:
                 continue
-            found = {p.relative_to(model.path).as_posix(): sha256(p.read_bytes()).hexdigest() for p in model.path.rglob("*") if p.is_file()}
+            found = {
+                p.relative_to(model.path).as_posix(): sha256(p.read_bytes()).hexdigest()
+                for p in model.path.rglob("*")
+                if p.is_file()
+            }
             read.add(model.key)
             if found != expected:
                 wrong.append((str(model.path), found))
