@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 
-from kserve_pvc import _layout as layout
-from kserve_pvc._codec import KEY
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import KEY
 from kserve_pvc._log import read_log
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import StoreError, UnsafePathError, VolumeError

@@ -15,10 +15,10 @@ from typing import Literal, TypeVar
 
 import attrs
 
-from kserve_pvc import _layout as layout
-from kserve_pvc._codec import MAX_RECORD_BYTES, decode, encode
-from kserve_pvc._entry import Holder, now
-from kserve_pvc._record import BEAT_BYTES, Beat, Claim, ReaderLease, encode_beat
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode
+from kserve_pvc._format.log_entry import Holder, now
+from kserve_pvc._format.records import BEAT_BYTES, Beat, Claim, ReaderLease, encode_beat
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
 from kserve_pvc.locks.lease import Heart

@@ -24,8 +24,8 @@ import attrs
 
 from kserve_pvc import __version__
 from kserve_pvc import _defaults as defaults
-from kserve_pvc._ref import parse_ref, redact
 from kserve_pvc._settings import read_settings
+from kserve_pvc._source.ref import parse_ref, redact
 from kserve_pvc._store import Model, ModelStore, _this_process
 from kserve_pvc.errors import SettingsError, StoreError, printable
 

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import attrs
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc import _layout as layout
 from kserve_pvc._amounts import amount
-from kserve_pvc._codec import MAX_RECORD_BYTES, decode, encode
 from kserve_pvc._diagnosis import Diagnosis, Finding, Level, Speed, judge
-from kserve_pvc._entry import Holder, StoreSettings, decode_settings
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode
+from kserve_pvc._format.log_entry import Holder, StoreSettings, decode_settings
 from kserve_pvc._meeting import (
     BEAT_LEASE,
     DIRECTORY,

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from kserve_pvc._codec import MAX_RECORD_BYTES, decode
-from kserve_pvc._entry import LogEntry
-from kserve_pvc._layout import log_dir, manifest_file, parse_log_name, record_file
-from kserve_pvc._ref import ModelRef
+from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode
+from kserve_pvc._format.layout import log_dir, manifest_file, parse_log_name, record_file
+from kserve_pvc._format.log_entry import LogEntry
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume import Volume
 from kserve_pvc.errors import StoreFormatError
 
 if TYPE_CHECKING:
-    from kserve_pvc._record import Manifest
+    from kserve_pvc._format.records import Manifest
 
 _REREADS = 3
 _REREAD_PAUSE = 0.05
@@ -127,7 +127,7 @@ def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
     """
     from hashlib import sha256
 
-    from kserve_pvc._record import MAX_MANIFEST_BYTES, Manifest
+    from kserve_pvc._format.records import MAX_MANIFEST_BYTES, Manifest
 
     place = manifest_file(entry.generation)
     # A record that names few files does not make anybody read a huge manifest.

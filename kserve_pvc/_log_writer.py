@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
-from kserve_pvc._codec import encode
-from kserve_pvc._entry import LogEntry
-from kserve_pvc._layout import MAX_NUMBER, MODELS, log_dir, parse_generation, parse_number, slot_dir
+from kserve_pvc._format.codec import encode
+from kserve_pvc._format.layout import MAX_NUMBER, MODELS, log_dir, parse_generation, parse_number, slot_dir
+from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._log import read_all, read_log
 from kserve_pvc._procedures import (
     Collect,

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import attrs
 
-from kserve_pvc import _layout as layout
-from kserve_pvc._names import MAX_PART_BYTES
+from kserve_pvc._format import layout
+from kserve_pvc._format.file_names import MAX_PART_BYTES
 from kserve_pvc._volume import Mount, Scratch, Volume, VolumeWriter, dated_name, mount_of, write_all
 from kserve_pvc.errors import StoreError, StoreRootError, UnsafePathError, VolumeError
 

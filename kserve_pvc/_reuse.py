@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from kserve_pvc import _layout as layout
-from kserve_pvc._codec import KEY
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import KEY
+from kserve_pvc._format.records import PartNote, decode
 from kserve_pvc._log import read_log, read_manifest
-from kserve_pvc._record import PartNote, decode
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import RemoteFile, Resolved
+from kserve_pvc._source.contract import RemoteFile, Resolved
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume import Tree, Volume
 from kserve_pvc.errors import StoreFormatError, VolumeError
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import attrs
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc import _layout as layout
-from kserve_pvc._codec import KEY, MAX_RECORD_BYTES
-from kserve_pvc._entry import (
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import KEY, MAX_RECORD_BYTES
+from kserve_pvc._format.log_entry import (
     MAX_LEASE_SECONDS,
     MIN_LEASE_SECONDS,
     LogEntry,
@@ -30,7 +30,7 @@ from kserve_pvc._entry import (
     now,
 )
 from kserve_pvc._log import LogView, read_log, read_log_of, read_manifest
-from kserve_pvc._ref import ModelRef, Patterns, parse_ref
+from kserve_pvc._source.ref import ModelRef, Patterns, parse_ref
 from kserve_pvc._volume import Volume, VolumeWriter
 from kserve_pvc.errors import (
     DamagedRecordError,
@@ -55,11 +55,11 @@ if TYPE_CHECKING:
     from kserve_pvc._diagnosis import Diagnosis
     from kserve_pvc._download import Outcome
     from kserve_pvc._events import Listener
+    from kserve_pvc._format.records import Holder, Record
     from kserve_pvc._plan import Plan
     from kserve_pvc._progress import Callback
-    from kserve_pvc._record import Holder, Record
     from kserve_pvc._settings import Mode
-    from kserve_pvc._source import Backend, BackendFactory, Resolved
+    from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._verify import Level, Verification
     from kserve_pvc._warm import Item, Listen, Warmed
 
@@ -122,7 +122,7 @@ class Model:
         Raises:
             StoreFormatError: The manifest is damaged or gone.
         """
-        from kserve_pvc._record import Record
+        from kserve_pvc._format.records import Record
 
         entry, manifest = self._entry, read_manifest(Volume(self._root), self._entry)
         return Record(

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import attrs
 
-from kserve_pvc._names import check_name, fold
-from kserve_pvc._source import UnpackLimits
+from kserve_pvc._format.file_names import check_name, fold
+from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc.errors import DigestMismatchError, PolicyError, StoreError, UnsafePathError
 
 if TYPE_CHECKING:

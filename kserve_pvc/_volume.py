@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
-from kserve_pvc._layout import DOCTOR, LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
+from kserve_pvc._format.layout import DOCTOR, LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
 from kserve_pvc.errors import (
     InsufficientSpaceError,
     ReadOnlyStoreError,
@@ -36,7 +36,7 @@ from kserve_pvc.errors import (
 )
 
 if TYPE_CHECKING:
-    from kserve_pvc._record import FoundFile
+    from kserve_pvc._format.records import FoundFile
 
 _T = TypeVar("_T")
 
@@ -265,7 +265,7 @@ class Volume:
             raise self.failure("reading", place, error) from error
 
     def _walk(self, fd: int, inside: PurePosixPath) -> Iterator[FoundFile]:
-        from kserve_pvc._record import FoundFile
+        from kserve_pvc._format.records import FoundFile
 
         with os.scandir(fd) as entries:
             names = sorted(entry.name for entry in entries)

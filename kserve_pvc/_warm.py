@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import attrs
 
 from kserve_pvc._events import Event, Listener
-from kserve_pvc._ref import ModelRef, parse_ref
+from kserve_pvc._source.ref import ModelRef, parse_ref
 from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError
 
 if TYPE_CHECKING:

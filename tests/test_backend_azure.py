@@ -36,7 +36,7 @@ from kserve_pvc import (
     StoreError,
     UnsafePathError,
 )
-from kserve_pvc._ref import ModelRef, parse_ref
+from kserve_pvc._source.ref import ModelRef, parse_ref
 from kserve_pvc.backends import _azure_login, azure
 from kserve_pvc.backends._azure_login import AccountKey, Anonymous, Signature, Token, find_login
 from kserve_pvc.backends.azure import AzureBackend, RefusedError, parse_listing
@@ -1227,7 +1227,7 @@ def test_only_what_is_needed_has_to_be_installed(monkeypatch, options, package, 
 
 WITHOUT_SDK = """
 import sys
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.azure import AzureBackend
 
 connection_string, uri = sys.argv[1:]

@@ -26,7 +26,7 @@ from kserve_pvc import (
     UnknownSchemeError,
     UnsafePathError,
 )
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends import fsspec_
 from kserve_pvc.backends.fsspec_ import PIECE_BYTES, FsspecBackend
 

@@ -42,7 +42,7 @@ from kserve_pvc import (
     StoreError,
     UnsafePathError,
 )
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends import _google_login
 from kserve_pvc.backends._http import target_of
 from kserve_pvc.backends.gs import GSBackend, RefusedError, parse_listing

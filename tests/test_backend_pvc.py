@@ -8,7 +8,7 @@ import pytest
 from trees import model_files, read_tree, write_files
 
 from kserve_pvc import InvalidURIError, ModelStore, SettingsError, SourceNotFoundError, UnsafePathError
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.pvc import CLAIMS, PvcBackend
 
 FILES = model_files(seed=3)

@@ -23,7 +23,7 @@ from kserve_pvc import (
     SourceNotFoundError,
     SourceUnavailableError,
 )
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.s3 import S3Backend
 
 BUCKET = "models"

@@ -17,7 +17,7 @@ from sources import FakeBackend
 from trees import read_tree
 
 from kserve_pvc import ModelStore, UnknownSchemeError, backends
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends import GROUP, make_backend
 from kserve_pvc.backends.file import FileBackend
 

@@ -20,12 +20,12 @@ from volumes import MOUNTS, NETWORK, CannotStartError, SharedVolume, fresh_root
 from waiting import until
 
 from kserve_pvc import Diagnosis, LockTest, ModelStore, PeerReport, Profile, Race, ReadOnlyStoreError, SettingsError
-from kserve_pvc import _layout as layout
 from kserve_pvc import _meeting as meeting
-from kserve_pvc._codec import encode
 from kserve_pvc._diagnosis import Speed, judge
 from kserve_pvc._diagnosis_text import tell
 from kserve_pvc._doctor import diagnose, sweep
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import encode
 from kserve_pvc._meeting import Hello, Message, beating, new_directory
 from kserve_pvc._volume import VolumeWriter
 from kserve_pvc.locks.liveness import here

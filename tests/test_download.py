@@ -10,7 +10,7 @@ import pytest
 from memory import MemorySource
 
 from kserve_pvc import Model, ModelStore, _download
-from kserve_pvc import _layout as layout
+from kserve_pvc._format import layout
 from kserve_pvc._volume import Tree, VolumeWriter
 
 URI = "s3://bucket/model"

@@ -940,7 +940,7 @@ def test_a_client_that_nobody_holds_closes_its_connections():
 
 FORKED = """
 import os, sys
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.s3 import S3Backend
 
 ref, backend = parse_ref(sys.argv[1]), S3Backend({})

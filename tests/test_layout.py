@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kserve_pvc import _layout as layout
+from kserve_pvc._format import layout
 
 KEY = "llama-16d8a2f35f654b21"
 GENERATION = "000000000007-0123456789abcdef0123456789abcdef"

@@ -9,11 +9,11 @@ from pathlib import PurePosixPath
 import pytest
 
 from kserve_pvc import StoreFormatError
-from kserve_pvc import _layout as layout
 from kserve_pvc import _log as log
 from kserve_pvc import _procedures as procedures
+from kserve_pvc._format import layout
+from kserve_pvc._format.records import Holder, LogEntry, decode, encode, now
 from kserve_pvc._log_writer import LogWriter
-from kserve_pvc._record import Holder, LogEntry, decode, encode, now
 from kserve_pvc._volume import Volume, VolumeWriter
 
 KEY = "model-0123456789abcdef"

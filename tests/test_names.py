@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kserve_pvc import UnsafePathError
-from kserve_pvc._names import check_collisions, check_name
+from kserve_pvc._format.file_names import check_collisions, check_name
 
 CLIMBS = "a name may not climb with `..`"
 ABSOLUTE = "a name must be relative"

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kserve_pvc import FileEntry, StoreFormatError
-from kserve_pvc._codec import decode, encode
-from kserve_pvc._entry import Holder, LogEntry, StoreSettings, decode_settings, encode_settings, now
-from kserve_pvc._record import BEAT_BYTES, Beat, Claim, Manifest, PartNote, ReaderLease, encode_beat
+from kserve_pvc._format.codec import decode, encode
+from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, decode_settings, encode_settings, now
+from kserve_pvc._format.records import BEAT_BYTES, Beat, Claim, Manifest, PartNote, ReaderLease, encode_beat
 
 KEY = "llama-16d8a2f35f654b21"
 NONCE = "0123456789abcdef0123456789abcdef"

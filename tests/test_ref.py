@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kserve_pvc import InvalidURIError, ModelRef, PolicyError
-from kserve_pvc._codec import KEY
-from kserve_pvc._ref import parse_ref, redact
+from kserve_pvc._format.codec import KEY
+from kserve_pvc._source.ref import parse_ref, redact
 from kserve_pvc.errors import printable
 
 URI = "s3://bucket/llama-3-8b"

@@ -10,7 +10,7 @@ import pytest
 from memory import MemorySource
 
 from kserve_pvc import ModelInUseError, ModelNotFoundError, ModelStore
-from kserve_pvc import _layout as layout
+from kserve_pvc._format import layout
 from kserve_pvc._log import read_all
 from kserve_pvc._volume import Tree, Volume, VolumeWriter
 

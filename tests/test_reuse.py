@@ -14,7 +14,7 @@ from memory import MemorySource
 from trees import digests, read_tree
 
 from kserve_pvc import InsufficientSpaceError, Model, ModelStore
-from kserve_pvc import _layout as layout
+from kserve_pvc._format import layout
 
 URI, OTHER = "s3://bucket/model", "s3://bucket/other"
 BITS = random.Random(31)

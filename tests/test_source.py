@@ -8,17 +8,9 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from kserve_pvc import (
-    FileEntry,
-    PolicyError,
-    RemoteFile,
-    Resolved,
-    SourceNotFoundError,
-    UnsafePathError,
-    _source,
-    resolved,
-)
-from kserve_pvc._ref import parse_ref
+from kserve_pvc import FileEntry, PolicyError, RemoteFile, Resolved, SourceNotFoundError, UnsafePathError, resolved
+from kserve_pvc._source import contract as _source
+from kserve_pvc._source.ref import parse_ref
 
 URI = "s3://bucket/llama"
 REF = parse_ref(URI)

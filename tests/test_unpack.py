@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from kserve_pvc import DigestMismatchError, PolicyError, UnsafePathError
-from kserve_pvc._source import UnpackLimits
+from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc._unpack import _HARMLESS_BYTES, _load_zstd, check_readable, is_archive, unpack
 
 FILES = {

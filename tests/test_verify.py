@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 import pytest
 
 from kserve_pvc import FileEntry, ModelStore, Problem, UnsafePathError, Verification
-from kserve_pvc._record import FoundFile
+from kserve_pvc._format.records import FoundFile
 from kserve_pvc._verify import compare, sha256_of
 
 FILES = {"config.json": b"{}", "empty": b"", "w/a.bin": b"weights" * 1000}

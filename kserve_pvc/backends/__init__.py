@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import Backend, BackendFactory
+from kserve_pvc._source.contract import Backend, BackendFactory
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import UnknownSchemeError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kserve_pvc._source import Checksum
+from kserve_pvc._source.contract import Checksum
 
 _PIECE_BYTES = 64 * 1024
 

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Protocol, TypeVar
 from urllib.parse import quote, urljoin
 
-from kserve_pvc._retry import delays
-from kserve_pvc._source import RemoteFile
+from kserve_pvc._source.contract import RemoteFile
+from kserve_pvc._source.retry import delays
 from kserve_pvc.backends._http import Answer, Exchange, HTTPClient, HTTPError, Target, target_of
 from kserve_pvc.errors import PolicyError, SourceChangedError, SourceUnavailableError, StoreError
 

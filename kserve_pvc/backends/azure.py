@@ -20,9 +20,9 @@ from urllib.parse import quote, unquote, urlencode
 
 import attrs
 
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef, redact
-from kserve_pvc._source import RemoteFile, Resolved, resolved
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
+from kserve_pvc._source.ref import ModelRef, redact
 from kserve_pvc.backends._azure_login import Signature, Token, TokenError, find_login, read_signature
 from kserve_pvc.backends._direct import (
     Reader,

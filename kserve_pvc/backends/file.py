@@ -13,10 +13,10 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc._names import check_name
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import RemoteFile, Resolved, resolved
+from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import (
     InvalidURIError,
     SourceChangedError,

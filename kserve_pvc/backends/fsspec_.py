@@ -20,10 +20,10 @@ from fsspec import AbstractFileSystem as FileSystem
 from fsspec import get_filesystem_class
 from fsspec.asyn import AsyncFileSystem
 
-from kserve_pvc._names import check_name
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef, redact
-from kserve_pvc._source import MAX_FILES, RemoteFile, Resolved, resolved
+from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import MAX_FILES, RemoteFile, Resolved, resolved
+from kserve_pvc._source.ref import ModelRef, redact
 from kserve_pvc.backends import _BUILT_IN
 from kserve_pvc.errors import (
     InvalidURIError,

@@ -25,10 +25,10 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import attrs
 
-from kserve_pvc._names import check_name
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import Checksum, RemoteFile, Resolved, resolved
+from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import Checksum, RemoteFile, Resolved, resolved
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._direct import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
 from kserve_pvc.backends._http import MOMENT, HTTPClient, HTTPError, Target, target_of
 from kserve_pvc.errors import (

@@ -22,10 +22,10 @@ from urllib.parse import quote, unquote
 
 import attrs
 
-from kserve_pvc._names import check_name
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import RangeReader, RemoteFile, Resolved, UnpackLimits, resolved
+from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, UnpackLimits, resolved
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._unpack import check_readable, is_archive
 from kserve_pvc.backends._direct import Reader, ask_patiently, follow, read_refusal, unavailable
 from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of

@@ -15,8 +15,8 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import RangeReader, RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, resolved
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends.file import FileBackend
 from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
 

@@ -22,9 +22,9 @@ from urllib.parse import quote, unquote_plus
 
 import attrs
 
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef, redact
-from kserve_pvc._source import RemoteFile, Resolved, resolved
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
+from kserve_pvc._source.ref import ModelRef, redact
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._direct import (
     Reader,

@@ -13,8 +13,8 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import Backend, BackendFactory, RemoteFile, Resolved, UnpackLimits
+from kserve_pvc._source.contract import Backend, BackendFactory, RemoteFile, Resolved, UnpackLimits
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends import make_backend
 from kserve_pvc.errors import PolicyError
 

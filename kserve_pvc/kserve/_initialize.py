@@ -22,12 +22,12 @@ from typing import NoReturn
 
 import attrs
 
-from kserve_pvc import _layout as layout
 from kserve_pvc._aliases import settle_view
+from kserve_pvc._format import layout
+from kserve_pvc._format.records import FileEntry
 from kserve_pvc._profile import NETWORK_LEASE_SECONDS
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef, parse_ref, redact
 from kserve_pvc._settings import pod_and_node
+from kserve_pvc._source.ref import ModelRef, parse_ref, redact
 from kserve_pvc._store import Model, ModelStore
 from kserve_pvc._volume import VolumeWriter
 from kserve_pvc.errors import (

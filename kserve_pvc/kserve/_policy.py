@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import attrs
 
-from kserve_pvc._names import check_name
+from kserve_pvc._format.file_names import check_name
 from kserve_pvc.errors import PolicyError, SettingsError, UnsafePathError
 
 # read: nobody in the pod writes. download: KServe's storage initializer does. write: whoever asks by annotation does

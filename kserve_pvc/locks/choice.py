@@ -12,7 +12,7 @@ from pathlib import Path
 
 import attrs
 
-from kserve_pvc._entry import StoreSettings
+from kserve_pvc._format.log_entry import StoreSettings
 from kserve_pvc.errors import SettingsError
 from kserve_pvc.locks import LOCKERS, Grab
 from kserve_pvc.locks.outside import OutsideLock

@@ -30,8 +30,8 @@ from typing import Any, ClassVar, Protocol
 
 import pytest
 
-from kserve_pvc._ref import parse_ref
-from kserve_pvc._source import Backend, BackendFactory, RangeReader, RemoteFile
+from kserve_pvc._source.contract import Backend, BackendFactory, RangeReader, RemoteFile
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._store import ModelStore
 from kserve_pvc.errors import (
     InvalidURIError,

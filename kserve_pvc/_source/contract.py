@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import attrs
 
-from kserve_pvc._names import MAX_NAME_BYTES, check_collisions
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef
+from kserve_pvc._format.file_names import MAX_NAME_BYTES, check_collisions
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import PolicyError, SourceNotFoundError
 
 MAX_FILES = 250_000

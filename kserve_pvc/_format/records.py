@@ -11,9 +11,9 @@ from typing import Any
 import attrs
 from attrs.validators import and_, instance_of, lt, matches_re, optional
 
-from kserve_pvc._codec import GENERATION, KEY, OMITTED, SHA256, build, decode, encode, moment, number, size, text
-from kserve_pvc._entry import Holder, LogEntry, StoreSettings, now, to_holder
-from kserve_pvc._names import check_collisions, check_name
+from kserve_pvc._format.codec import GENERATION, KEY, OMITTED, SHA256, build, decode, encode, moment, number, size, text
+from kserve_pvc._format.file_names import check_collisions, check_name
+from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now, to_holder
 
 # Who works with records takes all of them from here; only what a hit loads names `_entry` itself.
 __all__ = [

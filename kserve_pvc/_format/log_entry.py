@@ -15,7 +15,7 @@ from typing import Any, Literal
 import attrs
 from attrs.validators import and_, ge, le, matches_re, optional
 
-from kserve_pvc._codec import (
+from kserve_pvc._format.codec import (
     GENERATION,
     KEY,
     SHA256,
