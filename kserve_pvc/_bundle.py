@@ -22,11 +22,11 @@ from typing import Any, BinaryIO, Protocol
 import attrs
 from attrs.validators import matches_re, optional
 
-from kserve_pvc._events import Adopted, Finished, Listener, Received, Started
 from kserve_pvc._format.codec import KEY, SHA256, build, decode, encode, size, text, texts
 from kserve_pvc._format.file_names import check_collisions
 from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry
+from kserve_pvc._show.events import Adopted, Finished, Listener, Received, Started
 from kserve_pvc._source.contract import MAX_FILES, RemoteFile, Resolved, resolved
 from kserve_pvc._source.ref import ModelRef, parse_ref
 from kserve_pvc.errors import (

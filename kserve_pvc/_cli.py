@@ -154,7 +154,7 @@ def _warm(store: ModelStore, arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json([_warmed(warmed) for warmed in done])
     elif not arguments.quiet:
-        from kserve_pvc._amounts import count
+        from kserve_pvc._show.units import count
 
         _say(f"{count(len(done), 'model')}, {len(failures) or 'none'} failed")
     return _exit_code(failures[0]) if failures else 0
@@ -241,7 +241,7 @@ def _path(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._amounts import amount, count
+    from kserve_pvc._show.units import amount, count
 
     models = store.list()
     if arguments.json:
@@ -260,7 +260,7 @@ def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._amounts import amount, count
+    from kserve_pvc._show.units import amount, count
 
     model = store.get(arguments.uri, **_selection(arguments))
     record = model.record
@@ -286,7 +286,7 @@ def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _plan(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._amounts import amount, count
+    from kserve_pvc._show.units import amount, count
 
     plan = store.plan(arguments.uri, **_selection(arguments), refresh=arguments.refresh)
     if arguments.json:
@@ -345,7 +345,7 @@ def _rm(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _export(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._amounts import amount, count
+    from kserve_pvc._show.units import amount, count
 
     to_stdout = arguments.file == "-"
     if to_stdout and (arguments.json or sys.stdout.isatty()):
@@ -385,7 +385,7 @@ def _answer_model(arguments: argparse.Namespace, model: Model) -> None:
 
 
 def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._amounts import amount, count
+    from kserve_pvc._show.units import amount, count
 
     for uri in arguments.break_claim or ():
         store.break_lock(uri, **_selection(arguments))
@@ -525,7 +525,7 @@ def _verification(report: Verification) -> dict[str, Any]:
 
 
 def _print_verification(report: Verification) -> None:
-    from kserve_pvc._amounts import amount, count
+    from kserve_pvc._show.units import amount, count
 
     checked = (
         f"{count(report.files, 'file')}, {amount(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"

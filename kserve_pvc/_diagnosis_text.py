@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from kserve_pvc._amounts import amount
+from kserve_pvc._show.units import amount
 from kserve_pvc.errors import printable
 
 if TYPE_CHECKING:

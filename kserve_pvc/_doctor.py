@@ -18,7 +18,6 @@ from typing import Any, Literal
 import attrs
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc._amounts import amount
 from kserve_pvc._diagnosis import Diagnosis, Finding, Level, Speed, judge
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode
@@ -34,6 +33,7 @@ from kserve_pvc._meeting import (
     read_beat,
 )
 from kserve_pvc._profile import Profile, describe, probe
+from kserve_pvc._show.units import amount
 from kserve_pvc._volume import Scratch, Volume, VolumeWriter
 from kserve_pvc.errors import InsufficientSpaceError, ReadOnlyStoreError, StoreError, StoreFormatError
 from kserve_pvc.locks.liveness import is_provably_dead

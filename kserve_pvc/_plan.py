@@ -44,7 +44,7 @@ class Plan:
         return self.bytes_to_fetch + self.bytes_reusable - self.bytes_shared <= self.free_bytes
 
     def _repr_html_(self) -> str:
-        from kserve_pvc._html import show_plan
+        from kserve_pvc._show.html import show_plan
 
         return show_plan(**attrs.asdict(self), fits=self.fits)
 

@@ -54,11 +54,11 @@ if TYPE_CHECKING:
     from kserve_pvc._claims import LockInfo
     from kserve_pvc._diagnosis import Diagnosis
     from kserve_pvc._download import Outcome
-    from kserve_pvc._events import Listener
     from kserve_pvc._format.records import Holder, Record
     from kserve_pvc._plan import Plan
-    from kserve_pvc._progress import Callback
     from kserve_pvc._settings import Mode
+    from kserve_pvc._show.events import Listener
+    from kserve_pvc._show.progress import Callback
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._verify import Level, Verification
     from kserve_pvc._warm import Item, Listen, Warmed
@@ -143,7 +143,7 @@ class Model:
         return str(self.path)
 
     def _repr_html_(self) -> str:
-        from kserve_pvc._html import show_model
+        from kserve_pvc._show.html import show_model
 
         return show_model(**self._facts())
 
@@ -270,7 +270,7 @@ class ModelStore:
         return f"ModelStore({str(self.root)!r}, mode={self.mode!r})"
 
     def _repr_html_(self) -> str:
-        from kserve_pvc._html import show_store
+        from kserve_pvc._show.html import show_store
 
         return show_store(str(self.root), self.mode, (model._facts() for model in self.list()))
 
@@ -381,8 +381,8 @@ class ModelStore:
     ) -> Outcome:
         from kserve_pvc._aliases import settle_view_quietly
         from kserve_pvc._download import Download, Wish
-        from kserve_pvc._events import Finished
         from kserve_pvc._pace import Tuning
+        from kserve_pvc._show.events import Finished
         from kserve_pvc.backends import check_scheme
         from kserve_pvc.locks.choice import check_confirmed
 
@@ -735,7 +735,7 @@ class ModelStore:
             SettingsError: The file would lie in the store, or something that is no regular file is there.
         """
         from kserve_pvc._bundle import export_bundle, manifest_of
-        from kserve_pvc._progress import make_listener
+        from kserve_pvc._show.progress import make_listener
 
         selection: Mapping[str, Any] = {
             "revision": revision,
@@ -981,13 +981,13 @@ _HOW_TO_WRITE = (
 
 
 def _listen(progress: bool | None, callback: Callback | None) -> AbstractContextManager[Listener]:
-    from kserve_pvc._progress import make_listener
+    from kserve_pvc._show.progress import make_listener
 
     return make_listener(progress, callback)
 
 
 def _importing(listener: Listener) -> Listener:
-    from kserve_pvc._events import Started
+    from kserve_pvc._show.events import Started
 
     return lambda event: listener(attrs.evolve(event, activity="importing") if isinstance(event, Started) else event)
 

@@ -53,7 +53,7 @@ class Verification:
         return not self.problems
 
     def _repr_html_(self) -> str:
-        from kserve_pvc._html import show_verification
+        from kserve_pvc._show.html import show_verification
 
         return show_verification(
             self.uri, self.level, self.files, self.bytes, [(p.kind, p.path, p.detail) for p in self.problems]

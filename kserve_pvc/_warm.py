@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
-from kserve_pvc._events import Event, Listener
+from kserve_pvc._show.events import Event, Listener
 from kserve_pvc._source.ref import ModelRef, parse_ref
 from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
-    from kserve_pvc._progress import Callback
+    from kserve_pvc._show.progress import Callback
     from kserve_pvc._store import Model
 
 Item = str | ModelRef | Mapping[str, Any]
@@ -260,13 +260,13 @@ class _Listening:
         self._may_draw = may_draw
         self._part: Callable[[], Callback] | None = None
         if callback is not None:
-            from kserve_pvc._progress import share
+            from kserve_pvc._show.progress import share
 
             self._part = share(callback)
 
     @contextmanager
     def __call__(self) -> Iterator[Listener]:
-        from kserve_pvc._progress import make_listener
+        from kserve_pvc._show.progress import make_listener
 
         callback = None if self._part is None else self._part()
         with make_listener(

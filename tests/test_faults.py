@@ -129,7 +129,8 @@ def test_no_inodes_left_is_a_lack_of_space(mount, tmp_path):
 AS_OTHER = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
-from kserve_pvc import _claims, _download, _progress, _removal, _transfer
+from kserve_pvc import _claims, _download, _removal, _transfer
+from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes
 # Another user may not be able to read this interpreter's libraries, so everything is imported before.

@@ -11,7 +11,7 @@ from sources import FakeBackend
 from trees import model_files, write_files
 
 from kserve_pvc import ModelStore, Plan, Problem, Verification
-from kserve_pvc._html import MAX_ROWS, show_model, show_store, show_verification
+from kserve_pvc._show.html import MAX_ROWS, show_model, show_store, show_verification
 
 PLAIN = 'class="mathjax_ignore tex2jax_ignore"'
 

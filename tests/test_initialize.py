@@ -41,7 +41,8 @@ COMMAND = [sys.executable, "-I", "-c", "import sys; from kserve_pvc.kserve._init
 AS_OPENSHIFT = """
 import os, sys, ctypes, fcntl, portalocker
 from kserve_pvc import *
-from kserve_pvc import _bundle, _download, _progress, _removal, _transfer, _unpack
+from kserve_pvc import _bundle, _download, _removal, _transfer, _unpack
+from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends import file
 from kserve_pvc.kserve._initialize import main
 

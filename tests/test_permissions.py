@@ -26,7 +26,8 @@ SIZE = sum(map(len, FILES.values()))
 ACT = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
-from kserve_pvc import _claims, _download, _progress, _removal, _transfer, _verify, _volume
+from kserve_pvc import _claims, _download, _removal, _transfer, _verify, _volume
+from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes
 uid, gid, groups, umask, act, root, uri = sys.argv[1:]

@@ -11,8 +11,8 @@ import termios
 import pytest
 from fsspec.callbacks import Callback
 
-from kserve_pvc._events import Adopted, Finished, Received, Retried, Started, TookOver, Waiting
-from kserve_pvc._progress import Lines, amount, describe, make_listener
+from kserve_pvc._show.events import Adopted, Finished, Received, Retried, Started, TookOver, Waiting
+from kserve_pvc._show.progress import Lines, amount, describe, make_listener
 
 REF = "s3://bucket/llama"
 MIB = 2**20

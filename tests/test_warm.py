@@ -36,8 +36,8 @@ from kserve_pvc import (
     StoreFormatError,
     _cli,
 )
-from kserve_pvc._events import Finished, Retried, Waiting
-from kserve_pvc._progress import make_listener
+from kserve_pvc._show.events import Finished, Retried, Waiting
+from kserve_pvc._show.progress import make_listener
 
 CATALOGUE = {name: model_files(seed=seed, big=200_000) for seed, name in enumerate(("tiny", "small", "large"), 70)}
 SIZES = {name: sum(map(len, files.values())) for name, files in CATALOGUE.items()}

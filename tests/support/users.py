@@ -15,7 +15,8 @@ import shell
 _BECOME = """
 import os, sys
 from kserve_pvc import *
-from kserve_pvc import _claims, _download, _plan, _progress, _removal, _transfer
+from kserve_pvc import _claims, _download, _plan, _removal, _transfer
+from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes
 

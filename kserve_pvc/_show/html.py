@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from kserve_pvc._amounts import amount, count
+from kserve_pvc._show.units import amount, count
 from kserve_pvc.errors import printable
 
 # A table is for looking at. Whoever wants all of it has `list()` and `problems`.

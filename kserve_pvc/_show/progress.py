@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
-from kserve_pvc._amounts import amount, count
-from kserve_pvc._events import (
+from kserve_pvc._show.events import (
     Adopted,
     Event,
     Finished,
@@ -25,6 +24,7 @@ from kserve_pvc._events import (
     Unlocked,
     Waiting,
 )
+from kserve_pvc._show.units import amount, count
 from kserve_pvc.errors import printable
 
 LINE_SECONDS = 10.0
