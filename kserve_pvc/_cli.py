@@ -33,7 +33,7 @@ from kserve_pvc.errors import SettingsError, StoreError, printable
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-    from kserve_pvc._verify import Level, Verification
+    from kserve_pvc._volume.verify import Level, Verification
     from kserve_pvc._warm import Item, Warmed
 
 # Verbs that write are the wish to write, unless the environment or the pod's annotation forbids it.

@@ -11,8 +11,8 @@ from typing import Literal
 import attrs
 
 from kserve_pvc._meeting import LockTest, PeerReport, Race
-from kserve_pvc._profile import Profile
 from kserve_pvc._show.units import amount
+from kserve_pvc._volume.profile import Profile
 
 _INCREDIBLE_BYTES = 512 * 1024**4
 _CLOCK_SECONDS = 60.0

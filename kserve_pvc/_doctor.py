@@ -32,9 +32,11 @@ from kserve_pvc._meeting import (
     new_directory,
     read_beat,
 )
-from kserve_pvc._profile import Profile, describe, probe
 from kserve_pvc._show.units import amount
-from kserve_pvc._volume import Scratch, Volume, VolumeWriter
+from kserve_pvc._volume.profile import Profile, describe, probe
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.scratch import Scratch
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import InsufficientSpaceError, ReadOnlyStoreError, StoreError, StoreFormatError
 from kserve_pvc.locks.liveness import is_provably_dead
 

@@ -20,7 +20,6 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc import _protocol as protocol
-from kserve_pvc._claims import Sign, newest_epoch, read_claim, start_heart, take_claim
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import (
     Beat,
@@ -34,16 +33,19 @@ from kserve_pvc._format.records import (
     encode,
     now,
 )
-from kserve_pvc._log import LogView, read_log_of
-from kserve_pvc._log_writer import LogWriter, generations
+from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heart, take_claim
+from kserve_pvc._keys.log import LogView, read_log_of
+from kserve_pvc._keys.log_writer import LogWriter, generations
+from kserve_pvc._keys.procedures import Publish, append, collect_garbage, collect_unnamed, drive
 from kserve_pvc._pace import Tuning
-from kserve_pvc._procedures import Publish, append, collect_garbage, collect_unnamed, drive
-from kserve_pvc._profile import check_names
 from kserve_pvc._reuse import Found, find_donors, shared_bytes
 from kserve_pvc._show.events import Adopted, Listener, Received, Retried, Started, TookOver, Unlocked, Waiting
 from kserve_pvc._source.contract import Backend, Listing, RemoteFile, Resolved
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc._volume import Tree, VolumeWriter, copy_range, write_all
+from kserve_pvc._volume.calls import copy_range, write_all
+from kserve_pvc._volume.profile import check_names
+from kserve_pvc._volume.tree import Tree
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     InsufficientSpaceError,
     LockTimeoutError,

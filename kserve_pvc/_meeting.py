@@ -22,13 +22,15 @@ from typing import Any, Literal
 
 import attrs
 
-from kserve_pvc._claims import start_heart
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import decode, encode, integer, text
 from kserve_pvc._format.log_entry import Holder, to_holder
 from kserve_pvc._format.records import BEAT_BYTES
-from kserve_pvc._profile import LockAnswer, lock_range, try_lock
-from kserve_pvc._volume import Scratch, VolumeWriter, dated_name
+from kserve_pvc._keys.claims import start_heart
+from kserve_pvc._volume.calls import dated_name
+from kserve_pvc._volume.profile import LockAnswer, lock_range, try_lock
+from kserve_pvc._volume.scratch import Scratch
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import SettingsError, StoreError, StoreFormatError
 from kserve_pvc.locks.liveness import is_provably_dead
 

@@ -13,7 +13,7 @@ from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._reuse import find_donors, reusable_bytes, shared_bytes
 from kserve_pvc._source.contract import Resolved
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc._volume import Volume
+from kserve_pvc._volume.reading import Volume
 
 
 @attrs.frozen(kw_only=True)
@@ -99,7 +99,7 @@ def plan_download(
 
 def _measured_rate(volume: Volume, newest_keys: Iterable[str]) -> int:
     """Bytes per second of the newest download whose last beat is still there; 0 if there is none."""
-    from kserve_pvc._claims import read_claim  # An empty store has no claims to read.
+    from kserve_pvc._keys.claims import read_claim  # An empty store has no claims to read.
 
     signs = (read_claim(volume, key) for key in newest_keys)
     return next(

@@ -18,10 +18,11 @@ import attrs
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import KEY
 from kserve_pvc._format.records import PartNote, decode
-from kserve_pvc._log import read_log, read_manifest
+from kserve_pvc._keys.log import read_log, read_manifest
 from kserve_pvc._source.contract import RemoteFile, Resolved
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc._volume import Tree, Volume
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.tree import Tree
 from kserve_pvc.errors import StoreFormatError, VolumeError
 
 if TYPE_CHECKING:

@@ -29,9 +29,10 @@ from kserve_pvc._format.log_entry import (
     encode_settings,
     now,
 )
-from kserve_pvc._log import LogView, read_log, read_log_of, read_manifest
+from kserve_pvc._keys.log import LogView, read_log, read_log_of, read_manifest
 from kserve_pvc._source.ref import ModelRef, Patterns, parse_ref
-from kserve_pvc._volume import Volume, VolumeWriter
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     DamagedRecordError,
     LockerMismatchError,
@@ -51,16 +52,16 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from kserve_pvc._bundle import Exported
-    from kserve_pvc._claims import LockInfo
     from kserve_pvc._diagnosis import Diagnosis
     from kserve_pvc._download import Outcome
     from kserve_pvc._format.records import Holder, Record
+    from kserve_pvc._keys.claims import LockInfo
     from kserve_pvc._plan import Plan
     from kserve_pvc._settings import Mode
     from kserve_pvc._show.events import Listener
     from kserve_pvc._show.progress import Callback
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
-    from kserve_pvc._verify import Level, Verification
+    from kserve_pvc._volume.verify import Level, Verification
     from kserve_pvc._warm import Item, Listen, Warmed
 
 # What is understood without the module that understands all of them.
@@ -379,8 +380,8 @@ class ModelStore:
         listen: Listen,
         source: Backend | None = None,
     ) -> Outcome:
-        from kserve_pvc._aliases import settle_view_quietly
         from kserve_pvc._download import Download, Wish
+        from kserve_pvc._keys.aliases import settle_view_quietly
         from kserve_pvc._pace import Tuning
         from kserve_pvc._show.events import Finished
         from kserve_pvc.backends import check_scheme
@@ -592,7 +593,7 @@ class ModelStore:
                 yield self._verify(view.entry.uri if view.entry else key, view, level)
 
     def _verify(self, uri: str, view: LogView, level: Level) -> Verification:
-        from kserve_pvc._verify import Problem, Verification, compare
+        from kserve_pvc._volume.verify import Problem, Verification, compare
 
         if level not in ("size", "full"):
             raise SettingsError("level", str(level), "write `size` or `full`")
@@ -641,8 +642,8 @@ class ModelStore:
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
-        from kserve_pvc._aliases import settle_view_quietly
-        from kserve_pvc._removal import Removal
+        from kserve_pvc._keys.aliases import settle_view_quietly
+        from kserve_pvc._keys.removal import Removal
 
         assert self._settings is not None  # A read-write store has created them.
         try:
@@ -674,7 +675,7 @@ class ModelStore:
             VolumeError: Something that is no link has that name, or the volume has no symbolic links.
             ReadOnlyStoreError: The store may only be read.
         """
-        from kserve_pvc._aliases import check_alias, point_alias
+        from kserve_pvc._keys.aliases import check_alias, point_alias
 
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         check_alias(name)
@@ -691,7 +692,7 @@ class ModelStore:
             UnsafePathError: It is no name that an alias can have.
             ReadOnlyStoreError: The store may only be read.
         """
-        from kserve_pvc._aliases import check_alias, drop_alias
+        from kserve_pvc._keys.aliases import check_alias, drop_alias
 
         check_alias(name)
         if self._writer is None:
@@ -702,7 +703,7 @@ class ModelStore:
         """
         Every name, with the key of its model, whether that is present or not. Links that lead elsewhere are left out.
         """
-        from kserve_pvc._aliases import read_aliases
+        from kserve_pvc._keys.aliases import read_aliases
 
         return read_aliases(self._volume)
 
@@ -817,7 +818,7 @@ class ModelStore:
             if self._writer is None or self._settings is None:
                 yield model
                 return
-            from kserve_pvc._claims import reading
+            from kserve_pvc._keys.claims import reading
 
             generation = model.path.name
             with ExitStack() as lease:
@@ -852,7 +853,7 @@ class ModelStore:
         """
         Every claim that has not been given back, by key. Changes nothing.
         """
-        from kserve_pvc._claims import read_lock
+        from kserve_pvc._keys.claims import read_lock
 
         return [lock for key in self._keys() if (lock := read_lock(self._volume, key)) is not None]
 
@@ -876,7 +877,7 @@ class ModelStore:
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         if self._writer is None or self._settings is None:
             raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
-        from kserve_pvc._claims import break_claim
+        from kserve_pvc._keys.claims import break_claim
 
         break_claim(
             self._writer, ref.key, uri=ref.uri, holder=_this_process(), lease_seconds=self._settings.lease_seconds
@@ -1043,7 +1044,7 @@ def _read_store_settings(volume: Volume) -> StoreSettings | None:
 
 
 def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
-    from kserve_pvc._profile import probe_here
+    from kserve_pvc._volume.profile import probe_here
 
     chosen = "lease"
     if locker is not None:

@@ -28,11 +28,11 @@ from typing import Protocol
 
 import attrs
 
-from kserve_pvc._buffers import make_buffer
 from kserve_pvc._format.records import FileEntry, PartNote
 from kserve_pvc._pace import Pace, Tuning
 from kserve_pvc._source.contract import Backend, Checksum, RangeReader, RemoteFile
 from kserve_pvc._source.retry import delays
+from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
 
 _BUFFER_BYTES = 1024 * 1024

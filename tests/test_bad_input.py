@@ -89,7 +89,7 @@ def scene(root, tmp_path, monkeypatch):
     A store with something to lose, whose leases are short and whose readers do not pause before they call a record
     damaged.
     """
-    monkeypatch.setattr("kserve_pvc._log._REREAD_PAUSE", 0)
+    monkeypatch.setattr("kserve_pvc._keys.log._REREAD_PAUSE", 0)
     ModelStore(root, mode="rw", lease_seconds=LEASE_SECONDS)
     return Scene(root, tmp_path)
 

@@ -27,7 +27,7 @@ from kserve_pvc._doctor import diagnose, sweep
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import encode
 from kserve_pvc._meeting import Hello, Message, beating, new_directory
-from kserve_pvc._volume import VolumeWriter
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.locks.liveness import here
 
 SAMPLE = 4 * 1024 * 1024

@@ -11,7 +11,8 @@ from memory import MemorySource
 
 from kserve_pvc import Model, ModelStore, _download
 from kserve_pvc._format import layout
-from kserve_pvc._volume import Tree, VolumeWriter
+from kserve_pvc._volume.tree import Tree
+from kserve_pvc._volume.writing import VolumeWriter
 
 URI = "s3://bucket/model"
 FILES = {"a.bin": b"a" * 1000, "b.bin": b"b" * 1000, "c.bin": b"c" * 1000}

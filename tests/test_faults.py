@@ -103,7 +103,7 @@ def test_a_volume_that_fills_up_meanwhile_loses_nothing_else(mount, tmp_path, mo
     store = ModelStore(place, mode="rw")
     first = store.ensure(f"file://{tmp_path}/first", progress=False)
     free = store._volume.free_bytes()
-    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: 1 << 40)
+    monkeypatch.setattr("kserve_pvc._volume.reading.Volume.free_bytes", lambda self: 1 << 40)
 
     with pytest.raises(InsufficientSpaceError):
         store.ensure(f"file://{tmp_path}/second", progress=False)
@@ -129,7 +129,9 @@ def test_no_inodes_left_is_a_lack_of_space(mount, tmp_path):
 AS_OTHER = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
-from kserve_pvc import _claims, _download, _removal, _transfer
+from kserve_pvc import _download, _transfer
+from kserve_pvc._keys import removal as _removal
+from kserve_pvc._keys import claims as _claims
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes
@@ -242,7 +244,7 @@ def test_a_link_planted_for_a_file_of_the_model_is_not_written_through(root, sou
     """
     A link that appears under the name of a file before it is written fails the attempt and keeps its target.
     """
-    from kserve_pvc._volume import Tree
+    from kserve_pvc._volume.tree import Tree
 
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -292,7 +294,7 @@ def test_a_transient_error_of_the_volume_costs_one_attempt(root, source, monkeyp
     """
     When making a file durable fails once, the next generation succeeds within the same call, on new inodes.
     """
-    from kserve_pvc._volume import Tree
+    from kserve_pvc._volume.tree import Tree
 
     honest, failed = Tree.finish, []
 

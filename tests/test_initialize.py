@@ -41,7 +41,8 @@ COMMAND = [sys.executable, "-I", "-c", "import sys; from kserve_pvc.kserve._init
 AS_OPENSHIFT = """
 import os, sys, ctypes, fcntl, portalocker
 from kserve_pvc import *
-from kserve_pvc import _bundle, _download, _removal, _transfer, _unpack
+from kserve_pvc import _bundle, _download, _transfer, _unpack
+from kserve_pvc._keys import removal as _removal
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends import file
 from kserve_pvc.kserve._initialize import main
@@ -552,7 +553,7 @@ def test_on_a_network_volume_a_claim_excludes(uri, source, place, monkeypatch):
 
     The kind of the volume is made up, as no network volume can be mounted everywhere.
     """
-    monkeypatch.setattr("kserve_pvc._volume.Mount.is_network", property(lambda _: True))
+    monkeypatch.setattr("kserve_pvc._volume.mount.Mount.is_network", property(lambda _: True))
     monkeypatch.setattr("kserve_pvc.kserve._destination.grab_file", refused)
     one, other = Destination(place), Destination(place)
     with one.writing(here(), 0.5), pytest.raises(LockTimeoutError), other.writing(here(), 0.5):

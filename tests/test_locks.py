@@ -16,10 +16,10 @@ from pathlib import Path
 import attrs
 import pytest
 
-from kserve_pvc._claims import break_claim, is_claimed, newest_epoch, read_claim, start_heart, take_claim
 from kserve_pvc._format.layout import claim_dir
 from kserve_pvc._format.records import Beat, decode
-from kserve_pvc._volume import VolumeWriter
+from kserve_pvc._keys.claims import break_claim, is_claimed, newest_epoch, read_claim, start_heart, take_claim
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import RENEW_DEADLINE, Heart, LeaseLostError
 from kserve_pvc.locks.liveness import here, is_provably_dead

@@ -9,12 +9,12 @@ from pathlib import PurePosixPath
 import pytest
 
 from kserve_pvc import StoreFormatError
-from kserve_pvc import _log as log
-from kserve_pvc import _procedures as procedures
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Holder, LogEntry, decode, encode, now
-from kserve_pvc._log_writer import LogWriter
-from kserve_pvc._volume import Volume, VolumeWriter
+from kserve_pvc._keys import log, procedures
+from kserve_pvc._keys.log_writer import LogWriter
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
 
 KEY = "model-0123456789abcdef"
 HOLDER = Holder(pod="p", node="n", uid=0, pid=1, boot_id="b", pid_namespace="s", started=1)

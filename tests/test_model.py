@@ -29,7 +29,7 @@ from model_checker import (
     remove,
 )
 
-from kserve_pvc import _procedures as procedures
+from kserve_pvc._keys import procedures
 
 # How many states are visited of a crowd that is too large to see all; `nox -s soak` visits more.
 MOST_STATES = int(os.environ.get("KSERVE_PVC_TEST_STATES", "40_000"))

@@ -26,7 +26,11 @@ SIZE = sum(map(len, FILES.values()))
 ACT = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
-from kserve_pvc import _claims, _download, _removal, _transfer, _verify, _volume
+from kserve_pvc import _download, _transfer
+from kserve_pvc._keys import removal as _removal
+from kserve_pvc._keys import claims as _claims
+from kserve_pvc._volume import verify as _verify
+from kserve_pvc._volume import writing as _volume
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes

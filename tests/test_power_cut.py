@@ -29,7 +29,8 @@ CUTS = int(os.environ.get("KSERVE_PVC_TEST_CUTS", "320"))
 # Each argument is a step. A mark is made after each, outside the volume.
 STEPS = """
 import os, sys
-from kserve_pvc import ModelStore, _volume
+from kserve_pvc import ModelStore
+from kserve_pvc._volume import writing as _volume
 from kserve_pvc.backends.file import FileBackend
 root, uri, marks, *steps = sys.argv[1:]
 open_store = lambda: ModelStore(root, mode="rw", lease_seconds=1, backends={"file": FileBackend}, part_bytes=4096)

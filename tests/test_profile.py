@@ -20,9 +20,11 @@ from trees import read_tree, write_files
 from volumes import LOCAL, CannotStartError
 
 from kserve_pvc import ModelStore, Profile, ReadOnlyStoreError, StoreRootError, UnsafePathError
-from kserve_pvc import _profile as profiles
-from kserve_pvc._profile import check_names, describe, probe_here
-from kserve_pvc._volume import Scratch, Volume, VolumeWriter
+from kserve_pvc._volume import profile as profiles
+from kserve_pvc._volume.profile import check_names, describe, probe_here
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.scratch import Scratch
+from kserve_pvc._volume.writing import VolumeWriter
 
 HONEST = {
     **dict.fromkeys(("mkdir", "create", "link", "rename"), "refuses"),
@@ -205,7 +207,7 @@ def test_a_trash_that_is_emptied_meanwhile_costs_a_second_try(root, monkeypatch)
 KILLED = """
 import os, signal, sys
 from kserve_pvc import ModelStore
-from kserve_pvc._volume import Scratch
+from kserve_pvc._volume.scratch import Scratch
 Scratch.sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 ModelStore(sys.argv[1], mode="rw")
 """

@@ -37,7 +37,7 @@ from volumes import LOCAL, MOUNTS, NETWORK, CannotStartError, SharedVolume, fres
 from waiting import until
 
 from kserve_pvc import ModelInUseError, ModelStore
-from kserve_pvc._volume import VolumeWriter
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.kserve._destination import OURS
 
 NODES = int(os.environ.get("KSERVE_PVC_TEST_NODES", "2"))

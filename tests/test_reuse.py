@@ -148,9 +148,9 @@ def test_a_plan_needs_no_room_for_what_is_linked(root, source, old, monkeypatch,
     copied.
     """
     store = ModelStore(root, mode="rw", backends={"s3": source}, digest=digest)
-    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: room - 1)
+    monkeypatch.setattr("kserve_pvc._volume.reading.Volume.free_bytes", lambda self: room - 1)
     short = store.plan(URI, revision="v2")
-    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: room)
+    monkeypatch.setattr("kserve_pvc._volume.reading.Volume.free_bytes", lambda self: room)
 
     plan = store.plan(URI, revision="v2")
 
@@ -288,7 +288,7 @@ def test_room_is_asked_for_what_cannot_be_shared(root, source, old, monkeypatch,
     Files that get a second name need no room; without hashing nothing can prove itself, so all of the model does.
     """
     source.models[URI] = NEW
-    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: CHANGED)
+    monkeypatch.setattr("kserve_pvc._volume.reading.Volume.free_bytes", lambda self: CHANGED)
     store = ModelStore(root, mode="rw", backends={"s3": source}, digest=digest)
 
     if fits:

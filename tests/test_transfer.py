@@ -35,7 +35,7 @@ from kserve_pvc import (
 from kserve_pvc import _transfer as module
 from kserve_pvc._format.records import PartNote
 from kserve_pvc._transfer import Destination, Donor, Transfer, Tuning
-from kserve_pvc._volume import copy_range, write_all
+from kserve_pvc._volume.calls import copy_range, write_all
 from kserve_pvc.locks.lease import LeaseLostError
 
 PART = 1000

@@ -11,7 +11,7 @@ import pytest
 
 from kserve_pvc import FileEntry, ModelStore, Problem, UnsafePathError, Verification
 from kserve_pvc._format.records import FoundFile
-from kserve_pvc._verify import compare, sha256_of
+from kserve_pvc._volume.verify import compare, sha256_of
 
 FILES = {"config.json": b"{}", "empty": b"", "w/a.bin": b"weights" * 1000}
 

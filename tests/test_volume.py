@@ -13,8 +13,13 @@ from threading import Barrier, Thread
 
 import pytest
 
-from kserve_pvc import StoreFormatError, StoreRootError, UnsafePathError, VolumeError, _volume
-from kserve_pvc._volume import Mount, Tree, Volume, VolumeWriter, allocate, copy_range, mount_of, write_all
+from kserve_pvc import StoreFormatError, StoreRootError, UnsafePathError, VolumeError
+from kserve_pvc._volume import writing as _volume
+from kserve_pvc._volume.calls import allocate, copy_range, write_all
+from kserve_pvc._volume.mount import Mount, mount_of
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.tree import Tree
+from kserve_pvc._volume.writing import VolumeWriter
 
 PLACE = PurePosixPath(".kserve-pvc/keys/k/log/000000000001.commit")
 PRIVATE = PurePosixPath(".kserve-pvc/staging/g/record")

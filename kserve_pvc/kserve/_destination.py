@@ -22,13 +22,15 @@ from typing import Any, Literal, TypeVar
 import attrs
 from attrs.validators import instance_of
 
-from kserve_pvc._buffers import make_buffer
-from kserve_pvc._claims import is_claimed, newest_epoch, start_heart, take_claim
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import build, decode, encode, text
 from kserve_pvc._format.file_names import check_collisions, check_name
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder
-from kserve_pvc._volume import VolumeWriter, allocate, copy_range, delete_tree, mount_of
+from kserve_pvc._keys.claims import is_claimed, newest_epoch, start_heart, take_claim
+from kserve_pvc._volume.buffers import make_buffer
+from kserve_pvc._volume.calls import allocate, copy_range, delete_tree
+from kserve_pvc._volume.mount import mount_of
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import LeaseLostError

@@ -18,7 +18,7 @@ _LOADED = (
     *("kserve_pvc.backends.s3", "kserve_pvc.backends.file", "kserve_pvc._download", "kserve_pvc._transfer"),
     *(
         "kserve_pvc._show.progress",
-        "kserve_pvc._profile",
+        "kserve_pvc._volume.profile",
         "kserve_pvc.locks.flock",
         "kserve_pvc.locks.lease",
         "portalocker",
@@ -133,7 +133,7 @@ def _grant_every_claim() -> None:
     """
     from pathlib import PurePosixPath
 
-    from kserve_pvc._volume import VolumeWriter
+    from kserve_pvc._volume.writing import VolumeWriter
 
     honest_reserve, honest_open = VolumeWriter.reserve, VolumeWriter._open_at
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from attrs import evolve, field, frozen
 
-from kserve_pvc import _procedures as procedures
 from kserve_pvc import _protocol as protocol
+from kserve_pvc._keys import procedures
 
 LEASE_TICKS = 2
 PATIENCE_TICKS = 3

@@ -13,8 +13,9 @@ from contextlib import suppress
 
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import KEY
-from kserve_pvc._log import read_log
-from kserve_pvc._volume import Volume, VolumeWriter
+from kserve_pvc._keys.log import read_log
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreError, UnsafePathError, VolumeError
 
 # As long as a label may be, in letters that stand in every URI and every YAML file as they are.

@@ -23,7 +23,11 @@ import attrs
 
 from kserve_pvc._format import layout
 from kserve_pvc._format.file_names import MAX_PART_BYTES
-from kserve_pvc._volume import Mount, Scratch, Volume, VolumeWriter, dated_name, mount_of, write_all
+from kserve_pvc._volume.calls import dated_name, write_all
+from kserve_pvc._volume.mount import Mount, mount_of
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.scratch import Scratch
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreError, StoreRootError, UnsafePathError, VolumeError
 
 LOCAL_LEASE_SECONDS = 30.0

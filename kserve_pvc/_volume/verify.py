@@ -13,8 +13,8 @@ from typing import Literal
 
 import attrs
 
-from kserve_pvc._buffers import make_buffer
 from kserve_pvc._format.records import FileEntry, FoundFile
+from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc.errors import StoreError
 
 Level = Literal["size", "full"]

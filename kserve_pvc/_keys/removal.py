@@ -12,14 +12,15 @@ from hashlib import sha256
 
 import attrs
 
-from kserve_pvc._claims import is_claimed, live_readers
 from kserve_pvc._format import layout
 from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now
-from kserve_pvc._log import LogView, read_log_of
-from kserve_pvc._log_writer import LogWriter, generations
-from kserve_pvc._procedures import AwaitReaders, AwaitVisibility, Operation, Publish, drive, remove
+from kserve_pvc._keys.claims import is_claimed, live_readers
+from kserve_pvc._keys.log import LogView, read_log_of
+from kserve_pvc._keys.log_writer import LogWriter, generations
+from kserve_pvc._keys.procedures import AwaitReaders, AwaitVisibility, Operation, Publish, drive, remove
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc._volume import VolumeWriter, mount_of
+from kserve_pvc._volume.mount import mount_of
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import ModelInUseError
 
 

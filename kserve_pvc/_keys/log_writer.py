@@ -11,8 +11,8 @@ from pathlib import PurePosixPath
 from kserve_pvc._format.codec import encode
 from kserve_pvc._format.layout import MAX_NUMBER, MODELS, log_dir, parse_generation, parse_number, slot_dir
 from kserve_pvc._format.log_entry import LogEntry
-from kserve_pvc._log import read_all, read_log
-from kserve_pvc._procedures import (
+from kserve_pvc._keys.log import read_all, read_log
+from kserve_pvc._keys.procedures import (
     Collect,
     ListGenerations,
     ListNamed,
@@ -23,7 +23,8 @@ from kserve_pvc._procedures import (
     ReadNewest,
     Reserve,
 )
-from kserve_pvc._volume import Volume, VolumeWriter
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreFormatError
 
 

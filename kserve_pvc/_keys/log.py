@@ -15,7 +15,7 @@ from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode
 from kserve_pvc._format.layout import log_dir, manifest_file, parse_log_name, record_file
 from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc._volume import Volume
+from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import StoreFormatError
 
 if TYPE_CHECKING:

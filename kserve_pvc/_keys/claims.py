@@ -19,7 +19,8 @@ from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode
 from kserve_pvc._format.log_entry import Holder, now
 from kserve_pvc._format.records import BEAT_BYTES, Beat, Claim, ReaderLease, encode_beat
-from kserve_pvc._volume import Volume, VolumeWriter
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
 from kserve_pvc.locks.lease import Heart
 from kserve_pvc.locks.liveness import is_provably_dead

@@ -1,0 +1,67 @@
+"""
+`Scratch`: a private directory in which calls are tried, to learn what the volume does.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+from kserve_pvc._volume.calls import _CREATE_FLAGS, _DIRECTORY_FLAGS, _rename_no_replace, write_all
+from kserve_pvc._volume.reading import _READ_FLAGS
+
+
+class Scratch:
+    """
+    One directory, open, for trying out single calls. They answer as the volume does, with a bare `OSError`.
+    """
+
+    def __init__(self, fd: int, file_mode: int) -> None:
+        self.fd = fd
+        self._file_mode = file_mode
+
+    def make_directory(self, name: str) -> None:
+        os.mkdir(name, 0o700, dir_fd=self.fd)
+
+    def create(self, name: str) -> int:
+        """Make a new file and return its descriptor, open for reading and writing."""
+        return os.open(name, _CREATE_FLAGS, self._file_mode, dir_fd=self.fd)
+
+    def write(self, name: str, data: bytes) -> None:
+        fd = self.create(name)
+        try:
+            write_all(fd, data, 0)
+        finally:
+            os.close(fd)
+
+    def open(self, name: str, flags: int = 0) -> int:
+        return os.open(name, _READ_FLAGS | flags, dir_fd=self.fd)
+
+    def open_shared(self, name: str) -> int:
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode, dir_fd=self.fd)
+
+    def link(self, name: str, new: str) -> None:
+        os.link(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+
+    def replace(self, name: str, new: str) -> None:
+        os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def move(self, name: str, new: str) -> None:
+        """Rename where nothing is replaced: `renameat2` with RENAME_NOREPLACE."""
+        _rename_no_replace(self.fd, name, new)
+
+    def remove(self, name: str) -> None:
+        os.unlink(name, dir_fd=self.fd)
+
+    def names(self) -> list[str]:
+        # Opened anew: through a descriptor Btrfs lists what was there when it was opened.
+        fd = os.open(".", _DIRECTORY_FLAGS, dir_fd=self.fd)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
+
+    def sync(self) -> None:
+        os.fsync(self.fd)
