@@ -33,8 +33,8 @@ from kserve_pvc.errors import SettingsError, StoreError, printable
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
+    from kserve_pvc._download.warm import Item, Warmed
     from kserve_pvc._volume.verify import Level, Verification
-    from kserve_pvc._warm import Item, Warmed
 
 # Verbs that write are the wish to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm")
@@ -192,7 +192,7 @@ def _threads(workers: int) -> AbstractContextManager[ThreadPoolExecutor | None]:
 
 def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
     """One model a line: its URI, or an object as `warm` takes it. Neither blank lines nor lines that begin with `#` count."""
-    from kserve_pvc._warm import wanted
+    from kserve_pvc._download.warm import wanted
 
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()

@@ -53,16 +53,16 @@ if TYPE_CHECKING:
 
     from kserve_pvc._bundle import Exported
     from kserve_pvc._diagnosis import Diagnosis
-    from kserve_pvc._download import Outcome
+    from kserve_pvc._download.download import Outcome
+    from kserve_pvc._download.plan import Plan
+    from kserve_pvc._download.warm import Item, Listen, Warmed
     from kserve_pvc._format.records import Holder, Record
     from kserve_pvc._keys.claims import LockInfo
-    from kserve_pvc._plan import Plan
     from kserve_pvc._settings import Mode
     from kserve_pvc._show.events import Listener
     from kserve_pvc._show.progress import Callback
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._volume.verify import Level, Verification
-    from kserve_pvc._warm import Item, Listen, Warmed
 
 # What is understood without the module that understands all of them.
 _PLAIN_LOCKERS = ("lease", "flock")
@@ -380,9 +380,9 @@ class ModelStore:
         listen: Listen,
         source: Backend | None = None,
     ) -> Outcome:
-        from kserve_pvc._download import Download, Wish
+        from kserve_pvc._download.download import Download, Wish
+        from kserve_pvc._download.streams import Tuning
         from kserve_pvc._keys.aliases import settle_view_quietly
-        from kserve_pvc._pace import Tuning
         from kserve_pvc._show.events import Finished
         from kserve_pvc.backends import check_scheme
         from kserve_pvc.locks.choice import check_confirmed
@@ -448,7 +448,7 @@ class ModelStore:
             SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model
                 is the `error` of its result.
         """
-        from kserve_pvc._warm import warm
+        from kserve_pvc._download.warm import warm
 
         _check_timeout(timeout)
         how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
@@ -548,7 +548,7 @@ class ModelStore:
         What is not guaranteed: that the free space is real (some network volumes make it up), and that nobody else
         changes anything in between.
         """
-        from kserve_pvc._plan import plan_download, plan_nothing
+        from kserve_pvc._download.plan import plan_download, plan_nothing
 
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         entry = _present(self._look(ref))

@@ -42,7 +42,7 @@ from kserve_pvc import (
     StoreError,
     UnsafePathError,
 )
-from kserve_pvc._download import Download
+from kserve_pvc._download.download import Download
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.backends._http import HTTPClient, target_of

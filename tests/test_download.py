@@ -9,7 +9,8 @@ from threading import Event, Thread
 import pytest
 from memory import MemorySource
 
-from kserve_pvc import Model, ModelStore, _download
+from kserve_pvc import Model, ModelStore
+from kserve_pvc._download import download as _download
 from kserve_pvc._format import layout
 from kserve_pvc._volume.tree import Tree
 from kserve_pvc._volume.writing import VolumeWriter

@@ -129,7 +129,8 @@ def test_no_inodes_left_is_a_lack_of_space(mount, tmp_path):
 AS_OTHER = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
-from kserve_pvc import _download, _transfer
+from kserve_pvc._download import download as _download
+from kserve_pvc._download.download import transfer as _transfer
 from kserve_pvc._keys import removal as _removal
 from kserve_pvc._keys import claims as _claims
 from kserve_pvc._show import progress as _progress

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kserve_pvc._pace import FIRST_STREAMS, Pace
+from kserve_pvc._download.streams import FIRST_STREAMS, Pace
 
 MB = 1_000_000
 

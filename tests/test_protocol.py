@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kserve_pvc._protocol import (
+from kserve_pvc._download.protocol import (
     MAX_SPOILED_ATTEMPTS,
     Action,
     Claimed,

@@ -32,9 +32,11 @@ from kserve_pvc import (
     SourceDeniedError,
     SourceUnavailableError,
 )
-from kserve_pvc import _transfer as module
+from kserve_pvc._download.adoption import Donor
+from kserve_pvc._download.destination import Destination
+from kserve_pvc._download.download import transfer as module
+from kserve_pvc._download.transfer import Transfer, Tuning
 from kserve_pvc._format.records import PartNote
-from kserve_pvc._transfer import Destination, Donor, Transfer, Tuning
 from kserve_pvc._volume.calls import copy_range, write_all
 from kserve_pvc.locks.lease import LeaseLostError
 

@@ -15,7 +15,12 @@ from kserve_pvc import ModelStore, StoreError
 
 # What a download loads only when it needs it.
 _LOADED = (
-    *("kserve_pvc.backends.s3", "kserve_pvc.backends.file", "kserve_pvc._download", "kserve_pvc._transfer"),
+    *(
+        "kserve_pvc.backends.s3",
+        "kserve_pvc.backends.file",
+        "kserve_pvc._download.download",
+        "kserve_pvc._download.download.transfer",
+    ),
     *(
         "kserve_pvc._show.progress",
         "kserve_pvc._volume.profile",

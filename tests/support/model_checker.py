@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from attrs import evolve, field, frozen
 
-from kserve_pvc import _protocol as protocol
+from kserve_pvc._download import protocol
 from kserve_pvc._keys import procedures
 
 LEASE_TICKS = 2

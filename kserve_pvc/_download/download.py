@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,16 +18,16 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 import attrs
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc import _protocol as protocol
+from kserve_pvc._download import protocol
+from kserve_pvc._download.reuse import Found, find_donors, shared_bytes
+from kserve_pvc._download.streams import Tuning
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import (
-    Beat,
     Claim,
     FileEntry,
     Holder,
     LogEntry,
     Manifest,
-    PartNote,
     StoreSettings,
     encode,
     now,
@@ -37,9 +36,7 @@ from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heart,
 from kserve_pvc._keys.log import LogView, read_log_of
 from kserve_pvc._keys.log_writer import LogWriter, generations
 from kserve_pvc._keys.procedures import Publish, append, collect_garbage, collect_unnamed, drive
-from kserve_pvc._pace import Tuning
-from kserve_pvc._reuse import Found, find_donors, shared_bytes
-from kserve_pvc._show.events import Adopted, Listener, Received, Retried, Started, TookOver, Unlocked, Waiting
+from kserve_pvc._show.events import Listener, Started, TookOver, Unlocked
 from kserve_pvc._source.contract import Backend, Listing, RemoteFile, Resolved
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.calls import copy_range, write_all
@@ -57,13 +54,13 @@ from kserve_pvc.errors import (
     VolumeError,
 )
 from kserve_pvc.locks.choice import outside_lock
-from kserve_pvc.locks.lease import Heart, LeaseLostError
+from kserve_pvc.locks.lease import LeaseLostError
 
 if TYPE_CHECKING:
     from kserve_pvc._unpack import Member
+from kserve_pvc._download.journal import _Journal
+from kserve_pvc._download.tally import _nothing, _Tally
 
-# The note of a range of this length is written at once.
-_GATHERED_BYTES = 8 * 1024 * 1024
 # A member of an archive from this size on is made durable at once.
 _LARGE_BYTES = 8 * 1024 * 1024
 
@@ -283,7 +280,8 @@ class Download:
 
     def _write_generation(self, generation: str, backend: Backend) -> Manifest:
         # Of eight processes that ask at once, seven only wait.
-        from kserve_pvc._transfer import Destination, Transfer
+        from kserve_pvc._download.destination import Destination
+        from kserve_pvc._download.transfer import Transfer
 
         self._is_unpacking = False
         place = layout.generation_dir(self._key, generation)
@@ -462,154 +460,3 @@ class Download:
             layout.generation_dir(self._key, generation),
         ):
             self._writer.throw_away(place)
-
-
-def _nothing() -> None:
-    pass
-
-
-class _Tally:
-    """
-    Counts what a call moved, for its beat and its events, and stops the transfer when the claim is lost.
-    """
-
-    def __init__(self, ref: str, listener: Listener) -> None:
-        self._ref = ref
-        self._listener = listener
-        # Who may end a call even while a source is silent, and there is nothing to tell.
-        self._ask_listener: Callable[[], None] = getattr(listener, "check", _nothing)
-        self._guard = threading.Lock()
-        self._total = self._done = 0
-        self._started: float | None = None
-        self._is_told = False
-        self._waiting_since: float | None = None
-        self._sign_changed = 0.0
-        self._last_sign = b""
-        self.fetched = 0
-        self.heart: Heart | None = None
-        self.spoiled: VolumeError | None = None
-
-    def begin(self) -> None:
-        """
-        An attempt begins; how large the model is will be known when its listing is complete.
-        """
-        with self._guard:
-            self._total, self._done, self._started, self._is_told = 0, 0, time.monotonic(), False
-
-    def start(self, total: int) -> None:
-        """
-        The listing is complete. What was moved while it was still coming in is told now.
-        """
-        with self._guard:
-            self._total, early, self._is_told = total, self._done, True
-        if early:
-            self._listener(Received(ref=self._ref, size_bytes=early))
-
-    def progress(self) -> tuple[int, int, int]:
-        with self._guard:
-            seconds = 0.0 if self._started is None else time.monotonic() - self._started
-            return self._done, self._total, int(self._done / seconds) if seconds else 0
-
-    def check(self) -> None:
-        if self.heart is None:
-            raise LeaseLostError
-        self.heart.check()
-        self._ask_listener()
-
-    def adopted(self, size_bytes: int) -> None:
-        with self._guard:
-            self._done += size_bytes
-            is_told = self._is_told
-        if is_told:
-            self._listener(Adopted(ref=self._ref, size_bytes=size_bytes))
-
-    def received(self, size_bytes: int) -> None:
-        with self._guard:
-            self._done += size_bytes
-            self.fetched += size_bytes
-            is_told = self._is_told
-        if is_told:
-            self._listener(Received(ref=self._ref, size_bytes=size_bytes))
-
-    def retried(self, reason: str, delay: float) -> None:
-        self._listener(Retried(ref=self._ref, reason=reason, delay=delay))
-
-    def look(self, sign: Sign | None) -> None:
-        raw = b"" if sign is None else sign.raw
-        if raw != self._last_sign or not self._sign_changed:
-            self._last_sign, self._sign_changed = raw, time.monotonic()
-
-    def waiting(self, sign: Sign | None) -> Waiting:
-        moment = time.monotonic()
-        if self._waiting_since is None:
-            self._waiting_since = moment
-        beat = sign.beat if sign is not None and sign.beat is not None else Beat(count=0)
-        owner = sign.owner if sign is not None and isinstance(sign.owner, Claim) else None
-        return Waiting(
-            ref=self._ref,
-            holder="an unknown process" if sign is None else sign.holder,
-            since="unknown" if owner is None else owner.claimed_at.isoformat(timespec="seconds"),
-            waited=moment - self._waiting_since,
-            idle=moment - self._sign_changed,
-            bytes_done=beat.bytes_done,
-            bytes_total=beat.bytes_total,
-            bytes_per_second=beat.bytes_per_second,
-        )
-
-
-class _Journal:
-    """
-    The notes of one attempt, each a line with its own checksum; several workers note, one file is written.
-    """
-
-    def __init__(self, writer: VolumeWriter, generation: str, part_bytes: int) -> None:
-        self._guard = threading.Lock()
-        self._part_bytes = part_bytes
-        self._notes: list[tuple[PurePosixPath, str, int, int, str | None, int | None]] = []
-        self._unwritten = self._unsynced = self._offset = 0
-        self._writer = writer
-        self._place = layout.journal_file(generation)
-        self._fd = writer.create(self._place)
-
-    def __enter__(self) -> _Journal:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        # A download that is over has no heir; one that failed has. Notes are hints: one that is lost costs a fetch.
-        with suppress(OSError, StoreError):
-            if kind is not None:
-                self._write()
-        with suppress(OSError):
-            os.close(self._fd)
-
-    def note(
-        self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None
-    ) -> None:
-        """
-        Write down what is on the volume, as in `PartNote`. A lost note costs a fetch and never a lie.
-
-        Notes of small files are gathered until together they speak of a part, or of a range long enough to matter:
-        many a download is over before that.
-        """
-        with self._guard:
-            self._notes.append((path, token, start, stop, sha256, crc32))
-            self._unwritten += stop - start
-            if self._unwritten >= self._part_bytes or stop - start >= _GATHERED_BYTES:
-                self._write()
-
-    def _write(self) -> None:
-        data = b"".join(
-            encode(PartNote(path=path, token=token, start=start, stop=stop, sha256=sha256, crc32=crc32))
-            for path, token, start, stop, sha256, crc32 in self._notes
-        )
-        try:
-            write_all(self._fd, data, self._offset)
-            self._offset += len(data)
-            self._unsynced += self._unwritten
-            self._unwritten = 0
-            self._notes.clear()
-            if self._unsynced >= self._part_bytes:
-                os.fdatasync(self._fd)
-                self._unsynced = 0
-        except OSError as error:
-            raise self._writer.failure("writing", self._place, error) from error

@@ -26,7 +26,7 @@ from kserve_pvc._volume.tree import Tree
 from kserve_pvc.errors import StoreFormatError, VolumeError
 
 if TYPE_CHECKING:
-    from kserve_pvc._transfer import Donor
+    from kserve_pvc._download.adoption import Donor
 
 _MAX_JOURNAL_BYTES = 64 * 1024 * 1024
 
@@ -42,7 +42,7 @@ class Found:
     notes: tuple[PartNote, ...]
 
     def donor(self, tree: Tree) -> Donor:
-        from kserve_pvc._transfer import Donor
+        from kserve_pvc._download.adoption import Donor
 
         return Donor(
             notes=self.notes,

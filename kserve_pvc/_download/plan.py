@@ -9,8 +9,8 @@ from typing import Literal
 
 import attrs
 
+from kserve_pvc._download.reuse import find_donors, reusable_bytes, shared_bytes
 from kserve_pvc._format.log_entry import LogEntry
-from kserve_pvc._reuse import find_donors, reusable_bytes, shared_bytes
 from kserve_pvc._source.contract import Resolved
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.reading import Volume

@@ -10,45 +10,43 @@ takes those bytes over, checks them while doing so, and fetches the rest. Nothin
 
 from __future__ import annotations
 
-import copy
 import errno
 import hashlib
 import heapq
 import os
-import random
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from pathlib import PurePosixPath
-from types import TracebackType
-from typing import Protocol
 
-import attrs
-
+from kserve_pvc._download.adoption import Donor
+from kserve_pvc._download.destination import Destination, Observer, _CancelledError, _naming
+from kserve_pvc._download.hashes import _CRC32, _Hashes
+from kserve_pvc._download.pieces import _TRICKLE_BYTES, _AskedRange, _Tries
+from kserve_pvc._download.schedule import (
+    _MIB,
+    _SHORTEST_RANGE,
+    _at_once,
+    _is_free,
+    _Span,
+    _span_bytes,
+    _without,
+    _Writing,
+)
+from kserve_pvc._download.streams import Pace, Tuning
 from kserve_pvc._format.records import FileEntry, PartNote
-from kserve_pvc._pace import Pace, Tuning
-from kserve_pvc._source.contract import Backend, Checksum, RangeReader, RemoteFile
-from kserve_pvc._source.retry import delays
+from kserve_pvc._source.contract import Backend, Checksum, RemoteFile
 from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
 
 _BUFFER_BYTES = 1024 * 1024
-_MIB = 1024 * 1024
-# The least that is worth a request of its own; towards the end ranges shrink to it, so that all streams end together.
-_SHORTEST_RANGE = 8 * _MIB
-# Of the files that one worker fetches whole, those up to here are tiny: more of what is done for one needs the
-# interpreter's lock than not, so that more workers are slower than more requests of one worker.
-_TINY_BYTES = 256 * 1024
 # Below this an MD5 of the listing is good enough; above, the source is asked for a real checksum.
 _EVIDENCE_BYTES = 16 * _MIB
-# A stream that brings less than this in the time of a stall is as good as silent.
-_TRICKLE_BYTES = 16 * 1024
 # Receive buffers of all transfers of this process together: streams beyond it wait for one.
 _BUDGET_BYTES = 32 * _MIB
-
 _budget = threading.BoundedSemaphore(_BUDGET_BYTES // _BUFFER_BYTES)
 
 
@@ -59,158 +57,6 @@ def _forget_budget() -> None:
 
 # What other threads held at the time of a fork is not held in the child.
 os.register_at_fork(after_in_child=_forget_budget)
-
-
-@attrs.frozen(kw_only=True)
-class Donor:
-    """
-    A file that somebody else wrote and that may hold the bytes we want.
-
-    `notes` says what of it is proven by which digest. A note of a whole file also says that its writer has closed it
-    for good, so that its inode may be shared: `link` gives it a second name in our generation, or says that it cannot.
-    """
-
-    notes: tuple[PartNote, ...]
-    open_file: Callable[[], AbstractContextManager[int]]
-    link: Callable[[PurePosixPath], bool]
-
-
-@attrs.frozen(kw_only=True)
-class Destination:
-    """
-    Where a generation is written.
-
-    `create` opens a new file, `allocate` reserves room for it, `write` puts bytes at an offset, `copy` puts those of
-    another file there (from, to, start, stop), `finish` makes the file immutable and closed, and durable if asked,
-    `note` appends to the journal the fields of a `PartNote`, `failure` says what an error of the volume means.
-    """
-
-    create: Callable[[PurePosixPath], int]
-    allocate: Callable[[int, int], None]
-    write: Callable[[int, memoryview, int], None]
-    copy: Callable[[int, int, int, int], bool]
-    finish: Callable[[int, PurePosixPath, bool], None]
-    note: Callable[[PurePosixPath, str, int, int, str | None, int | None], None]
-    failure: Callable[[str, PurePosixPath, OSError], Exception]
-
-
-class Observer(Protocol):
-    """
-    Hears of every byte, and ends the transfer by raising from `check`.
-    """
-
-    def check(self) -> None: ...
-
-    def adopted(self, size_bytes: int) -> None: ...
-
-    def received(self, size_bytes: int) -> None: ...
-
-    def retried(self, reason: str, delay: float) -> None: ...
-
-
-class _CancelledError(Exception):
-    """Another worker failed first."""
-
-
-class _Hashes:
-    """
-    The digests of one file, fed in order: ours, and the one the source vouches for.
-
-    `make` makes a checksum that the standard library does not have, by its name, or says that nobody can.
-    """
-
-    def __init__(self, digest: str, promised: str | None, make: Callable[[str], Checksum | None]) -> None:
-        self.sha256 = hashlib.sha256() if digest == "sha256" else None
-        self.promised = promised
-        self._make = make
-        self._kind = (promised or "").partition(":")[0]
-        self._other = None if self._kind == "sha256" else self._checksum()
-        self.is_needed = self.sha256 is not None or self._other is not None
-
-    def _checksum(self) -> Checksum | None:
-        if self._kind == "md5":
-            return hashlib.md5(usedforsecurity=False)
-        if self._kind == "crc32":
-            return _CRC32()
-        return self._make(self._kind) if self._kind else None
-
-    def anew(self) -> _Hashes:
-        return _Hashes("none" if self.sha256 is None else "sha256", self.promised, self._make)
-
-    def copy(self) -> _Hashes:
-        twin = copy.copy(self)
-        twin.sha256 = self.sha256 and self.sha256.copy()
-        twin._other = self._other and self._other.copy()
-        return twin
-
-    def update(self, piece: memoryview) -> None:
-        if self.sha256 is not None:
-            self.sha256.update(piece)
-        if self._other is not None:
-            self._other.update(piece)
-
-    def so_far(self) -> str | None:
-        return None if self.sha256 is None else self.sha256.hexdigest()
-
-    def compare(self) -> tuple[str, str] | None:
-        """What the source promised and what came, or None if it promised nothing."""
-        found = self.sha256 if self._kind == "sha256" else self._other
-        return None if found is None or self.promised is None else (self.promised, f"{self._kind}:{found.hexdigest()}")
-
-
-@attrs.define(eq=False)
-class _Writing:
-    """
-    One file being written: what nobody fetches yet, what is written, and how far it is hashed.
-    """
-
-    file: RemoteFile
-    fd: int
-    hashes: _Hashes
-    gaps: list[tuple[int, int]]
-    unwritten: int
-    hashed: int = 0
-    is_hashing: bool = False
-    is_adopted: bool = False
-    ready: dict[int, int] = attrs.field(factory=dict)
-
-    @property
-    def is_over(self) -> bool:
-        return (
-            not self.unwritten
-            and not self.is_hashing
-            and (self.hashed == self.file.entry.size_bytes or not self.hashes.is_needed)
-        )
-
-
-class _AskedRange:
-    """
-    A range that was asked for before anybody reads it, as a context manager around its reader. It is closed once.
-    """
-
-    def __init__(self, context: AbstractContextManager[RangeReader]) -> None:
-        self._context: AbstractContextManager[RangeReader] | None = context
-        self._reader = context.__enter__()
-
-    def __enter__(self) -> RangeReader:
-        return self._reader
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        context, self._context = self._context, None
-        if context is not None:
-            context.__exit__(kind, error, trace)
-
-
-@attrs.frozen
-class _Span:
-    """A range for one worker. `is_front`: it begins where the file is hashed up to, so it is hashed on the way."""
-
-    of: _Writing
-    start: int
-    stop: int
-    is_front: bool
 
 
 class Transfer:
@@ -816,76 +662,3 @@ class Transfer:
         if self._failure is not None:
             raise _CancelledError
         self._observer.check()
-
-
-class _CRC32:
-    def __init__(self, value: int = 0) -> None:
-        self.value = value
-
-    def update(self, piece: memoryview) -> None:
-        self.value = zlib.crc32(piece, self.value)
-
-    def hexdigest(self) -> str:
-        return f"{self.value:08x}"
-
-    def copy(self) -> _CRC32:
-        return _CRC32(self.value)
-
-
-class _Tries:
-    """
-    How often and how long something is tried that makes no progress.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._pauses = delays(random.random())
-        self._last = 0.2
-
-    def next_delay(self, retry_after: float | None) -> float | None:
-        """
-        Seconds until the next try, or None after the last. A source that is busy may be for long: only time limits it.
-        """
-        delay = next(self._pauses, None if retry_after is None else min(self._last * 2, 10.0))
-        if delay is None:
-            return None
-        self._last = delay
-        delay = max(delay, retry_after or 0.0)
-        return None if time.monotonic() + delay > self._deadline else delay
-
-
-def _at_once(file: RemoteFile) -> int:
-    """How many small files one worker asks for at the same time."""
-    return 4 if file.entry.size_bytes <= _TINY_BYTES else 2
-
-
-def _span_bytes(writing: _Writing) -> int:
-    return sum(stop - start for start, stop in writing.gaps)
-
-
-def _is_free(gaps: Sequence[tuple[int, int]], start: int, stop: int) -> bool:
-    return any(first <= start and stop <= last for first, last in gaps)
-
-
-def _without(gaps: Sequence[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
-    """Gaps without a range that lies in one of them."""
-    left = []
-    for first, last in gaps:
-        if first <= start and stop <= last:
-            left += [(a, b) for a, b in ((first, start), (stop, last)) if a < b]
-        else:
-            left.append((first, last))
-    return left
-
-
-@contextmanager
-def _naming(destination: Destination, path: PurePosixPath) -> Iterator[None]:
-    """Errors of the volume, in its words."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise destination.failure("writing", path, error) from error
