@@ -32,7 +32,7 @@ from kserve_pvc import (
 )
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends._direct import follow
-from kserve_pvc.backends._http import target_of
+from kserve_pvc.backends._http.target import target_of
 from kserve_pvc.backends.hf import HFBackend, _Addresses, _lifetime
 
 PART_BYTES = 100_000

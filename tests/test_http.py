@@ -17,8 +17,9 @@ import pytest
 import shell
 from weather import Authority, StormyS3
 
-from kserve_pvc.backends import _http
-from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of
+from kserve_pvc.backends._http import client as _http
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 
 HERE = "127.0.0.1"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"

@@ -17,7 +17,7 @@ from weather import StormyS3, refuse
 from kserve_pvc import ModelStore, SettingsError, SourceChangedError, SourceDeniedError, SourceNotFoundError
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends import s3 as module
-from kserve_pvc.backends._http import HTTPClient
+from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends.s3 import S3Backend
 
 BUCKET = "models"

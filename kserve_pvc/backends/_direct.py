@@ -17,7 +17,9 @@ from urllib.parse import quote, urljoin
 
 from kserve_pvc._source.contract import RemoteFile
 from kserve_pvc._source.retry import delays
-from kserve_pvc.backends._http import Answer, Exchange, HTTPClient, HTTPError, Target, target_of
+from kserve_pvc.backends._http.client import Exchange, HTTPClient
+from kserve_pvc.backends._http.connection import Answer
+from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.errors import PolicyError, SourceChangedError, SourceUnavailableError, StoreError
 
 _MAX_ERROR_BYTES = 64 * 1024

@@ -33,7 +33,8 @@ from kserve_pvc.backends._direct import (
     retry_after,
     unavailable,
 )
-from kserve_pvc.backends._http import HTTPClient, HTTPError, Target
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._xml import is_size, parse_xml
 from kserve_pvc.errors import (
     InvalidURIError,

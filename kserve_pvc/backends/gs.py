@@ -35,7 +35,8 @@ from kserve_pvc.backends._direct import (
     unavailable,
 )
 from kserve_pvc.backends._google_login import LoginError, find_endpoint, find_login, hide
-from kserve_pvc.backends._http import HTTPClient, HTTPError, Target
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.errors import (
     InvalidURIError,
     PolicyError,

@@ -30,7 +30,9 @@ from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Checksum, RemoteFile, Resolved, resolved
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._direct import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
-from kserve_pvc.backends._http import MOMENT, HTTPClient, HTTPError, Target, target_of
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._http.wire import MOMENT
 from kserve_pvc.errors import (
     InvalidURIError,
     SettingsError,

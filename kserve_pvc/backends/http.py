@@ -28,7 +28,8 @@ from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, Unpac
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._unpack import check_readable, is_archive
 from kserve_pvc.backends._direct import Reader, ask_patiently, follow, read_refusal, unavailable
-from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.errors import (
     InvalidURIError,
     PolicyError,
