@@ -37,8 +37,9 @@ from kserve_pvc import (
     UnsafePathError,
 )
 from kserve_pvc._source.ref import ModelRef, parse_ref
-from kserve_pvc.backends import _azure_login, azure
-from kserve_pvc.backends._azure_login import AccountKey, Anonymous, Signature, Token, find_login
+from kserve_pvc.backends import azure
+from kserve_pvc.backends._login import azure as _azure_login
+from kserve_pvc.backends._login.azure import AccountKey, Anonymous, Signature, Token, find_login
 from kserve_pvc.backends.azure import AzureBackend, RefusedError, parse_listing
 
 pytest.importorskip("azure.storage.blob", reason="`azure-storage-blob` is not installed")

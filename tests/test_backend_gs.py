@@ -43,8 +43,8 @@ from kserve_pvc import (
     UnsafePathError,
 )
 from kserve_pvc._source.ref import parse_ref
-from kserve_pvc.backends import _google_login
 from kserve_pvc.backends._http.target import target_of
+from kserve_pvc.backends._login import google as _google_login
 from kserve_pvc.backends.gs import GSBackend, RefusedError, parse_listing
 
 pytest.importorskip("google.auth", reason="`google-auth` is not installed")

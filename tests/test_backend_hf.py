@@ -31,9 +31,10 @@ from kserve_pvc import (
     UnsafePathError,
 )
 from kserve_pvc._source.ref import parse_ref
-from kserve_pvc.backends._direct import follow
+from kserve_pvc.backends._hf_addresses import _Addresses
 from kserve_pvc.backends._http.target import target_of
-from kserve_pvc.backends.hf import HFBackend, _Addresses, _lifetime
+from kserve_pvc.backends._ranges import follow
+from kserve_pvc.backends.hf import HFBackend, _lifetime
 
 PART_BYTES = 100_000
 NAME = "org/model"

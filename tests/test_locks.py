@@ -20,10 +20,10 @@ from kserve_pvc._format.layout import claim_dir
 from kserve_pvc._format.records import Beat, decode
 from kserve_pvc._keys.claims import break_claim, is_claimed, newest_epoch, read_claim, start_heart, take_claim
 from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.locks.external import OutsideLock
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import RENEW_DEADLINE, Heart, LeaseLostError
 from kserve_pvc.locks.liveness import here, is_provably_dead
-from kserve_pvc.locks.outside import OutsideLock
 
 KEY = "model-0123456789abcdef"
 
@@ -144,13 +144,13 @@ def test_a_lock_call_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
         honest(fd, flags)
 
     monkeypatch.setattr(portalocker, "lock", lock)
-    monkeypatch.setattr("kserve_pvc.locks.outside._PATIENCE", 0.05)
+    monkeypatch.setattr("kserve_pvc.locks.external._PATIENCE", 0.05)
     hanging = file_lock(lambda: os.open(path, os.O_RDWR | os.O_CREAT))
     tried = hanging.try_acquire()
     hanging.release()
     go_on.set()
     hanging._attempt.join()
-    monkeypatch.setattr("kserve_pvc.locks.outside._PATIENCE", 5)
+    monkeypatch.setattr("kserve_pvc.locks.external._PATIENCE", 5)
     other = file_lock(lambda: os.open(path, os.O_RDWR))
 
     assert (tried, other.try_acquire()) == (False, True)

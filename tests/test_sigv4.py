@@ -15,7 +15,7 @@ from botocore.credentials import Credentials as TheirCredentials
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kserve_pvc.backends._sigv4 import Credentials, encode_query, sign
+from kserve_pvc.backends._login.sigv4 import Credentials, encode_query, sign
 
 MOMENT = 1_790_000_000.75
 REGIONS = ["us-east-1", "eu-central-1", "us-gov-west-1", "auto", "garage"]

@@ -17,8 +17,8 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
-from kserve_pvc.backends._direct import RefusedError
 from kserve_pvc.backends._http.target import Target, target_of
+from kserve_pvc.backends._ranges import RefusedError
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
 _SIGNED_SECONDS = 3600

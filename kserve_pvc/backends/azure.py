@@ -23,8 +23,10 @@ import attrs
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
 from kserve_pvc._source.ref import ModelRef, redact
-from kserve_pvc.backends._azure_login import Signature, Token, TokenError, find_login, read_signature
-from kserve_pvc.backends._direct import (
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target
+from kserve_pvc.backends._login.azure import Signature, Token, TokenError, find_login, read_signature
+from kserve_pvc.backends._ranges import (
     Reader,
     RefusedError,
     ask_patiently,
@@ -33,8 +35,6 @@ from kserve_pvc.backends._direct import (
     retry_after,
     unavailable,
 )
-from kserve_pvc.backends._http.client import HTTPClient
-from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._xml import is_size, parse_xml
 from kserve_pvc.errors import (
     InvalidURIError,

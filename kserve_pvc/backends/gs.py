@@ -25,7 +25,10 @@ from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._crc32c import make_checksum
-from kserve_pvc.backends._direct import (
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target
+from kserve_pvc.backends._login.google import LoginError, find_endpoint, find_login, hide
+from kserve_pvc.backends._ranges import (
     Reader,
     RefusedError,
     ask_patiently,
@@ -34,9 +37,6 @@ from kserve_pvc.backends._direct import (
     retry_after,
     unavailable,
 )
-from kserve_pvc.backends._google_login import LoginError, find_endpoint, find_login, hide
-from kserve_pvc.backends._http.client import HTTPClient
-from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.errors import (
     InvalidURIError,
     PolicyError,

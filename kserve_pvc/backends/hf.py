@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,10 +27,10 @@ from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Checksum, RemoteFile, Resolved, resolved
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc.backends._direct import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
+from kserve_pvc.backends._hf_addresses import _Addresses
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.backends._http.wire import MOMENT
+from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
 from kserve_pvc.errors import (
     InvalidURIError,
     SettingsError,
@@ -61,7 +59,6 @@ _MAX_BLOB_SIZE = 10**9
 _BLOB = "gitblob"
 # How long an address is used that does not say when it ends, and at the most.
 _ADDRESS_SECONDS, _MAX_ADDRESS_SECONDS = 600.0, 3600.0
-_MAX_ADDRESSES = 1024
 
 
 @attrs.frozen
@@ -410,71 +407,6 @@ class _Range:
         for name, value in listed.items():
             if value is not None and headers.get(name, value).removeprefix("W/").strip('"') != value:
                 raise SourceChangedError(self._where, str(entry.path))
-
-
-@attrs.define(eq=False)
-class _Address:
-    target: Target | None = None
-    good_until: float = 0.0
-    is_asked_for: bool = False
-
-
-class _Addresses:
-    """
-    Where files were found to be, for as long as that is good, and who is asking. Used by all streams.
-    """
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[str, _Address] = OrderedDict()
-        self._guard = threading.Condition()
-
-    def take(self, name: str) -> tuple[Target | None, bool]:
-        """
-        The address of a file; or True: ask, and say what came of it; or, after a moment, neither: another one is
-        asking.
-        """
-        with self._guard:
-            if (address := self._entry(name)).is_asked_for:
-                self._guard.wait_for(lambda: not self._entry(name).is_asked_for, MOMENT)
-                address = self._entry(name)
-            if address.is_asked_for:
-                return None, False
-            if address.target is not None and time.monotonic() < address.good_until:
-                return address.target, False
-            address.target, address.is_asked_for = None, True
-            return None, True
-
-    def found(self, name: str, target: Target, seconds: float) -> None:
-        """
-        Remember an address for some seconds.
-        """
-        with self._guard:
-            address = self._entry(name)
-            address.target, address.good_until, address.is_asked_for = target, time.monotonic() + seconds, False
-            self._guard.notify_all()
-
-    def give_up(self, name: str) -> None:
-        """
-        Let another one ask.
-        """
-        with self._guard:
-            self._entry(name).is_asked_for = False
-            self._guard.notify_all()
-
-    def forget(self, name: str, target: Target) -> None:
-        """
-        Do not use an address again. One that somebody has learnt since stays.
-        """
-        with self._guard:
-            if (address := self._entry(name)).target == target:
-                address.target = None
-
-    def _entry(self, name: str) -> _Address:
-        address = self._known.setdefault(name, _Address())
-        self._known.move_to_end(name)
-        if len(self._known) > _MAX_ADDRESSES:
-            self._known.popitem(last=False)
-        return address
 
 
 def _parse(ref: ModelRef) -> _Wish:

@@ -26,7 +26,10 @@ from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
 from kserve_pvc._source.ref import ModelRef, redact
 from kserve_pvc.backends._crc32c import make_checksum
-from kserve_pvc.backends._direct import (
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._login.sigv4 import Credentials, encode_query, sign
+from kserve_pvc.backends._ranges import (
     Reader,
     RefusedError,
     ask_patiently,
@@ -35,9 +38,6 @@ from kserve_pvc.backends._direct import (
     retry_after,
     unavailable,
 )
-from kserve_pvc.backends._http.client import HTTPClient
-from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.backends._sigv4 import Credentials, encode_query, sign
 from kserve_pvc.backends._xml import is_size, parse_xml
 from kserve_pvc.errors import (
     InvalidURIError,

@@ -32,9 +32,9 @@ from kserve_pvc._volume.calls import allocate, copy_range, delete_tree
 from kserve_pvc._volume.mount import mount_of
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
+from kserve_pvc.locks.external import OutsideLock
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import LeaseLostError
-from kserve_pvc.locks.outside import OutsideLock
 
 OURS = PurePosixPath(".kserve-pvc-initialize")
 WORK = OURS / "work"

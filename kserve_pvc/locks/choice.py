@@ -15,7 +15,7 @@ import attrs
 from kserve_pvc._format.log_entry import StoreSettings
 from kserve_pvc.errors import SettingsError
 from kserve_pvc.locks import LOCKERS, Grab
-from kserve_pvc.locks.outside import OutsideLock
+from kserve_pvc.locks.external import OutsideLock
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _REDIS = re.compile(
