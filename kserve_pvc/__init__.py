@@ -6,7 +6,7 @@ A shared Kubernetes volume as a correct model store.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from kserve_pvc._bundle import Exported
+    from kserve_pvc._archive.export import Exported
     from kserve_pvc._diagnosis import Diagnosis, Finding, Speed
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Warmed

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from concurrent.futures import Executor
 
-    from kserve_pvc._bundle import Exported
+    from kserve_pvc._archive.export import Exported
     from kserve_pvc._diagnosis import Diagnosis
     from kserve_pvc._download.download import Outcome
     from kserve_pvc._download.plan import Plan
@@ -735,7 +735,8 @@ class ModelStore:
             PolicyError: The model was fetched without hashing, so nothing proves its bytes.
             SettingsError: The file would lie in the store, or something that is no regular file is there.
         """
-        from kserve_pvc._bundle import export_bundle, manifest_of
+        from kserve_pvc._archive.bundle_manifest import manifest_of
+        from kserve_pvc._archive.export import export_bundle
         from kserve_pvc._show.progress import make_listener
 
         selection: Mapping[str, Any] = {
@@ -780,7 +781,7 @@ class ModelStore:
         _check_timeout(timeout)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"import `{os.fspath(file)}`", _HOW_TO_WRITE)
-        from kserve_pvc._bundle import open_bundle
+        from kserve_pvc._archive.bundle import open_bundle
 
         with open_bundle(file, sha256=sha256) as bundle:
             ref = bundle.manifest.ref

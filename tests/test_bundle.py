@@ -38,7 +38,7 @@ from kserve_pvc import (
     UnsafePathError,
     VolumeError,
 )
-from kserve_pvc._bundle import _header, _padding
+from kserve_pvc._archive.bundle_bytes import _header, _padding
 
 MIB = 1024 * 1024
 URI = "fake://host/model"
@@ -418,7 +418,7 @@ def test_what_a_third_export_has_begun_is_not_taken_for_whole(tmp_path):
     """
     An export whose file was named by another one does not give that name to what lies under the private name since.
     """
-    from kserve_pvc._bundle import _give_name
+    from kserve_pvc._archive.export import _give_name
 
     partial, named = tmp_path / "m.tar.partial", tmp_path / "m.tar"
     partial.write_bytes(b"whole")
@@ -511,7 +511,7 @@ def test_an_import_takes_over_what_a_killed_one_left(large, isolated, monkeypatc
     """
     What was copied before is proven by its digest, and not read from the bundle again.
     """
-    from kserve_pvc import _bundle
+    from kserve_pvc._archive import bundle as _bundle
 
     reference = large[2]
     honest, opened = _bundle.Bundle.open_range, []
@@ -947,7 +947,7 @@ def test_a_bundle_that_changes_while_it_is_read_is_noticed(isolated, bundle, mon
     """
     A bundle that shrinks or is written over after it was opened publishes nothing.
     """
-    from kserve_pvc import _bundle
+    from kserve_pvc._archive import bundle as _bundle
 
     honest, good = _bundle.Bundle.resolve, bundle.read_bytes()
 

@@ -41,7 +41,8 @@ COMMAND = [sys.executable, "-I", "-c", "import sys; from kserve_pvc.kserve._init
 AS_OPENSHIFT = """
 import os, sys, ctypes, fcntl, portalocker
 from kserve_pvc import *
-from kserve_pvc import _bundle, _unpack
+from kserve_pvc._archive import unpack as _unpack
+from kserve_pvc._archive import bundle as _bundle
 from kserve_pvc._download import download as _download
 from kserve_pvc._download.download import transfer as _transfer
 from kserve_pvc._keys import removal as _removal

@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from kserve_pvc import DigestMismatchError, PolicyError, UnsafePathError
+from kserve_pvc._archive.members import _HARMLESS_BYTES
+from kserve_pvc._archive.unpack import _load_zstd, check_readable, is_archive, unpack
 from kserve_pvc._source.contract import UnpackLimits
-from kserve_pvc._unpack import _HARMLESS_BYTES, _load_zstd, check_readable, is_archive, unpack
 
 FILES = {
     "config.json": b'{"layers": 2}',
@@ -552,7 +553,7 @@ def test_a_missing_package_is_named(monkeypatch):
     def missing() -> None:
         raise ImportError("No module named 'backports.zstd'")
 
-    monkeypatch.setattr("kserve_pvc._unpack._load_zstd", missing)
+    monkeypatch.setattr("kserve_pvc._archive.unpack._load_zstd", missing)
 
     with pytest.raises(PolicyError, match=r"pip install 'kserve-pvc\[http\]'"):
         check_readable("m.tar.zst")

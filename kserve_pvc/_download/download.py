@@ -57,7 +57,7 @@ from kserve_pvc.locks.choice import outside_lock
 from kserve_pvc.locks.lease import LeaseLostError
 
 if TYPE_CHECKING:
-    from kserve_pvc._unpack import Member
+    from kserve_pvc._archive.members import Member
 from kserve_pvc._download.journal import _Journal
 from kserve_pvc._download.tally import _nothing, _Tally
 
@@ -343,7 +343,7 @@ class Download:
         return tuple(sorted(files, key=lambda f: str(f.path).replace("/", "\0")))
 
     def _unpack(self, tree: Tree, place: PurePosixPath, archive: RemoteFile) -> Sequence[FileEntry]:
-        from kserve_pvc._unpack import unpack
+        from kserve_pvc._archive.unpack import unpack
 
         assert archive.unpack is not None  # It was looked at.
         path = archive.entry.path

@@ -22,11 +22,11 @@ from urllib.parse import quote, unquote
 
 import attrs
 
+from kserve_pvc._archive.unpack import check_readable, is_archive
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, UnpackLimits, resolved
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc._unpack import check_readable, is_archive
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, unavailable
