@@ -7,12 +7,12 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from kserve_pvc._archive.export import Exported
-    from kserve_pvc._diagnosis import Diagnosis, Finding, Speed
+    from kserve_pvc._doctor.diagnosis import Diagnosis, Finding, Speed
+    from kserve_pvc._doctor.reports import LockTest, PeerReport, Race
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Warmed
     from kserve_pvc._format.records import FileEntry, Record
     from kserve_pvc._keys.claims import LockInfo
-    from kserve_pvc._meeting import LockTest, PeerReport, Race
     from kserve_pvc._settings import mode_from_annotations
     from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, Resolved, resolved
     from kserve_pvc._source.ref import ModelRef

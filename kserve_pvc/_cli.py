@@ -418,8 +418,8 @@ def _age(seconds: float) -> str:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from kserve_pvc._diagnosis_text import tell
-    from kserve_pvc._doctor import diagnose
+    from kserve_pvc._doctor.doctor import diagnose
+    from kserve_pvc._doctor.text import tell
 
     settings = read_settings()
     if not arguments.timeout >= 0:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from kserve_pvc._archive.export import Exported
-    from kserve_pvc._diagnosis import Diagnosis
+    from kserve_pvc._doctor.diagnosis import Diagnosis
     from kserve_pvc._download.download import Outcome
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Item, Listen, Warmed
@@ -845,7 +845,7 @@ class ModelStore:
             ReadOnlyStoreError: A peer was asked for, and the store may only be read.
             SettingsError: The name or the time means nothing.
         """
-        from kserve_pvc._doctor import diagnose
+        from kserve_pvc._doctor.doctor import diagnose
 
         _check_timeout(timeout)
         return diagnose(self.root, writes=self._writer is not None, holder=_this_process(), peer=peer, timeout=timeout)

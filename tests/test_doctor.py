@@ -20,13 +20,14 @@ from volumes import MOUNTS, NETWORK, CannotStartError, SharedVolume, fresh_root
 from waiting import until
 
 from kserve_pvc import Diagnosis, LockTest, ModelStore, PeerReport, Profile, Race, ReadOnlyStoreError, SettingsError
-from kserve_pvc import _meeting as meeting
-from kserve_pvc._diagnosis import Speed, judge
-from kserve_pvc._diagnosis_text import tell
-from kserve_pvc._doctor import diagnose, sweep
+from kserve_pvc._doctor.diagnosis import Speed, judge
+from kserve_pvc._doctor.doctor import diagnose, sweep
+from kserve_pvc._doctor.doctor import peer as meeting
+from kserve_pvc._doctor.peer import beating, new_directory
+from kserve_pvc._doctor.reports import Hello, Message
+from kserve_pvc._doctor.text import tell
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import encode
-from kserve_pvc._meeting import Hello, Message, beating, new_directory
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.locks.liveness import here
 
@@ -344,7 +345,7 @@ def test_a_quota_below_what_is_said_to_be_free_is_a_finding(root, tool):
 
 DENIED = """
 from pathlib import Path
-from kserve_pvc._doctor import diagnose
+from kserve_pvc._doctor.doctor import diagnose
 from kserve_pvc.locks.liveness import here
 for finding in diagnose(sys.argv[1], writes=True, holder=here()).findings:
     print(finding.level, finding.what, finding.remedy)

@@ -15,7 +15,7 @@ import attrs
 from auditor import hash_tree
 
 from kserve_pvc import Diagnosis, ModelStore, StoreError
-from kserve_pvc._doctor import diagnose
+from kserve_pvc._doctor.doctor import diagnose
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.locks import liveness
 

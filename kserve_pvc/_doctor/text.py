@@ -12,8 +12,8 @@ from kserve_pvc._show.units import amount
 from kserve_pvc.errors import printable
 
 if TYPE_CHECKING:
-    from kserve_pvc._diagnosis import Diagnosis
-    from kserve_pvc._meeting import PeerReport
+    from kserve_pvc._doctor.diagnosis import Diagnosis
+    from kserve_pvc._doctor.reports import PeerReport
 
 _WIDTH = 100
 _SAID: Mapping[object, str] = {None: "not tried", True: "yes", False: "no"}

@@ -10,7 +10,7 @@ from typing import Literal
 
 import attrs
 
-from kserve_pvc._meeting import LockTest, PeerReport, Race
+from kserve_pvc._doctor.reports import LockTest, PeerReport, Race
 from kserve_pvc._show.units import amount
 from kserve_pvc._volume.profile import Profile
 

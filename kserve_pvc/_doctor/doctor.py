@@ -18,20 +18,12 @@ from typing import Any, Literal
 import attrs
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc._diagnosis import Diagnosis, Finding, Level, Speed, judge
+from kserve_pvc._doctor.diagnosis import Diagnosis, Finding, Level, Speed, judge
+from kserve_pvc._doctor.peer import BEAT_LEASE, DIRECTORY, beating, check_meeting, meet, new_directory, read_beat
+from kserve_pvc._doctor.reports import PeerReport
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode
 from kserve_pvc._format.log_entry import Holder, StoreSettings, decode_settings
-from kserve_pvc._meeting import (
-    BEAT_LEASE,
-    DIRECTORY,
-    PeerReport,
-    beating,
-    check_meeting,
-    meet,
-    new_directory,
-    read_beat,
-)
 from kserve_pvc._show.units import amount
 from kserve_pvc._volume.profile import Profile, describe, probe
 from kserve_pvc._volume.reading import Volume
