@@ -47,7 +47,7 @@ OUTCOMES = {
 COMMAND = """
 import logging, sys
 from functools import partial
-from kserve_pvc import _cli
+from kserve_pvc._cli import main as _cli
 
 logging.basicConfig(level=logging.DEBUG)
 _cli.ModelStore = partial(_cli.ModelStore, retry_seconds=0.5, stall_seconds=1)

@@ -20,7 +20,7 @@ from waiting import until
 
 import kserve_pvc
 from kserve_pvc import ModelStore, SourceNotFoundError
-from kserve_pvc._cli import main
+from kserve_pvc._cli.main import main
 
 BUCKET = "models"
 FILES = model_files(seed=41)

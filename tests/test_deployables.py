@@ -17,7 +17,7 @@ import deployables  # noqa: E402
 import kserve_rules  # noqa: E402
 
 import kserve_pvc  # noqa: E402
-from kserve_pvc import _cli  # noqa: E402
+from kserve_pvc._cli import main as _cli  # noqa: E402
 from kserve_pvc.kserve import mutate_pod, read_policy, share_volume  # noqa: E402
 
 IMAGE = f"registry.example.com/kserve-pvc:{kserve_pvc.__version__}"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kserve_pvc import SettingsError
-from kserve_pvc._cli import main
+from kserve_pvc._cli.main import main
 from kserve_pvc.kserve._yaml import read_documents, write_documents
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed, the extra `kserve`")

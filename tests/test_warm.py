@@ -34,8 +34,8 @@ from kserve_pvc import (
     SourceNotFoundError,
     SourceUnavailableError,
     StoreFormatError,
-    _cli,
 )
+from kserve_pvc._cli import main as _cli
 from kserve_pvc._show.events import Finished, Retried, Waiting
 from kserve_pvc._show.progress import make_listener
 
