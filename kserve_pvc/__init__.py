@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from kserve_pvc._download.warm import Warmed
     from kserve_pvc._format.records import FileEntry, Record
     from kserve_pvc._keys.claims import LockInfo
+    from kserve_pvc._model import Model
     from kserve_pvc._settings import mode_from_annotations
     from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, Resolved, resolved
     from kserve_pvc._source.ref import ModelRef
-    from kserve_pvc._store import Model, ModelStore
+    from kserve_pvc._store import ModelStore
     from kserve_pvc._volume.profile import Profile
     from kserve_pvc._volume.verify import Problem, Verification
     from kserve_pvc.errors import (

@@ -10,8 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from copy import copy
-from datetime import datetime
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -19,15 +18,9 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._format import layout
-from kserve_pvc._format.codec import KEY, MAX_RECORD_BYTES
+from kserve_pvc._format.codec import KEY
 from kserve_pvc._format.log_entry import (
-    MAX_LEASE_SECONDS,
-    MIN_LEASE_SECONDS,
     LogEntry,
-    StoreSettings,
-    decode_settings,
-    encode_settings,
-    now,
 )
 from kserve_pvc._keys.log import LogView, read_log, read_log_of, read_manifest
 from kserve_pvc._source.ref import ModelRef, Patterns, parse_ref
@@ -35,7 +28,6 @@ from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     DamagedRecordError,
-    LockerMismatchError,
     LockTimeoutError,
     ModelNotFoundError,
     PolicyError,
@@ -56,100 +48,15 @@ if TYPE_CHECKING:
     from kserve_pvc._download.download import Outcome
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Item, Listen, Warmed
-    from kserve_pvc._format.records import Holder, Record
     from kserve_pvc._keys.claims import LockInfo
     from kserve_pvc._settings import Mode
     from kserve_pvc._show.events import Listener
     from kserve_pvc._show.progress import Callback
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._volume.verify import Level, Verification
-
-# What is understood without the module that understands all of them.
-_PLAIN_LOCKERS = ("lease", "flock")
-
-Status = Literal["present", "downloaded", "waited"]
-
-# One download per process is a matter of the process, not of one ModelStore object: (store id, key) -> lock.
-_flights: dict[tuple[str, str], threading.Lock] = {}
-_process_guard = threading.Lock()
-# The newest record this process has returned, so that a stale listing never takes it back to an older one.
-_returned: dict[tuple[str, str], int] = {}
-
-
-def _forget_flights() -> None:
-    global _process_guard
-    _process_guard = threading.Lock()
-    _flights.clear()
-
-
-# A lock that another thread held at the time of a fork would stay locked in the child for ever.
-os.register_at_fork(after_in_child=_forget_flights)
-
-
-@attrs.frozen(slots=False, kw_only=True)
-class Model:
-    """
-    A complete, verified model on the volume. `os.fspath(model)` is its directory.
-
-    It stays valid until the model is removed; hold `ModelStore.open` to keep it from being removed.
-
-    Args:
-        status: How this call got it: it was `present`, was `downloaded` by this call, or was `waited` for.
-        bytes_fetched: What this call itself read from the source.
-        seconds: How long the call took.
-    """
-
-    uri: str
-    revision: str | None
-    allow_patterns: tuple[str, ...] | None
-    ignore_patterns: tuple[str, ...]
-    key: str
-    version: str
-    path: Path
-    status: Status
-    size_bytes: int
-    files: int
-    created_at: datetime
-    bytes_fetched: int = 0
-    seconds: float = 0.0
-    _entry: LogEntry = attrs.field(repr=False, alias="entry")
-    _root: Path = attrs.field(repr=False, alias="root")
-
-    @cached_property
-    def record(self) -> Record:
-        """
-        Where the model came from and every file of it, read from the volume when first asked for.
-
-        Raises:
-            StoreFormatError: The manifest is damaged or gone.
-        """
-        from kserve_pvc._format.records import Record
-
-        entry, manifest = self._entry, read_manifest(Volume(self._root), self._entry)
-        return Record(
-            uri=entry.uri,
-            revision=entry.revision,
-            allow_patterns=entry.allow_patterns,
-            ignore_patterns=entry.ignore_patterns,
-            key=entry.key,
-            version=entry.version,
-            generation=entry.generation,
-            files=manifest.files,
-            size_bytes=entry.size_bytes,
-            created_at=entry.created_at,
-            writer=entry.writer,
-        )
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    def _repr_html_(self) -> str:
-        from kserve_pvc._show.html import show_model
-
-        return show_model(**self._facts())
-
-    def _facts(self) -> dict[str, Any]:
-        return attrs.asdict(self, filter=lambda field, _: bool(field.repr))
+from kserve_pvc._model import Model, Status
+from kserve_pvc._opening import _check_agreement, _check_arguments, _check_tuning, _create_store, _read_store_settings
+from kserve_pvc._process import _flights, _process_guard, _returned, _this_process
 
 
 class ModelStore:
@@ -1004,83 +911,6 @@ def _present(view: LogView) -> LogEntry | None:
     return view.entry if view.entry is not None and view.entry.is_present else None
 
 
-def _this_process() -> Holder:
-    from kserve_pvc._settings import pod_and_node
-    from kserve_pvc.locks.liveness import here
-
-    return here(*pod_and_node())
-
-
-def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None) -> None:
-    if mode not in ("r", "rw"):
-        raise SettingsError("mode", str(mode), 'write "r" or "rw"')
-    if locker is not None:
-        from kserve_pvc.locks.choice import parse_locker
-
-        parse_locker(locker)
-    if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
-        raise SettingsError(
-            "lease_seconds",
-            str(lease_seconds),
-            f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds",
-        )
-
-
 def _check_timeout(timeout: float) -> None:
     if not timeout >= 0:
         raise SettingsError("timeout", str(timeout), "write a number of seconds, 0 or more")
-
-
-def _check_tuning(part_bytes: int, digest: str, stall_seconds: float, retry_seconds: float) -> None:
-    for name, value in (("part_bytes", part_bytes), ("stall_seconds", stall_seconds), ("retry_seconds", retry_seconds)):
-        if not value > 0:
-            raise SettingsError(name, str(value), "it must be positive")
-    if digest not in ("sha256", "none"):
-        raise SettingsError("digest", str(digest), "write `sha256` or `none`")
-
-
-def _read_store_settings(volume: Volume) -> StoreSettings | None:
-    data = volume.read(layout.SETTINGS, MAX_RECORD_BYTES)
-    return None if data is None else decode_settings(data, str(layout.SETTINGS))
-
-
-def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
-    from kserve_pvc._volume.profile import probe_here
-
-    chosen = "lease"
-    if locker is not None:
-        from kserve_pvc.locks.choice import parse_locker, settled
-
-        chosen = str(settled(parse_locker(locker), os.environ))
-    # A volume on which no store can be correct is refused before there is one.
-    default = probe_here(writer).lease_seconds
-    settings = StoreSettings(
-        store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now()
-    )
-    private = layout.staging_dir(f"create-{settings.store_id}")
-    writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
-    writer.throw_away(private)
-    # Another process may have been first: what is there counts, for everybody.
-    return _read_store_settings(writer) or settings
-
-
-def _check_agreement(volume: Volume, settings: StoreSettings, locker: str | None, lease_seconds: float | None) -> None:
-    if settings.locker not in _PLAIN_LOCKERS or locker not in (None, settings.locker):
-        _check_same_locker(volume, settings.locker, locker)
-    if lease_seconds is not None and lease_seconds != settings.lease_seconds:
-        raise LockerMismatchError(
-            str(volume.root), "lease_seconds", f"{settings.lease_seconds:g}", f"{lease_seconds:g}"
-        )
-
-
-def _check_same_locker(volume: Volume, stored: str, wanted: str | None) -> None:
-    from kserve_pvc.locks.choice import parse_locker
-
-    try:
-        choice = parse_locker(stored)
-    except SettingsError as error:
-        raise StoreFormatError(
-            str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc"
-        ) from error
-    if wanted is not None and not parse_locker(wanted).agrees_with(choice):
-        raise LockerMismatchError(str(volume.root), "locker", stored, wanted)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from kserve_pvc._model import Model
 from kserve_pvc._source.ref import redact
-from kserve_pvc._store import Model
 from kserve_pvc.errors import StoreError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that does.

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from kserve_pvc import _defaults as defaults
+from kserve_pvc._process import _this_process
 from kserve_pvc._settings import read_settings
-from kserve_pvc._store import ModelStore, _this_process
+from kserve_pvc._store import ModelStore
 from kserve_pvc.errors import SettingsError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that does.

@@ -19,8 +19,8 @@ from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
+    from kserve_pvc._model import Model
     from kserve_pvc._show.progress import Callback
-    from kserve_pvc._store import Model
 
 Item = str | ModelRef | Mapping[str, Any]
 Listen = Callable[[], AbstractContextManager[Listener]]

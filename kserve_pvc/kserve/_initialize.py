@@ -25,9 +25,10 @@ import attrs
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._keys.aliases import settle_view
+from kserve_pvc._model import Model
 from kserve_pvc._settings import pod_and_node
 from kserve_pvc._source.ref import ModelRef, parse_ref, redact
-from kserve_pvc._store import Model, ModelStore
+from kserve_pvc._store import ModelStore
 from kserve_pvc._volume.profile import NETWORK_LEASE_SECONDS
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
