@@ -5,7 +5,6 @@ Opening a store: arguments checked, settings read, a new store created and agree
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES
@@ -27,15 +26,13 @@ from kserve_pvc.errors import (
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or talks to a source is imported by the method that does it.
-if TYPE_CHECKING:
-    pass
 
 
 # What is understood without the module that understands all of them.
 _PLAIN_LOCKERS = ("lease", "flock")
 
 
-def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None) -> None:
+def check_arguments(mode: str, locker: str | None, lease_seconds: float | None) -> None:
     if mode not in ("r", "rw"):
         raise SettingsError("mode", str(mode), 'write "r" or "rw"')
     if locker is not None:
@@ -50,7 +47,7 @@ def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None)
         )
 
 
-def _check_tuning(part_bytes: int, digest: str, stall_seconds: float, retry_seconds: float) -> None:
+def check_tuning(part_bytes: int, digest: str, stall_seconds: float, retry_seconds: float) -> None:
     for name, value in (("part_bytes", part_bytes), ("stall_seconds", stall_seconds), ("retry_seconds", retry_seconds)):
         if not value > 0:
             raise SettingsError(name, str(value), "it must be positive")
@@ -58,12 +55,12 @@ def _check_tuning(part_bytes: int, digest: str, stall_seconds: float, retry_seco
         raise SettingsError("digest", str(digest), "write `sha256` or `none`")
 
 
-def _read_store_settings(volume: Volume) -> StoreSettings | None:
+def read_store_settings(volume: Volume) -> StoreSettings | None:
     data = volume.read(layout.SETTINGS, MAX_RECORD_BYTES)
     return None if data is None else decode_settings(data, str(layout.SETTINGS))
 
 
-def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
+def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
     from kserve_pvc._volume.profile import probe_here
 
     chosen = "lease"
@@ -80,10 +77,10 @@ def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
     writer.throw_away(private)
     # Another process may have been first: what is there counts, for everybody.
-    return _read_store_settings(writer) or settings
+    return read_store_settings(writer) or settings
 
 
-def _check_agreement(volume: Volume, settings: StoreSettings, locker: str | None, lease_seconds: float | None) -> None:
+def check_agreement(volume: Volume, settings: StoreSettings, locker: str | None, lease_seconds: float | None) -> None:
     if settings.locker not in _PLAIN_LOCKERS or locker not in (None, settings.locker):
         _check_same_locker(volume, settings.locker, locker)
     if lease_seconds is not None and lease_seconds != settings.lease_seconds:

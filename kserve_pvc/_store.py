@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._volume.verify import Level, Verification
 from kserve_pvc._model import Model, Status
-from kserve_pvc._opening import _check_agreement, _check_arguments, _check_tuning, _create_store, _read_store_settings
+from kserve_pvc._opening import check_agreement, check_arguments, check_tuning, create_store, read_store_settings
 from kserve_pvc._process import _flights, _process_guard, _returned, _this_process
 
 
@@ -116,17 +116,17 @@ class ModelStore:
         retry_seconds: float = defaults.RETRY_SECONDS,
         offline: bool | None = None,
     ) -> None:
-        _check_arguments(mode, locker, lease_seconds)
-        _check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
+        check_arguments(mode, locker, lease_seconds)
+        check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
         self._volume = Volume(root)
-        self._settings = _read_store_settings(self._volume)
+        self._settings = read_store_settings(self._volume)
         # The tool that writes exists only here: a read-only store has nothing to write with.
         self._writer: VolumeWriter | None = None
         if mode == "rw":
             self._writer = VolumeWriter(root)
-            self._settings = self._settings or _create_store(self._writer, locker, lease_seconds)
+            self._settings = self._settings or create_store(self._writer, locker, lease_seconds)
             # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
-            _check_agreement(self._volume, self._settings, locker, lease_seconds)
+            check_agreement(self._volume, self._settings, locker, lease_seconds)
         self._locker = locker
         self._offline = offline
         self._factories = dict(backends or {})

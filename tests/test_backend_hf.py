@@ -31,7 +31,7 @@ from kserve_pvc import (
     UnsafePathError,
 )
 from kserve_pvc._source.ref import parse_ref
-from kserve_pvc.backends._hf_addresses import _Addresses
+from kserve_pvc.backends._hf_addresses import Addresses
 from kserve_pvc.backends._http.target import target_of
 from kserve_pvc.backends._ranges import follow
 from kserve_pvc.backends.hf import HFBackend, _lifetime
@@ -594,7 +594,7 @@ def test_addresses_are_not_kept_without_bound():
     """
     However many files a model has, a bounded number of addresses is remembered.
     """
-    addresses = _Addresses()
+    addresses = Addresses()
     for number in range(5000):
         addresses.found(str(number), target_of("https://x/"), 60.0)
 

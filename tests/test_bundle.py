@@ -38,7 +38,7 @@ from kserve_pvc import (
     UnsafePathError,
     VolumeError,
 )
-from kserve_pvc._archive.bundle_bytes import _header, _padding
+from kserve_pvc._archive.bundle_bytes import _padding, tar_header
 
 MIB = 1024 * 1024
 URI = "fake://host/model"
@@ -129,12 +129,12 @@ def forged(path: Path, body: dict, files=FILES) -> Path:
     An archive that is a bundle in every respect but what its manifest says.
     """
     data = signed({name: value for name, value in body.items() if value is not ABSENT})
-    pieces = [_header(MANIFEST, len(data)), data, _padding(len(data))]
+    pieces = [tar_header(MANIFEST, len(data)), data, _padding(len(data))]
     for entry in body["files"] if isinstance(body.get("files"), list) else ():
         content = files.get(entry["path"], b"")
-        pieces += [_header(f"model/{entry['path']}", len(content)), content, _padding(len(content))]
+        pieces += [tar_header(f"model/{entry['path']}", len(content)), content, _padding(len(content))]
     end = hashlib.sha256(data).hexdigest().encode() + b"\n"
-    path.write_bytes(b"".join([*pieces, _header(END, len(end)), end, _padding(len(end)), bytes(1024)]))
+    path.write_bytes(b"".join([*pieces, tar_header(END, len(end)), end, _padding(len(end)), bytes(1024)]))
     return path
 
 
@@ -262,7 +262,7 @@ def test_every_name_and_size_can_be_written_down(name, size):
     """
     What the standard library reads from a header is the name and the size it was made of.
     """
-    with tarfile.open(fileobj=io.BytesIO(_header(name, size) + bytes(1024))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(tar_header(name, size) + bytes(1024))) as archive:
         member = archive.next()
 
     assert (member.name, member.size, member.isreg()) == (name, size, True)
@@ -275,9 +275,9 @@ def test_a_member_of_more_than_eight_gibibytes_is_read_by_tar(tmp_path, tool):
     size = 9 * 1024 * MIB + 5
     archive = tmp_path / "m.tar"
     with archive.open("wb") as file:
-        file.write(_header("model/large", size))
+        file.write(tar_header("model/large", size))
         file.seek(size + len(_padding(size)), os.SEEK_CUR)
-        file.write(_header("model/small", 0) + bytes(1024))
+        file.write(tar_header("model/small", 0) + bytes(1024))
 
     listed = subprocess.run(
         [tool("tar"), "-tvf", archive], check=True, capture_output=True, text=True
@@ -801,8 +801,8 @@ PACKED = {
     "an empty archive": lambda bundle, target: target.write_bytes(bytes(10_240)),
     "something follows": lambda bundle, target: target.write_bytes(bundle.read_bytes() + bytes(512)),
     "two bundles": lambda bundle, target: target.write_bytes(bundle.read_bytes() * 2),
-    "a manifest without end": lambda bundle, target: target.write_bytes(_header(MANIFEST, 8**11 - 1) + bytes(1000)),
-    "a manifest of nothing": lambda bundle, target: target.write_bytes(_header(MANIFEST, 0) + bytes(1024)),
+    "a manifest without end": lambda bundle, target: target.write_bytes(tar_header(MANIFEST, 8**11 - 1) + bytes(1000)),
+    "a manifest of nothing": lambda bundle, target: target.write_bytes(tar_header(MANIFEST, 0) + bytes(1024)),
 }
 
 
@@ -907,11 +907,11 @@ def test_a_manifest_in_another_spelling_is_refused(isolated, bundle, tmp_path):
     rest = bundle.read_bytes()[512 + size + len(_padding(size)) : -2048]
     end = hashlib.sha256(spelled).hexdigest().encode() + b"\n"
     pieces = [
-        _header(MANIFEST, len(spelled)),
+        tar_header(MANIFEST, len(spelled)),
         spelled,
         _padding(len(spelled)),
         rest,
-        _header(END, len(end)),
+        tar_header(END, len(end)),
         end,
         _padding(len(end)),
         bytes(1024),

@@ -19,7 +19,16 @@ from pathlib import PurePosixPath
 
 import attrs
 
-from kserve_pvc._archive.bundle_bytes import _BLOCK, _SIZE_FIELD, MANIFEST_NAME, _header, _length, _pieces, _Plan, _plan
+from kserve_pvc._archive.bundle_bytes import (
+    BLOCK,
+    MANIFEST_NAME,
+    SIZE_FIELD,
+    BundlePlan,
+    bundle_length,
+    bundle_pieces,
+    plan_bundle,
+    tar_header,
+)
 from kserve_pvc._archive.bundle_manifest import BundleManifest
 from kserve_pvc._format.codec import SHA256, decode, encode
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES
@@ -36,7 +45,7 @@ from kserve_pvc.errors import (
     StoreFormatError,
 )
 
-_BUFFER_BYTES = 1024 * 1024
+BUFFER_BYTES = 1024 * 1024
 
 
 @contextmanager
@@ -99,26 +108,26 @@ def _read_bundle(fd: int, name: str) -> Bundle:
     return Bundle(path=name, manifest=plan.manifest, sha256=plan.sha256, places=places, fd=fd)
 
 
-def _read_plan(fd: int, name: str, bundle_bytes: int) -> _Plan:
-    head = os.pread(fd, _BLOCK, 0)
+def _read_plan(fd: int, name: str, bundle_bytes: int) -> BundlePlan:
+    head = os.pread(fd, BLOCK, 0)
     try:
-        size_bytes = int(head[_SIZE_FIELD], 8)
+        size_bytes = int(head[SIZE_FIELD], 8)
     except ValueError:
         size_bytes = -1
-    if size_bytes < 0 or head != _header(MANIFEST_NAME, size_bytes):
+    if size_bytes < 0 or head != tar_header(MANIFEST_NAME, size_bytes):
         raise StoreFormatError(name, "it does not begin as a bundle does")
     if size_bytes > MAX_MANIFEST_BYTES:
         raise StoreFormatError(name, f"its manifest is larger than {MAX_MANIFEST_BYTES} bytes")
-    if _BLOCK + size_bytes > bundle_bytes:
+    if BLOCK + size_bytes > bundle_bytes:
         raise StoreFormatError(name, "it ends inside its manifest, so it was cut off; copy it again")
-    data = os.pread(fd, size_bytes, _BLOCK)
+    data = os.pread(fd, size_bytes, BLOCK)
     manifest = decode(BundleManifest, data, name)
     if encode(manifest) != data:
         raise StoreFormatError(name, "its manifest is not written as a manifest is")
-    return _plan(manifest, data)
+    return plan_bundle(manifest, data)
 
 
-def _compare(fd: int, name: str, plan: _Plan, size_bytes: int) -> Mapping[PurePosixPath, int]:
+def _compare(fd: int, name: str, plan: BundlePlan, size_bytes: int) -> Mapping[PurePosixPath, int]:
     """Compare all but the files with what it has to be, and return where these lie."""
     if size_bytes < plan.size_bytes:
         reason = f"it has {size_bytes} of {plan.size_bytes} bytes, so it was cut off; copy it again, or end its export"
@@ -126,14 +135,14 @@ def _compare(fd: int, name: str, plan: _Plan, size_bytes: int) -> Mapping[PurePo
     if size_bytes > plan.size_bytes:
         raise StoreFormatError(name, f"{size_bytes - plan.size_bytes} bytes follow its end")
     places, at = {}, 0
-    for piece in _pieces(plan.manifest, plan.data):
+    for piece in bundle_pieces(plan.manifest, plan.data):
         if not isinstance(piece, bytes):
             places[piece.path] = at
         elif os.pread(fd, len(piece), at) != piece:
             raise StoreFormatError(
                 name, f"what begins at byte {at} is not what its manifest makes it, so it was changed or packed anew"
             )
-        at += _length(piece)
+        at += bundle_length(piece)
     return places
 
 
@@ -167,7 +176,7 @@ class Bundle:
         """
         Whether every file has the digest that the manifest names.
         """
-        buffer = memoryview(bytearray(_BUFFER_BYTES))
+        buffer = memoryview(bytearray(BUFFER_BYTES))
         for file in self.resolve(self.manifest.ref).files:
             digest = hashlib.sha256()
             with self.open_range(file, 0, file.entry.size_bytes) as reader:

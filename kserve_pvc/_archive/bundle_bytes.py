@@ -16,16 +16,16 @@ from kserve_pvc._format.records import FileEntry
 MANIFEST_NAME = "kserve-pvc-bundle.json"
 END_NAME = "kserve-pvc-bundle.end"
 FILES = "model/"
-_BLOCK = 512
+BLOCK = 512
 # name, mode, uid, gid, size, mtime, checksum, type, linkname, magic, version, uname, gname, devmajor, devminor, prefix
 _HEADER = struct.Struct("100s 8s 8s 8s 12s 12s 8s c 100s 6s 2s 32s 32s 8s 8s 155s 12x")
-_SIZE_FIELD = slice(124, 135)
+SIZE_FIELD = slice(124, 135)
 _NAME_BYTES = 100
 _MAX_PLAIN_SIZE = 8**11 - 1
 
 
 @attrs.frozen
-class _Plan:
+class BundlePlan:
     """
     A manifest, as it is written, and what follows from it.
     """
@@ -36,35 +36,38 @@ class _Plan:
     size_bytes: int
 
 
-def _plan(manifest: BundleManifest, data: bytes) -> _Plan:
-    return _Plan(
-        manifest, data, hashlib.sha256(data).hexdigest(), sum(_length(piece) for piece in _pieces(manifest, data))
+def plan_bundle(manifest: BundleManifest, data: bytes) -> BundlePlan:
+    return BundlePlan(
+        manifest,
+        data,
+        hashlib.sha256(data).hexdigest(),
+        sum(bundle_length(piece) for piece in bundle_pieces(manifest, data)),
     )
 
 
-def _pieces(manifest: BundleManifest, data: bytes) -> Iterator[bytes | FileEntry]:
+def bundle_pieces(manifest: BundleManifest, data: bytes) -> Iterator[bytes | FileEntry]:
     """
     A bundle from its first byte to its last: bytes that follow from the manifest, and files of the model.
     """
-    yield _header(MANIFEST_NAME, len(data)) + data + _padding(len(data))
+    yield tar_header(MANIFEST_NAME, len(data)) + data + _padding(len(data))
     for file in manifest.files:
-        yield _header(f"{FILES}{file.path}", file.size_bytes)
+        yield tar_header(f"{FILES}{file.path}", file.size_bytes)
         yield file
         yield _padding(file.size_bytes)
     end = hashlib.sha256(data).hexdigest().encode() + b"\n"
     # Two empty blocks end a tar archive.
-    yield _header(END_NAME, len(end)) + end + _padding(len(end)) + bytes(2 * _BLOCK)
+    yield tar_header(END_NAME, len(end)) + end + _padding(len(end)) + bytes(2 * BLOCK)
 
 
-def _length(piece: bytes | FileEntry) -> int:
+def bundle_length(piece: bytes | FileEntry) -> int:
     return len(piece) if isinstance(piece, bytes) else piece.size_bytes
 
 
 def _padding(size_bytes: int) -> bytes:
-    return bytes(-size_bytes % _BLOCK)
+    return bytes(-size_bytes % BLOCK)
 
 
-def _header(name: str, size_bytes: int) -> bytes:
+def tar_header(name: str, size_bytes: int) -> bytes:
     """
     What comes before the content of a member: a POSIX header that names nobody and no time.
 

@@ -15,8 +15,8 @@ from typing import BinaryIO, Protocol
 
 import attrs
 
-from kserve_pvc._archive.bundle import _BUFFER_BYTES, open_bundle
-from kserve_pvc._archive.bundle_bytes import _BLOCK, _length, _pieces, _Plan, _plan
+from kserve_pvc._archive.bundle import BUFFER_BYTES, open_bundle
+from kserve_pvc._archive.bundle_bytes import BLOCK, BundlePlan, bundle_length, bundle_pieces, plan_bundle
 from kserve_pvc._archive.bundle_manifest import BundleManifest
 from kserve_pvc._format.codec import encode
 from kserve_pvc._format.records import FileEntry
@@ -75,7 +75,7 @@ def export_bundle(
         SettingsError: It would lie in the store, or something that is no regular file is there.
     """
     target = _check_place(Path(file), root) if isinstance(file, str | os.PathLike) else file
-    plan = _plan(manifest, encode(manifest))
+    plan = plan_bundle(manifest, encode(manifest))
     listener(
         Started(ref=str(manifest.ref), bytes_total=manifest.size_bytes, files=len(manifest.files), activity="exporting")
     )
@@ -138,7 +138,7 @@ def _give_name(fd: int, partial: Path, file: Path) -> None:
             partial.replace(file)
 
 
-def _is_written(plan: _Plan, file: Path) -> bool:
+def _is_written(plan: BundlePlan, file: Path) -> bool:
     """Whether the very bundle is there already, as when a Job is run again."""
     try:
         with open_bundle(file) as bundle:
@@ -151,7 +151,7 @@ def _check_room(partial: Path, found: os.stat_result, size_bytes: int) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise SettingsError("file", str(partial), "something that is no regular file is there; remove it")
     space = os.statvfs(partial.parent)
-    free, needed = space.f_bavail * space.f_frsize, size_bytes - found.st_blocks * _BLOCK
+    free, needed = space.f_bavail * space.f_frsize, size_bytes - found.st_blocks * BLOCK
     if free < needed:
         raise InsufficientSpaceError(str(partial.parent), needed, free)
 
@@ -258,22 +258,22 @@ class _Export:
     One writing of a bundle. What is there already and right is read and not written.
     """
 
-    def __init__(self, plan: _Plan, open_file: OpenFile, listener: Listener) -> None:
+    def __init__(self, plan: BundlePlan, open_file: OpenFile, listener: Listener) -> None:
         self.plan = plan
         self.ref = str(plan.manifest.ref)
         self.listener = listener
         self.written = 0
         self._open_file = open_file
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
 
     def write(self, target: _Target) -> None:
         at = 0
-        for piece in _pieces(self.plan.manifest, self.plan.data):
+        for piece in bundle_pieces(self.plan.manifest, self.plan.data):
             if isinstance(piece, bytes):
                 self._write_plain(target, at, piece)
             else:
                 self._write_file(target, at, piece)
-            at += _length(piece)
+            at += bundle_length(piece)
 
     def _write_plain(self, target: _Target, at: int, piece: bytes) -> None:
         found = bytearray(target.kept(at, len(piece)))
@@ -292,7 +292,7 @@ class _Export:
         raise _damaged(file, f"its sha256 is {digest.hexdigest()} instead of {file.sha256}")
 
     def _hash(self, target: _Target, at: int, stop: int, update: Callable[[memoryview], None]) -> None:
-        while at < stop and (count := target.read(at, self._buffer[: min(_BUFFER_BYTES, stop - at)])):
+        while at < stop and (count := target.read(at, self._buffer[: min(BUFFER_BYTES, stop - at)])):
             update(self._buffer[:count])
             self.listener(Adopted(ref=self.ref, size_bytes=count))
             at += count
@@ -305,7 +305,7 @@ class _Export:
         with self._opened(file) as fd:
             while start < file.size_bytes:
                 with _reading(file):
-                    count = os.preadv(fd, [self._buffer[: min(_BUFFER_BYTES, file.size_bytes - start)]], start)
+                    count = os.preadv(fd, [self._buffer[: min(BUFFER_BYTES, file.size_bytes - start)]], start)
                 if not count:
                     raise _damaged(file, "it is shorter than recorded")
                 update(self._buffer[:count])

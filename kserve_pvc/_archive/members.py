@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import attrs
 
@@ -15,11 +15,7 @@ from kserve_pvc._format.file_names import check_name, fold
 from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc.errors import DigestMismatchError, PolicyError, StoreError, UnsafePathError
 
-if TYPE_CHECKING:
-    pass
-
-
-_PIECE_BYTES = 256 * 1024
+PIECE_BYTES = 256 * 1024
 # So much may come out of however small an archive: not worth a question about its ratio.
 _HARMLESS_BYTES = 16 * 1024 * 1024
 
@@ -38,11 +34,11 @@ class Member:
     evidence: str | None = None
 
 
-class _Readable(Protocol):
+class Readable(Protocol):
     def read(self, most: int, /) -> bytes: ...
 
 
-class _Names:
+class NameCheck:
     """
     The names of an archive so far, each checked by itself and against all others.
     """
@@ -109,7 +105,7 @@ class _Names:
         return UnsafePathError(self.shown(name), rule)
 
 
-class _Meter:
+class Meter:
     """
     Counts what comes out of an archive, and ends it when that is too much.
     """
@@ -132,12 +128,12 @@ class _Meter:
             raise PolicyError(self._archive, rule)
 
 
-class _Stream:
+class MeteredStream:
     """
     What comes out of an archive, in order and counted.
     """
 
-    def __init__(self, source: _Readable, meter: _Meter) -> None:
+    def __init__(self, source: Readable, meter: Meter) -> None:
         self._source = source
         self._meter = meter
         self.position = 0
@@ -149,7 +145,7 @@ class _Stream:
         return data
 
     def read_some(self, most: int) -> bytes:
-        data = self.read(min(most, _PIECE_BYTES))
+        data = self.read(min(most, PIECE_BYTES))
         if not data:
             raise EOFError("it ends early")
         return data
@@ -166,7 +162,7 @@ class _Stream:
 
 
 @contextmanager
-def _translated(archive: str) -> Iterator[None]:
+def translating(archive: str) -> Iterator[None]:
     try:
         yield
     except StoreError:
@@ -183,7 +179,7 @@ def _translated(archive: str) -> Iterator[None]:
         ) from error
 
 
-def _pieces(stream: _Stream, archive: str) -> Iterator[bytes]:
-    with _translated(archive):
-        while piece := stream.read(_PIECE_BYTES):
+def read_pieces(stream: MeteredStream, archive: str) -> Iterator[bytes]:
+    with translating(archive):
+        while piece := stream.read(PIECE_BYTES):
             yield piece

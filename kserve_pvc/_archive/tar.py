@@ -12,15 +12,15 @@ from kserve_pvc.errors import PolicyError, UnsafePathError
 
 if TYPE_CHECKING:
     import tarfile
-from kserve_pvc._archive.members import _PIECE_BYTES, Member, _Names, _Stream, _translated
+from kserve_pvc._archive.members import PIECE_BYTES, Member, MeteredStream, NameCheck, translating
 
 _MAX_EXTENDED_BYTES = 64 * 1024
 _BLOCK = 512
 _REGULAR_TYPES, _LINK_TYPES = (b"0", b"\0", b"7"), (b"1", b"2")
 
 
-def _tar_members(
-    stream: _Stream, names: _Names, selects: Callable[[PurePosixPath], bool], make_room: Callable[[int], None]
+def tar_members(
+    stream: MeteredStream, names: NameCheck, selects: Callable[[PurePosixPath], bool], make_room: Callable[[int], None]
 ) -> Iterator[Member]:
     """
     Walk a tar by its headers.
@@ -55,16 +55,16 @@ def _tar_members(
             make_room(size)
             yield Member(path=path, pieces=_tar_pieces(stream, names.archive, size))
         stream.skip_to(end)
-    while piece := stream.read(_PIECE_BYTES):
+    while piece := stream.read(PIECE_BYTES):
         if piece.strip(b"\0"):
             raise PolicyError(
                 names.archive, "something follows the end of the archive, which others may take for a part of it"
             )
 
 
-def _tar_pieces(stream: _Stream, archive: str, size: int) -> Iterator[bytes]:
+def _tar_pieces(stream: MeteredStream, archive: str, size: int) -> Iterator[bytes]:
     end = stream.position + size
-    with _translated(archive):
+    with translating(archive):
         while stream.position < end:
             yield stream.read_some(end - stream.position)
 
@@ -87,7 +87,7 @@ def _wrong_type(header: tarfile.TarInfo) -> str:
     return f"it is {what}, and only regular files and directories are unpacked"
 
 
-def _extension(stream: _Stream, header: tarfile.TarInfo, names: _Names) -> dict[str, str]:
+def _extension(stream: MeteredStream, header: tarfile.TarInfo, names: NameCheck) -> dict[str, str]:
     """What a header says about the one that follows, as far as it matters: path and size."""
     if not 0 <= header.size <= _MAX_EXTENDED_BYTES:
         raise PolicyError(names.archive, f"a header of it is longer than {_MAX_EXTENDED_BYTES} bytes")

@@ -11,16 +11,22 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
+from kserve_pvc._archive.members import (
+    PIECE_BYTES,
+    Member,
+    Meter,
+    MeteredStream,
+    NameCheck,
+    Readable,
+    read_pieces,
+    translating,
+)
+from kserve_pvc._archive.tar import tar_members
+from kserve_pvc._archive.zip import zip_members
 from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc.errors import PolicyError
-
-if TYPE_CHECKING:
-    pass
-from kserve_pvc._archive.members import _PIECE_BYTES, Member, _Meter, _Names, _pieces, _Readable, _Stream, _translated
-from kserve_pvc._archive.tar import _tar_members
-from kserve_pvc._archive.zip import _zip_members
 
 # What a name ends in: what the archive is, and how it is compressed. The longer ones first.
 _ENDINGS = {
@@ -87,23 +93,23 @@ def unpack(
     ending = _ending(name)
     assert ending is not None  # Nothing else is asked to be unpacked.
     kind, coding = _ENDINGS[ending]
-    names = _Names(name, limits)
+    names = NameCheck(name, limits)
     size = archive.seek(0, io.SEEK_END)
     archive.seek(0)
-    meter = _Meter(name, limits, size)
-    with _translated(name):
+    meter = Meter(name, limits, size)
+    with translating(name):
         if not size:
             raise EOFError("it is empty")
         if kind == "zip":
-            yield from _zip_members(archive, names, meter, selects, make_room)
+            yield from zip_members(archive, names, meter, selects, make_room)
             return
-        stream = _Stream(_decoded(archive, coding), meter)
+        stream = MeteredStream(_decoded(archive, coding), meter)
         if kind == "tar":
-            yield from _tar_members(stream, names, selects, make_room)
+            yield from tar_members(stream, names, selects, make_room)
             return
         path = names.take(name[: -len(ending)])
         if path is not None and selects(path):
-            yield Member(path=path, pieces=_pieces(stream, name))
+            yield Member(path=path, pieces=read_pieces(stream, name))
 
 
 def _ending(name: str) -> str | None:
@@ -112,7 +118,7 @@ def _ending(name: str) -> str | None:
     return None if ending == last else ending
 
 
-def _decoded(archive: BinaryIO, coding: str) -> _Readable:
+def _decoded(archive: BinaryIO, coding: str) -> Readable:
     if coding == "gz":
         import gzip
 
@@ -154,12 +160,12 @@ class _Decompressed:
             given = b""
             if self._decompressor.eof:
                 # Zeros may fill up what follows a stream of xz.
-                given = (self._decompressor.unused_data or self._source.read(_PIECE_BYTES)).lstrip(b"\0")
-                if not given and not (given := self._source.read(_PIECE_BYTES).lstrip(b"\0")):
+                given = (self._decompressor.unused_data or self._source.read(PIECE_BYTES)).lstrip(b"\0")
+                if not given and not (given := self._source.read(PIECE_BYTES).lstrip(b"\0")):
                     return b""
                 self._decompressor = self._make()
             elif self._decompressor.needs_input:
-                given = self._source.read(_PIECE_BYTES)
+                given = self._source.read(PIECE_BYTES)
                 if not given:
                     raise EOFError("it ends early")
             data: bytes = self._decompressor.decompress(given, most)

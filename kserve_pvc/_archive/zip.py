@@ -14,7 +14,7 @@ from kserve_pvc.errors import PolicyError, UnsafePathError
 
 if TYPE_CHECKING:
     import zipfile
-from kserve_pvc._archive.members import _PIECE_BYTES, Member, _Meter, _Names, _translated
+from kserve_pvc._archive.members import PIECE_BYTES, Member, Meter, NameCheck, translating
 
 _MAX_DIRECTORY_BYTES = 16 * 1024 * 1024
 _LOCAL_HEADER_BYTES = 30
@@ -28,7 +28,7 @@ class _BoundedFile:
     The file of a zip, whose directory is read whole: bounded before that becomes objects.
     """
 
-    def __init__(self, file: BinaryIO, names: _Names) -> None:
+    def __init__(self, file: BinaryIO, names: NameCheck) -> None:
         self._file = file
         self._names = names
         self.is_opening = True
@@ -45,10 +45,10 @@ class _BoundedFile:
         return data
 
 
-def _zip_members(
+def zip_members(
     archive: BinaryIO,
-    names: _Names,
-    meter: _Meter,
+    names: NameCheck,
+    meter: Meter,
     selects: Callable[[PurePosixPath], bool],
     make_room: Callable[[int], None],
 ) -> Iterator[Member]:
@@ -70,7 +70,7 @@ def _zip_members(
                 )
 
 
-def _check_overlaps(infos: list[zipfile.ZipInfo], end: int, names: _Names) -> None:
+def _check_overlaps(infos: list[zipfile.ZipInfo], end: int, names: NameCheck) -> None:
     """Refuse members that share bytes: a few of them become any number of files, each with a ratio of its own."""
     ordered = sorted(infos, key=lambda info: info.header_offset)
     starts = [(info.header_offset, info.orig_filename) for info in ordered] + [(end, "the directory")]
@@ -79,7 +79,7 @@ def _check_overlaps(infos: list[zipfile.ZipInfo], end: int, names: _Names) -> No
             raise UnsafePathError(names.shown(name), f"its bytes overlap with those of `{other}`")
 
 
-def _zip_path(info: zipfile.ZipInfo, names: _Names) -> PurePosixPath | None:
+def _zip_path(info: zipfile.ZipInfo, names: NameCheck) -> PurePosixPath | None:
     """The path of a member that is a regular file; None for a directory."""
     names.count()
     # As it is spelled: `zipfile` itself cuts names at a NUL.
@@ -100,10 +100,10 @@ def _zip_path(info: zipfile.ZipInfo, names: _Names) -> PurePosixPath | None:
     return names.take(name)
 
 
-def _zip_pieces(stream: Any, info: zipfile.ZipInfo, names: _Names, meter: _Meter) -> Iterator[bytes]:
+def _zip_pieces(stream: Any, info: zipfile.ZipInfo, names: NameCheck, meter: Meter) -> Iterator[bytes]:
     size = 0
-    with _translated(names.shown(info.orig_filename)):
-        while piece := stream.read(_PIECE_BYTES):
+    with translating(names.shown(info.orig_filename)):
+        while piece := stream.read(PIECE_BYTES):
             size += len(piece)
             meter.add(len(piece))
             yield piece

@@ -13,19 +13,15 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+# As in `_store`, what `path` does not need is imported by the verb that does.
+from kserve_pvc._cli.output import fail, say
+from kserve_pvc._cli.parser import VERBS, make_parser
+from kserve_pvc._cli.verbs import run_initializer, selection
 from kserve_pvc._settings import read_settings
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._store import ModelStore
 from kserve_pvc.errors import StoreError
-
-# As in `_store`, what `path` does not need is imported by the verb that does.
-if TYPE_CHECKING:
-    pass
-from kserve_pvc._cli.output import _fail, _say
-from kserve_pvc._cli.parser import _VERBS, _parser
-from kserve_pvc._cli.verbs import _run_initializer, _selection
 
 # Verbs that write are the wish to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm")
@@ -38,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "initialize" and not {"-h", "--help"} & set(argv):
-        return _run_initializer(argv[1:])  # With arguments and exit codes of KServe's, which know nothing of ours.
-    arguments = _parser(argv[0] if argv and argv[0] in _VERBS else None).parse_args(argv)
+        return run_initializer(argv[1:])  # With arguments and exit codes of KServe's, which know nothing of ours.
+    arguments = make_parser(argv[0] if argv and argv[0] in VERBS else None).parse_args(argv)
     # A pod that is deleted gets SIGTERM first: unwinding gives the claim back, so that nobody waits out its lease.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -53,16 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except StoreError as error:
-        return _fail(error, as_json=arguments.json, verbose=arguments.verbose)
+        return fail(error, as_json=arguments.json, verbose=arguments.verbose)
     except KeyboardInterrupt:
-        _say("interrupted; what was fetched is kept for the next call")
+        say("interrupted; what was fetched is kept for the next call")
         return 130
 
 
 def _open(arguments: argparse.Namespace) -> ModelStore:
     settings = read_settings()
     if getattr(arguments, "uri", None) is not None:
-        parse_ref(arguments.uri, **_selection(arguments))  # What means nothing is refused before the store is made.
+        parse_ref(arguments.uri, **selection(arguments))  # What means nothing is refused before the store is made.
     return ModelStore(
         arguments.store or settings.store,
         mode=(settings.mode or "rw") if _writes(arguments, is_offline=bool(settings.offline)) else "r",

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from kserve_pvc._volume.verify import Verification
 
 
-def _fail(error: StoreError, *, as_json: bool, verbose: bool) -> int:
-    _complain(error, "", verbose=verbose)
+def fail(error: StoreError, *, as_json: bool, verbose: bool) -> int:
+    print_error(error, "", verbose=verbose)
     if as_json:
-        _print_json({"error": _failure(error)})
+        print_json({"error": _failure(error)})
     return error.exit_code
 
 
-def _complain(error: Exception, about: str, *, verbose: bool) -> None:
+def print_error(error: Exception, about: str, *, verbose: bool) -> None:
     if verbose and isinstance(error, StoreError):
         import traceback
 
         # Only our own errors: the text of a foreign one may hold a signed URL.
         sys.stderr.writelines(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
     else:
-        _say(f"{about}{_reason(error)}")
+        say(f"{about}{_reason(error)}")
 
 
 def _failure(error: Exception) -> dict[str, Any]:
@@ -53,14 +53,14 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {redact(str(error))}"
 
 
-def _tell_warmed(warmed: Warmed, arguments: argparse.Namespace) -> None:
+def show_warmed(warmed: Warmed, arguments: argparse.Namespace) -> None:
     if warmed.error is not None:
-        _complain(warmed.error, f"{printable(warmed.uri)}: ", verbose=arguments.verbose)
+        print_error(warmed.error, f"{printable(warmed.uri)}: ", verbose=arguments.verbose)
     elif warmed.model is not None and not arguments.json and not arguments.quiet:
-        print(f"{warmed.model.status:10}  {printable(_described(warmed.model))}  {warmed.model.path}", flush=True)
+        print(f"{warmed.model.status:10}  {printable(describe_model(warmed.model))}  {warmed.model.path}", flush=True)
 
 
-def _warmed(warmed: Warmed) -> dict[str, Any]:
+def describe_warmed(warmed: Warmed) -> dict[str, Any]:
     model = warmed.model
     return {
         "uri": warmed.uri,
@@ -74,30 +74,30 @@ def _warmed(warmed: Warmed) -> dict[str, Any]:
     }
 
 
-def _answer_model(arguments: argparse.Namespace, model: Model) -> None:
-    document = {**_identity(model), "status": model.status, "size_bytes": model.size_bytes}
-    _answer(
+def print_model(arguments: argparse.Namespace, model: Model) -> None:
+    document = {**describe_identity(model), "status": model.status, "size_bytes": model.size_bytes}
+    print_result(
         arguments,
         {**document, "bytes_fetched": model.bytes_fetched, "seconds": round(model.seconds, 3)},
         str(model.path),
     )
 
 
-def _age(seconds: float) -> str:
+def format_age(seconds: float) -> str:
     """Hours, minutes and seconds since, by this node's clock. A clock that is behind the holder's shows nothing below zero."""
     minutes, rest = divmod(int(max(seconds, 0)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def _exit_code(error: Exception) -> int:
+def exit_code(error: Exception) -> int:
     return error.exit_code if isinstance(error, StoreError) else 1
 
 
-def _identity(model: Model) -> dict[str, Any]:
+def describe_identity(model: Model) -> dict[str, Any]:
     return {"uri": model.uri, "key": model.key, "version": model.version, "path": model.path}
 
 
-def _described(model: Model) -> str:
+def describe_model(model: Model) -> str:
     """The URI, and what else was asked for if anything: two models may differ in nothing but that."""
     parts = [model.uri]
     parts += [f"at {model.revision}"] if model.revision else []
@@ -106,10 +106,10 @@ def _described(model: Model) -> str:
     return " ".join(parts)
 
 
-def _row(model: Model) -> dict[str, Any]:
+def describe_row(model: Model) -> dict[str, Any]:
     # Nothing can be pinned before there is eviction to be protected from.
     return {
-        **_identity(model),
+        **describe_identity(model),
         "size_bytes": model.size_bytes,
         "files": model.files,
         "created_at": model.created_at,
@@ -117,12 +117,12 @@ def _row(model: Model) -> dict[str, Any]:
     }
 
 
-def _verification(report: Verification) -> dict[str, Any]:
+def describe_verification(report: Verification) -> dict[str, Any]:
     problems = [attrs.asdict(problem) for problem in report.problems]
     return {"uri": report.uri, "ok": report.ok, "files": report.files, "bytes": report.bytes, "problems": problems}
 
 
-def _print_verification(report: Verification) -> None:
+def print_verification(report: Verification) -> None:
     from kserve_pvc._show.units import amount, count
 
     checked = (
@@ -133,14 +133,14 @@ def _print_verification(report: Verification) -> None:
         print(f"     {problem.kind}: {printable(problem.path)}: {printable(problem.detail)}")
 
 
-def _answer(arguments: argparse.Namespace, document: Mapping[str, Any], line: str | None) -> None:
+def print_result(arguments: argparse.Namespace, document: Mapping[str, Any], line: str | None) -> None:
     if arguments.json:
-        _print_json(document)
+        print_json(document)
     elif line is not None:
         print(line)
 
 
-def _print_json(document: object) -> None:
+def print_json(document: object) -> None:
     print(json.dumps(document, default=_jsonable))
 
 
@@ -148,12 +148,12 @@ def _jsonable(value: object) -> object:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     shown = [tuple(printable(cell) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in [tuple(heads), *shown]) for i in range(len(heads))]
     for row in [tuple(heads), *shown]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(f"kserve-pvc: {text}", file=sys.stderr)

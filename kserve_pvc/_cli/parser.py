@@ -8,32 +8,30 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from kserve_pvc import __version__
 from kserve_pvc import _defaults as defaults
 
 # As in `_store`, what `path` does not need is imported by the verb that does.
-if TYPE_CHECKING:
-    pass
-from kserve_pvc._cli.output import _say
+from kserve_pvc._cli.output import say
 from kserve_pvc._cli.verbs import (
-    _alias,
-    _doctor,
-    _ensure,
-    _export,
-    _import,
-    _info,
-    _initialize,
-    _kserve_patch,
-    _locks,
-    _ls,
-    _path,
-    _plan,
-    _rm,
-    _verify,
-    _warm,
-    _webhook,
+    alias,
+    doctor,
+    ensure,
+    export,
+    import_,
+    info,
+    initialize,
+    kserve_patch,
+    locks,
+    ls,
+    path,
+    plan,
+    rm,
+    verify,
+    warm,
+    webhook,
 )
 
 
@@ -56,18 +54,18 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        _say(f"{message}; see `{self.prog} --help`")
+        say(f"{message}; see `{self.prog} --help`")
         sys.exit(2)
 
 
-def _parser(only: str | None = None) -> argparse.ArgumentParser:
+def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     """Parse every verb, or just one of them: argparse takes longer to learn them all than a hit takes."""
     parser = _Parser(prog="kserve-pvc", description="A shared volume as a correct model store.")
     parser.add_argument("--version", action="version", version=f"kserve-pvc {__version__}")
     _add_common(parser, defaults=True)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name in _VERBS if only is None else (only,):
-        run, add_arguments, text = _VERBS[name]
+    for name in VERBS if only is None else (only,):
+        run, add_arguments, text = VERBS[name]
         verb = verbs.add_parser(name, help=text, description=text)
         verb.set_defaults(run=run)
         _add_common(verb, defaults=False)
@@ -256,21 +254,21 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 
 # What each verb runs, which arguments it takes besides the common ones, and what it does.
-_VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser], None], str]] = {
-    "ensure": (_ensure, _add_ensure, "print the directory of a model, downloading it if it is absent"),
-    "warm": (_warm, _add_warm, "make sure of several models, downloading those that are absent"),
-    "path": (_path, _add_model, "print the directory of a model that is present"),
-    "ls": (_ls, lambda _: None, "list the models"),
-    "info": (_info, _add_model, "show what is known about a model"),
-    "plan": (_plan, _add_plan, "show what `ensure` would do"),
-    "verify": (_verify, _add_verify, "compare models with their records"),
-    "rm": (_rm, _add_rm, "remove a model, or what is left of an unfinished download"),
-    "alias": (_alias, _add_alias, "give a model a name that a pod can mount, or list the names"),
-    "export": (_export, _add_export, "write a model as one file, to import it where there is no network"),
-    "import": (_import, _add_import, "take over a model from a file that `export` wrote, and print its directory"),
-    "locks": (_locks, _add_locks, "show who is downloading"),
-    "doctor": (_doctor, _add_doctor, "say what a volume is and can do, and what should be changed"),
-    "initialize": (_initialize, _add_initialize, "fill directories as KServe's storage initializer does"),
-    "kserve": (_kserve_patch, _add_kserve, "share a claim between the replicas of an InferenceService"),
-    "webhook": (_webhook, _add_webhook, "give pods the claims that a policy grants, as an admission webhook"),
+VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser], None], str]] = {
+    "ensure": (ensure, _add_ensure, "print the directory of a model, downloading it if it is absent"),
+    "warm": (warm, _add_warm, "make sure of several models, downloading those that are absent"),
+    "path": (path, _add_model, "print the directory of a model that is present"),
+    "ls": (ls, lambda _: None, "list the models"),
+    "info": (info, _add_model, "show what is known about a model"),
+    "plan": (plan, _add_plan, "show what `ensure` would do"),
+    "verify": (verify, _add_verify, "compare models with their records"),
+    "rm": (rm, _add_rm, "remove a model, or what is left of an unfinished download"),
+    "alias": (alias, _add_alias, "give a model a name that a pod can mount, or list the names"),
+    "export": (export, _add_export, "write a model as one file, to import it where there is no network"),
+    "import": (import_, _add_import, "take over a model from a file that `export` wrote, and print its directory"),
+    "locks": (locks, _add_locks, "show who is downloading"),
+    "doctor": (doctor, _add_doctor, "say what a volume is and can do, and what should be changed"),
+    "initialize": (initialize, _add_initialize, "fill directories as KServe's storage initializer does"),
+    "kserve": (kserve_patch, _add_kserve, "share a claim between the replicas of an InferenceService"),
+    "webhook": (webhook, _add_webhook, "give pods the claims that a policy grants, as an admission webhook"),
 }

@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     from kserve_pvc._download.warm import Item, Warmed
     from kserve_pvc._volume.verify import Level
 from kserve_pvc._cli.output import (
-    _age,
-    _answer,
-    _answer_model,
-    _complain,
-    _described,
-    _exit_code,
-    _identity,
-    _print_json,
-    _print_table,
-    _print_verification,
-    _row,
-    _say,
-    _tell_warmed,
-    _verification,
-    _warmed,
+    describe_identity,
+    describe_model,
+    describe_row,
+    describe_verification,
+    describe_warmed,
+    exit_code,
+    format_age,
+    print_error,
+    print_json,
+    print_model,
+    print_result,
+    print_table,
+    print_verification,
+    say,
+    show_warmed,
 )
 
 
-def _ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
+def ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
     model = store.ensure(
         arguments.uri,
-        **_selection(arguments),
+        **selection(arguments),
         refresh=arguments.refresh,
         force_download=arguments.force_download,
         local_files_only=arguments.local_files_only,
@@ -56,8 +56,8 @@ def _ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
         max_workers=arguments.max_workers,
         progress=False if arguments.quiet else None,
     )
-    document = {**_identity(model), "status": model.status, "size_bytes": model.size_bytes}
-    _answer(
+    document = {**describe_identity(model), "status": model.status, "size_bytes": model.size_bytes}
+    print_result(
         arguments,
         {**document, "bytes_fetched": model.bytes_fetched, "seconds": round(model.seconds, 3)},
         str(model.path),
@@ -65,22 +65,22 @@ def _ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _warm(store: ModelStore, arguments: argparse.Namespace) -> int:
+def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
     items = [*arguments.uris, *(item for name in arguments.file or () for item in _read_catalogue(name))]
     if not items and not arguments.file:
-        _say("warm: name URIs, or a file of them with `-f`")
+        say("warm: name URIs, or a file of them with `-f`")
         return 2
     if arguments.workers < 1:
         raise SettingsError("--workers", str(arguments.workers), "write 1 or more")
     done = sorted(_warm_all(store, items, arguments), key=lambda warmed: warmed.index)
     failures = [warmed.error for warmed in done if warmed.error is not None]
     if arguments.json:
-        _print_json([_warmed(warmed) for warmed in done])
+        print_json([describe_warmed(warmed) for warmed in done])
     elif not arguments.quiet:
         from kserve_pvc._show.units import count
 
-        _say(f"{count(len(done), 'model')}, {len(failures) or 'none'} failed")
-    return _exit_code(failures[0]) if failures else 0
+        say(f"{count(len(done), 'model')}, {len(failures) or 'none'} failed")
+    return exit_code(failures[0]) if failures else 0
 
 
 def _warm_all(store: ModelStore, items: Iterable[Item], arguments: argparse.Namespace) -> list[Warmed]:
@@ -98,7 +98,7 @@ def _warm_all(store: ModelStore, items: Iterable[Item], arguments: argparse.Name
         try:
             for warmed in results:
                 done.append(warmed)
-                _tell_warmed(warmed, arguments)
+                show_warmed(warmed, arguments)
         except BaseException as error:
             # Wherever this thread was when it was interrupted: the others stop, and give their claims back.
             results.throw(error)
@@ -136,38 +136,38 @@ def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
             yield line
 
 
-def _path(store: ModelStore, arguments: argparse.Namespace) -> int:
-    model = store.get(arguments.uri, **_selection(arguments))
-    _answer(arguments, _identity(model), str(model.path))
+def path(store: ModelStore, arguments: argparse.Namespace) -> int:
+    model = store.get(arguments.uri, **selection(arguments))
+    print_result(arguments, describe_identity(model), str(model.path))
     return 0
 
 
-def _ls(store: ModelStore, arguments: argparse.Namespace) -> int:
+def ls(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import amount, count
 
     models = store.list()
     if arguments.json:
-        _print_json([_row(model) for model in models])
+        print_json([describe_row(model) for model in models])
         return 0
-    _print_table(
+    print_table(
         ("URI", "SIZE", "FILES", "CREATED", "KEY"),
         [
-            (_described(m), amount(m.size_bytes), str(m.files), m.created_at.strftime("%Y-%m-%d %H:%M"), m.key)
+            (describe_model(m), amount(m.size_bytes), str(m.files), m.created_at.strftime("%Y-%m-%d %H:%M"), m.key)
             for m in models
         ],
     )
     if not arguments.quiet:
-        _say(f"{count(len(models), 'model')}, {amount(sum(m.size_bytes for m in models))} at {store.root}")
+        say(f"{count(len(models), 'model')}, {amount(sum(m.size_bytes for m in models))} at {store.root}")
     return 0
 
 
-def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
+def info(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import amount, count
 
-    model = store.get(arguments.uri, **_selection(arguments))
+    model = store.get(arguments.uri, **selection(arguments))
     record = model.record
     if arguments.json:
-        _print_json({**attrs.asdict(record), "path": model.path})
+        print_json({**attrs.asdict(record), "path": model.path})
         return 0
     facts = [
         ("uri", record.uri),
@@ -181,18 +181,18 @@ def _info(store: ModelStore, arguments: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"{name.ljust(width)}  {printable(value)}")
-    _print_table(
+    print_table(
         ("FILE", "SIZE", "SHA256"), [(str(f.path), amount(f.size_bytes), f.sha256 or "unknown") for f in record.files]
     )
     return 0
 
 
-def _plan(store: ModelStore, arguments: argparse.Namespace) -> int:
+def plan(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import amount, count
 
-    plan = store.plan(arguments.uri, **_selection(arguments), refresh=arguments.refresh)
+    plan = store.plan(arguments.uri, **selection(arguments), refresh=arguments.refresh)
     if arguments.json:
-        _print_json({**attrs.asdict(plan), "fits": plan.fits})
+        print_json({**attrs.asdict(plan), "fits": plan.fits})
         return 0
     if plan.action == "nothing":
         print(f"nothing to do: {printable(plan.uri)} is present ({amount(plan.size_bytes)})")
@@ -206,85 +206,83 @@ def _plan(store: ModelStore, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(store: ModelStore, arguments: argparse.Namespace) -> int:
+def verify(store: ModelStore, arguments: argparse.Namespace) -> int:
     level: Level = "full" if arguments.full else "size"
     if arguments.uri is None and not arguments.all:
-        _say("verify: name a URI, or write `--all`")
+        say("verify: name a URI, or write `--all`")
         return 2
-    reports = (
-        store.verify_all(level) if arguments.all else [store.verify(arguments.uri, level, **_selection(arguments))]
-    )
+    reports = store.verify_all(level) if arguments.all else [store.verify(arguments.uri, level, **selection(arguments))]
     seen = []
     for report in reports:
         seen.append(report)
         if not arguments.json and not arguments.quiet:
-            _print_verification(report)
+            print_verification(report)
     ok = all(report.ok for report in seen)
     if arguments.json:
-        _print_json({"ok": ok, "models": [_verification(report) for report in seen]})
+        print_json({"ok": ok, "models": [describe_verification(report) for report in seen]})
     return 0 if ok else 1
 
 
-def _alias(store: ModelStore, arguments: argparse.Namespace) -> int:
+def alias(store: ModelStore, arguments: argparse.Namespace) -> int:
     if arguments.drop is not None:
         store.drop_alias(arguments.drop)
     elif arguments.uri is not None:
-        store.alias(arguments.name, arguments.uri, **_selection(arguments))
+        store.alias(arguments.name, arguments.uri, **selection(arguments))
     elif arguments.name is not None:
         raise SettingsError("URI", "", f"say which model `{arguments.name}` is to be the name of")
     aliases = store.aliases()
     if arguments.json:
-        _print_json(dict(aliases))
+        print_json(dict(aliases))
     else:
-        _print_table(("NAME", "KEY"), list(aliases.items()))
+        print_table(("NAME", "KEY"), list(aliases.items()))
     return 0
 
 
-def _rm(store: ModelStore, arguments: argparse.Namespace) -> int:
-    store.remove(arguments.uri, **_selection(arguments), trash_seconds=0.0 if arguments.now else defaults.TRASH_SECONDS)
-    _answer(arguments, {"uri": arguments.uri, "removed": True}, None)
+def rm(store: ModelStore, arguments: argparse.Namespace) -> int:
+    store.remove(arguments.uri, **selection(arguments), trash_seconds=0.0 if arguments.now else defaults.TRASH_SECONDS)
+    print_result(arguments, {"uri": arguments.uri, "removed": True}, None)
     return 0
 
 
-def _export(store: ModelStore, arguments: argparse.Namespace) -> int:
+def export(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import amount, count
 
     to_stdout = arguments.file == "-"
     if to_stdout and (arguments.json or sys.stdout.isatty()):
-        _say(
+        say(
             "export: standard output is the bundle, so it can be neither a terminal nor `--json`; redirect it, or name a file"
         )
         return 2
     file = sys.stdout.buffer if to_stdout else arguments.file
-    exported = store.export(arguments.uri, file, **_selection(arguments), progress=False if arguments.quiet else None)
+    exported = store.export(arguments.uri, file, **selection(arguments), progress=False if arguments.quiet else None)
     if arguments.json:
-        _print_json(attrs.asdict(exported))
+        print_json(attrs.asdict(exported))
     elif not arguments.quiet:
         size = f"{count(exported.files, 'file')}, {amount(exported.size_bytes)}"
-        _say(
+        say(
             f"{printable(exported.file)} holds {printable(exported.uri)}: {size}; check it with `import --sha256 {exported.sha256}`"
         )
     return 0
 
 
-def _import(store: ModelStore, arguments: argparse.Namespace) -> int:
+def import_(store: ModelStore, arguments: argparse.Namespace) -> int:
     if arguments.file == "-":
-        _say("import: a bundle is read from any place in it, which a pipe cannot do; write it to a file first")
+        say("import: a bundle is read from any place in it, which a pipe cannot do; write it to a file first")
         return 2
     quiet = False if arguments.quiet else None
     model = store.import_(arguments.file, sha256=arguments.sha256, timeout=arguments.timeout, progress=quiet)
-    _answer_model(arguments, model)
+    print_model(arguments, model)
     return 0
 
 
-def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
+def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import amount, count
 
     for uri in arguments.break_claim or ():
-        store.break_lock(uri, **_selection(arguments))
+        store.break_lock(uri, **selection(arguments))
     locks = store.locks()
     if arguments.json:
-        _print_json([attrs.asdict(lock) for lock in locks])
+        print_json([attrs.asdict(lock) for lock in locks])
         return 0
     rows = [
         (
@@ -293,18 +291,18 @@ def _locks(store: ModelStore, arguments: argparse.Namespace) -> int:
             lock.state,
             lock.holder,
             lock.since,
-            _age(lock.age_seconds),
+            format_age(lock.age_seconds),
             f"{amount(lock.bytes_done)} of {amount(lock.bytes_total)}",
         )
         for lock in locks
     ]
-    _print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "AGE", "PROGRESS"), rows)
+    print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "AGE", "PROGRESS"), rows)
     if not arguments.quiet:
-        _say(f"{count(len(locks), 'claim')} not given back")
+        say(f"{count(len(locks), 'claim')} not given back")
     return 0
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def doctor(arguments: argparse.Namespace) -> int:
     from kserve_pvc._doctor.doctor import diagnose
     from kserve_pvc._doctor.text import tell
 
@@ -312,7 +310,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if not arguments.timeout >= 0:
         raise SettingsError("--timeout", str(arguments.timeout), "write a number of seconds, 0 or more")
     if arguments.peer is not None and not arguments.quiet:
-        _say(
+        say(
             f"waiting up to {arguments.timeout:.0f} s for `kserve-pvc doctor DIR --peer {printable(arguments.peer)}` on another node"
         )
     diagnosis = diagnose(
@@ -323,14 +321,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
         timeout=arguments.timeout,
     )
     if arguments.json:
-        _print_json({**attrs.asdict(diagnosis), "kind": diagnosis.profile.kind, "ok": diagnosis.ok})
+        print_json({**attrs.asdict(diagnosis), "kind": diagnosis.profile.kind, "ok": diagnosis.ok})
     else:
         for line in tell(diagnosis):
             print(line)
     return 0 if diagnosis.ok else 1
 
 
-def _kserve_patch(arguments: argparse.Namespace) -> int:
+def kserve_patch(arguments: argparse.Namespace) -> int:
     from kserve_pvc.kserve._patch import Sharing, patch
 
     read_only = False if arguments.read_write else True if arguments.read_only else None
@@ -340,9 +338,9 @@ def _kserve_patch(arguments: argparse.Namespace) -> int:
     )
     sys.stdout.write(patched.text)
     for remark in () if arguments.quiet else patched.remarks:
-        _say(printable(remark))
+        say(printable(remark))
     if patched.error is not None:
-        _complain(patched.error, "", verbose=arguments.verbose)
+        print_error(patched.error, "", verbose=arguments.verbose)
         return 1  # What kustomize expects of a function that failed.
     return 0
 
@@ -354,7 +352,7 @@ def _read_input(name: str) -> bytes:
         raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
 
 
-def _webhook(arguments: argparse.Namespace) -> int:
+def webhook(arguments: argparse.Namespace) -> int:
     from kserve_pvc.kserve._webhook import serve
 
     serve(
@@ -368,15 +366,15 @@ def _webhook(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _initialize(arguments: argparse.Namespace) -> int:
-    return _run_initializer(arguments.pairs)
+def initialize(arguments: argparse.Namespace) -> int:
+    return run_initializer(arguments.pairs)
 
 
-def _run_initializer(pairs: Sequence[str]) -> int:
+def run_initializer(pairs: Sequence[str]) -> int:
     from kserve_pvc.kserve._initialize import main as initialize
 
     return initialize(pairs)
 
 
-def _selection(arguments: argparse.Namespace) -> dict[str, Any]:
+def selection(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"revision": arguments.revision, "allow_patterns": arguments.allow, "ignore_patterns": arguments.ignore}

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Any
 
-from kserve_pvc._doctor.reports import _FARTHEST, Hello, LockTest, Message, PeerLostError, PeerReport, Race
+from kserve_pvc._doctor.reports import FARTHEST, Hello, LockTest, Message, PeerLostError, PeerReport, Race
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import decode, encode
 from kserve_pvc._format.log_entry import Holder
@@ -358,7 +358,7 @@ class _Meeting:
         told = self._exchange({"start": now + _LEAD}).get("start")
         if self._is_first:
             return now + _LEAD
-        proposed = float(told) - self._clock_ahead if isinstance(told, int | float) and abs(told) < _FARTHEST else now
+        proposed = float(told) - self._clock_ahead if isinstance(told, int | float) and abs(told) < FARTHEST else now
         return min(max(proposed, now), now + 10 * _LEAD)
 
     def _private(self, what: str, number: int) -> str:
@@ -451,9 +451,10 @@ def _attempts(races: object, what: str) -> Sequence[Sequence[float]] | None:
     for attempt in found:
         if not isinstance(attempt, list) or len(attempt) != 3:
             return None
-        if not all(isinstance(value, int | float) and abs(value) < _FARTHEST for value in attempt) or attempt[
-            2
-        ] not in (0, 1):
+        if not all(isinstance(value, int | float) and abs(value) < FARTHEST for value in attempt) or attempt[2] not in (
+            0,
+            1,
+        ):
             return None
     return found
 

@@ -14,7 +14,7 @@ from kserve_pvc._format.codec import integer, text
 from kserve_pvc._format.log_entry import Holder, to_holder
 from kserve_pvc._volume.profile import LockAnswer
 
-_FARTHEST = 1e11  # Seconds since 1970 that a clock may show.
+FARTHEST = 1e11  # Seconds since 1970 that a clock may show.
 
 
 class PeerLostError(Exception):
@@ -28,7 +28,7 @@ def _time(_: object, field: attrs.Attribute[Any], value: object) -> None:
         isinstance(value, bool)
         or not isinstance(value, int | float)
         or not math.isfinite(value)
-        or abs(value) > _FARTHEST
+        or abs(value) > FARTHEST
     ):
         raise TypeError(f"`{field.name}` must be a time")
 

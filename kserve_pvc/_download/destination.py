@@ -47,12 +47,12 @@ class Observer(Protocol):
     def retried(self, reason: str, delay: float) -> None: ...
 
 
-class _CancelledError(Exception):
+class TransferCancelledError(Exception):
     """Another worker failed first."""
 
 
 @contextmanager
-def _naming(destination: Destination, path: PurePosixPath) -> Iterator[None]:
+def naming_errors(destination: Destination, path: PurePosixPath) -> Iterator[None]:
     """Errors of the volume, in its words."""
     try:
         yield

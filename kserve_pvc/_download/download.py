@@ -58,8 +58,8 @@ from kserve_pvc.locks.lease import LeaseLostError
 
 if TYPE_CHECKING:
     from kserve_pvc._archive.members import Member
-from kserve_pvc._download.journal import _Journal
-from kserve_pvc._download.tally import _nothing, _Tally
+from kserve_pvc._download.journal import Journal
+from kserve_pvc._download.tally import Tally, nothing
 
 # A member of an archive from this size on is made durable at once.
 _LARGE_BYTES = 8 * 1024 * 1024
@@ -136,7 +136,7 @@ class Download:
         self._view = LogView()
         self._sign: Sign | None = None
         self._claim: Claim | None = None
-        self._tally = _Tally(str(ref), listener)
+        self._tally = Tally(str(ref), listener)
         self._manifest: Manifest | None = None
         self._manifest_sha256 = ""
         self._is_unpacking = False
@@ -264,7 +264,7 @@ class Download:
             try:
                 self._manifest = self._write_generation(self._claim.generation, backend)
             finally:
-                getattr(backend, "close", _nothing)()
+                getattr(backend, "close", nothing)()
         except LeaseLostError:
             return protocol.ClaimLost()
         except VolumeError as error:
@@ -294,7 +294,7 @@ class Download:
         self._unpublished.append(generation)
         with (
             self._writer.writing_tree(place) as tree,
-            _Journal(self._writer, generation, self._tuning.part_bytes) as journal,
+            Journal(self._writer, generation, self._tuning.part_bytes) as journal,
         ):
             destination = Destination(
                 create=tree.create,

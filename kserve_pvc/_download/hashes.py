@@ -12,7 +12,7 @@ from collections.abc import Callable
 from kserve_pvc._source.contract import Checksum
 
 
-class _Hashes:
+class Hashes:
     """
     The digests of one file, fed in order: ours, and the one the source vouches for.
 
@@ -31,13 +31,13 @@ class _Hashes:
         if self._kind == "md5":
             return hashlib.md5(usedforsecurity=False)
         if self._kind == "crc32":
-            return _CRC32()
+            return CRC32()
         return self._make(self._kind) if self._kind else None
 
-    def anew(self) -> _Hashes:
-        return _Hashes("none" if self.sha256 is None else "sha256", self.promised, self._make)
+    def anew(self) -> Hashes:
+        return Hashes("none" if self.sha256 is None else "sha256", self.promised, self._make)
 
-    def copy(self) -> _Hashes:
+    def copy(self) -> Hashes:
         twin = copy.copy(self)
         twin.sha256 = self.sha256 and self.sha256.copy()
         twin._other = self._other and self._other.copy()
@@ -58,7 +58,7 @@ class _Hashes:
         return None if found is None or self.promised is None else (self.promised, f"{self._kind}:{found.hexdigest()}")
 
 
-class _CRC32:
+class CRC32:
     def __init__(self, value: int = 0) -> None:
         self.value = value
 
@@ -68,5 +68,5 @@ class _CRC32:
     def hexdigest(self) -> str:
         return f"{self.value:08x}"
 
-    def copy(self) -> _CRC32:
-        return _CRC32(self.value)
+    def copy(self) -> CRC32:
+        return CRC32(self.value)

@@ -8,7 +8,6 @@ import os
 import threading
 from contextlib import suppress
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import (
@@ -21,15 +20,11 @@ from kserve_pvc.errors import (
     StoreError,
 )
 
-if TYPE_CHECKING:
-    pass
-
-
 # The note of a range of this length is written at once.
 _GATHERED_BYTES = 8 * 1024 * 1024
 
 
-class _Journal:
+class Journal:
     """
     The notes of one attempt, each a line with its own checksum; several workers note, one file is written.
     """
@@ -43,7 +38,7 @@ class _Journal:
         self._place = layout.journal_file(generation)
         self._fd = writer.create(self._place)
 
-    def __enter__(self) -> _Journal:
+    def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

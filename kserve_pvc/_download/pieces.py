@@ -13,10 +13,10 @@ from kserve_pvc._source.contract import RangeReader
 from kserve_pvc._source.retry import delays
 
 # A stream that brings less than this in the time of a stall is as good as silent.
-_TRICKLE_BYTES = 16 * 1024
+TRICKLE_BYTES = 16 * 1024
 
 
-class _AskedRange:
+class OpenedRange:
     """
     A range that was asked for before anybody reads it, as a context manager around its reader. It is closed once.
     """
@@ -36,7 +36,7 @@ class _AskedRange:
             context.__exit__(kind, error, trace)
 
 
-class _Tries:
+class Tries:
     """
     How often and how long something is tried that makes no progress.
     """

@@ -8,26 +8,26 @@ from collections.abc import Sequence
 
 import attrs
 
-from kserve_pvc._download.hashes import _Hashes
+from kserve_pvc._download.hashes import Hashes
 from kserve_pvc._source.contract import RemoteFile
 
-_MIB = 1024 * 1024
+MIB = 1024 * 1024
 # The least that is worth a request of its own; towards the end ranges shrink to it, so that all streams end together.
-_SHORTEST_RANGE = 8 * _MIB
+SHORTEST_RANGE = 8 * MIB
 # Of the files that one worker fetches whole, those up to here are tiny: more of what is done for one needs the
 # interpreter's lock than not, so that more workers are slower than more requests of one worker.
 _TINY_BYTES = 256 * 1024
 
 
 @attrs.define(eq=False)
-class _Writing:
+class Writing:
     """
     One file being written: what nobody fetches yet, what is written, and how far it is hashed.
     """
 
     file: RemoteFile
     fd: int
-    hashes: _Hashes
+    hashes: Hashes
     gaps: list[tuple[int, int]]
     unwritten: int
     hashed: int = 0
@@ -45,29 +45,29 @@ class _Writing:
 
 
 @attrs.frozen
-class _Span:
+class Span:
     """A range for one worker. `is_front`: it begins where the file is hashed up to, so it is hashed on the way."""
 
-    of: _Writing
+    of: Writing
     start: int
     stop: int
     is_front: bool
 
 
-def _at_once(file: RemoteFile) -> int:
+def at_once(file: RemoteFile) -> int:
     """How many small files one worker asks for at the same time."""
     return 4 if file.entry.size_bytes <= _TINY_BYTES else 2
 
 
-def _span_bytes(writing: _Writing) -> int:
+def gap_bytes(writing: Writing) -> int:
     return sum(stop - start for start, stop in writing.gaps)
 
 
-def _is_free(gaps: Sequence[tuple[int, int]], start: int, stop: int) -> bool:
+def is_free(gaps: Sequence[tuple[int, int]], start: int, stop: int) -> bool:
     return any(first <= start and stop <= last for first, last in gaps)
 
 
-def _without(gaps: Sequence[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
+def without(gaps: Sequence[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
     """Gaps without a range that lies in one of them."""
     left = []
     for first, last in gaps:

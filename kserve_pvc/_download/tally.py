@@ -7,7 +7,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from kserve_pvc._format.records import (
     Beat,
@@ -20,15 +19,12 @@ from kserve_pvc.errors import (
 )
 from kserve_pvc.locks.lease import Heart, LeaseLostError
 
-if TYPE_CHECKING:
+
+def nothing() -> None:
     pass
 
 
-def _nothing() -> None:
-    pass
-
-
-class _Tally:
+class Tally:
     """
     Counts what a call moved, for its beat and its events, and stops the transfer when the claim is lost.
     """
@@ -37,7 +33,7 @@ class _Tally:
         self._ref = ref
         self._listener = listener
         # Who may end a call even while a source is silent, and there is nothing to tell.
-        self._ask_listener: Callable[[], None] = getattr(listener, "check", _nothing)
+        self._ask_listener: Callable[[], None] = getattr(listener, "check", nothing)
         self._guard = threading.Lock()
         self._total = self._done = 0
         self._started: float | None = None

@@ -23,18 +23,18 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 
 from kserve_pvc._download.adoption import Donor
-from kserve_pvc._download.destination import Destination, Observer, _CancelledError, _naming
-from kserve_pvc._download.hashes import _CRC32, _Hashes
-from kserve_pvc._download.pieces import _TRICKLE_BYTES, _AskedRange, _Tries
+from kserve_pvc._download.destination import Destination, Observer, TransferCancelledError, naming_errors
+from kserve_pvc._download.hashes import CRC32, Hashes
+from kserve_pvc._download.pieces import TRICKLE_BYTES, OpenedRange, Tries
 from kserve_pvc._download.schedule import (
-    _MIB,
-    _SHORTEST_RANGE,
-    _at_once,
-    _is_free,
-    _Span,
-    _span_bytes,
-    _without,
-    _Writing,
+    MIB,
+    SHORTEST_RANGE,
+    Span,
+    Writing,
+    at_once,
+    gap_bytes,
+    is_free,
+    without,
 )
 from kserve_pvc._download.streams import Pace, Tuning
 from kserve_pvc._format.records import FileEntry, PartNote
@@ -44,9 +44,9 @@ from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, Store
 
 _BUFFER_BYTES = 1024 * 1024
 # Below this an MD5 of the listing is good enough; above, the source is asked for a real checksum.
-_EVIDENCE_BYTES = 16 * _MIB
+_EVIDENCE_BYTES = 16 * MIB
 # Receive buffers of all transfers of this process together: streams beyond it wait for one.
-_BUDGET_BYTES = 32 * _MIB
+_BUDGET_BYTES = 32 * MIB
 _budget = threading.BoundedSemaphore(_BUDGET_BYTES // _BUFFER_BYTES)
 
 
@@ -91,7 +91,7 @@ class Transfer:
         self._guard = threading.Condition()
         self._waiting: list[tuple[int, int, RemoteFile]] = []  # A heap: the largest file first.
         self._number = 0
-        self._open: list[_Writing] = []
+        self._open: list[Writing] = []
         self._unassigned = 0
         self._asking = 0  # Ranges that are being fetched or were asked for.
         self._at_small_files = 0  # Workers that are.
@@ -103,7 +103,7 @@ class Transfer:
         self._received, self._waited = 0, 0.0
         self._leave_alone_until = 0.0
         self._chasers: list[threading.Thread] = []
-        self._to_chase: deque[_Writing] = deque()
+        self._to_chase: deque[Writing] = deque()
         self._chasing = 0
 
     def run(self, pages: Iterable[Sequence[RemoteFile]]) -> Mapping[PurePosixPath, FileEntry]:
@@ -157,7 +157,7 @@ class Transfer:
         """Start as many workers as there may be streams and as there is work for; those above the pace rest."""
         with self._guard:
             wanted = min(
-                self._pace.streams, len(self._waiting) + self._unassigned // min(self._part_bytes, _SHORTEST_RANGE) + 1
+                self._pace.streams, len(self._waiting) + self._unassigned // min(self._part_bytes, SHORTEST_RANGE) + 1
             )
             self._guard.notify_all()
         while len(workers) < wanted:
@@ -170,7 +170,7 @@ class Transfer:
     def _fail(self, error: BaseException) -> None:
         with self._guard:
             # Whoever stopped because of another's failure may be done before it.
-            if self._failure is None and not isinstance(error, _CancelledError):
+            if self._failure is None and not isinstance(error, TransferCancelledError):
                 self._failure = error
             self._guard.notify_all()
 
@@ -181,9 +181,9 @@ class Transfer:
                 self._check()
             try:
                 buffer = make_buffer(_BUFFER_BYTES)
-                last: _Writing | None = None
+                last: Writing | None = None
                 while (work := self._next(number, last)) is not None:
-                    if isinstance(work, _Span):
+                    if isinstance(work, Span):
                         self._fetch(work, buffer)
                         last = work.of
                     elif self._is_small(work):
@@ -198,12 +198,12 @@ class Transfer:
         except BaseException as error:
             self._fail(error)
 
-    def _next(self, number: int, last: _Writing | None) -> RemoteFile | _Span | None:
+    def _next(self, number: int, last: Writing | None) -> RemoteFile | Span | None:
         """What a worker does now: the front of a file before a new file before a range further on."""
         with self._guard:
             while True:
                 if self._failure is not None:
-                    raise _CancelledError
+                    raise TransferCancelledError
                 if number < self._pace.streams and self._asking < self._pace.streams:
                     work = self._choose(last)
                     if work is not None:
@@ -213,7 +213,7 @@ class Transfer:
                     return None
                 self._guard.wait(1.0)
 
-    def _choose(self, last: _Writing | None) -> RemoteFile | _Span | None:
+    def _choose(self, last: Writing | None) -> RemoteFile | Span | None:
         if last is not None and last.gaps and self._is_front(last):
             return self._take(last)
         front = next((w for w in self._open if w.gaps and self._is_front(w)), None)
@@ -222,12 +222,12 @@ class Transfer:
         # Who writes small files asks for some at a time, so fewer are enough.
         if self._waiting and (
             not self._is_small(self._waiting[0][2])
-            or self._at_small_files * _at_once(self._waiting[0][2]) < self._pace.streams
+            or self._at_small_files * at_once(self._waiting[0][2]) < self._pace.streams
         ):
             file = self._take_file()
             self._at_small_files += self._is_small(file)
             return file
-        longest = max((w for w in self._open if w.gaps), key=_span_bytes, default=None)
+        longest = max((w for w in self._open if w.gaps), key=gap_bytes, default=None)
         return None if longest is None else self._take(longest)
 
     def _take_file(self) -> RemoteFile:
@@ -238,19 +238,19 @@ class Transfer:
     def _is_small(self, file: RemoteFile) -> bool:
         """Whether one worker fetches all of it with one request: nobody else needs to know of it before it is done."""
         is_short = (
-            file.entry.size_bytes <= min(_SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors
+            file.entry.size_bytes <= min(SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors
         )
         return is_short or not file.in_ranges
 
-    def _is_front(self, writing: _Writing) -> bool:
+    def _is_front(self, writing: Writing) -> bool:
         return not writing.is_hashing and writing.gaps[0][0] == writing.hashed and writing.hashes.is_needed
 
-    def _take(self, writing: _Writing) -> _Span:
+    def _take(self, writing: Writing) -> Span:
         is_front = self._is_front(writing)
         start, end = writing.gaps[0]
         # As long as there is much to do, ranges are long; near the end each stream's share of what is left.
         share = self._unassigned // (2 * max(1, self._pace.streams))
-        length = min(self._part_bytes, max(_SHORTEST_RANGE, -(-share // _MIB) * _MIB))
+        length = min(self._part_bytes, max(SHORTEST_RANGE, -(-share // MIB) * MIB))
         stop = min(end, (start // length + 1) * length)
         if stop < end:
             writing.gaps[0] = (stop, end)
@@ -258,9 +258,9 @@ class Transfer:
             del writing.gaps[0]
         writing.is_hashing = writing.is_hashing or is_front
         self._unassigned -= stop - start
-        return _Span(writing, start, stop, is_front)
+        return Span(writing, start, stop, is_front)
 
-    def _begin(self, file: RemoteFile, buffer: memoryview) -> _Writing | None:
+    def _begin(self, file: RemoteFile, buffer: memoryview) -> Writing | None:
         """Open a file, take over what others have of it, and fetch its first range; the rest is there for all workers."""
         self._check()
         size = file.entry.size_bytes
@@ -270,8 +270,8 @@ class Transfer:
         writing = self._create(file)
         fd = writing.fd
         try:
-            with _naming(self._destination, file.entry.path):
-                if size >= _SHORTEST_RANGE:
+            with naming_errors(self._destination, file.entry.path):
+                if size >= SHORTEST_RANGE:
                     self._destination.allocate(fd, size)
                 self._adopt(writing, buffer)
         except BaseException:
@@ -280,7 +280,7 @@ class Transfer:
             raise
         with self._guard:
             self._open.append(writing)
-            self._unassigned += _span_bytes(writing)
+            self._unassigned += gap_bytes(writing)
             span = self._take(writing) if writing.gaps else None
             if writing.gaps:
                 self._guard.notify_all()
@@ -290,23 +290,23 @@ class Transfer:
             self._settle(writing)
         return writing
 
-    def _create(self, file: RemoteFile) -> _Writing:
+    def _create(self, file: RemoteFile) -> Writing:
         size, promised = file.entry.size_bytes, file.digest
         if file.entry.sha256:
             promised = f"sha256:{file.entry.sha256}"
         elif size > _EVIDENCE_BYTES:
             promised = self._asked(file)
-        hashes = _Hashes(self._digest, promised, self._make_checksum)
-        return _Writing(file, self._destination.create(file.entry.path), hashes, [(0, size)] if size else [], size)
+        hashes = Hashes(self._digest, promised, self._make_checksum)
+        return Writing(file, self._destination.create(file.entry.path), hashes, [(0, size)] if size else [], size)
 
     def _write_small_files(self, file: RemoteFile, buffer: memoryview) -> None:
         """
         Write small files, one after the other, and ask for some before it is their turn: neither side waits then.
         """
-        asked: deque[tuple[RemoteFile, _AskedRange | None]] = deque([(file, None)])
+        asked: deque[tuple[RemoteFile, OpenedRange | None]] = deque([(file, None)])
         try:
             while asked:
-                while len(asked) < _at_once(asked[0][0]) and (following := self._next_small()) is not None:
+                while len(asked) < at_once(asked[0][0]) and (following := self._next_small()) is not None:
                     asked.append((following, self._ask_ahead(following)))
                 self._write_small(*asked[0], buffer, len(asked))
                 asked.popleft()
@@ -332,16 +332,16 @@ class Transfer:
             self._asking += 1
             return self._take_file()
 
-    def _ask_ahead(self, file: RemoteFile) -> _AskedRange | None:
+    def _ask_ahead(self, file: RemoteFile) -> OpenedRange | None:
         """If that fails, it will fail once more when it is its turn, and be told or tried again then."""
         if not file.entry.size_bytes or self._leave_alone_until > time.monotonic():
             return None
         try:
-            return _AskedRange(self._backend.open_range(file, 0, file.entry.size_bytes))
+            return OpenedRange(self._backend.open_range(file, 0, file.entry.size_bytes))
         except StoreError:
             return None
 
-    def _write_small(self, file: RemoteFile, asked: _AskedRange | None, buffer: memoryview, streams: int) -> None:
+    def _write_small(self, file: RemoteFile, asked: OpenedRange | None, buffer: memoryview, streams: int) -> None:
         self._check()
         writing, position, path = self._create(file), 0, file.entry.path
         try:
@@ -361,7 +361,7 @@ class Transfer:
 
     def _asked(self, file: RemoteFile) -> str | None:
         """Ask the source for a digest, as patiently as for bytes."""
-        tries = _Tries(self._retry_seconds)
+        tries = Tries(self._retry_seconds)
         while True:
             self._wait_until_welcome()
             try:
@@ -369,11 +369,11 @@ class Transfer:
             except SourceUnavailableError as error:
                 self._pause(error, tries)
 
-    def _fetch(self, span: _Span, buffer: memoryview) -> None:
+    def _fetch(self, span: Span, buffer: memoryview) -> None:
         writing, position, crc = span.of, span.start, 0
         proves = not span.is_front and writing.hashes.sha256 is not None
         path = writing.file.entry.path
-        with _naming(self._destination, path):
+        with naming_errors(self._destination, path):
             for piece in self._pieces(writing.file, span.start, span.stop, buffer):
                 if span.is_front:
                     writing.hashes.update(piece)
@@ -399,7 +399,7 @@ class Transfer:
                 writing.ready[span.start] = span.stop
         self._settle(writing)
 
-    def _settle(self, writing: _Writing) -> None:
+    def _settle(self, writing: Writing) -> None:
         """Hash what has become the front, and end a file that has all its bytes."""
         with self._guard:
             is_chased = not writing.is_hashing and writing.hashed in writing.ready
@@ -436,19 +436,19 @@ class Transfer:
         except BaseException as error:
             self._fail(error)
 
-    def _catch_up(self, writing: _Writing, buffer: memoryview) -> None:
+    def _catch_up(self, writing: Writing, buffer: memoryview) -> None:
         while True:
             with self._guard:
                 stop = writing.ready.pop(writing.hashed, None)
                 if stop is None:
                     writing.is_hashing = False
                     return
-            with _naming(self._destination, writing.file.entry.path):
+            with naming_errors(self._destination, writing.file.entry.path):
                 if not self._read(writing.fd, writing.hashed, stop, buffer, writing.hashes.update):
                     raise OSError(errno.EIO, "a file is shorter than what was written to it")
             writing.hashed = stop
 
-    def _end(self, writing: _Writing) -> None:
+    def _end(self, writing: Writing) -> None:
         file, size = writing.file, writing.file.entry.size_bytes
         try:
             checked = self._compare(writing)
@@ -461,12 +461,12 @@ class Transfer:
         except BaseException:
             os.close(writing.fd)
             raise
-        self._destination.finish(writing.fd, file.entry.path, size >= _SHORTEST_RANGE)
+        self._destination.finish(writing.fd, file.entry.path, size >= SHORTEST_RANGE)
         sha256 = writing.hashes.so_far()
         self._destination.note(file.entry.path, str(file.entry.token), 0, size, sha256, None)
         self._finished(file, file.entry.proven(sha256, checked))
 
-    def _start_over(self, writing: _Writing) -> None:
+    def _start_over(self, writing: Writing) -> None:
         """What a dead writer left was as it had noted, and still not what the source has: all of it is fetched."""
         size = writing.file.entry.size_bytes
         writing.hashes, writing.is_adopted = writing.hashes.anew(), False
@@ -483,7 +483,7 @@ class Transfer:
             if not self._left:
                 self._guard.notify_all()
 
-    def _compare(self, writing: _Writing) -> str | None:
+    def _compare(self, writing: Writing) -> str | None:
         compared = writing.hashes.compare()
         if compared is None:
             return None
@@ -494,7 +494,7 @@ class Transfer:
             better = self._asked(file)
             if better is None:
                 return None
-            hashes = _Hashes("sha256", better, self._make_checksum)
+            hashes = Hashes("sha256", better, self._make_checksum)
             self._read(writing.fd, 0, file.entry.size_bytes, make_buffer(_BUFFER_BYTES), hashes.update)
             promised, found = hashes.compare() or (better, "nothing that can be compared with it")
         if promised != found:
@@ -507,7 +507,7 @@ class Transfer:
         start: int,
         stop: int,
         buffer: memoryview,
-        asked: _AskedRange | None = None,
+        asked: OpenedRange | None = None,
         streams: int = 1,
     ) -> Iterator[memoryview]:
         """
@@ -515,7 +515,7 @@ class Transfer:
 
         `asked` is the range if it was asked for before, `streams` is how many wait when this one does.
         """
-        tries = _Tries(self._retry_seconds)
+        tries = Tries(self._retry_seconds)
         while start < stop:
             self._wait_until_welcome()
             began, opened = start, time.monotonic()
@@ -537,18 +537,18 @@ class Transfer:
                             start += count
                             yield buffer[:count]
                         if now - opened > self._stall_seconds:
-                            if start - began < _TRICKLE_BYTES and start < stop:
+                            if start - began < TRICKLE_BYTES and start < stop:
                                 self._pace.congested(now, 0.0)
                                 text = f"it sent {start - began} bytes of `{file.entry.path}` in {now - opened:.3g} s"
                                 raise SourceUnavailableError(self._uri, text)
                             began, opened = start, now
-                            tries = _Tries(self._retry_seconds)
+                            tries = Tries(self._retry_seconds)
             except SourceUnavailableError as error:
-                if start - began >= _TRICKLE_BYTES:
-                    tries = _Tries(self._retry_seconds)  # Bytes arrived: the source is well, start counting anew.
+                if start - began >= TRICKLE_BYTES:
+                    tries = Tries(self._retry_seconds)  # Bytes arrived: the source is well, start counting anew.
                 self._pause(error, tries)
 
-    def _pause(self, error: SourceUnavailableError, tries: _Tries) -> None:
+    def _pause(self, error: SourceUnavailableError, tries: Tries) -> None:
         delay = None if error.is_final else tries.next_delay(error.retry_after)
         if delay is None:
             raise error
@@ -606,7 +606,7 @@ class Transfer:
                 if note.token == file.entry.token and note.stop <= file.entry.size_bytes:
                     yield donor, note
 
-    def _adopt(self, writing: _Writing, buffer: memoryview) -> None:
+    def _adopt(self, writing: Writing, buffer: memoryview) -> None:
         """Copy what others have of a file, as far as it proves itself; the gaps are left to be fetched."""
         offers = list(self._offers(writing.file))
         # Beginnings first, each from where the one before ended; then what lies further on.
@@ -614,7 +614,7 @@ class Transfer:
             is_front = note.sha256 is not None and writing.hashes.sha256 is not None
             start = writing.hashed if is_front else note.start
             is_proven = is_front or note.crc32 is not None or self._digest == "none"
-            if not is_proven or note.stop <= start or not _is_free(writing.gaps, start, note.stop):
+            if not is_proven or note.stop <= start or not is_free(writing.gaps, start, note.stop):
                 continue
             try:
                 with donor.open_file() as source:
@@ -623,12 +623,12 @@ class Transfer:
             except (OSError, ValueError):
                 continue
             writing.is_adopted = True
-            writing.gaps = _without(writing.gaps, start, note.stop)
+            writing.gaps = without(writing.gaps, start, note.stop)
             writing.unwritten -= note.stop - start
             self._observer.adopted(note.stop - start)
 
     def _take_over(
-        self, writing: _Writing, source: int, note: PartNote, start: int, buffer: memoryview, *, is_front: bool
+        self, writing: Writing, source: int, note: PartNote, start: int, buffer: memoryview, *, is_front: bool
     ) -> bool:
         """Copy what a note speaks of and check the copy. False: it does not prove itself."""
         if not self._destination.copy(source, writing.fd, start, note.stop):
@@ -640,7 +640,7 @@ class Transfer:
             writing.hashes, writing.hashed = hashes, note.stop
             return True
         if note.crc32 is not None:
-            crc = _CRC32()
+            crc = CRC32()
             if not self._read(writing.fd, start, note.stop, buffer, crc.update) or crc.value != note.crc32:
                 return False
         if writing.hashes.is_needed:
@@ -660,5 +660,5 @@ class Transfer:
 
     def _check(self) -> None:
         if self._failure is not None:
-            raise _CancelledError
+            raise TransferCancelledError
         self._observer.check()

@@ -13,18 +13,14 @@ import stat
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    pass
-
+from typing import TypeVar
 
 _T = TypeVar("_T")
 # What a file system without the operation answers; the step then takes the next rung or does without.
-_UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_REPLACE = 1  # RENAME_NOREPLACE
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a file is as long as what was written to it.
 _COPY_BYTES = 1 << 30
@@ -48,13 +44,13 @@ def allocate(fd: int, size: int) -> None:
     `os.posix_fallocate` writes a byte into every block where the volume cannot, so the system call itself is made.
     """
     try:
-        _call("fallocate", fd, _KEEP_SIZE, 0, size)
+        call_libc("fallocate", fd, _KEEP_SIZE, 0, size)
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             raise
 
 
-def _has(name: str) -> bool:
+def has_libc(name: str) -> bool:
     try:
         import ctypes
 
@@ -63,9 +59,9 @@ def _has(name: str) -> bool:
         return False
 
 
-def _call(name: str, *arguments: int) -> None:
+def call_libc(name: str, *arguments: int) -> None:
     """A system call of Linux that Python does not have."""
-    if not _has(name):
+    if not has_libc(name):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     import ctypes
 
@@ -75,8 +71,8 @@ def _call(name: str, *arguments: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def _rename_no_replace(directory: int, name: str, new: str) -> None:
-    if not _has("renameat2"):
+def rename_no_replace(directory: int, name: str, new: str) -> None:
+    if not has_libc("renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     import ctypes
 
@@ -97,7 +93,7 @@ def copy_range(source: int, target: int, start: int, stop: int) -> bool:
         try:
             count = os.copy_file_range(source, target, min(stop - start, _COPY_BYTES), start, start)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED | {errno.EBADF, errno.EOVERFLOW, errno.EIO}:
+            if error.errno not in UNSUPPORTED | {errno.EBADF, errno.EOVERFLOW, errno.EIO}:
                 raise
             count = 0
         if count == 0:  # Some file systems say so instead of that they cannot.
@@ -110,7 +106,7 @@ def copy_range(source: int, target: int, start: int, stop: int) -> bool:
     return True
 
 
-def _is_free_for_link(directory: int, name: str) -> bool:
+def is_free_for_link(directory: int, name: str) -> bool:
     # Kubernetes makes an empty directory where a pod mounts a `subPath` that is not there. Nothing is lost with it.
     with suppress(OSError):
         os.rmdir(name, dir_fd=directory)
@@ -125,7 +121,7 @@ def dated_name() -> str:
     return f"{int(time.time()):012d}-{os.urandom(8).hex()}"
 
 
-def _settled(act: Callable[[], _T], codes: Collection[int] = (errno.ENOENT, errno.ESTALE)) -> _T:
+def retry_stale(act: Callable[[], _T], codes: Collection[int] = (errno.ENOENT, errno.ESTALE)) -> _T:
     """Try again, for a second or so, what failed because a directory on its way is only just being made."""
     pause = 0.005
     while True:
@@ -139,23 +135,23 @@ def _settled(act: Callable[[], _T], codes: Collection[int] = (errno.ENOENT, errn
         pause *= 2
 
 
-def _sync_directory(fd: int) -> None:
+def sync_directory(fd: int) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED and error.errno != errno.EBADF:
+        if error.errno not in UNSUPPORTED and error.errno != errno.EBADF:
             raise
 
 
-def _sync_below(fd: int) -> None:
+def sync_below(fd: int) -> None:
     for name in os.listdir(fd):
         if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
-            child = os.open(name, _DIRECTORY_FLAGS, dir_fd=fd)
+            child = os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
             try:
-                _sync_below(child)
+                sync_below(child)
             finally:
                 os.close(child)
-    _sync_directory(fd)
+    sync_directory(fd)
 
 
 def delete_tree(parent: int, name: str) -> None:
@@ -163,7 +159,7 @@ def delete_tree(parent: int, name: str) -> None:
     Delete a file, or a directory with all that is in it, below an open directory, following no link.
     """
     try:
-        fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=parent)
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=parent)
     except NotADirectoryError:
         os.unlink(name, dir_fd=parent)
         return

@@ -7,13 +7,8 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import attrs
-
-if TYPE_CHECKING:
-    pass
-
 
 # The kernel writes blanks and backslashes of mount points as octal escapes.
 _OCTAL = re.compile(r"\\([0-7]{3})")

@@ -27,10 +27,10 @@ from kserve_pvc.errors import (
 
 if TYPE_CHECKING:
     from kserve_pvc._format.records import FoundFile
-from kserve_pvc._volume.calls import _DIRECTORY_FLAGS, _NO_SPACE, _settled
+from kserve_pvc._volume.calls import DIRECTORY_FLAGS, NO_SPACE, retry_stale
 
 _NO_PERMISSION = {errno.EACCES, errno.EPERM}
-_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 # Paths are joined slower than files are opened, and the same few are asked for again and again.
@@ -73,7 +73,7 @@ class Volume:
         """
         for _ in range(2):
             try:
-                fd = os.open(f"{self._prefix}{place}", _READ_FLAGS)
+                fd = os.open(f"{self._prefix}{place}", READ_FLAGS)
             except OSError as error:
                 if error.errno == errno.ESTALE:
                     continue
@@ -132,7 +132,7 @@ class Volume:
     def _names_below(self, place: PurePosixPath) -> list[str]:
         # NFS remembers for half a minute that a name was not there. Opening the directories above makes it look again.
         try:
-            return _settled(lambda: self._listed(place), {errno.ESTALE})
+            return retry_stale(lambda: self._listed(place), {errno.ESTALE})
         except (FileNotFoundError, UnsafePathError):
             return []
         except OSError as error:
@@ -179,7 +179,7 @@ class Volume:
         for name in names:
             found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             if stat.S_ISDIR(found.st_mode):
-                child = os.open(name, _DIRECTORY_FLAGS, dir_fd=fd)
+                child = os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
                 try:
                     yield from self._walk(child, inside / name)
                 finally:
@@ -197,7 +197,7 @@ class Volume:
             UnsafePathError: A link or something that is no regular file stands in the way.
         """
         with self._parent(place) as parent:
-            fd = self._open_at(parent, place, _READ_FLAGS)
+            fd = self._open_at(parent, place, READ_FLAGS)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise UnsafePathError(str(place), "it is not a regular file")
@@ -217,7 +217,7 @@ class Volume:
         fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in place.parts:
             try:
-                child = self._open_at(fd, PurePosixPath(part), _DIRECTORY_FLAGS)
+                child = self._open_at(fd, PurePosixPath(part), DIRECTORY_FLAGS)
             finally:
                 os.close(fd)
             fd = child
@@ -238,7 +238,7 @@ class Volume:
         """
         Say what an error of the volume means to the caller.
         """
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             return InsufficientSpaceError(str(self.root), 0, self.free_bytes())
         is_read = operation in ("reading", "listing")
         if error.errno == errno.EROFS:

@@ -5,12 +5,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-from kserve_pvc._volume.calls import _CREATE_FLAGS, _DIRECTORY_FLAGS, _rename_no_replace, write_all
-from kserve_pvc._volume.reading import _READ_FLAGS
+from kserve_pvc._volume.calls import CREATE_FLAGS, DIRECTORY_FLAGS, rename_no_replace, write_all
+from kserve_pvc._volume.reading import READ_FLAGS
 
 
 class Scratch:
@@ -27,7 +24,7 @@ class Scratch:
 
     def create(self, name: str) -> int:
         """Make a new file and return its descriptor, open for reading and writing."""
-        return os.open(name, _CREATE_FLAGS, self._file_mode, dir_fd=self.fd)
+        return os.open(name, CREATE_FLAGS, self._file_mode, dir_fd=self.fd)
 
     def write(self, name: str, data: bytes) -> None:
         fd = self.create(name)
@@ -37,7 +34,7 @@ class Scratch:
             os.close(fd)
 
     def open(self, name: str, flags: int = 0) -> int:
-        return os.open(name, _READ_FLAGS | flags, dir_fd=self.fd)
+        return os.open(name, READ_FLAGS | flags, dir_fd=self.fd)
 
     def open_shared(self, name: str) -> int:
         return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode, dir_fd=self.fd)
@@ -50,14 +47,14 @@ class Scratch:
 
     def move(self, name: str, new: str) -> None:
         """Rename where nothing is replaced: `renameat2` with RENAME_NOREPLACE."""
-        _rename_no_replace(self.fd, name, new)
+        rename_no_replace(self.fd, name, new)
 
     def remove(self, name: str) -> None:
         os.unlink(name, dir_fd=self.fd)
 
     def names(self) -> list[str]:
         # Opened anew: through a descriptor Btrfs lists what was there when it was opened.
-        fd = os.open(".", _DIRECTORY_FLAGS, dir_fd=self.fd)
+        fd = os.open(".", DIRECTORY_FLAGS, dir_fd=self.fd)
         try:
             return os.listdir(fd)
         finally:

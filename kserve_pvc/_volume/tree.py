@@ -10,13 +10,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-from kserve_pvc._volume.calls import _CREATE_FLAGS, _NO_SPACE, _UNSUPPORTED, _call, _has, allocate
+from kserve_pvc._volume.calls import CREATE_FLAGS, NO_SPACE, UNSUPPORTED, allocate, call_libc, has_libc
 from kserve_pvc._volume.mount import mount_of
-from kserve_pvc._volume.reading import _READ_FLAGS
+from kserve_pvc._volume.reading import READ_FLAGS
 from kserve_pvc._volume.writing import VolumeWriter
 
 # Where `syncfs` reaches the medium and reports what failed on the way.
@@ -58,9 +55,9 @@ class Tree:
         """
         try:
             if (kept := self._directories.get(path.parent)) is not None:  # What most files of a large model find.
-                return os.open(path.name, _CREATE_FLAGS, self._writer._file_mode, dir_fd=kept)
+                return os.open(path.name, CREATE_FLAGS, self._writer._file_mode, dir_fd=kept)
             with self._directory(path.parent) as parent:
-                return os.open(path.name, _CREATE_FLAGS, self._writer._file_mode, dir_fd=parent)
+                return os.open(path.name, CREATE_FLAGS, self._writer._file_mode, dir_fd=parent)
         except OSError as error:
             raise self._writer.failure("creating", self._place / path, error) from error
 
@@ -83,7 +80,7 @@ class Tree:
                 os.link(existing.name, path.name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
         except OSError as error:
             # GlusterFS says that it is full when a file has about fifty names. If it is full, the copy will say so.
-            if error.errno not in _UNSUPPORTED | _NO_SPACE and error.errno not in (errno.ENOENT, errno.ESTALE):
+            if error.errno not in UNSUPPORTED | NO_SPACE and error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
             return False
         if self._syncs_at_once:
@@ -130,12 +127,12 @@ class Tree:
         Make everything durable that is not yet.
         """
         with self._writer._translated("syncing", self._place):
-            if len(self._unsynced) > _MOST_SYNCED_ALONE and _has("syncfs"):
-                _call("syncfs", self._root)
+            if len(self._unsynced) > _MOST_SYNCED_ALONE and has_libc("syncfs"):
+                call_libc("syncfs", self._root)
                 return
             for path in self._unsynced:
                 with self._directory(path.parent) as parent:
-                    fd = os.open(path.name, _READ_FLAGS, dir_fd=parent)
+                    fd = os.open(path.name, READ_FLAGS, dir_fd=parent)
                 try:
                     os.fsync(fd)
                 finally:

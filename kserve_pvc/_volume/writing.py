@@ -17,9 +17,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
 from kserve_pvc._format.layout import DOCTOR, LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
+from kserve_pvc._volume.calls import (
+    CREATE_FLAGS,
+    DIRECTORY_FLAGS,
+    UNSUPPORTED,
+    dated_name,
+    delete_tree,
+    is_free_for_link,
+    retry_stale,
+    sync_below,
+    sync_directory,
+    write_all,
+)
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.scratch import Scratch
+from kserve_pvc._volume.tree import Tree
 from kserve_pvc.errors import (
     InsufficientSpaceError,
     ReadOnlyStoreError,
@@ -27,24 +41,6 @@ from kserve_pvc.errors import (
     UnsafePathError,
     VolumeError,
 )
-
-if TYPE_CHECKING:
-    pass
-from kserve_pvc._volume.calls import (
-    _CREATE_FLAGS,
-    _DIRECTORY_FLAGS,
-    _UNSUPPORTED,
-    _is_free_for_link,
-    _settled,
-    _sync_below,
-    _sync_directory,
-    dated_name,
-    delete_tree,
-    write_all,
-)
-from kserve_pvc._volume.reading import Volume
-from kserve_pvc._volume.scratch import Scratch
-from kserve_pvc._volume.tree import Tree
 
 
 class VolumeWriter(Volume):
@@ -77,7 +73,7 @@ class VolumeWriter(Volume):
             os.close(self._ensure_directory(place))
 
     def _ensure_directory(self, place: PurePosixPath) -> int:
-        return _settled(lambda: self._make_way(place))
+        return retry_stale(lambda: self._make_way(place))
 
     def _make_way(self, place: PurePosixPath) -> int:
         fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -91,12 +87,12 @@ class VolumeWriter(Volume):
 
     def _enter_or_make(self, parent: int, part: PurePosixPath) -> int:
         with suppress(FileNotFoundError):
-            return self._open_at(parent, part, _DIRECTORY_FLAGS)
+            return self._open_at(parent, part, DIRECTORY_FLAGS)
         with suppress(FileExistsError):
             os.mkdir(part.name, self._directory_mode, dir_fd=parent)
             self._set_mode(parent, part.name, self._directory_mode)
-            _sync_directory(parent)
-        return self._open_at(parent, part, _DIRECTORY_FLAGS)
+            sync_directory(parent)
+        return self._open_at(parent, part, DIRECTORY_FLAGS)
 
     def _set_mode(self, parent: int, name: str, mode: int) -> None:
         # Only of what was just made here, and only against a narrow umask; object and SMB mounts refuse.
@@ -115,14 +111,14 @@ class VolumeWriter(Volume):
         A lost reply makes the winner believe that it lost; the number then stays unused.
         """
         with self._translated("reserving a number", place):
-            return _settled(lambda: self._reserve(place))
+            return retry_stale(lambda: self._reserve(place))
 
     def _reserve(self, place: PurePosixPath) -> bool:
         fd = self._make_way(place.parent)
         try:
             os.mkdir(place.name, self._directory_mode, dir_fd=fd)
             self._set_mode(fd, place.name, self._directory_mode)
-            _sync_directory(fd)
+            sync_directory(fd)
         except FileExistsError:
             return False
         finally:
@@ -152,7 +148,7 @@ class VolumeWriter(Volume):
                 self._link_or_create(source, private, target, place, data)
                 with suppress(FileNotFoundError):
                     os.unlink(private.name, dir_fd=source)
-                _sync_directory(target)
+                sync_directory(target)
             found = self.read(place, max(len(data), 1) * 2)
         if found is None:
             raise VolumeError(
@@ -169,7 +165,7 @@ class VolumeWriter(Volume):
             return
         except OSError as error:
             # A network volume may lose the reply of a link that was made: `publish` asks the file, not the errno.
-            if error.errno not in _UNSUPPORTED and place.name not in os.listdir(target):
+            if error.errno not in UNSUPPORTED and place.name not in os.listdir(target):
                 raise
             if place.name in os.listdir(target):
                 return
@@ -184,7 +180,7 @@ class VolumeWriter(Volume):
             fd = self._ensure_directory(place.parent)
             try:
                 self._write_new(fd, place, data)
-                _sync_directory(fd)
+                sync_directory(fd)
             finally:
                 os.close(fd)
 
@@ -206,7 +202,7 @@ class VolumeWriter(Volume):
         with self._translated("creating", place):
             fd = self._ensure_directory(place.parent)
             try:
-                made = self._open_at(fd, place, _CREATE_FLAGS, self._file_mode)
+                made = self._open_at(fd, place, CREATE_FLAGS, self._file_mode)
             finally:
                 os.close(fd)
             self._set_open_mode(made, self._file_mode)
@@ -250,7 +246,7 @@ class VolumeWriter(Volume):
         with self._translated("syncing", place):
             fd = self._open_directory(place)
             try:
-                _sync_below(fd)
+                sync_below(fd)
             finally:
                 os.close(fd)
             self._sync_above(place)
@@ -259,7 +255,7 @@ class VolumeWriter(Volume):
         for above in place.parents:
             fd = self._open_directory(above)
             try:
-                _sync_directory(fd)
+                sync_directory(fd)
             finally:
                 os.close(fd)
 
@@ -275,16 +271,16 @@ class VolumeWriter(Volume):
             self.make_directory(TRASH)
             self.make_directory(place.parent)
             with self._parent(made) as source, self._parent(place) as directory:
-                if not _is_free_for_link(directory, place.name):
+                if not is_free_for_link(directory, place.name):
                     return False
                 try:
                     os.symlink(target, made.name, dir_fd=source)
                 except OSError as error:
-                    if error.errno in _UNSUPPORTED:
+                    if error.errno in UNSUPPORTED:
                         return False
                     raise
                 os.rename(made.name, place.name, src_dir_fd=source, dst_dir_fd=directory)
-                _sync_directory(directory)
+                sync_directory(directory)
         return True
 
     def discard(self, place: PurePosixPath) -> PurePosixPath | None:
@@ -302,8 +298,8 @@ class VolumeWriter(Volume):
             try:
                 with self._parent(place) as source, self._parent(trashed) as target:
                     os.rename(place.name, trashed.name, src_dir_fd=source, dst_dir_fd=target)
-                    _sync_directory(source)
-                    _sync_directory(target)
+                    sync_directory(source)
+                    sync_directory(target)
             except FileNotFoundError:
                 return None
         return trashed

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import attrs
 
 from kserve_pvc.backends._http.target import Target
-from kserve_pvc.backends._http.wire import MOMENT
+from kserve_pvc.backends._http.wire import POLL_SECONDS
 
 _MAX_ADDRESSES = 1024
 
@@ -23,7 +23,7 @@ class _Address:
     is_asked_for: bool = False
 
 
-class _Addresses:
+class Addresses:
     """
     Where files were found to be, for as long as that is good, and who is asking. Used by all streams.
     """
@@ -39,7 +39,7 @@ class _Addresses:
         """
         with self._guard:
             if (address := self._entry(name)).is_asked_for:
-                self._guard.wait_for(lambda: not self._entry(name).is_asked_for, MOMENT)
+                self._guard.wait_for(lambda: not self._entry(name).is_asked_for, POLL_SECONDS)
                 address = self._entry(name)
             if address.is_asked_for:
                 return None, False

@@ -18,7 +18,7 @@ from urllib.parse import quote, urljoin
 from kserve_pvc._source.contract import RemoteFile
 from kserve_pvc._source.retry import delays
 from kserve_pvc.backends._http.client import Exchange, HTTPClient
-from kserve_pvc.backends._http.connection import Answer
+from kserve_pvc.backends._http.connection import Response
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.errors import PolicyError, SourceChangedError, SourceUnavailableError, StoreError
 
@@ -90,7 +90,7 @@ class Reader:
         self._range = (start, stop)
         self._is_renewed = False
         self._exchange: Exchange | None = None
-        self._answer: Answer | None = None
+        self._answer: Response | None = None
         self._worked_before = 0.0
 
     def __enter__(self) -> Reader:
@@ -204,7 +204,7 @@ def follow(where: str, target: Target, location: str) -> Target:
     return found
 
 
-def read_refusal(answer: Answer) -> bytes:
+def read_refusal(answer: Response) -> bytes:
     """
     Read what a server says about a refusal, as far as it says it; nothing if it does not.
     """
@@ -251,7 +251,7 @@ def from_base64(text: object, length: int | None = None) -> str | None:
     return digest.hex() if digest and length in (None, len(digest)) else None
 
 
-def _check(file: RemoteFile, where: str, answer: Answer, start: int, stop: int) -> None:
+def _check(file: RemoteFile, where: str, answer: Response, start: int, stop: int) -> None:
     size = file.entry.size_bytes
     etag, pinned = answer.header("etag"), file.pin.get("If-Match")
     # Some servers list without the quotes that they answer with.

@@ -27,7 +27,7 @@ from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Checksum, RemoteFile, Resolved, resolved
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc.backends._hf_addresses import _Addresses
+from kserve_pvc.backends._hf_addresses import Addresses
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
@@ -86,7 +86,7 @@ class HFBackend:
         self._token = _token(options, environ)
         self._is_offline = any(_is_true(environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
         self.client = HTTPClient(environ=environ, ca_bundle=options.get("verify"))
-        self.addresses = _Addresses()
+        self.addresses = Addresses()
         self._retry_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:

@@ -18,11 +18,18 @@ from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
     import ssl
-from kserve_pvc.backends._http.connection import Answer, _Connection
-from kserve_pvc.backends._http.dial import _basic, _dial, _is_direct, _literal_address, _Proxy, _tunnel
-from kserve_pvc.backends._http.target import HTTPError, Target, _StaleError
+from kserve_pvc.backends._http.connection import Connection, Response
+from kserve_pvc.backends._http.dial import (
+    Proxy,
+    basic_authorization,
+    bypasses_proxy,
+    dial,
+    literal_address,
+    open_tunnel,
+)
+from kserve_pvc.backends._http.target import HTTPError, StaleConnectionError, Target
 from kserve_pvc.backends._http.tls import make_context
-from kserve_pvc.backends._http.wire import CONNECT_SECONDS, _Plain, _Sealed
+from kserve_pvc.backends._http.wire import CONNECT_SECONDS, PlainTransport, TLSTransport
 
 # Servers close idle connections after five seconds at the earliest; a younger one is worth trying.
 _MAX_IDLE_SECONDS = 4.0
@@ -55,12 +62,12 @@ class HTTPClient:
         self._ca_bundle = ca_bundle
         self._check_address = check_address
         self.answer_seconds = _ANSWER_SECONDS
-        self._idle: dict[tuple[str, str, int], deque[_Connection]] = defaultdict(deque)
+        self._idle: dict[tuple[str, str, int], deque[Connection]] = defaultdict(deque)
         self._guard = threading.Lock()
         self._context: ssl.SSLContext | None = None
 
     @contextmanager
-    def open(self, method: str, target: Target, headers: Mapping[str, str]) -> Iterator[Answer]:
+    def open(self, method: str, target: Target, headers: Mapping[str, str]) -> Iterator[Response]:
         """
         Send a request, wait for its answer, and give it; its body is read inside the `with`.
 
@@ -83,7 +90,7 @@ class HTTPClient:
         """
         return Exchange(self, method, target, headers)
 
-    def head(self, method: str, target: Target, connection: _Connection, headers: Mapping[str, str]) -> bytes:
+    def head(self, method: str, target: Target, connection: Connection, headers: Mapping[str, str]) -> bytes:
         """
         The head of a request as it goes over a connection.
         """
@@ -101,7 +108,7 @@ class HTTPClient:
         except UnicodeEncodeError as error:
             raise HTTPError("a header holds what HTTP cannot carry", is_final=True) from error
 
-    def take(self, target: Target) -> _Connection | None:
+    def take(self, target: Target) -> Connection | None:
         """
         A connection that was kept, if there is a young one.
         """
@@ -114,7 +121,7 @@ class HTTPClient:
                 connection.close()
         return None
 
-    def give_back(self, target: Target, connection: _Connection) -> None:
+    def give_back(self, target: Target, connection: Connection) -> None:
         """
         Keep a connection for the next request to the same place.
         """
@@ -134,31 +141,31 @@ class HTTPClient:
                 while idle:
                     idle.pop().close()
 
-    def connect(self, target: Target) -> _Connection:
+    def connect(self, target: Target) -> Connection:
         """
         Make a connection, through a proxy where one is named.
         """
         proxy = self._proxy(target)
         deadline = time.monotonic() + CONNECT_SECONDS
-        if proxy and self._check_address and (literal := _literal_address(target.host)):
+        if proxy and self._check_address and (literal := literal_address(target.host)):
             self._check_address(target.host, literal)
         # Which proxy there is was chosen by whoever runs this.
-        sock = _dial(proxy or target, None if proxy else self._check_address)
+        sock = dial(proxy or target, None if proxy else self._check_address)
         try:
-            password = _basic(proxy) if proxy else ""
+            password = basic_authorization(proxy) if proxy else ""
             if target.scheme == "http":
-                return _Connection(sock, _Plain(sock), is_forwarded=proxy is not None, proxy_password=password)
+                return Connection(sock, PlainTransport(sock), is_forwarded=proxy is not None, proxy_password=password)
             if proxy:
-                _tunnel(sock, target, password, deadline)
-            sealed = _Sealed(sock, self._tls(), target.host, deadline)
-            return _Connection(sealed.sock, sealed)
+                open_tunnel(sock, target, password, deadline)
+            sealed = TLSTransport(sock, self._tls(), target.host, deadline)
+            return Connection(sealed.sock, sealed)
         except BaseException:
             sock.close()
             raise
 
-    def _proxy(self, target: Target) -> _Proxy | None:
+    def _proxy(self, target: Target) -> Proxy | None:
         url = self._look(f"{target.scheme}_proxy") or self._look("all_proxy")
-        if not url or _is_direct(target, self._look("no_proxy")):
+        if not url or bypasses_proxy(target, self._look("no_proxy")):
             return None
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -167,7 +174,7 @@ class HTTPClient:
             host, port = None, 0
         if not host or parts.scheme != "http":
             raise HTTPError(f"the proxy for {target.scheme} is no `http://host:port`", is_final=True)
-        return _Proxy(host, port, unquote(parts.username or ""), unquote(parts.password or ""))
+        return Proxy(host, port, unquote(parts.username or ""), unquote(parts.password or ""))
 
     def _look(self, name: str) -> str:
         # Whoever runs under CGI gets `HTTP_PROXY` from a header of a request, so there only the lower case counts.
@@ -195,13 +202,13 @@ class Exchange:
         self._method = method
         self._target = target
         self._headers = headers
-        self._answer: Answer | None = None
+        self._answer: Response | None = None
         kept = client.take(target)
         self._is_kept = kept is not None
         self._connection = kept or client.connect(target)
         try:
             self._send()
-        except _StaleError:
+        except StaleConnectionError:
             self._start_over()
         except BaseException:
             self._connection.close()
@@ -217,7 +224,7 @@ class Exchange:
         else:
             self._connection.close()
 
-    def answer(self) -> Answer | None:
+    def answer(self) -> Response | None:
         """
         The head of the answer, or None if it has not come within a moment.
 
@@ -227,7 +234,7 @@ class Exchange:
         if self._answer is None:
             try:
                 self._answer = self._connection.receive_head(self._method)
-            except _StaleError:
+            except StaleConnectionError:
                 self._start_over()
         return self._answer
 

@@ -9,12 +9,9 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-from kserve_pvc.backends._http.target import HTTPError, _StaleError
-from kserve_pvc.backends._http.wire import MOMENT, _Wire
+from kserve_pvc.backends._http.target import HTTPError, StaleConnectionError
+from kserve_pvc.backends._http.wire import POLL_SECONDS, Transport
 
 _MAX_HEAD_BYTES = 32 * 1024
 _HEAD_PIECE = 2048
@@ -22,13 +19,13 @@ _MAX_INTERIM_ANSWERS = 8
 _MAX_TRAILERS = 100
 
 
-class _Connection:
+class Connection:
     """
     One connection, and the bytes that came with a head but belong to what follows it.
     """
 
     def __init__(
-        self, sock: socket.socket, wire: _Wire, *, is_forwarded: bool = False, proxy_password: str = ""
+        self, sock: socket.socket, wire: Transport, *, is_forwarded: bool = False, proxy_password: str = ""
     ) -> None:
         self._sock = sock
         self._wire = wire
@@ -55,14 +52,14 @@ class _Connection:
         try:
             self._wire.send(data)
         except OSError as error:
-            raise _StaleError(f"the connection broke: {error.strerror or error}") from error
+            raise StaleConnectionError(f"the connection broke: {error.strerror or error}") from error
 
-    def receive_head(self, method: str) -> Answer | None:
+    def receive_head(self, method: str) -> Response | None:
         """
         The head of the next answer, or None if it is not there within a moment.
         """
         while (block := self._receive_block()) is not None:
-            answer = Answer(self, method, block)
+            answer = Response(self, method, block)
             if answer.status >= 200:
                 return answer
             self._interim += 1
@@ -72,7 +69,7 @@ class _Connection:
 
     def _receive_block(self) -> bytes | None:
         """Receive up to the next empty line. None: it is not there within a moment."""
-        enough = time.monotonic() + MOMENT
+        enough = time.monotonic() + POLL_SECONDS
         while True:
             found = bytes(self._buffer[self._start : self._stop])
             end = found.find(b"\r\n\r\n")
@@ -90,7 +87,7 @@ class _Connection:
                 return None
             if count == 0:
                 if self._start == self._stop:
-                    raise _StaleError("it closed the connection without an answer")
+                    raise StaleConnectionError("it closed the connection without an answer")
                 raise HTTPError("it closed the connection in the head of an answer")
             self._stop += count
 
@@ -103,7 +100,7 @@ class _Connection:
         try:
             return self._wire.receive(buffer)
         except OSError as error:
-            kind = _StaleError if self._start == self._stop else HTTPError
+            kind = StaleConnectionError if self._start == self._stop else HTTPError
             raise kind(f"the connection broke: {error.strerror or error}") from error
 
     def read(self, buffer: memoryview) -> int | None:
@@ -135,7 +132,7 @@ class _Connection:
         """
         A short line of a chunked body, or None if it is not there within a moment.
         """
-        enough = time.monotonic() + MOMENT
+        enough = time.monotonic() + POLL_SECONDS
         while (end := bytes(self._buffer[self._start : self._stop]).find(b"\r\n")) < 0:
             if self._stop - self._start > 1024:
                 raise HTTPError("a line of its chunked answer does not end")
@@ -151,14 +148,14 @@ class _Connection:
         return line
 
 
-class Answer:
+class Response:
     """
     The head of an answer, and its body being read.
 
     `status` is its number, `length` is how many bytes the body has, if the server said so.
     """
 
-    def __init__(self, connection: _Connection, method: str, head: bytes) -> None:
+    def __init__(self, connection: Connection, method: str, head: bytes) -> None:
         self._connection = connection
         # Found when they are asked for: a small file is soon fetched, and few headers matter.
         self._head = head + b"\r\n"

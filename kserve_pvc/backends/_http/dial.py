@@ -9,25 +9,22 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from kserve_pvc.backends._http.connection import Connection
+from kserve_pvc.backends._http.target import HTTPError, Target
+from kserve_pvc.backends._http.wire import CONNECT_SECONDS, POLL_SECONDS, PlainTransport
 from kserve_pvc.errors import StoreError
 
-if TYPE_CHECKING:
-    pass
-from kserve_pvc.backends._http.connection import _Connection
-from kserve_pvc.backends._http.target import HTTPError, Target
-from kserve_pvc.backends._http.wire import CONNECT_SECONDS, MOMENT, _Plain
 
-
-class _Proxy(NamedTuple):
+class Proxy(NamedTuple):
     host: str
     port: int
     user: str
     password: str
 
 
-def _is_direct(target: Target, no_proxy: str) -> bool:
+def bypasses_proxy(target: Target, no_proxy: str) -> bool:
     host = target.host.lower()
     for name in (n.strip().lower().lstrip(".") for n in no_proxy.split(",")):
         if name == "*" or (name and (host == name or host.endswith("." + name) or f"{host}:{target.port}" == name)):
@@ -35,13 +32,13 @@ def _is_direct(target: Target, no_proxy: str) -> bool:
     return False
 
 
-def _basic(proxy: _Proxy) -> str:
+def basic_authorization(proxy: Proxy) -> str:
     if not proxy.user:
         return ""
     return "Basic " + base64.b64encode(f"{proxy.user}:{proxy.password}".encode()).decode()
 
 
-def _literal_address(host: str) -> str | None:
+def literal_address(host: str) -> str | None:
     """The address that a host is, in any of the spellings that a resolver takes for one; None for a name."""
     try:
         socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
@@ -73,7 +70,7 @@ def _connect_checked(host: str, port: int, check: Callable[[str, str], None]) ->
     raise failure or OSError("it has no address")
 
 
-def _dial(place: Target | _Proxy, check: Callable[[str, str], None] | None = None) -> socket.socket:
+def dial(place: Target | Proxy, check: Callable[[str, str], None] | None = None) -> socket.socket:
     try:
         if check is not None:
             sock = _connect_checked(place.host, place.port, check)
@@ -84,26 +81,26 @@ def _dial(place: Target | _Proxy, check: Callable[[str, str], None] | None = Non
     except OSError as error:
         name = (
             f"the proxy {place.host}:{place.port}"
-            if isinstance(place, _Proxy)
+            if isinstance(place, Proxy)
             else f"{place.scheme}://{place.authority}"
         )
         raise HTTPError(f"no connection to {name}: {error.strerror or error}") from error
     except UnicodeError as error:
         raise HTTPError(f"`{place.host}` is no name of a host", is_final=True) from error
     sock.settimeout(None)
-    moment = struct.pack("ll", int(MOMENT), int(MOMENT % 1 * 1e6))
+    moment = struct.pack("ll", int(POLL_SECONDS), int(POLL_SECONDS % 1 * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, moment)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CONNECT_SECONDS), 0))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
 
-def _tunnel(sock: socket.socket, target: Target, password: str, deadline: float) -> None:
+def open_tunnel(sock: socket.socket, target: Target, password: str, deadline: float) -> None:
     host = f"[{target.host}]" if ":" in target.host else target.host
     lines = [f"CONNECT {host}:{target.port} HTTP/1.1", f"Host: {host}:{target.port}"]
     if password:
         lines.append(f"Proxy-Authorization: {password}")
-    connection = _Connection(sock, _Plain(sock))
+    connection = Connection(sock, PlainTransport(sock))
     connection.send("\r\n".join([*lines, "", ""]).encode("latin-1"))
     while (answer := connection.receive_head("CONNECT")) is None:
         if time.monotonic() > deadline:

@@ -4,11 +4,8 @@ Where a request goes: scheme, host, port, and the errors of getting there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
-
-if TYPE_CHECKING:
-    pass
 
 
 class HTTPError(Exception):
@@ -21,7 +18,7 @@ class HTTPError(Exception):
         self.is_final = is_final
 
 
-class _StaleError(HTTPError):
+class StaleConnectionError(HTTPError):
     """A connection that was kept open had been closed by the server before the request came."""
 
 

@@ -15,11 +15,11 @@ from kserve_pvc.backends._http.target import HTTPError
 
 CONNECT_SECONDS = 5.0
 # How long a read waits before its caller may look up: whoever is told to stop does so within this time.
-MOMENT = 0.25
+POLL_SECONDS = 0.25
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
-class _Wire(Protocol):
+class Transport(Protocol):
     """
     How bytes come and go; two ways of it, in the clear and under TLS. `worked` is how many seconds reading took without
     waiting.
@@ -39,7 +39,7 @@ class _Wire(Protocol):
         """Whether there is something to receive already, be it the end."""
 
 
-class _Plain:
+class PlainTransport:
     worked = 0.0
 
     def __init__(self, sock: socket.socket) -> None:
@@ -64,7 +64,7 @@ class _Plain:
         return _is_readable(self._sock)
 
 
-class _Sealed:
+class TLSTransport:
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str, deadline: float) -> None:
         import ssl
 
@@ -109,14 +109,14 @@ class _Sealed:
         """Wait for more, a moment at most."""
         began = time.monotonic()
         try:
-            return bool(self._poll.poll(MOMENT * 1000))
+            return bool(self._poll.poll(POLL_SECONDS * 1000))
         finally:
             self._waited += time.monotonic() - began
 
     def fill(self, buffer: memoryview) -> int | None:
         began, waited = time.monotonic(), self._waited
         try:
-            return self._fill(buffer, began + MOMENT)
+            return self._fill(buffer, began + POLL_SECONDS)
         finally:
             self.worked += time.monotonic() - began - (self._waited - waited)
 
