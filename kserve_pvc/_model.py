@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from kserve_pvc._format.log_entry import (
-    LogEntry,
-)
+from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._keys.log import read_manifest
 from kserve_pvc._volume.reading import Volume
 

@@ -18,11 +18,7 @@ from kserve_pvc._format.log_entry import (
 )
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
-from kserve_pvc.errors import (
-    LockerMismatchError,
-    SettingsError,
-    StoreFormatError,
-)
+from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or talks to a source is imported by the method that does it.

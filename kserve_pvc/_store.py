@@ -19,10 +19,11 @@ import attrs
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import KEY
-from kserve_pvc._format.log_entry import (
-    LogEntry,
-)
+from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._keys.log import LogView, read_log, read_log_of, read_manifest
+from kserve_pvc._model import Model, Status
+from kserve_pvc._opening import check_agreement, check_arguments, check_tuning, create_store, read_store_settings
+from kserve_pvc._process import flight_of, newest_returned, remember_returned, this_process
 from kserve_pvc._source.ref import ModelRef, Patterns, parse_ref
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
@@ -54,9 +55,6 @@ if TYPE_CHECKING:
     from kserve_pvc._show.progress import Callback
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._volume.verify import Level, Verification
-from kserve_pvc._model import Model, Status
-from kserve_pvc._opening import check_agreement, check_arguments, check_tuning, create_store, read_store_settings
-from kserve_pvc._process import _flights, _process_guard, _returned, _this_process
 
 
 class ModelStore:
@@ -306,7 +304,7 @@ class ModelStore:
                 self._settings,
                 ref,
                 partial(self._backend, ref) if source is None else lambda: source,
-                holder=_this_process(),
+                holder=this_process(),
                 timeout=max(0.0, timeout - (time.monotonic() - started)),
                 listener=listener if source is None else _importing(listener),
                 wish=Wish(after_seq=after_seq, version=resolved.version if resolved else None),
@@ -372,9 +370,7 @@ class ModelStore:
     @contextmanager
     def _flight(self, ref: ModelRef, timeout: float) -> Iterator[None]:
         """Among the threads of this process, one goes ahead and the others wait here."""
-        name = (self._identity, ref.key)
-        with _process_guard:
-            lock = _flights.setdefault(name, threading.Lock())
+        lock = flight_of(self._identity, ref.key)
         if not lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
             raise LockTimeoutError(str(ref), "another thread of this process", timeout, 0.0, 0, 0)
         try:
@@ -554,7 +550,7 @@ class ModelStore:
 
         assert self._settings is not None  # A read-write store has created them.
         try:
-            if not Removal(self._writer, self._settings, ref, _this_process()).run(trash_seconds):
+            if not Removal(self._writer, self._settings, ref, this_process()).run(trash_seconds):
                 raise self._absent(ref, self._look(ref))
         finally:
             settle_view_quietly(self._writer, ref.key)
@@ -731,7 +727,7 @@ class ModelStore:
             generation = model.path.name
             with ExitStack() as lease:
                 with suppress(ReadOnlyStoreError):
-                    lasting, holder = self._settings.lease_seconds, _this_process()
+                    lasting, holder = self._settings.lease_seconds, this_process()
                     lease.enter_context(reading(self._writer, generation, lease_seconds=lasting, holder=holder))
                 # Whoever removes looks for leases after its tombstone is visible: looking again closes the gap.
                 entry = _present(read_log(self._volume, model.key))
@@ -755,7 +751,7 @@ class ModelStore:
         from kserve_pvc._doctor.doctor import diagnose
 
         _check_timeout(timeout)
-        return diagnose(self.root, writes=self._writer is not None, holder=_this_process(), peer=peer, timeout=timeout)
+        return diagnose(self.root, writes=self._writer is not None, holder=this_process(), peer=peer, timeout=timeout)
 
     def locks(self) -> Sequence[LockInfo]:
         """
@@ -788,7 +784,7 @@ class ModelStore:
         from kserve_pvc._keys.claims import break_claim
 
         break_claim(
-            self._writer, ref.key, uri=ref.uri, holder=_this_process(), lease_seconds=self._settings.lease_seconds
+            self._writer, ref.key, uri=ref.uri, holder=this_process(), lease_seconds=self._settings.lease_seconds
         )
 
     def _keys(self) -> Sequence[str]:
@@ -808,9 +804,8 @@ class ModelStore:
 
     def _look(self, ref: ModelRef) -> LogView:
         """Read the newest record of a ref, and never an older one than this process has returned."""
-        seen = _returned.get(
-            (self._identity, ref.key), 0
-        )  # Before reading: another thread may return a newer one meanwhile.
+        # Before reading: another thread may return a newer one meanwhile.
+        seen = newest_returned(self._identity, ref.key)
         view = read_log_of(self._volume, ref)
         if view.seq < seen:
             reason = f"its newest record is {view.seq}, but this process has returned {seen}; somebody deleted records"
@@ -818,9 +813,7 @@ class ModelStore:
         return view
 
     def _remember(self, entry: LogEntry) -> None:
-        name = (self._identity, entry.key)
-        with _process_guard:
-            _returned[name] = max(entry.seq, _returned.get(name, 0))
+        remember_returned(self._identity, entry.key, entry.seq)
 
     def _model(self, entry: LogEntry, status: Status, started: float, bytes_fetched: int = 0) -> Model:
         self._remember(entry)

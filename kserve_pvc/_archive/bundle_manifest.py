@@ -16,9 +16,7 @@ from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import MAX_FILES
 from kserve_pvc._source.ref import ModelRef, parse_ref
-from kserve_pvc.errors import (
-    PolicyError,
-)
+from kserve_pvc.errors import PolicyError
 
 
 def _files(value: Any) -> tuple[FileEntry, ...]:

@@ -21,12 +21,7 @@ from kserve_pvc._archive.bundle_manifest import BundleManifest
 from kserve_pvc._format.codec import encode
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._show.events import Adopted, Finished, Listener, Received, Started
-from kserve_pvc.errors import (
-    InsufficientSpaceError,
-    SettingsError,
-    StoreError,
-    VolumeError,
-)
+from kserve_pvc.errors import InsufficientSpaceError, SettingsError, StoreError, VolumeError
 
 OpenFile = Callable[[PurePosixPath], AbstractContextManager[int]]
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from kserve_pvc._archive.members import PIECE_BYTES, Member, MeteredStream, NameCheck, translating
 from kserve_pvc.errors import PolicyError, UnsafePathError
 
 if TYPE_CHECKING:
     import tarfile
-from kserve_pvc._archive.members import PIECE_BYTES, Member, MeteredStream, NameCheck, translating
 
 _MAX_EXTENDED_BYTES = 64 * 1024
 _BLOCK = 512

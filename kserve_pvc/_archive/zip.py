@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from kserve_pvc._archive.members import PIECE_BYTES, Member, Meter, NameCheck, translating
 from kserve_pvc.errors import PolicyError, UnsafePathError
 
 if TYPE_CHECKING:
     import zipfile
-from kserve_pvc._archive.members import PIECE_BYTES, Member, Meter, NameCheck, translating
 
 _MAX_DIRECTORY_BYTES = 16 * 1024 * 1024
 _LOCAL_HEADER_BYTES = 30

@@ -15,17 +15,6 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc._process import _this_process
-from kserve_pvc._settings import read_settings
-from kserve_pvc._store import ModelStore
-from kserve_pvc.errors import SettingsError, printable
-
-# As in `_store`, what `path` does not need is imported by the verb that does.
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from kserve_pvc._download.warm import Item, Warmed
-    from kserve_pvc._volume.verify import Level
 from kserve_pvc._cli.output import (
     describe_identity,
     describe_model,
@@ -43,6 +32,17 @@ from kserve_pvc._cli.output import (
     say,
     show_warmed,
 )
+from kserve_pvc._process import this_process
+from kserve_pvc._settings import read_settings
+from kserve_pvc._store import ModelStore
+from kserve_pvc.errors import SettingsError, printable
+
+# As in `_store`, what `path` does not need is imported by the verb that does.
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kserve_pvc._download.warm import Item, Warmed
+    from kserve_pvc._volume.verify import Level
 
 
 def ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
@@ -316,7 +316,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     diagnosis = diagnose(
         arguments.directory or arguments.store or settings.store,
         writes=settings.mode != "r",
-        holder=_this_process(),
+        holder=this_process(),
         peer=arguments.peer,
         timeout=arguments.timeout,
     )

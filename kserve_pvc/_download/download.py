@@ -19,19 +19,12 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._download import protocol
+from kserve_pvc._download.journal import Journal
 from kserve_pvc._download.reuse import Found, find_donors, shared_bytes
 from kserve_pvc._download.streams import Tuning
+from kserve_pvc._download.tally import Tally, nothing
 from kserve_pvc._format import layout
-from kserve_pvc._format.records import (
-    Claim,
-    FileEntry,
-    Holder,
-    LogEntry,
-    Manifest,
-    StoreSettings,
-    encode,
-    now,
-)
+from kserve_pvc._format.records import Claim, FileEntry, Holder, LogEntry, Manifest, StoreSettings, encode, now
 from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heart, take_claim
 from kserve_pvc._keys.log import LogView, read_log_of
 from kserve_pvc._keys.log_writer import LogWriter, generations
@@ -58,8 +51,6 @@ from kserve_pvc.locks.lease import LeaseLostError
 
 if TYPE_CHECKING:
     from kserve_pvc._archive.members import Member
-from kserve_pvc._download.journal import Journal
-from kserve_pvc._download.tally import Tally, nothing
 
 # A member of an archive from this size on is made durable at once.
 _LARGE_BYTES = 8 * 1024 * 1024

@@ -10,15 +10,10 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 
 from kserve_pvc._format import layout
-from kserve_pvc._format.records import (
-    PartNote,
-    encode,
-)
+from kserve_pvc._format.records import PartNote, encode
 from kserve_pvc._volume.calls import write_all
 from kserve_pvc._volume.writing import VolumeWriter
-from kserve_pvc.errors import (
-    StoreError,
-)
+from kserve_pvc.errors import StoreError
 
 # The note of a range of this length is written at once.
 _GATHERED_BYTES = 8 * 1024 * 1024

@@ -8,15 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from kserve_pvc._format.records import (
-    Beat,
-    Claim,
-)
+from kserve_pvc._format.records import Beat, Claim
 from kserve_pvc._keys.claims import Sign
 from kserve_pvc._show.events import Adopted, Listener, Received, Retried, Waiting
-from kserve_pvc.errors import (
-    VolumeError,
-)
+from kserve_pvc.errors import VolumeError
 from kserve_pvc.locks.lease import Heart, LeaseLostError
 
 

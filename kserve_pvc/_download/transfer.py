@@ -26,16 +26,7 @@ from kserve_pvc._download.adoption import Donor
 from kserve_pvc._download.destination import Destination, Observer, TransferCancelledError, naming_errors
 from kserve_pvc._download.hashes import CRC32, Hashes
 from kserve_pvc._download.pieces import TRICKLE_BYTES, OpenedRange, Tries
-from kserve_pvc._download.schedule import (
-    MIB,
-    SHORTEST_RANGE,
-    Span,
-    Writing,
-    at_once,
-    gap_bytes,
-    is_free,
-    without,
-)
+from kserve_pvc._download.schedule import MIB, SHORTEST_RANGE, Span, Writing, at_once, gap_bytes, is_free, without
 from kserve_pvc._download.streams import Pace, Tuning
 from kserve_pvc._format.records import FileEntry, PartNote
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from kserve_pvc._volume.calls import DIRECTORY_FLAGS, NO_SPACE, retry_stale
 from kserve_pvc.errors import (
     InsufficientSpaceError,
     ReadOnlyStoreError,
@@ -27,7 +28,6 @@ from kserve_pvc.errors import (
 
 if TYPE_CHECKING:
     from kserve_pvc._format.records import FoundFile
-from kserve_pvc._volume.calls import DIRECTORY_FLAGS, NO_SPACE, retry_stale
 
 _NO_PERMISSION = {errno.EACCES, errno.EPERM}
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

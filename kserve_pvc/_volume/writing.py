@@ -34,13 +34,7 @@ from kserve_pvc._volume.calls import (
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.scratch import Scratch
 from kserve_pvc._volume.tree import Tree
-from kserve_pvc.errors import (
-    InsufficientSpaceError,
-    ReadOnlyStoreError,
-    StoreFormatError,
-    UnsafePathError,
-    VolumeError,
-)
+from kserve_pvc.errors import InsufficientSpaceError, ReadOnlyStoreError, StoreFormatError, UnsafePathError, VolumeError
 
 
 class VolumeWriter(Volume):

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-if TYPE_CHECKING:
-    import ssl
 from kserve_pvc.backends._http.connection import Connection, Response
 from kserve_pvc.backends._http.dial import (
     Proxy,
@@ -30,6 +28,9 @@ from kserve_pvc.backends._http.dial import (
 from kserve_pvc.backends._http.target import HTTPError, StaleConnectionError, Target
 from kserve_pvc.backends._http.tls import make_context
 from kserve_pvc.backends._http.wire import CONNECT_SECONDS, PlainTransport, TLSTransport
+
+if TYPE_CHECKING:
+    import ssl
 
 # Servers close idle connections after five seconds at the earliest; a younger one is worth trying.
 _MAX_IDLE_SECONDS = 4.0

@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from kserve_pvc.backends._http.target import HTTPError
+
 if TYPE_CHECKING:
     import ssl
-from kserve_pvc.backends._http.target import HTTPError
 
 
 def make_context(ca_bundle: str | bool | None, environ: Mapping[str, str]) -> ssl.SSLContext:

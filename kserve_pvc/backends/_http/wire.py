@@ -9,9 +9,10 @@ import socket
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from kserve_pvc.backends._http.target import HTTPError
+
 if TYPE_CHECKING:
     import ssl
-from kserve_pvc.backends._http.target import HTTPError
 
 CONNECT_SECONDS = 5.0
 # How long a read waits before its caller may look up: whoever is told to stop does so within this time.
