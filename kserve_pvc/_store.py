@@ -788,7 +788,7 @@ class ModelStore:
         )
 
     def _keys(self) -> Sequence[str]:
-        return [name for name in self._volume.names(layout.KEYS) if KEY.fullmatch(name)]
+        return [name for name in self._volume.list_names(layout.KEYS) if KEY.fullmatch(name)]
 
     @property
     def _is_offline(self) -> bool:

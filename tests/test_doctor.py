@@ -28,6 +28,7 @@ from kserve_pvc._doctor.reports import Hello, Message
 from kserve_pvc._doctor.text import tell
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import encode
+from kserve_pvc._volume.scratch import open_scratch
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.locks.liveness import here
 
@@ -485,7 +486,7 @@ def test_a_peer_that_lies_ends_no_doctor(root, lie, monkeypatch):
     writer, own, other = VolumeWriter(root), new_directory(), layout.DOCTOR / "000000000001-0123456789abcdef"
     writer.make_directory(other)
     writer.make_directory(own)
-    with writer.scratch(own) as scratch:
+    with open_scratch(writer, own) as scratch:
         report = meeting._Meeting(writer, scratch, own, other, HELLO, HELLO).run()
     diagnosis = attrs.evolve(WELL, peer=report)
 
@@ -620,7 +621,7 @@ def test_a_name_with_two_winners_is_counted(root):
     What both did is put together by round: who won, and whether the two calls overlapped on one clock.
     """
     writer, own, other = VolumeWriter(root), new_directory(), new_directory()
-    with writer.scratch(own) as scratch:
+    with open_scratch(writer, own) as scratch:
         pair = meeting._Meeting(writer, scratch, own, other, HELLO, HELLO)
         pair._clock_ahead = 100.0
         mine = [[1.0, 2.0, 1.0], [3.0, 4.0, 1.0], [5.0, 6.0, 0.0], [7.0, 8.0, 0.0]]

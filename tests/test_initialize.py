@@ -30,8 +30,8 @@ from webserver import WebServer
 from kserve_pvc import InvalidURIError, LockTimeoutError, ModelStore, SourceNotFoundError
 from kserve_pvc.kserve import Storage
 from kserve_pvc.kserve._destination import OURS, Contents, Destination, Source
+from kserve_pvc.kserve._environment import read_variables, trust_bundle
 from kserve_pvc.kserve._initialize import main
-from kserve_pvc.kserve._variables import read_variables, trust_bundle
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.liveness import here
 

@@ -37,6 +37,7 @@ from volumes import LOCAL, MOUNTS, NETWORK, CannotStartError, SharedVolume, fres
 from waiting import until
 
 from kserve_pvc import ModelInUseError, ModelStore
+from kserve_pvc._volume.tree import writing_tree
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.kserve._destination import OURS
 
@@ -422,10 +423,10 @@ def test_a_volume_that_refuses_another_name_for_a_file_is_not_full(roots):
     A file that cannot get a second, or a hundredth, name is left to be copied, whatever the volume calls that.
     """
     writer, one, two = VolumeWriter(roots[0]), PurePosixPath("models/one"), PurePosixPath("models/two")
-    with writer.writing_tree(one) as tree:
+    with writing_tree(writer, one) as tree:
         tree.finish(tree.create(PurePosixPath("file")), PurePosixPath("file"), is_large=True)
 
-    with writer.writing_tree(two) as tree:
+    with writing_tree(writer, two) as tree:
         linked = {f"{number}" for number in range(100) if tree.link(one / "file", PurePosixPath(f"{number}"))}
 
     assert set(os.listdir(roots[-1] / two)) == linked

@@ -18,7 +18,7 @@ from kserve_pvc._volume import writing as _volume
 from kserve_pvc._volume.calls import allocate, copy_range, write_all
 from kserve_pvc._volume.mount import Mount, mount_of
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc._volume.tree import Tree
+from kserve_pvc._volume.tree import Tree, writing_tree
 from kserve_pvc._volume.writing import VolumeWriter
 
 PLACE = PurePosixPath(".kserve-pvc/keys/k/log/000000000001.commit")
@@ -180,7 +180,7 @@ def test_a_directory_that_is_only_just_being_made_is_listed(root, unsettled, mon
     monkeypatch.setattr(os, "listdir", listdir)
     unsettled(errno.ESTALE, 3)
 
-    names = Volume(root).names(PurePosixPath("a"))
+    names = Volume(root).list_names(PurePosixPath("a"))
     monkeypatch.undo()
 
     assert names == ["b"]
@@ -275,7 +275,7 @@ def test_finished_files_cannot_be_opened_for_writing_by_mode(root):
     root.chmod(0o775)
     old = os.umask(0o077)
     try:
-        with VolumeWriter(root).writing_tree(GENERATION) as tree:
+        with writing_tree(VolumeWriter(root), GENERATION) as tree:
             tree.finish(tree.create(PurePosixPath("below/file")), PurePosixPath("below/file"), False)
     finally:
         os.umask(old)
@@ -291,7 +291,7 @@ def test_a_tree_of_many_directories_holds_few_descriptors(root, monkeypatch, not
     monkeypatch.setattr(_volume, "_MOST_DIRECTORIES", 5)
     before = len(os.listdir("/proc/self/fd"))
 
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         for number in range(100):
             path = PurePosixPath(f"{number % 20}/deep/{number}")
             fd = tree.create(path)
@@ -320,7 +320,7 @@ def test_a_tree_is_entered_by_many_threads(root, nothing_is_left_open):
         except BaseException as error:
             failed.append(error)
 
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         threads = [Thread(target=act, args=(number, tree)) for number in range(8)]
         for thread in threads:
             thread.start()
@@ -344,7 +344,7 @@ def test_a_link_that_was_planted_leads_a_tree_nowhere(root, tmp_path, planted, n
         outside if planted == "directory" else outside / "file"
     )
 
-    with VolumeWriter(root).writing_tree(GENERATION) as tree, pytest.raises((UnsafePathError, VolumeError)):
+    with writing_tree(VolumeWriter(root), GENERATION) as tree, pytest.raises((UnsafePathError, VolumeError)):
         tree.create(PurePosixPath("below/file" if planted == "directory" else "file"))
 
     assert list(outside.iterdir()) == []
@@ -354,7 +354,7 @@ def test_a_file_is_created_once(root):
     """
     What is there already is never opened for writing.
     """
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         os.close(tree.create(PurePosixPath("file")))
         with pytest.raises(VolumeError):
             tree.create(PurePosixPath("file"))
@@ -373,7 +373,7 @@ def test_a_tree_is_durable_when_it_ends_well(root, monkeypatch, at_once):
     writer, path = VolumeWriter(root), PurePosixPath("below/file")
 
     def write(place: PurePosixPath, error: Exception | None = None) -> set[str]:
-        with suppress(ZeroDivisionError), writer.writing_tree(place) as tree:
+        with suppress(ZeroDivisionError), writing_tree(writer, place) as tree:
             tree._syncs_at_once = at_once != "never"
             tree.finish(tree.create(path), path, False)
             if at_once != "never":
@@ -435,7 +435,7 @@ def test_a_file_gets_a_second_name_in_a_tree(root, nothing_is_left_open):
     """
     (root / "models/k/old/below").mkdir(parents=True)
     (root / "models/k/old/below/file").write_text("content")
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         said = tree.link(PurePosixPath("models/k/old/below/file"), PurePosixPath("deep/down/file"))
 
     assert said is True
@@ -450,7 +450,7 @@ def test_a_file_with_a_second_name_is_made_durable(root, monkeypatch):
     (root / "old/file").write_text("content")
     synced = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         tree._syncs_at_once = True
         tree.link(PurePosixPath("old/file"), PurePosixPath("file"))
 
@@ -461,7 +461,7 @@ def test_a_file_that_is_gone_gets_no_second_name(root, nothing_is_left_open):
     """
     What was collected meanwhile is no error.
     """
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         assert tree.link(PurePosixPath("models/k/old/file"), PurePosixPath("file")) is False
 
 
@@ -476,7 +476,7 @@ def test_a_volume_without_links_says_so(root, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", link)
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         assert tree.link(PurePosixPath("old"), PurePosixPath("file")) is False
         code = errno.EIO
         with pytest.raises(OSError, match="Input/output"):
@@ -497,7 +497,7 @@ def test_no_second_name_is_given_through_a_link(root, tmp_path, planted, nothing
         (root / "models/k/old").mkdir()
         (root / "models/k/old/file").symlink_to(tmp_path / "outside/file")
 
-    with suppress(OSError, ValueError), VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with suppress(OSError, ValueError), writing_tree(VolumeWriter(root), GENERATION) as tree:
         tree.link(PurePosixPath("models/k/old/file"), PurePosixPath("file"))
 
     found = root / GENERATION / "file"
@@ -641,7 +641,7 @@ def test_what_is_not_there_reads_as_none_and_lists_as_empty(root):
     volume = Volume(root)
 
     assert volume.read(PurePosixPath("a/b"), 10) is None
-    assert volume.names(PurePosixPath("a/b")) == []
+    assert volume.list_names(PurePosixPath("a/b")) == []
     assert list(volume.tree(PurePosixPath("a/b"))) == []
 
 
@@ -784,4 +784,4 @@ def test_a_directory_that_a_node_believes_missing_is_looked_for_again(root, monk
 
     monkeypatch.setattr(os, "listdir", forgetful)
 
-    assert Volume(root).names(PurePosixPath("log")) == ["1"]
+    assert Volume(root).list_names(PurePosixPath("log")) == ["1"]

@@ -98,7 +98,7 @@ def manifest_of(entry: LogEntry, files: Iterable[FileEntry]) -> BundleManifest:
     Raises:
         PolicyError: It was never hashed, so nothing could tell its bytes from damaged ones.
     """
-    bare = [file.proven(file.sha256, None) for file in files]
+    bare = [file.with_digests(file.sha256, None) for file in files]
     if any(file.sha256 is None for file in bare):
         rule = "it was fetched without hashing, so nothing proves its bytes; fetch it with `force_download=True` in a store that hashes"
         raise PolicyError(entry.uri, rule)

@@ -123,11 +123,9 @@ def describe_verification(report: Verification) -> dict[str, Any]:
 
 
 def print_verification(report: Verification) -> None:
-    from kserve_pvc._show.units import amount, count
+    from kserve_pvc._show.units import count, format_bytes
 
-    checked = (
-        f"{count(report.files, 'file')}, {amount(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"
-    )
+    checked = f"{count(report.files, 'file')}, {format_bytes(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"
     print(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
     for problem in report.problems:
         print(f"     {problem.kind}: {printable(problem.path)}: {printable(problem.detail)}")

@@ -143,7 +143,7 @@ def path(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def ls(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._show.units import amount, count
+    from kserve_pvc._show.units import count, format_bytes
 
     models = store.list()
     if arguments.json:
@@ -152,17 +152,23 @@ def ls(store: ModelStore, arguments: argparse.Namespace) -> int:
     print_table(
         ("URI", "SIZE", "FILES", "CREATED", "KEY"),
         [
-            (describe_model(m), amount(m.size_bytes), str(m.files), m.created_at.strftime("%Y-%m-%d %H:%M"), m.key)
+            (
+                describe_model(m),
+                format_bytes(m.size_bytes),
+                str(m.files),
+                m.created_at.strftime("%Y-%m-%d %H:%M"),
+                m.key,
+            )
             for m in models
         ],
     )
     if not arguments.quiet:
-        say(f"{count(len(models), 'model')}, {amount(sum(m.size_bytes for m in models))} at {store.root}")
+        say(f"{count(len(models), 'model')}, {format_bytes(sum(m.size_bytes for m in models))} at {store.root}")
     return 0
 
 
 def info(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._show.units import amount, count
+    from kserve_pvc._show.units import count, format_bytes
 
     model = store.get(arguments.uri, **selection(arguments))
     record = model.record
@@ -175,34 +181,35 @@ def info(store: ModelStore, arguments: argparse.Namespace) -> int:
         ("key", record.key),
         ("version", record.version),
         ("path", str(model.path)),
-        ("size", f"{amount(record.size_bytes)} in {count(len(record.files), 'file')}"),
+        ("size", f"{format_bytes(record.size_bytes)} in {count(len(record.files), 'file')}"),
         ("created", f"{record.created_at.isoformat(timespec='seconds')} by {record.writer}"),
     ]
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"{name.ljust(width)}  {printable(value)}")
     print_table(
-        ("FILE", "SIZE", "SHA256"), [(str(f.path), amount(f.size_bytes), f.sha256 or "unknown") for f in record.files]
+        ("FILE", "SIZE", "SHA256"),
+        [(str(f.path), format_bytes(f.size_bytes), f.sha256 or "unknown") for f in record.files],
     )
     return 0
 
 
 def plan(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._show.units import amount, count
+    from kserve_pvc._show.units import count, format_bytes
 
     plan = store.plan(arguments.uri, **selection(arguments), refresh=arguments.refresh)
     if arguments.json:
         print_json({**attrs.asdict(plan), "fits": plan.fits})
         return 0
     if plan.action == "nothing":
-        print(f"nothing to do: {printable(plan.uri)} is present ({amount(plan.size_bytes)})")
+        print(f"nothing to do: {printable(plan.uri)} is present ({format_bytes(plan.size_bytes)})")
         return 0
     seconds = "at an unknown rate" if plan.seconds is None else f"in about {plan.seconds:.0f} s"
     print(
-        f"would fetch {amount(plan.bytes_to_fetch)} of {amount(plan.size_bytes)} in {count(plan.files, 'file')} {seconds}"
+        f"would fetch {format_bytes(plan.bytes_to_fetch)} of {format_bytes(plan.size_bytes)} in {count(plan.files, 'file')} {seconds}"
     )
-    print(f"would take over {amount(plan.bytes_reusable)} that is there already")
-    print(f"{amount(plan.free_bytes)} are free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
+    print(f"would take over {format_bytes(plan.bytes_reusable)} that is there already")
+    print(f"{format_bytes(plan.free_bytes)} are free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
     return 0
 
 
@@ -245,7 +252,7 @@ def rm(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def export(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._show.units import amount, count
+    from kserve_pvc._show.units import count, format_bytes
 
     to_stdout = arguments.file == "-"
     if to_stdout and (arguments.json or sys.stdout.isatty()):
@@ -258,7 +265,7 @@ def export(store: ModelStore, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(attrs.asdict(exported))
     elif not arguments.quiet:
-        size = f"{count(exported.files, 'file')}, {amount(exported.size_bytes)}"
+        size = f"{count(exported.files, 'file')}, {format_bytes(exported.size_bytes)}"
         say(
             f"{printable(exported.file)} holds {printable(exported.uri)}: {size}; check it with `import --sha256 {exported.sha256}`"
         )
@@ -276,7 +283,7 @@ def import_(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._show.units import amount, count
+    from kserve_pvc._show.units import count, format_bytes
 
     for uri in arguments.break_claim or ():
         store.break_lock(uri, **selection(arguments))
@@ -292,7 +299,7 @@ def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
             lock.holder,
             lock.since,
             format_age(lock.age_seconds),
-            f"{amount(lock.bytes_done)} of {amount(lock.bytes_total)}",
+            f"{format_bytes(lock.bytes_done)} of {format_bytes(lock.bytes_total)}",
         )
         for lock in locks
     ]

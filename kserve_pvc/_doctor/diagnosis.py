@@ -11,7 +11,7 @@ from typing import Literal
 import attrs
 
 from kserve_pvc._doctor.reports import LockTest, PeerReport, Race
-from kserve_pvc._show.units import amount
+from kserve_pvc._show.units import format_bytes
 from kserve_pvc._volume.profile import Profile
 
 _INCREDIBLE_BYTES = 512 * 1024**4
@@ -275,7 +275,7 @@ def _judge_space(diagnosis: Diagnosis) -> Iterator[Finding]:
         yield Finding(
             what="free-space-made-up",
             level="change",
-            measured=f"the volume says that it has {amount(diagnosis.total_bytes)}",
+            measured=f"the volume says that it has {format_bytes(diagnosis.total_bytes)}",
             rule="a download asks first whether it fits, which a made-up number always answers with yes",
             remedy="give the volume its true size, as by a quota or JuiceFS's `--capacity`",
         )
@@ -283,7 +283,7 @@ def _judge_space(diagnosis: Diagnosis) -> Iterator[Finding]:
     if speed is not None and speed.free_dropped_bytes < speed.sample_bytes // 2:
         yield _note(
             "free-space-lags",
-            f"{amount(speed.sample_bytes)} were written, and the free space went down by {amount(max(speed.free_dropped_bytes, 0))}",
+            f"{format_bytes(speed.sample_bytes)} were written, and the free space went down by {format_bytes(max(speed.free_dropped_bytes, 0))}",
             "what is said to be free may be gone already",
             "leave room to spare; a download that does not fit after all fails and gives back what it took",
         )

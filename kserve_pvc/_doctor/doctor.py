@@ -24,10 +24,10 @@ from kserve_pvc._doctor.reports import PeerReport
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode
 from kserve_pvc._format.log_entry import Holder, StoreSettings, decode_settings
-from kserve_pvc._show.units import amount
+from kserve_pvc._show.units import format_bytes
 from kserve_pvc._volume.profile import Profile, describe, probe
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc._volume.scratch import Scratch
+from kserve_pvc._volume.scratch import Scratch, open_scratch
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import InsufficientSpaceError, ReadOnlyStoreError, StoreError, StoreFormatError
 from kserve_pvc.locks.liveness import is_provably_dead
@@ -158,7 +158,7 @@ def sweep(writer: VolumeWriter) -> None:
     Take away what doctors left that were killed: at once if that is provable, else after an hour without a beat.
     """
     with suppress(StoreError, OSError):
-        names = [name for name in writer.names(layout.DOCTOR) if DIRECTORY.fullmatch(name) is not None]
+        names = [name for name in writer.list_names(layout.DOCTOR) if DIRECTORY.fullmatch(name) is not None]
         old = {
             name: read_beat(writer, name)
             for name in names
@@ -186,7 +186,7 @@ def _take_away(writer: VolumeWriter, place: PurePosixPath) -> None:
 def _measure(writer: VolumeWriter, place: PurePosixPath, sample_bytes: int) -> Mapping[str, Any]:
     # No more than an eighth of what is said to be free: others are at work here.
     wanted = min(sample_bytes, writer.free_bytes() // 8) // _BLOCK_BYTES * _BLOCK_BYTES
-    with writer.scratch(place) as scratch:
+    with open_scratch(writer, place) as scratch:
         found: dict[str, Any] = {"clock_ahead": _clock_ahead(scratch)}
         if wanted > 0:
             found["speed"] = _speed(writer, scratch, wanted)
@@ -265,7 +265,7 @@ def _failed(what: str, error: StoreError) -> Finding:
         rule, remedy = "a process that downloads writes here", error.remedy
         return Finding(what="not-writable", level="change", measured=f"cannot {error.wish}", rule=rule, remedy=remedy)
     if isinstance(error, InsufficientSpaceError):
-        measured = f"a write did not fit, and {amount(error.free_bytes)} are said to be free"
+        measured = f"a write did not fit, and {format_bytes(error.free_bytes)} are said to be free"
         remedy = "remove a model with `kserve-pvc rm`, or enlarge the volume or its quota"
         # The sample is at most an eighth of what is free.
         lies = what == "speed" and error.free_bytes > _BLOCK_BYTES

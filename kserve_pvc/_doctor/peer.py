@@ -28,7 +28,7 @@ from kserve_pvc._format.records import BEAT_BYTES
 from kserve_pvc._keys.claims import start_heart
 from kserve_pvc._volume.calls import dated_name
 from kserve_pvc._volume.profile import LockAnswer, lock_range, try_lock
-from kserve_pvc._volume.scratch import Scratch
+from kserve_pvc._volume.scratch import Scratch, open_scratch
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import SettingsError, StoreError, StoreFormatError
 from kserve_pvc.locks.liveness import is_provably_dead
@@ -94,7 +94,7 @@ def meet(writer: VolumeWriter, own: PurePosixPath, meeting: str, holder: Holder,
     found = _find_peer(writer, own, meeting, timeout)
     if found is None:
         return None
-    with writer.scratch(own) as scratch:
+    with open_scratch(writer, own) as scratch:
         return _Meeting(writer, scratch, own, *found, hello).run()
 
 
@@ -106,7 +106,7 @@ def _find_peer(
     first: dict[str, bytes] = {}
     while True:
         live = {}
-        for name in writer.names(layout.DOCTOR):
+        for name in writer.list_names(layout.DOCTOR):
             if name == own.name or DIRECTORY.fullmatch(name) is None:
                 continue
             hello = _read_hello(writer, layout.DOCTOR / name)
@@ -143,7 +143,7 @@ def _listed(writer: VolumeWriter, place: PurePosixPath, limit: int) -> bytes:
     Read a file if it is listed: on NFS one that was asked for before it was made stays hidden for half a minute.
     """
     with suppress(StoreError, OSError):
-        return (writer.read(place, limit, anew=True) or b"") if place.name in writer.names(place.parent) else b""
+        return (writer.read(place, limit, anew=True) or b"") if place.name in writer.list_names(place.parent) else b""
     return b""
 
 
@@ -227,7 +227,7 @@ class _Meeting:
         silent_since, ask_at = began, began + _LONG_BEAT
         while True:
             now = time.monotonic()
-            names = self._writer.names(self._other)
+            names = self._writer.list_names(self._other)
             if not names:
                 raise PeerLostError  # It has left, and taken its directory with it.
             # NFS 3 tells a changed directory by its time alone, and so may keep a listing from the very tick of the
@@ -271,8 +271,8 @@ class _Meeting:
 
     def _names(self) -> Mapping[str, Any]:
         with (
-            self._writer.scratch(self._own / _UNLISTED) as unlisted,
-            self._writer.scratch(self._own / "listed") as listed,
+            open_scratch(self._writer, self._own / _UNLISTED) as unlisted,
+            open_scratch(self._writer, self._own / "listed") as listed,
         ):
             for name in ("replaced", "deleted"):
                 unlisted.write(name, b"old")
@@ -289,7 +289,7 @@ class _Meeting:
         return seen
 
     def _look_too_early(self) -> None:
-        self._writer.names(self._other / "listed")
+        self._writer.list_names(self._other / "listed")
         for name in ("new", "replaced", "deleted"):
             self._is_gone(name)
             self._content(name)
@@ -309,7 +309,7 @@ class _Meeting:
 
     def _watch(self) -> Seen:
         signs: dict[str, Callable[[], bool]] = {
-            "listed_after": lambda: "new" in self._writer.names(self._other / "listed"),
+            "listed_after": lambda: "new" in self._writer.list_names(self._other / "listed"),
             "found_after": lambda: self._content("new") == b"new",
             "replaced_after": lambda: self._content("replaced") == b"new",
             "gone_after": lambda: self._is_gone("deleted"),
@@ -327,7 +327,7 @@ class _Meeting:
     def _races(self) -> Mapping[str, Any]:
         place = (self._own if self._is_first else self._other) / "race"
         self._writer.make_directory(place)
-        with self._writer.scratch(place) as arena:
+        with open_scratch(self._writer, place) as arena:
             mine = {what: self._race(arena, what) for what in RACED}
             theirs = self._exchange({"races": mine})
         other = theirs.get("races")
@@ -398,7 +398,7 @@ class _Meeting:
         tests: dict[str, list[LockTest]] = {kind: [] for kind in LOCKS}
         place = (self._own if self._is_first else self._other) / "locks"
         self._writer.make_directory(place)
-        with self._writer.scratch(place) as arena:
+        with open_scratch(self._writer, place) as arena:
             for kind in LOCKS:
                 for first_holds in (True, False):
                     tests[kind].append(self._lock(arena, f"{kind}-{first_holds}", kind, first_holds == self._is_first))

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from kserve_pvc._show.units import amount
+from kserve_pvc._show.units import format_bytes
 from kserve_pvc.errors import printable
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "locker", f"{diagnosis.locker}, lease {diagnosis.lease_seconds:g} s"
     owner = f"uid {diagnosis.owner_uid} gid {diagnosis.owner_gid} mode {diagnosis.mode:04o}"
     yield "access", f"uid {diagnosis.uid} gid {diagnosis.gid} on a directory of {owner}"
-    yield "space", f"{amount(diagnosis.free_bytes)} of {amount(diagnosis.total_bytes)} are said to be free"
+    yield "space", f"{format_bytes(diagnosis.free_bytes)} of {format_bytes(diagnosis.total_bytes)} are said to be free"
 
 
 def _measured(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
@@ -74,7 +74,10 @@ def _measured(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     if diagnosis.clock_ahead is not None:
         yield "clock of the volume", f"{diagnosis.clock_ahead:+.1f} s"
     if speed is not None:
-        yield "write", f"{_rate(speed.write_bytes_per_second)} ({amount(speed.sample_bytes)}, one stream, with fsync)"
+        yield (
+            "write",
+            f"{_rate(speed.write_bytes_per_second)} ({format_bytes(speed.sample_bytes)}, one stream, with fsync)",
+        )
         how = {"direct": "around this node's page cache", "dropped": "after asking this node to forget it", None: ""}[
             speed.reading
         ]
@@ -104,4 +107,4 @@ def _mutual(peer: PeerReport) -> Iterator[tuple[str, str]]:
 
 
 def _rate(bytes_per_second: float) -> str:
-    return f"{amount(bytes_per_second)}/s"
+    return f"{format_bytes(bytes_per_second)}/s"

@@ -34,7 +34,7 @@ from kserve_pvc._source.contract import Backend, Listing, RemoteFile, Resolved
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.calls import copy_range, write_all
 from kserve_pvc._volume.profile import check_names
-from kserve_pvc._volume.tree import Tree
+from kserve_pvc._volume.tree import Tree, writing_tree
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     InsufficientSpaceError,
@@ -284,7 +284,7 @@ class Download:
         self._writer.empty_trash(defaults.TRASH_SECONDS)
         self._unpublished.append(generation)
         with (
-            self._writer.writing_tree(place) as tree,
+            writing_tree(self._writer, place) as tree,
             Journal(self._writer, generation, self._tuning.part_bytes) as journal,
         ):
             destination = Destination(

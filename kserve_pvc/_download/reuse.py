@@ -66,7 +66,7 @@ def find_donors(
     Whoever insists on a download does so because of doubts about what is there: then nothing complete is offered.
     """
     donors: dict[PurePosixPath, list[Found]] = defaultdict(list)
-    for key in volume.names(layout.KEYS) if with_complete else ():
+    for key in volume.list_names(layout.KEYS) if with_complete else ():
         if KEY.fullmatch(key) is None:
             continue
         with suppress(StoreFormatError, VolumeError):
@@ -79,7 +79,7 @@ def find_donors(
                     donors[file.path].append(
                         Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,))
                     )
-    for generation in reversed(volume.names(layout.MODELS / ref.key)):
+    for generation in reversed(volume.list_names(layout.MODELS / ref.key)):
         if generation == own or layout.parse_generation(generation) is None:
             continue
         for path, notes in _read_journal(volume, generation).items():

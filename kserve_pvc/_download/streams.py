@@ -43,7 +43,7 @@ class Tuning:
     retry_seconds: float = defaults.RETRY_SECONDS
 
 
-class Pace:
+class StreamLimit:
     """
     The number of streams over time. Reads no clock: whoever asks says what time it is.
 

@@ -27,7 +27,7 @@ from kserve_pvc._download.destination import Destination, Observer, TransferCanc
 from kserve_pvc._download.hashes import CRC32, Hashes
 from kserve_pvc._download.pieces import TRICKLE_BYTES, OpenedRange, Tries
 from kserve_pvc._download.schedule import MIB, SHORTEST_RANGE, Span, Writing, at_once, gap_bytes, is_free, without
-from kserve_pvc._download.streams import Pace, Tuning
+from kserve_pvc._download.streams import StreamLimit, Tuning
 from kserve_pvc._format.records import FileEntry, PartNote
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile
 from kserve_pvc._volume.buffers import make_buffer
@@ -78,7 +78,7 @@ class Transfer:
         self._retry_seconds = tuning.retry_seconds
         self._evidence: Callable[[RemoteFile], str | None] = getattr(backend, "evidence", lambda file: file.digest)
         self._make_checksum: Callable[[str], Checksum | None] = getattr(backend, "checksum", lambda kind: None)
-        self._pace = Pace(tuning.max_workers)
+        self._pace = StreamLimit(tuning.max_workers)
         self._guard = threading.Condition()
         self._waiting: list[tuple[int, int, RemoteFile]] = []  # A heap: the largest file first.
         self._number = 0
@@ -455,7 +455,7 @@ class Transfer:
         self._destination.finish(writing.fd, file.entry.path, size >= SHORTEST_RANGE)
         sha256 = writing.hashes.so_far()
         self._destination.note(file.entry.path, str(file.entry.token), 0, size, sha256, None)
-        self._finished(file, file.entry.proven(sha256, checked))
+        self._finished(file, file.entry.with_digests(sha256, checked))
 
     def _start_over(self, writing: Writing) -> None:
         """What a dead writer left was as it had noted, and still not what the source has: all of it is fetched."""
@@ -587,7 +587,7 @@ class Transfer:
                 continue  # Collected, lost, replaced or not for us to read: its bytes are fetched.
             self._observer.adopted(note.stop)
             self._destination.note(note.path, note.token, 0, note.stop, note.sha256, None)
-            return file.entry.proven(note.sha256, None)
+            return file.entry.with_digests(note.sha256, None)
         return None
 
     def _offers(self, file: RemoteFile) -> Iterator[tuple[Donor, PartNote]]:

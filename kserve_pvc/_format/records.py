@@ -67,7 +67,7 @@ class FileEntry:
         default=None, metadata=OMITTED, validator=optional(matches_re(r"[a-z0-9]{1,16}:[0-9a-f]{8,128}"))
     )
 
-    def proven(self, sha256: str | None, evidence: str | None) -> FileEntry:
+    def with_digests(self, sha256: str | None, evidence: str | None) -> FileEntry:
         """
         This file with what its bytes amounted to. Everything else was checked already, and models have many files.
         """

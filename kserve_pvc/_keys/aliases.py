@@ -52,7 +52,7 @@ def settle_view(writer: VolumeWriter, key: str) -> bool:
         if found == wanted:
             return True
         if wanted is not None:
-            if not writer.point(place, wanted):
+            if not writer.repoint(place, wanted):
                 return False
         elif found is not None and found.startswith(f"{key}/"):
             writer.throw_away(place)
@@ -77,7 +77,7 @@ def point_alias(writer: VolumeWriter, name: str, key: str) -> None:
         VolumeError: Something that is no link has that name, or the volume has no links.
     """
     view, place = layout.view_link(key), layout.name_link(name)
-    if not settle_view(writer, key) or not writer.point(place, f"../{view}"):
+    if not settle_view(writer, key) or not writer.repoint(place, f"../{view}"):
         reason = f"it or `{view}` is taken by something that is no link, or the volume has no symbolic links"
         raise VolumeError(str(writer.absolute(place)), "naming a model", reason)
 
@@ -95,9 +95,9 @@ def read_aliases(volume: Volume) -> Mapping[str, str]:
     """
     The names that lead to a key of this store, each with that key, whether the model is present or not.
     """
-    keys = {layout.view_link(key).name: key for key in volume.names(layout.KEYS) if KEY.fullmatch(key)}
+    keys = {layout.view_link(key).name: key for key in volume.list_names(layout.KEYS) if KEY.fullmatch(key)}
     found: dict[str, str] = {}
-    for name in sorted(volume.names(layout.NAMES)):
+    for name in sorted(volume.list_names(layout.NAMES)):
         match = _TARGET.fullmatch(volume.link_target(layout.name_link(name)) or "")
         if match and match[1] in keys and _NAME.fullmatch(name):
             found[name] = keys[match[1]]

@@ -81,7 +81,9 @@ class LockInfo:
 
 def _read_sign(volume: Volume, place: PurePosixPath, cls: type[Claim] | type[ReaderLease]) -> Sign:
     with suppress(VolumeError):
-        volume.names(place)  # GlusterFS learns by it that a file has changed, which it believes it knows for a second.
+        volume.list_names(
+            place
+        )  # GlusterFS learns by it that a file has changed, which it believes it knows for a second.
     owner, beat = (
         _quietly(volume, place / "owner", MAX_RECORD_BYTES),
         _quietly(volume, place / "beat", BEAT_BYTES, anew=True),
@@ -107,7 +109,8 @@ def newest_epoch(volume: Volume, key: str) -> int:
     The number of the current claim of a key, 0 if there is none.
     """
     return max(
-        (n for name in volume.names(layout.claims_dir(key)) if (n := layout.parse_number(name)) is not None), default=0
+        (n for name in volume.list_names(layout.claims_dir(key)) if (n := layout.parse_number(name)) is not None),
+        default=0,
     )
 
 
@@ -169,7 +172,7 @@ def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: 
 def _forget_older(writer: VolumeWriter, key: str, epoch: int) -> None:
     # Only the newest counts, and as long as it is there no number comes back. A pod that fails in a loop leaves one,
     # not all.
-    for name in writer.names(layout.claims_dir(key)):
+    for name in writer.list_names(layout.claims_dir(key)):
         number = layout.parse_number(name)
         if number is not None and number < epoch:
             writer.throw_away(layout.claim_dir(key, number))
@@ -228,12 +231,12 @@ def live_readers(volume: Volume, generation: str, *, lease_seconds: float) -> tu
     place = layout.lease_dir(generation)
 
     def look() -> dict[str, Sign]:
-        return {name: _read_sign(volume, place / name, ReaderLease) for name in volume.names(place)}
+        return {name: _read_sign(volume, place / name, ReaderLease) for name in volume.list_names(place)}
 
     return _showing_life(look, lease_seconds * READER_LEASES)
 
 
-def is_claimed(volume: Volume, key: str, *, lease_seconds: float) -> str | None:
+def find_live_downloader(volume: Volume, key: str, *, lease_seconds: float) -> str | None:
     """
     Who provably downloads a key now, or None. Waits up to a lease for a holder that shows no sign of life.
     """

@@ -76,7 +76,7 @@ def read_log_of(volume: Volume, ref: ModelRef) -> LogView:
 
 def _read_newest(volume: Volume, key: str) -> LogView:
     # Should one number have several records, every reader takes the same; a tombstone sorts last and is the safe one.
-    for name in reversed(volume.names(log_dir(key))):
+    for name in reversed(volume.list_names(log_dir(key))):
         if (seq := parse_log_name(name)) is not None:
             break
     else:
@@ -113,7 +113,7 @@ def read_all(volume: Volume, key: str) -> list[LogEntry]:
     place = log_dir(key)
     return [
         _read_entry(volume, key, record_file(key, name))
-        for name in volume.names(place)
+        for name in volume.list_names(place)
         if parse_log_name(name) is not None
     ]
 

@@ -32,7 +32,7 @@ def highest_slot(volume: Volume, key: str) -> int:
     """
     The highest number anybody has reserved.
     """
-    return max((n for name in volume.names(slot_dir(key)) if (n := parse_number(name)) is not None), default=0)
+    return max((n for name in volume.list_names(slot_dir(key)) if (n := parse_number(name)) is not None), default=0)
 
 
 class LogWriter:
@@ -99,4 +99,4 @@ def generations(volume: Volume, key: str) -> list[str]:
     """
     The names of all generations of a key, whatever their state.
     """
-    return [name for name in volume.names(MODELS / key) if parse_generation(name) is not None]
+    return [name for name in volume.list_names(MODELS / key) if parse_generation(name) is not None]

@@ -14,7 +14,7 @@ import attrs
 
 from kserve_pvc._format import layout
 from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now
-from kserve_pvc._keys.claims import is_claimed, live_readers
+from kserve_pvc._keys.claims import find_live_downloader, live_readers
 from kserve_pvc._keys.log import LogView, read_log_of
 from kserve_pvc._keys.log_writer import LogWriter, generations
 from kserve_pvc._keys.procedures import AwaitReaders, AwaitVisibility, Operation, Publish, drive, remove
@@ -56,7 +56,9 @@ class Removal:
         view = read_log_of(self.writer, self.ref)
         if not found and not view.is_present:
             return False
-        if (downloader := is_claimed(self.writer, self.ref.key, lease_seconds=self.settings.lease_seconds)) is not None:
+        if (
+            downloader := find_live_downloader(self.writer, self.ref.key, lease_seconds=self.settings.lease_seconds)
+        ) is not None:
             raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
         staging = layout.staging_dir(f"remove-{secrets.token_hex(16)}")
         log = LogWriter(

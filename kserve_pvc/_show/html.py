@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from kserve_pvc._show.units import amount, count
+from kserve_pvc._show.units import count, format_bytes
 from kserve_pvc.errors import printable
 
 # A table is for looking at. Whoever wants all of it has `list()` and `problems`.
@@ -41,13 +41,13 @@ def show_store(root: str, mode: str, models: Iterable[Mapping[str, Any]]) -> str
             (
                 model["uri"],
                 chosen,
-                amount(model["size_bytes"]),
+                format_bytes(model["size_bytes"]),
                 str(model["files"]),
                 f"{model['created_at']:%Y-%m-%d %H:%M}",
                 model["key"],
             )
         )
-    caption = f"ModelStore at {root}, {access}: {count(len(rows), 'model')}, {amount(total)}"
+    caption = f"ModelStore at {root}, {access}: {count(len(rows), 'model')}, {format_bytes(total)}"
     return _table(caption, ("URI", "Which", "Size", "Files", "Created", "Key"), rows)
 
 
@@ -72,10 +72,10 @@ def show_model(
         f"Model {uri}",
         {
             **_chosen(choice),
-            "Status": f"{status}, {amount(bytes_fetched)} fetched in {seconds:.1f} s"
+            "Status": f"{status}, {format_bytes(bytes_fetched)} fetched in {seconds:.1f} s"
             if status != "present"
             else status,
-            "Size": f"{amount(size_bytes)} in {count(files, 'file')}",
+            "Size": f"{format_bytes(size_bytes)} in {count(files, 'file')}",
             "Path": str(path),
             "Version": version,
             "Key": key,
@@ -105,17 +105,17 @@ def show_plan(
     if action == "nothing":
         return _facts(
             f"Plan for {uri}",
-            {"Action": "nothing, it is present", "Size": f"{amount(size_bytes)} in {count(files, 'file')}"},
+            {"Action": "nothing, it is present", "Size": f"{format_bytes(size_bytes)} in {count(files, 'file')}"},
         )
     return _facts(
         f"Plan for {uri}",
         {
             "Action": action,
-            "Size": f"{amount(size_bytes)} in {count(files, 'file')}",
-            "To fetch": amount(bytes_to_fetch),
-            "There already": amount(bytes_reusable)
-            + (f", {amount(bytes_shared)} of it in whole files" if bytes_shared else ""),
-            "Free": f"{amount(free_bytes)}: {'it fits' if fits else 'it does NOT fit'}",
+            "Size": f"{format_bytes(size_bytes)} in {count(files, 'file')}",
+            "To fetch": format_bytes(bytes_to_fetch),
+            "There already": format_bytes(bytes_reusable)
+            + (f", {format_bytes(bytes_shared)} of it in whole files" if bytes_shared else ""),
+            "Free": f"{format_bytes(free_bytes)}: {'it fits' if fits else 'it does NOT fit'}",
             "Time": "not known" if seconds is None else f"about {seconds:.0f} s",
             "Version": version,
             "Key": key,
@@ -129,7 +129,7 @@ def show_verification(
     """
     Show what was compared, and every difference: its kind, path and detail.
     """
-    compared = f"{count(files, 'file')}, {amount(size_bytes)}, {'digests' if level == 'full' else 'sizes'}"
+    compared = f"{count(files, 'file')}, {format_bytes(size_bytes)}, {'digests' if level == 'full' else 'sizes'}"
     found = f"{count(len(problems), 'problem')}" if problems else "no difference"
     return _table(
         f"Verification of {uri}: {'ok' if not problems else 'BAD'}, {found} ({compared})",

@@ -24,7 +24,7 @@ from kserve_pvc._show.events import (
     Unlocked,
     Waiting,
 )
-from kserve_pvc._show.units import amount, count
+from kserve_pvc._show.units import count, format_bytes
 from kserve_pvc.errors import printable
 
 LINE_SECONDS = 10.0
@@ -235,7 +235,7 @@ class Lines:
         seconds = max(self._clock() - self._started, 1e-3)
         rate = self._received / seconds
         left = (self._total - self._done) / rate if rate else 0.0
-        return f"{self._activity} {printable(ref)}: {amount(self._done)} of {amount(self._total)}, {amount(rate)}/s, {left:.0f} s left"
+        return f"{self._activity} {printable(ref)}: {format_bytes(self._done)} of {format_bytes(self._total)}, {format_bytes(rate)}/s, {left:.0f} s left"
 
 
 def _named(event: Event, text: str, names_model: bool) -> str:
@@ -248,11 +248,11 @@ def describe(event: Event) -> str:
     """
     match event:
         case Started():
-            return f"{event.activity} {printable(event.ref)}: {count(event.files, 'file')}, {amount(event.bytes_total)}"
+            return f"{event.activity} {printable(event.ref)}: {count(event.files, 'file')}, {format_bytes(event.bytes_total)}"
         case Waiting():
             return (
-                f"waiting for {printable(event.holder)}, at work since {event.since}: {amount(event.bytes_done)} of "
-                f"{amount(event.bytes_total)}, {amount(event.bytes_per_second)}/s; waited {event.waited:.0f} s, "
+                f"waiting for {printable(event.holder)}, at work since {event.since}: {format_bytes(event.bytes_done)} of "
+                f"{format_bytes(event.bytes_total)}, {format_bytes(event.bytes_per_second)}/s; waited {event.waited:.0f} s, "
                 f"last sign of life {event.idle:.0f} s ago"
             )
         case TookOver():
@@ -262,8 +262,8 @@ def describe(event: Event) -> str:
         case Retried():
             return f"asking again in {event.delay:.1f} s: {printable(event.reason)}"
         case Adopted():
-            return f"took over {amount(event.size_bytes)} of {printable(event.ref)} that a dead writer left"
+            return f"took over {format_bytes(event.size_bytes)} of {printable(event.ref)} that a dead writer left"
         case Received():
-            return f"received {amount(event.size_bytes)} of {printable(event.ref)}"
+            return f"received {format_bytes(event.size_bytes)} of {printable(event.ref)}"
         case Finished():
             return f"{printable(event.ref)}: {event.status}"

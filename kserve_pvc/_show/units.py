@@ -5,7 +5,7 @@ Numbers for people.
 from __future__ import annotations
 
 
-def amount(size_bytes: float) -> str:
+def format_bytes(size_bytes: float) -> str:
     """
     Bytes for people: `1.5 GiB`.
     """

@@ -26,7 +26,7 @@ from kserve_pvc._format.file_names import MAX_PART_BYTES
 from kserve_pvc._volume.calls import dated_name, write_all
 from kserve_pvc._volume.mount import Mount, mount_of
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc._volume.scratch import Scratch
+from kserve_pvc._volume.scratch import Scratch, open_scratch
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreError, StoreRootError, UnsafePathError, VolumeError
 
@@ -261,7 +261,7 @@ def probe(writer: VolumeWriter, place: PurePosixPath) -> Profile:
     About fifty calls, two of them `fsync`: a few milliseconds on a local disk, some dozens over a network.
     """
     known = describe(writer)
-    with writer.scratch(place) as scratch:
+    with open_scratch(writer, place) as scratch:
         file = _try_file(scratch)
         return attrs.evolve(
             known,
@@ -419,7 +419,7 @@ def check_names(writer: VolumeWriter, paths: Iterable[PurePosixPath]) -> None:
     tried = _worth_trying(part for path in paths for part in path.parts if _PLAIN_PART.fullmatch(part) is None)
     if not tried:
         return
-    with _in_trash(writer) as place, writer.scratch(place) as scratch:
+    with _in_trash(writer) as place, open_scratch(writer, place) as scratch:
         for part in tried:
             _try_out(scratch, part)
 

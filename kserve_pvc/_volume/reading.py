@@ -114,11 +114,11 @@ class Volume:
         """
         Where a symbolic link leads; None if there is something else, or nothing. It is read and never followed.
         """
-        with suppress(OSError), self._parent(place) as parent:
+        with suppress(OSError), self.open_parent(place) as parent:
             return os.readlink(place.name, dir_fd=parent)
         return None
 
-    def names(self, place: PurePosixPath) -> list[str]:
+    def list_names(self, place: PurePosixPath) -> list[str]:
         """
         List a directory, sorted; empty if it is not there. Listing is fresh on every volume measured, `stat` is not.
         """
@@ -196,7 +196,7 @@ class Volume:
             FileNotFoundError: It is not there.
             UnsafePathError: A link or something that is no regular file stands in the way.
         """
-        with self._parent(place) as parent:
+        with self.open_parent(place) as parent:
             fd = self._open_at(parent, place, READ_FLAGS)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -206,7 +206,7 @@ class Volume:
             os.close(fd)
 
     @contextmanager
-    def _parent(self, place: PurePosixPath) -> Iterator[int]:
+    def open_parent(self, place: PurePosixPath) -> Iterator[int]:
         fd = self._open_directory(place.parent)
         try:
             yield fd

@@ -5,9 +5,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
 
+from kserve_pvc._format.layout import DOCTOR, TRASH
 from kserve_pvc._volume.calls import CREATE_FLAGS, DIRECTORY_FLAGS, rename_no_replace, write_all
 from kserve_pvc._volume.reading import READ_FLAGS
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.errors import UnsafePathError
 
 
 class Scratch:
@@ -17,14 +23,14 @@ class Scratch:
 
     def __init__(self, fd: int, file_mode: int) -> None:
         self.fd = fd
-        self._file_mode = file_mode
+        self.file_mode = file_mode
 
     def make_directory(self, name: str) -> None:
         os.mkdir(name, 0o700, dir_fd=self.fd)
 
     def create(self, name: str) -> int:
         """Make a new file and return its descriptor, open for reading and writing."""
-        return os.open(name, CREATE_FLAGS, self._file_mode, dir_fd=self.fd)
+        return os.open(name, CREATE_FLAGS, self.file_mode, dir_fd=self.fd)
 
     def write(self, name: str, data: bytes) -> None:
         fd = self.create(name)
@@ -37,7 +43,7 @@ class Scratch:
         return os.open(name, READ_FLAGS | flags, dir_fd=self.fd)
 
     def open_shared(self, name: str) -> int:
-        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode, dir_fd=self.fd)
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self.file_mode, dir_fd=self.fd)
 
     def link(self, name: str, new: str) -> None:
         os.link(name, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
@@ -62,3 +68,21 @@ class Scratch:
 
     def sync(self) -> None:
         os.fsync(self.fd)
+
+
+@contextmanager
+def open_scratch(writer: VolumeWriter, place: PurePosixPath) -> Iterator[Scratch]:
+    """
+    Open a directory for trying out what the volume can do, making it if need be; `delete_trash` removes it.
+
+    Raises:
+        UnsafePathError: The directory is neither in the trash nor a doctor's.
+    """
+    if not {TRASH, DOCTOR} & set(place.parents):
+        raise UnsafePathError(str(place), "calls are tried out in the trash or by a doctor, and nowhere else")
+    with writer.translated("trying out the volume", place):
+        fd = writer.ensure_directory(place)
+        try:
+            yield Scratch(fd, writer.file_mode)
+        finally:
+            os.close(fd)

@@ -55,9 +55,9 @@ class Tree:
         """
         try:
             if (kept := self._directories.get(path.parent)) is not None:  # What most files of a large model find.
-                return os.open(path.name, CREATE_FLAGS, self._writer._file_mode, dir_fd=kept)
+                return os.open(path.name, CREATE_FLAGS, self._writer.file_mode, dir_fd=kept)
             with self._directory(path.parent) as parent:
-                return os.open(path.name, CREATE_FLAGS, self._writer._file_mode, dir_fd=parent)
+                return os.open(path.name, CREATE_FLAGS, self._writer.file_mode, dir_fd=parent)
         except OSError as error:
             raise self._writer.failure("creating", self._place / path, error) from error
 
@@ -65,7 +65,7 @@ class Tree:
         """
         Reserve room for a large file, and let others of the store's group take over what is there if this process dies.
         """
-        self._writer._set_open_mode(fd, self._writer._file_mode)
+        self._writer.set_open_mode(fd, self._writer.file_mode)
         if self._allocates:
             allocate(fd, size_bytes)
 
@@ -76,7 +76,7 @@ class Tree:
         if not self._links:
             return False
         try:
-            with self._writer._parent(existing) as source, self._directory(path.parent) as parent:
+            with self._writer.open_parent(existing) as source, self._directory(path.parent) as parent:
                 os.link(existing.name, path.name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
         except OSError as error:
             # GlusterFS says that it is full when a file has about fifty names. If it is full, the copy will say so.
@@ -97,7 +97,7 @@ class Tree:
         try:
             try:
                 with suppress(OSError):  # Object and SMB mounts refuse.
-                    os.fchmod(fd, self._writer._file_mode & 0o444)
+                    os.fchmod(fd, self._writer.file_mode & 0o444)
                 if is_large or not self._syncs_at_once:
                     os.fsync(fd)
                 else:
@@ -126,7 +126,7 @@ class Tree:
         """
         Make everything durable that is not yet.
         """
-        with self._writer._translated("syncing", self._place):
+        with self._writer.translated("syncing", self._place):
             if len(self._unsynced) > _MOST_SYNCED_ALONE and has_libc("syncfs"):
                 call_libc("syncfs", self._root)
                 return
@@ -151,7 +151,7 @@ class Tree:
     def _directory(self, path: PurePosixPath) -> Iterator[int]:
         with self._guard:
             kept = self._directories.get(path)
-            fd = self._writer._ensure_directory(self._place / path) if kept is None else kept
+            fd = self._writer.ensure_directory(self._place / path) if kept is None else kept
             # A model of many directories must not use up the descriptors.
             if kept is None and len(self._directories) < _MOST_DIRECTORIES:
                 kept = self._directories[path] = fd
@@ -160,3 +160,17 @@ class Tree:
         finally:
             if kept is None:
                 os.close(fd)
+
+
+@contextmanager
+def writing_tree(writer: VolumeWriter, place: PurePosixPath) -> Iterator[Tree]:
+    """
+    Write a new tree of files, made durable when the `with` ends well.
+    """
+    writer.make_directory(place)
+    tree = Tree(writer, place)
+    try:
+        yield tree
+        tree.settle()
+    finally:
+        tree.close()

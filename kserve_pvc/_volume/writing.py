@@ -32,8 +32,6 @@ from kserve_pvc._volume.calls import (
     write_all,
 )
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc._volume.scratch import Scratch
-from kserve_pvc._volume.tree import Tree
 from kserve_pvc.errors import InsufficientSpaceError, ReadOnlyStoreError, StoreFormatError, UnsafePathError, VolumeError
 
 
@@ -48,10 +46,10 @@ class VolumeWriter(Volume):
         # umask.
         bits = stat.S_IMODE(os.stat(self.root).st_mode) & 0o777
         self._directory_mode = bits | 0o700
-        self._file_mode = (bits & 0o666) | 0o600
+        self.file_mode = (bits & 0o666) | 0o600
 
     @contextmanager
-    def _translated(self, operation: str, place: PurePosixPath) -> Iterator[None]:
+    def translated(self, operation: str, place: PurePosixPath) -> Iterator[None]:
         try:
             yield
         except (ReadOnlyStoreError, InsufficientSpaceError, VolumeError, UnsafePathError, StoreFormatError):
@@ -63,10 +61,10 @@ class VolumeWriter(Volume):
         """
         Make a directory and what is missing above it, durably.
         """
-        with self._translated("making a directory", place):
-            os.close(self._ensure_directory(place))
+        with self.translated("making a directory", place):
+            os.close(self.ensure_directory(place))
 
-    def _ensure_directory(self, place: PurePosixPath) -> int:
+    def ensure_directory(self, place: PurePosixPath) -> int:
         return retry_stale(lambda: self._make_way(place))
 
     def _make_way(self, place: PurePosixPath) -> int:
@@ -104,7 +102,7 @@ class VolumeWriter(Volume):
         `mkdir` excluded on every shared volume that was measured, which holds for neither `O_EXCL` nor `link`.
         A lost reply makes the winner believe that it lost; the number then stays unused.
         """
-        with self._translated("reserving a number", place):
+        with self.translated("reserving a number", place):
             return retry_stale(lambda: self._reserve(place))
 
     def _reserve(self, place: PurePosixPath) -> bool:
@@ -133,12 +131,12 @@ class VolumeWriter(Volume):
         Raises:
             VolumeError: The volume said yes and the file is not there, or said no for reasons of its own.
         """
-        with self._translated("publishing", place):
+        with self.translated("publishing", place):
             self.write_private(private, data)
             self.make_directory(place.parent)
             # Not only this one: whoever made a directory that is there may have died before it was durable.
             self._sync_above(place.parent)
-            with self._parent(private) as source, self._parent(place) as target:
+            with self.open_parent(private) as source, self.open_parent(place) as target:
                 self._link_or_create(source, private, target, place, data)
                 with suppress(FileNotFoundError):
                     os.unlink(private.name, dir_fd=source)
@@ -170,8 +168,8 @@ class VolumeWriter(Volume):
         """
         Write a small file under a name that nobody else uses, durably.
         """
-        with self._translated("writing", place):
-            fd = self._ensure_directory(place.parent)
+        with self.translated("writing", place):
+            fd = self.ensure_directory(place.parent)
             try:
                 self._write_new(fd, place, data)
                 sync_directory(fd)
@@ -180,10 +178,10 @@ class VolumeWriter(Volume):
 
     def _write_new(self, parent: int, place: PurePosixPath, data: bytes) -> None:
         fd = self._open_at(
-            parent, place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode
+            parent, place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, self.file_mode
         )
         try:
-            self._set_open_mode(fd, self._file_mode)
+            self.set_open_mode(fd, self.file_mode)
             write_all(fd, data, 0)
             os.fsync(fd)
         finally:
@@ -193,51 +191,38 @@ class VolumeWriter(Volume):
         """
         Create a new file for a single writer and return its descriptor, open for reading and writing.
         """
-        with self._translated("creating", place):
-            fd = self._ensure_directory(place.parent)
+        with self.translated("creating", place):
+            fd = self.ensure_directory(place.parent)
             try:
-                made = self._open_at(fd, place, CREATE_FLAGS, self._file_mode)
+                made = self._open_at(fd, place, CREATE_FLAGS, self.file_mode)
             finally:
                 os.close(fd)
-            self._set_open_mode(made, self._file_mode)
+            self.set_open_mode(made, self.file_mode)
             return made
 
     def open_shared(self, place: PurePosixPath) -> int:
         """
         Open a file that several processes lock, creating it if need be. It is never deleted.
         """
-        with self._translated("opening", place):
-            fd = self._ensure_directory(place.parent)
+        with self.translated("opening", place):
+            fd = self.ensure_directory(place.parent)
             try:
-                made = self._open_at(fd, place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._file_mode)
+                made = self._open_at(fd, place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self.file_mode)
             finally:
                 os.close(fd)
-            self._set_open_mode(made, self._file_mode)
+            self.set_open_mode(made, self.file_mode)
             return made
 
-    def _set_open_mode(self, fd: int, mode: int) -> None:
+    def set_open_mode(self, fd: int, mode: int) -> None:
         with suppress(OSError):
             if stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 != mode:
                 os.fchmod(fd, mode)
-
-    @contextmanager
-    def writing_tree(self, place: PurePosixPath) -> Iterator[Tree]:
-        """
-        Write a new tree of files, made durable when the `with` ends well.
-        """
-        self.make_directory(place)
-        tree = Tree(self, place)
-        try:
-            yield tree
-            tree.settle()
-        finally:
-            tree.close()
 
     def sync_tree(self, place: PurePosixPath) -> None:
         """
         Make every directory of a tree durable, deepest first, then the ones above it up to the root.
         """
-        with self._translated("syncing", place):
+        with self.translated("syncing", place):
             fd = self._open_directory(place)
             try:
                 sync_below(fd)
@@ -253,7 +238,7 @@ class VolumeWriter(Volume):
             finally:
                 os.close(fd)
 
-    def point(self, place: PurePosixPath, target: str) -> bool:
+    def repoint(self, place: PurePosixPath, target: str) -> bool:
         """
         Let a symbolic link lead somewhere else, in one step.
 
@@ -261,10 +246,10 @@ class VolumeWriter(Volume):
             False if something that is no link stands there, other than an empty directory, or the volume has no links.
         """
         made = TRASH / dated_name()  # Where it is found if this process dies here.
-        with self._translated("linking", place):
+        with self.translated("linking", place):
             self.make_directory(TRASH)
             self.make_directory(place.parent)
-            with self._parent(made) as source, self._parent(place) as directory:
+            with self.open_parent(made) as source, self.open_parent(place) as directory:
                 if not is_free_for_link(directory, place.name):
                     return False
                 try:
@@ -287,10 +272,10 @@ class VolumeWriter(Volume):
         if not {MODELS, STAGING, MANIFESTS, LEASES, NAMES} & set(place.parents) and not is_claim(place):
             raise UnsafePathError(str(place), "only models and what belongs to one generation are ever thrown away")
         trashed = TRASH / dated_name()
-        with self._translated("moving to the trash", place):
+        with self.translated("moving to the trash", place):
             self.make_directory(TRASH)
             try:
-                with self._parent(place) as source, self._parent(trashed) as target:
+                with self.open_parent(place) as source, self.open_parent(trashed) as target:
                     os.rename(place.name, trashed.name, src_dir_fd=source, dst_dir_fd=target)
                     sync_directory(source)
                     sync_directory(target)
@@ -311,7 +296,7 @@ class VolumeWriter(Volume):
 
         A wrong clock deletes early; that costs only readers without a lease, since all others were waited for.
         """
-        for name in self.names(TRASH):
+        for name in self.list_names(TRASH):
             thrown_at = name.partition("-")[0]
             if thrown_at.isdigit() and time.time() - int(thrown_at) >= older_than:
                 self.delete_trash(TRASH / name)
@@ -322,26 +307,9 @@ class VolumeWriter(Volume):
         """
         if place.parent not in (TRASH, DOCTOR):
             raise UnsafePathError(str(place), "only the trash is ever deleted, and what a doctor made")
-        with self._translated("deleting", place):
+        with self.translated("deleting", place):
             try:
-                with self._parent(place) as parent:
+                with self.open_parent(place) as parent:
                     delete_tree(parent, place.name)
             except FileNotFoundError:
                 return
-
-    @contextmanager
-    def scratch(self, place: PurePosixPath) -> Iterator[Scratch]:
-        """
-        Open a directory in which is tried out what the volume can do, making it if need be; `delete_trash` takes it
-        away.
-        """
-        if not {TRASH, DOCTOR} & set(place.parents):
-            raise UnsafePathError(
-                str(place), "what a volume can do is tried out in the trash or by a doctor, and nowhere else"
-            )
-        with self._translated("trying out the volume", place):
-            fd = self._ensure_directory(place)
-            try:
-                yield Scratch(fd, self._file_mode)
-            finally:
-                os.close(fd)

@@ -49,7 +49,7 @@ class RefusedError(Exception):
         self.busy = busy
 
     @property
-    def is_passing(self) -> bool:
+    def is_transient(self) -> bool:
         """
         Whether asking again may help.
         """
@@ -180,7 +180,7 @@ def ask_patiently(ask: Callable[[], _T], seconds: float) -> _T:
 def _least_pause(failure: HTTPError | RefusedError | SourceUnavailableError) -> float | None:
     """For how many seconds to leave a source alone at least; None if asking again does not help."""
     if isinstance(failure, RefusedError):
-        return failure.busy or 0.0 if failure.is_passing else None
+        return failure.busy or 0.0 if failure.is_transient else None
     if failure.is_final:
         return None
     return failure.retry_after or 0.0 if isinstance(failure, SourceUnavailableError) else 0.0

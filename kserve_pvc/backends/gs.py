@@ -64,7 +64,7 @@ _FIELDS = "name,size,generation,crc32c,md5Hash,contentEncoding"
 _NO_VERSION = "there is no such version; the revision of a gs URI is the generation of one object"
 # Arguments of `gcsfs.GCSFileSystem` that count here, and those that say nothing about what a file holds.
 _OPTIONS = {"endpoint_url", "project", "requester_pays", "token"}
-_IDLE_OPTIONS = {
+_IGNORED_OPTIONS = {
     *(
         "access",
         "asynchronous",
@@ -273,7 +273,7 @@ class GSBackend:
             return SourceDeniedError(uri, f"{reason}; {hint}" if hint else reason)
         if refusal.status == 404:
             return SourceNotFoundError(uri, reason)
-        is_final = 300 <= refusal.status < 500 and not refusal.is_passing
+        is_final = 300 <= refusal.status < 500 and not refusal.is_transient
         return SourceUnavailableError(uri, reason, retry_after=refusal.busy, is_final=is_final)
 
 
@@ -287,7 +287,7 @@ def _with_fsspec(options: Mapping[str, Any], environ: Mapping[str, str]) -> Mapp
             found, {name: value for name, value in environ.items() if name.startswith(("FSSPEC_GS", "FSSPEC_GCS"))}
         )
         options = {**found.get("gcs", {}), **found.get("gs", {}), **options}
-    if unknown := sorted(set(options) - _OPTIONS - _IDLE_OPTIONS):
+    if unknown := sorted(set(options) - _OPTIONS - _IGNORED_OPTIONS):
         raise SettingsError(
             "storage_options", ", ".join(unknown), f"write {', '.join(f'`{name}`' for name in sorted(_OPTIONS))}"
         )

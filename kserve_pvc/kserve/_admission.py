@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import attrs
 
 from kserve_pvc.errors import StoreError, printable
-from kserve_pvc.kserve._objects import Manifest
+from kserve_pvc.kserve._manifest_tools import Manifest
 from kserve_pvc.kserve._pods import Admitted, admit
 from kserve_pvc.kserve._policy import Policy
 

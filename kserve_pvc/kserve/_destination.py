@@ -26,13 +26,13 @@ from kserve_pvc._format import layout
 from kserve_pvc._format.codec import build, decode, encode, text
 from kserve_pvc._format.file_names import check_collisions, check_name
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder
-from kserve_pvc._keys.claims import is_claimed, newest_epoch, start_heart, take_claim
+from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heart, take_claim
 from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc._volume.calls import allocate, copy_range, delete_tree
 from kserve_pvc._volume.mount import mount_of
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
-from kserve_pvc.locks.external import OutsideLock
+from kserve_pvc.locks.external import ExternalLock
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import LeaseLostError
 
@@ -132,7 +132,7 @@ class Destination(VolumeWriter):
     def __init__(self, place: str | os.PathLike[str]) -> None:
         _make(Path(place))
         super().__init__(place)
-        self._file_mode = 0o644 | (self._directory_mode & 0o020)
+        self.file_mode = 0o644 | (self._directory_mode & 0o020)
 
     def record(self) -> Contents | None:
         """
@@ -146,7 +146,7 @@ class Destination(VolumeWriter):
 
     def _is_there(self, file: FileEntry) -> bool:
         try:
-            with self._parent(file.path) as parent:
+            with self.open_parent(file.path) as parent:
                 found = os.stat(file.path.name, dir_fd=parent, follow_symlinks=False)
         except (OSError, UnsafePathError):
             return False
@@ -183,7 +183,7 @@ class Destination(VolumeWriter):
 
     def _grabbed(self, stack: ExitStack, patience: float) -> bool:
         """Whether the kernel's lock is held, which ends with its holder. False if there is none to be had, or no answer in time."""
-        lock = OutsideLock(partial(grab_file, partial(self.open_shared, _LOCK)))
+        lock = ExternalLock(partial(grab_file, partial(self.open_shared, _LOCK)))
         stack.callback(lock.release)
         answer = lock.try_acquire(patience, unanswered=None)
         if answer is False:
@@ -194,7 +194,7 @@ class Destination(VolumeWriter):
     def _claimed(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:
         self.make_directory(OURS)
         claims = VolumeWriter(self.absolute(OURS))
-        if (other := is_claimed(claims, _KEY, lease_seconds=lease_seconds)) is not None:
+        if (other := find_live_downloader(claims, _KEY, lease_seconds=lease_seconds)) is not None:
             raise self._taken(other)
         epoch = newest_epoch(claims, _KEY) + 1
         if take_claim(claims, _KEY, epoch, uri="file://", holder=holder) is None:
@@ -238,7 +238,7 @@ class Destination(VolumeWriter):
         for file in contents.files:
             check()
             bring(file)
-        with self._translated("syncing", PurePosixPath()):
+        with self.translated("syncing", PurePosixPath()):
             self._sync_directories(wanted)
         check()
         self._put(_RECORD, encode(contents))
@@ -261,14 +261,14 @@ class Destination(VolumeWriter):
         # First what may be here from now on, then that the old record holds no longer.
         self._put(_PLAN, encode(_Plan(paths=tuple(map(str, sorted(paths))))))
         self.drop(_RECORD)
-        with self._translated("syncing", OURS):
+        with self.translated("syncing", OURS):
             self._sync_directory(OURS)
 
     def _put(self, place: PurePosixPath, data: bytes) -> None:
         self.drop(_NEXT)
         self.write_private(_NEXT, data)
         self._rename(_NEXT, place)
-        with self._translated("syncing", place):
+        with self.translated("syncing", place):
             self._sync_directory(place.parent)
 
     def drop(self, place: PurePosixPath) -> None:
@@ -277,16 +277,16 @@ class Destination(VolumeWriter):
         """
         if place.parts[0] != OURS.name or len(place.parts) < 2:
             raise UnsafePathError(str(place), "only what the initializer has made is deleted")
-        with self._translated("deleting", place), suppress(FileNotFoundError), self._parent(place) as parent:
+        with self.translated("deleting", place), suppress(FileNotFoundError), self.open_parent(place) as parent:
             delete_tree(parent, place.name)
 
     def _remove(self, path: PurePosixPath) -> None:
         """Remove a file that an earlier call has put here, and the directories that become empty."""
-        with self._translated("removing", path), suppress(FileNotFoundError, UnsafePathError):
-            with self._parent(path) as parent, suppress(IsADirectoryError):
+        with self.translated("removing", path), suppress(FileNotFoundError, UnsafePathError):
+            with self.open_parent(path) as parent, suppress(IsADirectoryError):
                 os.unlink(path.name, dir_fd=parent)
             for above in path.parents[:-1]:
-                with self._parent(above) as parent:
+                with self.open_parent(above) as parent:
                     try:
                         os.rmdir(above.name, dir_fd=parent)
                     except OSError:
@@ -301,7 +301,7 @@ class Destination(VolumeWriter):
         """
         try:
             with self.open_file(source) as fd:
-                self._set_open_mode(fd, self._file_mode)
+                self.set_open_mode(fd, self.file_mode)
         except FileNotFoundError:
             return self._is_moved(file)
         self._rename(source, file.path)
@@ -323,7 +323,7 @@ class Destination(VolumeWriter):
         """
         self.drop(_NEXT)
         for way in ways:
-            with self._translated(f"making a {way} of `{source}`", file.path):
+            with self.translated(f"making a {way} of `{source}`", file.path):
                 if self._take(source, file, way):
                     self._rename(_NEXT, file.path)
                     return way
@@ -342,7 +342,7 @@ class Destination(VolumeWriter):
 
     def _made(self, make: Callable[[int], None]) -> bool:
         try:
-            with self._parent(_NEXT) as parent:
+            with self.open_parent(_NEXT) as parent:
                 make(parent)
         except OSError as error:
             if error.errno not in _CANNOT:
@@ -370,10 +370,10 @@ class Destination(VolumeWriter):
         return True
 
     def _rename(self, source: PurePosixPath, path: PurePosixPath) -> None:
-        with self._translated("renaming", path):
-            fd = self._ensure_directory(path.parent)
+        with self.translated("renaming", path):
+            fd = self.ensure_directory(path.parent)
             try:
-                with self._parent(source) as parent:
+                with self.open_parent(source) as parent:
                     _rename_into(parent, source.name, fd, path)
             finally:
                 os.close(fd)

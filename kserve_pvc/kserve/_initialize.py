@@ -46,7 +46,7 @@ from kserve_pvc.errors import (
 )
 from kserve_pvc.kserve._archives import is_archive, unpacking
 from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source
-from kserve_pvc.kserve._variables import Variables, read_variables, trust_bundle
+from kserve_pvc.kserve._environment import Variables, read_variables, trust_bundle
 from kserve_pvc.locks.liveness import here
 
 _USAGE = "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]"
@@ -185,7 +185,7 @@ def read_source(source: str, variables: Variables) -> Wanted:
 
 
 def _fill(place: Path, wanted: Sequence[Wanted], variables: Variables) -> None:
-    if _are_there(place, wanted):
+    if _is_own_source(place, wanted):
         _log("INFO", f"{printable(place)} is the source itself, so nothing is copied")
         return
     store = find_store(place, variables)
@@ -200,7 +200,7 @@ def _fill(place: Path, wanted: Sequence[Wanted], variables: Variables) -> None:
         _point_to(store, inside, wanted, models)
 
 
-def _are_there(place: Path, wanted: Sequence[Wanted]) -> bool:
+def _is_own_source(place: Path, wanted: Sequence[Wanted]) -> bool:
     """Whether a local source is its own destination."""
     here = Path(os.path.realpath(place))
     for one in wanted:
@@ -336,7 +336,7 @@ def _download(destination: Destination, wanted: Sequence[Wanted], variables: Var
 def _begun(destination: Destination) -> set[str]:
     """The keys of what an earlier run began and did not end."""
     try:
-        return set(destination.names(WORK / layout.KEYS))
+        return set(destination.list_names(WORK / layout.KEYS))
     except StoreError:
         return set()
 
@@ -418,7 +418,7 @@ def _point_to(store: Path, inside: PurePosixPath, wanted: Sequence[Wanted], mode
             _check_name(inside, wanted)
             # To the generation: what a server sees through a mount of the whole store changes only with another start.
             target = os.path.relpath(layout.generation_dir(model.key, model.path.name), inside.parent)
-            if writer.link_target(inside) != target and not writer.point(inside, target):
+            if writer.link_target(inside) != target and not writer.repoint(inside, target):
                 raise _not_named(writer, inside)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from kserve_pvc._settings import READONLY_ANNOTATION
 from kserve_pvc.errors import SettingsError
-from kserve_pvc.kserve import _objects as objects
-from kserve_pvc.kserve._objects import MODEL_VOLUME, Manifest
+from kserve_pvc.kserve import _manifest_tools as objects
+from kserve_pvc.kserve._manifest_tools import MODEL_VOLUME, Manifest
 from kserve_pvc.kserve._pods import mutate_pod
 from kserve_pvc.kserve._policy import check_claim, check_sub_path
 

@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from kserve_pvc.errors import SettingsError, StoreError
+from kserve_pvc.kserve._manifest_tools import Manifest
 from kserve_pvc.kserve._manifests import KIND, obstacle, share_volume
-from kserve_pvc.kserve._objects import Manifest
 from kserve_pvc.kserve._yaml import read_documents, write_documents
 
 _LIST = "ResourceList"

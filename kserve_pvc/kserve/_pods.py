@@ -12,8 +12,8 @@ import attrs
 
 from kserve_pvc._settings import READONLY_ANNOTATION
 from kserve_pvc.errors import PolicyError, SettingsError, printable
-from kserve_pvc.kserve import _objects as objects
-from kserve_pvc.kserve._objects import MODEL_VOLUME, Manifest
+from kserve_pvc.kserve import _manifest_tools as objects
+from kserve_pvc.kserve._manifest_tools import MODEL_VOLUME, Manifest
 from kserve_pvc.kserve._policy import Policy, Rule, check_claim, check_sub_path
 
 # What the owner of a service may wish: the claim (empty: none, not even a default one), and the directory to be served.

@@ -15,7 +15,7 @@ import attrs
 from kserve_pvc._format.log_entry import StoreSettings
 from kserve_pvc.errors import SettingsError
 from kserve_pvc.locks import LOCKERS, Grab
-from kserve_pvc.locks.external import OutsideLock
+from kserve_pvc.locks.external import ExternalLock
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _REDIS = re.compile(
@@ -94,7 +94,9 @@ def check_confirmed(stored: str, said: str | None) -> None:
         raise SettingsError("locker", "", f"the address of a service is not taken from a volume; {remedy}")
 
 
-def outside_lock(settings: StoreSettings, key: str, *, holder: str, open_file: Callable[[], int]) -> OutsideLock | None:
+def outside_lock(
+    settings: StoreSettings, key: str, *, holder: str, open_file: Callable[[], int]
+) -> ExternalLock | None:
     """
     The lock for one model beside its claims; None if the claims are the lock.
 
@@ -118,7 +120,7 @@ def outside_lock(settings: StoreSettings, key: str, *, holder: str, open_file: C
 
         name = f"kserve-pvc-{settings.store_id[:16]}-{key.rpartition('-')[2]}"
         grab = LeaseGrab(namespace=choice.place, name=name, lease_seconds=settings.lease_seconds, holder=holder)
-    return OutsideLock(grab)
+    return ExternalLock(grab)
 
 
 def _own_namespace() -> str:

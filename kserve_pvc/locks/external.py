@@ -13,7 +13,7 @@ from kserve_pvc.locks import Grab, NoLockError
 _PATIENCE = 1.0
 
 
-class OutsideLock:
+class ExternalLock:
     """
     Tries to get a lock, and never waits for long.
 

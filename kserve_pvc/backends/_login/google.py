@@ -157,11 +157,11 @@ class Account:
             with _session() as session:
                 return act(Request(session))
         except (GoogleAuthError, ValueError) as error:
-            is_weather = isinstance(error, TransportError) or bool(getattr(error, "retryable", False))
+            is_transient = isinstance(error, TransportError) or bool(getattr(error, "retryable", False))
             reason = hide(str(error.args[0] if error.args else error)).partition("\n")[0].rstrip(". ")
             # What google-auth chains to it may hold a whole answer of the token service.
             raise LoginError(
-                reason, is_denied=not is_weather, is_absent=isinstance(error, DefaultCredentialsError)
+                reason, is_denied=not is_transient, is_absent=isinstance(error, DefaultCredentialsError)
             ) from None
 
     def hint(self) -> str:
