@@ -366,7 +366,7 @@ def test_a_source_that_ends_early_publishes_nothing(scene, monkeypatch):
     """
     An answer that is shorter than announced is asked for again, and in the end an error.
     """
-    monkeypatch.setattr("kserve_pvc._download.download.transfer.delays", lambda random: iter([0.0, 0.0]))
+    monkeypatch.setattr("kserve_pvc._download.pieces.delays", lambda random: iter([0.0, 0.0]))
     fake = FakeBackend({"a": b"announced"}, sent={"a": b"ann"})
 
     with pytest.raises(SourceUnavailableError, match="ended 6 bytes early"):
@@ -926,7 +926,7 @@ def impatient(monkeypatch):
     """
     A source that fails is not asked again.
     """
-    monkeypatch.setattr("kserve_pvc._download.download.transfer.delays", lambda random: iter(()))
+    monkeypatch.setattr("kserve_pvc._download.pieces.delays", lambda random: iter(()))
 
 
 @pytest.mark.usefixtures("impatient")

@@ -17,7 +17,8 @@ import deployables  # noqa: E402
 import kserve_rules  # noqa: E402
 
 import kserve_pvc  # noqa: E402
-from kserve_pvc._cli import main as _cli  # noqa: E402
+from kserve_pvc._cli.parser import make_parser  # noqa: E402
+from kserve_pvc._cli.verbs import _read_catalogue  # noqa: E402
 from kserve_pvc.kserve import mutate_pod, read_policy, share_volume  # noqa: E402
 
 IMAGE = f"registry.example.com/kserve-pvc:{kserve_pvc.__version__}"
@@ -187,7 +188,7 @@ def test_containers_of_ours_say_only_what_exists(place, manifest, capsys):
         assert {variable["name"] for variable in container.get("env", ())} <= documented
         assert set(container.get("command", ["kserve-pvc-initializer"])) <= PROGRAMS
         if "command" in container:
-            _cli._parser().parse_args(container["args"])
+            make_parser().parse_args(container["args"])
         else:
             assert "args" not in container, "KServe gives the initializer its arguments"
 
@@ -291,7 +292,7 @@ def test_the_catalogue_is_one_that_warm_reads():
     """
     Each line of the Job's list is a model.
     """
-    items = list(_cli._read_catalogue(str(deployables.PLACE / "store/models.txt")))
+    items = list(_read_catalogue(str(deployables.PLACE / "store/models.txt")))
 
     assert items == [
         "s3://shared-models/llama",
@@ -304,7 +305,7 @@ def test_the_policy_is_one_that_the_webhook_reads():
     The ConfigMap's policy is whole, and the webhook is told of the file that it becomes.
     """
     config, deployment = find("ConfigMap", "kserve-pvc-policy"), find("Deployment")
-    arguments = _cli._parser().parse_args(deployment["spec"]["template"]["spec"]["containers"][0]["args"])
+    arguments = make_parser().parse_args(deployment["spec"]["template"]["spec"]["containers"][0]["args"])
 
     policy = read_policy(yaml.safe_load(config["data"]["policy.yaml"]))
 

@@ -20,9 +20,9 @@ from volumes import MOUNTS, NETWORK, CannotStartError, SharedVolume, fresh_root
 from waiting import until
 
 from kserve_pvc import Diagnosis, LockTest, ModelStore, PeerReport, Profile, Race, ReadOnlyStoreError, SettingsError
+from kserve_pvc._doctor import peer as meeting
 from kserve_pvc._doctor.diagnosis import Speed, judge
 from kserve_pvc._doctor.doctor import diagnose, sweep
-from kserve_pvc._doctor.doctor import peer as meeting
 from kserve_pvc._doctor.peer import beating, new_directory
 from kserve_pvc._doctor.reports import Hello, Message
 from kserve_pvc._doctor.text import tell

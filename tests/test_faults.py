@@ -130,7 +130,7 @@ AS_OTHER = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
 from kserve_pvc._download import download as _download
-from kserve_pvc._download.download import transfer as _transfer
+from kserve_pvc._download import transfer as _transfer
 from kserve_pvc._keys import removal as _removal
 from kserve_pvc._keys import claims as _claims
 from kserve_pvc._show import progress as _progress

@@ -20,6 +20,7 @@ from weather import Authority, StormyS3
 from kserve_pvc.backends._http import client as _http
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._http.wire import POLL_SECONDS
 
 HERE = "127.0.0.1"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -555,7 +556,7 @@ def test_silence_lets_the_caller_look_up(client, step):
         "trailer": chunked + b"2\r\nhe\r\n0\r\nX: y",
     }[step]
     with answering(said) as server:
-        assert silent_calls(client, server, until=1) <= _http.MOMENT + 0.35
+        assert silent_calls(client, server, until=1) <= POLL_SECONDS + 0.35
 
 
 def silent_calls(client: HTTPClient, server: Server, until: int) -> float:
@@ -598,7 +599,7 @@ def test_a_drip_lets_the_caller_look_up(authority, tls, step, secure):
         seconds = silent_calls(made, server, until=1)
     made.close()
 
-    assert seconds <= _http.MOMENT + 0.35
+    assert seconds <= POLL_SECONDS + 0.35
 
 
 def test_an_answer_that_does_not_come_is_given_up(client):
@@ -710,7 +711,7 @@ def test_silence_inside_a_record_is_no_end(authority, tls):
     made.close()
 
     assert (found, bytes(buffer[:1000])) == ([1000, None, 1000], b"b" * 1000)
-    assert seconds < 4 * _http.MOMENT
+    assert seconds < 4 * POLL_SECONDS
 
 
 def finish_step(

@@ -61,7 +61,7 @@ asks, refreshes = ensure, partial(ensure, refresh=True)
 
 def explore(
     processes, start, *, programs=Programs(), volume=Volume(), silences=0, faults=0, most_states=FEW_STATES
-) -> Explored:  # noqa: B008
+) -> Explored:
     checker = Checker([partial(process, programs) for process in processes], volume)
     return checker.explore(start._replace(silences=silences, faults=faults), most_states=most_states)
 

@@ -32,9 +32,10 @@ from kserve_pvc import (
     SourceDeniedError,
     SourceUnavailableError,
 )
+from kserve_pvc._download import pieces
+from kserve_pvc._download import transfer as module
 from kserve_pvc._download.adoption import Donor
 from kserve_pvc._download.destination import Destination
-from kserve_pvc._download.download import transfer as module
 from kserve_pvc._download.transfer import Transfer, Tuning
 from kserve_pvc._format.records import PartNote
 from kserve_pvc._volume.calls import copy_range, write_all
@@ -198,9 +199,9 @@ def short_ranges(monkeypatch):
     """
     Ranges of a part where they would have 8 MiB at least, and pauses of no length.
     """
-    monkeypatch.setattr(module, "_SHORTEST_RANGE", PART)
-    monkeypatch.setattr(module, "_TRICKLE_BYTES", 50)
-    monkeypatch.setattr(module, "delays", lambda _random: iter([0.0] * 4))
+    monkeypatch.setattr(module, "SHORTEST_RANGE", PART)
+    monkeypatch.setattr(module, "TRICKLE_BYTES", 50)
+    monkeypatch.setattr(pieces, "delays", lambda _random: iter([0.0] * 4))
 
 
 @pytest.fixture(autouse=True)
@@ -593,7 +594,7 @@ def test_whatever_was_left_the_file_is_exact(left, workers, order, links):
     fetched.
     """
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SHORTEST_RANGE", 10)
+        patch.setattr(module, "SHORTEST_RANGE", 10)
         place, found = Place(Path(directory, "new")), []
         for number, (ranges, damage, length) in enumerate(left):
             content = bytearray(CONTENT)
@@ -970,7 +971,7 @@ def test_a_busy_source_is_asked_as_long_as_time_is_left(place):
 
     source.on_read = busy
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Tries, "__init__", hasty)
+        patch.setattr(module.Tries, "__init__", hasty)
         run(source, place, recorder)
 
     assert (place.content(), recorder.retries) == ({"a.bin": DATA[:500]}, 6)

@@ -14,7 +14,8 @@ from threading import Barrier, Thread
 import pytest
 
 from kserve_pvc import StoreFormatError, StoreRootError, UnsafePathError, VolumeError
-from kserve_pvc._volume import writing as _volume
+from kserve_pvc._volume import calls
+from kserve_pvc._volume import tree as tree_module
 from kserve_pvc._volume.calls import allocate, copy_range, write_all
 from kserve_pvc._volume.mount import Mount, mount_of
 from kserve_pvc._volume.reading import Volume
@@ -288,7 +289,7 @@ def test_a_tree_of_many_directories_holds_few_descriptors(root, monkeypatch, not
     """
     Directories are kept open up to a number, and all files are where they belong.
     """
-    monkeypatch.setattr(_volume, "_MOST_DIRECTORIES", 5)
+    monkeypatch.setattr(tree_module, "_MOST_DIRECTORIES", 5)
     before = len(os.listdir("/proc/self/fd"))
 
     with writing_tree(VolumeWriter(root), GENERATION) as tree:
@@ -366,10 +367,10 @@ def test_a_tree_is_durable_when_it_ends_well(root, monkeypatch, at_once):
     Where one sync reaches the medium it is made once for many files, else every file and directory is synced; a tree
     that failed needs none.
     """
-    monkeypatch.setattr(_volume, "_MOST_SYNCED_ALONE", 0 if at_once == "many" else 1)
+    monkeypatch.setattr(tree_module, "_MOST_SYNCED_ALONE", 0 if at_once == "many" else 1)
     synced, honest = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), honest(fd)))
-    monkeypatch.setattr(_volume, "_call", lambda name, *arguments: synced.append(name))
+    monkeypatch.setattr(tree_module, "call_libc", lambda name, *arguments: synced.append(name))
     writer, path = VolumeWriter(root), PurePosixPath("below/file")
 
     def write(place: PurePosixPath, error: Exception | None = None) -> set[str]:
@@ -418,8 +419,8 @@ def test_an_error_of_the_sync_fails_the_tree(root, monkeypatch, nothing_is_left_
     def fail(name, *arguments):
         raise OSError(errno.EIO, "lost")
 
-    monkeypatch.setattr(_volume, "_call", fail)
-    monkeypatch.setattr(_volume, "_MOST_SYNCED_ALONE", 0)
+    monkeypatch.setattr(tree_module, "call_libc", fail)
+    monkeypatch.setattr(tree_module, "_MOST_SYNCED_ALONE", 0)
     tree = in_a_tree(root)
     tree._syncs_at_once = True
     tree.finish(tree.create(PurePosixPath("small")), PurePosixPath("small"), False)
@@ -527,7 +528,7 @@ def test_only_a_full_volume_fails_a_reservation(root, monkeypatch, code, is_told
     def call(name, *arguments):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(_volume, "_call", call)
+    monkeypatch.setattr(calls, "call_libc", call)
     with (
         open(root / "file", "w+b") as file,
         pytest.raises(OSError, match=os.strerror(code)) if is_told else nullcontext(),
@@ -564,7 +565,7 @@ def way(request, monkeypatch):
 
     if request.param != "kernel":
         monkeypatch.setattr(os, "copy_file_range", copy)
-    monkeypatch.setattr(_volume, "_PIECE_BYTES", 11)
+    monkeypatch.setattr(calls, "_PIECE_BYTES", 11)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 100), (0, 0), (1, 99), (37, 38), (100, 100)])

@@ -35,7 +35,7 @@ from kserve_pvc import (
     SourceUnavailableError,
     StoreFormatError,
 )
-from kserve_pvc._cli import main as _cli
+from kserve_pvc._cli import verbs
 from kserve_pvc._show.events import Finished, Retried, Waiting
 from kserve_pvc._show.progress import make_listener
 
@@ -411,12 +411,12 @@ def test_an_interruption_between_results_stops_what_runs(two_at_work, monkeypatc
         at_work.wait()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_cli, "_threads", Pool)
-    monkeypatch.setattr(_cli, "_tell_warmed", interrupt)
+    monkeypatch.setattr(verbs, "_threads", Pool)
+    monkeypatch.setattr(verbs, "show_warmed", interrupt)
     arguments = argparse.Namespace(workers=3, refresh=False, timeout=60.0, max_workers=4, quiet=True)
 
     with pytest.raises(KeyboardInterrupt):
-        _cli._warm_all(store, ["slow0://x/y", "slow1://x/y", "quick://x/y"], arguments)
+        verbs._warm_all(store, ["slow0://x/y", "slow1://x/y", "quick://x/y"], arguments)
 
     assert [model.uri for model in store.list()] == ["quick://x/y"]
     assert store.locks() == []

@@ -19,7 +19,7 @@ _LOADED = (
         "kserve_pvc.backends.s3",
         "kserve_pvc.backends.file",
         "kserve_pvc._download.download",
-        "kserve_pvc._download.download.transfer",
+        "kserve_pvc._download.transfer",
     ),
     *(
         "kserve_pvc._show.progress",
