@@ -23,6 +23,8 @@ from kserve_pvc.errors import UnknownSchemeError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
+    from fsspec import AbstractFileSystem
+
 GROUP = "kserve_pvc.backends"
 
 # What to install for schemes whose back end needs a package that is not there.
@@ -74,13 +76,24 @@ def options_for(
     return chosen
 
 
-def make_backend(scheme: str, factories: Mapping[str, BackendFactory], options: Mapping[str, Any]) -> Backend:
+def make_backend(
+    scheme: str,
+    factories: Mapping[str, BackendFactory],
+    options: Mapping[str, Any],
+    *,
+    filesystem: AbstractFileSystem | None = None,
+) -> Backend:
     """
-    Make the back end of a scheme, from the factories given or else from the installed distributions.
+    Make the backend of a scheme: of the file system given, or from the factories, or from the installed distributions.
 
     Raises:
+        SettingsError: The file system cannot be used.
         UnknownSchemeError: No distribution serves the scheme, two do, or the one that does cannot be imported.
     """
+    if filesystem is not None:
+        from kserve_pvc.backends.fsspec_ import InstanceBackend
+
+        return InstanceBackend(filesystem)
     try:
         if scheme in factories:
             factory = factories[scheme]
