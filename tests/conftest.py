@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import fsspec.config  # noqa: F401  # While the environment is untouched: fsspec keeps what it finds there.
 import pytest
 from origin import CountingProxy, SeaweedS3
 from trees import model_files, write_files
