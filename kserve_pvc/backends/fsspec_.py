@@ -52,7 +52,7 @@ class FsspecBackend:
         limits: UnpackLimits | None = _LIMITS,
     ) -> None:
         self._filesystems = filesystems or MadeHere(options, _prepare)
-        self._failures = Failures([dict(options), self._filesystems.secrets])
+        self._failures = Failures(self._filesystems.secrets)
         self._limits = limits
         self._call_seconds = 300.0
 
