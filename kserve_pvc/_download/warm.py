@@ -87,7 +87,7 @@ class FailedModel:
         return False
 
 
-# A type checker that sees `if result.error is None` or `if result.ok` knows that `result.model` is a `Model`.
+# Type checkers conclude from `result.error is None` that `result.model` is a `Model`.
 Warmed = WarmedModel | FailedModel
 
 
