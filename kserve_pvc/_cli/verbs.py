@@ -115,7 +115,7 @@ def _threads(workers: int) -> AbstractContextManager[ThreadPoolExecutor | None]:
 
 def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
     """One model a line: its URI, or an object as `warm` takes it. Neither blank lines nor lines that begin with `#` count."""
-    from kserve_pvc._download.warm import wanted
+    from kserve_pvc._download.warm import normalize_item
 
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -131,7 +131,7 @@ def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
                 item = json.loads(line)
             except ValueError:  # Without the line, which may hold a secret.
                 raise SettingsError(place, "no JSON object", 'write `{"uri": "…"}` in one line') from None
-            yield wanted(item, place)
+            yield normalize_item(item, place)
         elif line and not line.startswith("#"):
             yield line
 
