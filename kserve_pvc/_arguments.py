@@ -69,6 +69,28 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise SettingsError(name, _shown(value), f"use {' or '.join(f'`{choice}`' for choice in choices)}")
 
 
+def check_listener(value: object) -> None:
+    """
+    Check that something can be called with an event.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    if value is not None and not callable(value):
+        raise SettingsError("on_event", type(value).__name__, "pass a function that takes one event")
+
+
+def check_cancel(value: object) -> None:
+    """
+    Check that something can say that a call is cancelled, as a `threading.Event` does.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    if value is not None and not callable(getattr(value, "is_set", None)):
+        raise SettingsError("cancel", type(value).__name__, "pass a `threading.Event`")
+
+
 def _to_seconds(value: object) -> float | None:
     """A number of any kind, such as NumPy's; neither a truth value nor a string."""
     if isinstance(value, bool) or not hasattr(value, "__float__"):

@@ -26,6 +26,7 @@ from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatErr
 # or talks to a source is imported by the method that does it.
 if TYPE_CHECKING:
     from kserve_pvc._settings import Mode
+    from kserve_pvc._show.events import Listener
     from kserve_pvc._source.contract import BackendFactory
     from kserve_pvc._volume.writing import VolumeWriter
 
@@ -48,6 +49,7 @@ class StoreArguments(TypedDict, total=False):
     stall_seconds: float
     retry_seconds: float
     offline: bool | None
+    on_event: Listener | None
 
 
 def check_arguments(mode: object, locker: str | None, lease_seconds: object) -> None:

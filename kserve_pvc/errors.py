@@ -312,6 +312,22 @@ class LockTimeoutError(StoreError, TimeoutError):
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
+class DownloadCancelledError(StoreError, InterruptedError):
+    """
+    The caller cancelled a call that was downloading or waiting for another downloader.
+
+    It is an `InterruptedError` because the call was interrupted from outside and may simply be repeated. It is not a
+    `CancelledError` of `asyncio` or `concurrent.futures`: these mean the cancellation of a task or a future.
+    """
+
+    exit_code: ClassVar[int] = 1
+    ref: str
+
+    def _message(self) -> str:
+        return f"the call for `{self.ref}` was cancelled; what it fetched is kept, call again to continue"
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class InsufficientSpaceError(StoreError, OSError):
     """
     The volume has no room for the model. Sizes are in bytes; `needed_bytes` is 0 if a quota or the volume stopped a
