@@ -35,7 +35,7 @@ from kserve_pvc._cli.output import (
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
 from kserve_pvc._store import ModelStore
-from kserve_pvc.errors import SettingsError, printable
+from kserve_pvc.errors import InvalidFileError, SettingsError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that does.
 if TYPE_CHECKING:
@@ -115,23 +115,23 @@ def _threads(workers: int) -> AbstractContextManager[ThreadPoolExecutor | None]:
 
 def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
     """One model a line: its URI, or an object as `warm` takes it. Neither blank lines nor lines that begin with `#` count."""
-    from kserve_pvc._download.warm import wanted
+    from kserve_pvc._download.warm import normalize_item
 
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+        raise InvalidFileError(name, "cannot be read", str(error.strerror)) from error
     except UnicodeDecodeError as error:
-        raise SettingsError("--file", name, "it must be text in UTF-8") from error
+        raise InvalidFileError(name, "cannot be read", "it is not text in UTF-8") from error
     for number, line in enumerate(map(str.strip, lines), 1):
         if line.startswith("{"):
             place = f"{name}, line {number}"
             try:
                 item = json.loads(line)
             except ValueError:  # Without the line, which may hold a secret.
-                raise SettingsError(place, "no JSON object", 'write `{"uri": "…"}` in one line') from None
-            yield wanted(item, place)
+                raise InvalidFileError(place, "invalid JSON", 'use `{"uri": "…"}` in one line') from None
+            yield normalize_item(item, place)
         elif line and not line.startswith("#"):
             yield line
 
@@ -356,7 +356,7 @@ def _read_input(name: str) -> bytes:
     try:
         return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+        raise InvalidFileError(name, "cannot be read", str(error.strerror)) from error
 
 
 def webhook(arguments: argparse.Namespace) -> int:
