@@ -9,12 +9,11 @@ address.
 from __future__ import annotations
 
 import base64
-import ipaddress
 import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -27,6 +26,7 @@ from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, UnpackLimits, order_listing
 from kserve_pvc._source.ref import ModelRef
+from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, unavailable
@@ -42,7 +42,6 @@ from kserve_pvc.errors import (
     UnsafePathError,
 )
 
-ALLOW_PRIVATE = "KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES"
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
 _MAX_ONE_BYTE_ANSWER = 1024
@@ -74,10 +73,6 @@ _OWN_HEADERS = {
         "proxy-authorization",
     ),
 }
-# What lies inside and is not told as such by all versions of Python: what virtual machines of Azure and Oracle learn
-# secrets from, and the local addresses that IPv6 had first.
-_ALSO_INSIDE = [ipaddress.ip_network(network) for network in ("168.63.129.16/32", "192.0.0.0/24", "fec0::/10")]
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _PATH_SAFE = "%/:=&~+!$,;'@()*[]"
 
 
@@ -95,6 +90,41 @@ class _Place:
     in_ranges: bool
 
 
+@attrs.frozen(kw_only=True)
+class WebFile:
+    """
+    What a URI names: an address, the name of the file, what its bytes must amount to, and how it is unpacked.
+    """
+
+    address: str
+    name: str
+    sha256: str | None
+    limits: UnpackLimits | None
+
+
+def parse_file(ref: ModelRef, limits: UnpackLimits | None) -> WebFile:
+    """
+    Take the URL of a file apart.
+
+    Args:
+        limits: For what an archive may become; None keeps archives as they are.
+
+    Raises:
+        InvalidURIError: It names a directory, or a revision is given.
+        UnsafePathError: The name cannot be kept.
+        PolicyError: It is an archive that needs a package to be unpacked.
+    """
+    if ref.revision is not None:
+        raise InvalidURIError(ref.uri, "a URL has no revisions; pin its content with `#sha256=<64 hex digits>`")
+    address, _, fragment = ref.uri.partition("#")
+    name = _name(ref.uri, address)
+    limits = limits if is_archive(name) else None
+    if limits is not None:
+        check_readable(name)
+    promised = _SHA256_FRAGMENT.fullmatch(fragment)
+    return WebFile(address=address, name=name, sha256=promised[1] if promised else None, limits=limits)
+
+
 class HTTPBackend:
     """
     Models behind a URL: `https://host/path/weights.bin` is that one file, `https://host/path/model.tar.gz` what the
@@ -110,27 +140,20 @@ class HTTPBackend:
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
         self._given = _given_headers(options.get("headers") or {})
         self._environ = environ
-        self._limits = _limits(options.get("unpack_limits") or {}) if options.get("unpack", True) else None
+        self._limits = unpack_limits(options)
         self._client = HTTPClient(
-            environ=environ, ca_bundle=options.get("verify"), check_address=_make_check(options, environ)
+            environ=environ, ca_bundle=options.get("verify"), check_address=make_address_check(options, environ)
         )
         self._retry_seconds = 300.0
         self._places: dict[str, _Place] = {}
         self._guard = threading.Lock()
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        if ref.revision is not None:
-            raise InvalidURIError(ref.uri, "a URL has no revisions; pin its content with `#sha256=<64 hex digits>`")
-        address, _, fragment = ref.uri.partition("#")
-        name = _name(ref.uri, address)
-        limits = self._limits if is_archive(name) else None
-        if limits is not None:
-            check_readable(name)
-        promised = _SHA256_FRAGMENT.fullmatch(fragment)
-        place = self._ask(address, name, is_promised=promised is not None)
+        file = parse_file(ref, self._limits)
+        place = self._ask(file.address, file.name, is_promised=file.sha256 is not None)
         with self._guard:
-            self._places[address] = place
-        return order_listing(ref, [_remote_file(name, address, place, promised[1] if promised else None, limits)])
+            self._places[file.address] = place
+        return order_listing(ref, [_remote_file(file, place)])
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         size = file.entry.size_bytes
@@ -291,51 +314,6 @@ class _Rest:
         return None
 
 
-def check_address(host: str, address: str) -> None:
-    """
-    Refuse what lies inside of a network: whoever chooses a URL must not choose whom this machine talks to there.
-
-    Raises:
-        PolicyError: The address is private, loopback, link-local, of metadata, multicast or reserved.
-    """
-    for found in _addresses(ipaddress.ip_address(address)):
-        is_outside = found.is_global and not found.is_multicast and not found.is_reserved
-        if not is_outside or any(found in network for network in _ALSO_INSIDE):
-            rule = f"its address {address} is not public; allow it with `allow_private` or {ALLOW_PRIVATE}=1 if it is meant"
-            raise PolicyError(host, rule)
-
-
-def _addresses(
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
-) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """Where packets may end up: an address of IPv6 may hold one of IPv4."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return [address]
-    if address.ipv4_mapped is not None:
-        return [address.ipv4_mapped]
-    if address in _NAT64:
-        return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]
-    return [address, *(found for found in (address.sixtofour, *(address.teredo or ())) if found is not None)]
-
-
-def _make_check(options: Mapping[str, Any], environ: Mapping[str, str]) -> Callable[[str, str], None] | None:
-    given = options.get("allow_private")
-    if given is None:
-        text = environ.get(ALLOW_PRIVATE, "").strip()
-        given = text.lower() in ("1", "true", "yes", "on")
-        if not given and text.lower() not in ("", "0", "false", "no", "off"):
-            raise SettingsError(ALLOW_PRIVATE, text, "write 1, or leave it out")
-    if isinstance(given, bool):
-        return None if given else check_address
-    hosts = {str(host).lower() for host in ([given] if isinstance(given, str) else given)}
-
-    def check(host: str, address: str) -> None:
-        if host not in hosts:
-            check_address(host, address)
-
-    return check
-
-
 def _given_headers(given: Any) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or not all(isinstance(headers, Mapping) for headers in given.values()):
         raise SettingsError(
@@ -344,7 +322,16 @@ def _given_headers(given: Any) -> Mapping[str, Any]:
     return {str(host).lower(): headers for host, headers in given.items()}
 
 
-def _limits(given: Mapping[str, Any]) -> UnpackLimits:
+def unpack_limits(options: Mapping[str, Any]) -> UnpackLimits | None:
+    """
+    Read the options `unpack` and `unpack_limits`; None keeps archives as they are.
+
+    Raises:
+        SettingsError: A limit is unknown or not a positive number.
+    """
+    if not options.get("unpack", True):
+        return None
+    given: Mapping[str, Any] = options.get("unpack_limits") or {}
     known = {field.name for field in attrs.fields(UnpackLimits)}
     for name, value in dict(given).items():
         if name not in known or isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -389,9 +376,7 @@ def _name(uri: str, address: str) -> str:
     return str(check_name(name))
 
 
-def _remote_file(
-    name: str, address: str, place: _Place, promised: str | None, limits: UnpackLimits | None
-) -> RemoteFile:
+def _remote_file(file: WebFile, place: _Place) -> RemoteFile:
     is_strong = place.etag is not None and not place.etag.startswith("W/")
     token = (
         place.etag.strip('"') if is_strong and place.etag else " ".join(t for t in (place.etag, place.modified) if t)
@@ -402,12 +387,14 @@ def _remote_file(
     elif place.modified:
         pin["If-Unmodified-Since"] = place.modified
     return RemoteFile(
-        entry=FileEntry(path=name, size_bytes=place.size_bytes, sha256=promised, token=promised or token or None),
-        address=address,
+        entry=FileEntry(
+            path=file.name, size_bytes=place.size_bytes, sha256=file.sha256, token=file.sha256 or token or None
+        ),
+        address=file.address,
         pin=pin,
         digest=f"sha256:{place.sha256}" if place.sha256 else None,
         in_ranges=place.in_ranges,
-        unpack=limits,
+        unpack=file.limits,
     )
 
 
