@@ -61,7 +61,19 @@ FRONT = {"__init__", "testing"}
 # What each room may import besides the standard library.
 FOREIGN = {
     **{room: {"attrs"} for room in PURE | EDGE | TOP | FRONT},
-    "backends": {"attrs", "fsspec", "s3fs", "aiobotocore", "botocore", "aiohttp", "azure", "gcsfs", "google", "google_crc32c", "requests"},
+    "backends": {
+        "attrs",
+        "fsspec",
+        "s3fs",
+        "aiobotocore",
+        "botocore",
+        "aiohttp",
+        "azure",
+        "gcsfs",
+        "google",
+        "google_crc32c",
+        "requests",
+    },
     "locks": {"attrs", "portalocker", "redis", "kubernetes"},
     "testing": {"pytest"},
     "_progress": {"attrs", "tqdm"},
@@ -92,10 +104,33 @@ CHANGES = {
         "mknod",
         "posix_fallocate",
     ),
-    *("remove", "removedirs", "rename", "renames", "replace", "rmdir", "setxattr", "symlink", "truncate", "unlink", "utime"),
+    *(
+        "remove",
+        "removedirs",
+        "rename",
+        "renames",
+        "replace",
+        "rmdir",
+        "setxattr",
+        "symlink",
+        "truncate",
+        "unlink",
+        "utime",
+    ),
     *("O_CREAT", "O_TRUNC", "O_APPEND", "O_TMPFILE"),
 }
-PATH_CHANGES = {"chmod", "hardlink_to", "mkdir", "rename", "rmdir", "symlink_to", "touch", "unlink", "write_bytes", "write_text"}
+PATH_CHANGES = {
+    "chmod",
+    "hardlink_to",
+    "mkdir",
+    "rename",
+    "rmdir",
+    "symlink_to",
+    "touch",
+    "unlink",
+    "write_bytes",
+    "write_text",
+}
 
 
 def modules(package: Path) -> dict[str, ast.Module]:
@@ -162,7 +197,9 @@ def changes(tree: ast.Module) -> Iterator[str]:
     Every mention of something that creates, renames or deletes files.
     """
     for name in imported(tree):
-        if name.partition(".")[0] in ("shutil", "tempfile") or name.rpartition(".")[::2] in {("os", change) for change in CHANGES}:
+        if name.partition(".")[0] in ("shutil", "tempfile") or name.rpartition(".")[::2] in {
+            ("os", change) for change in CHANGES
+        }:
             yield name
     for node in ast.walk(tree):
         match node:
@@ -184,7 +221,10 @@ def is_writing(call: ast.Call, position: int) -> bool:
     """
     Whether the mode of a call that opens a file, named or at its position, is one that writes.
     """
-    modes = [*call.args[position : position + 1], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    modes = [
+        *call.args[position : position + 1],
+        *(keyword.value for keyword in call.keywords if keyword.arg == "mode"),
+    ]
     texts = [mode.value for mode in modes if isinstance(mode, ast.Constant) and isinstance(mode.value, str)]
     return any(re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", text) for text in texts)
 
@@ -211,8 +251,8 @@ def test_imports_only_go_down():
 
 def test_only_the_volume_changes_the_volume():
     """
-    Creating, renaming and deleting is written in `_volume` and nowhere else, but for bundles and the directories that the
-    initializer fills, which lie outside of every store.
+    Creating, renaming and deleting is written in `_volume` and nowhere else, but for bundles and the directories that
+    the initializer fills, which lie outside of every store.
     """
     assert set(writers(PACKAGE)) == {"_volume", "_bundle", "kserve._destination"}
 
@@ -294,7 +334,19 @@ def test_a_change_of_the_volume_is_noticed(tmp_path, line, change):
 
 # Heavy or optional; the command line and a hit in the store must not pay for them.
 LAZY = {
-    *("s3fs", "fsspec", "aiohttp", "aiobotocore", "botocore", "boto3", "google", "azure", "huggingface_hub", "requests", "urllib3"),
+    *(
+        "s3fs",
+        "fsspec",
+        "aiohttp",
+        "aiobotocore",
+        "botocore",
+        "boto3",
+        "google",
+        "azure",
+        "huggingface_hub",
+        "requests",
+        "urllib3",
+    ),
     *("ssl", "socket", "http.client", "asyncio", "portalocker", "tqdm", "kubernetes", "redis", "importlib.metadata"),
     *("yaml", "starlette", "uvicorn", "prometheus_client"),
     *("multiprocessing", "concurrent.futures", "subprocess", "ctypes", "secrets", "random", "shutil"),
@@ -425,9 +477,7 @@ def test_every_public_name_is_there():
     """
     Each name in `__all__` is found and listed, in order, though it is loaded only when it is used.
     """
-    program = (
-        "import json, kserve_pvc\nbefore = dir(kserve_pvc)\nfrom kserve_pvc import *\nprint(json.dumps([before, dir(), dir(kserve_pvc)]))"
-    )
+    program = "import json, kserve_pvc\nbefore = dir(kserve_pvc)\nfrom kserve_pvc import *\nprint(json.dumps([before, dir(), dir(kserve_pvc)]))"
 
     before, star, after = json.loads(run(program))
 
@@ -440,7 +490,11 @@ def test_type_checkers_see_the_names_that_are_loaded():
     """
     What `__init__` imports for type checkers is what it loads, name by name and from the same module.
     """
-    checked = [node for node in ast.parse(Path(kserve_pvc.__file__).read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
+    checked = [
+        node
+        for node in ast.parse(Path(kserve_pvc.__file__).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If)
+    ]
 
     shown = {name for node in checked for name in imported(ast.Module(node.body, type_ignores=[]))}
     loaded = {f"kserve_pvc.{kserve_pvc._HOMES.get(name, 'errors')}.{name}" for name in kserve_pvc.__all__}

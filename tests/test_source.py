@@ -8,15 +8,20 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from kserve_pvc import FileEntry, PolicyError, RemoteFile, Resolved, SourceNotFoundError, UnsafePathError, _source, resolved
-from kserve_pvc._ref import parse_ref
+from kserve_pvc import FileEntry, PolicyError, RemoteFile, Resolved, SourceNotFoundError, UnsafePathError, resolved
+from kserve_pvc._source import contract as _source
+from kserve_pvc._source.ref import parse_ref
 
 URI = "s3://bucket/llama"
 REF = parse_ref(URI)
 
 
 def remote(path: str, size_bytes: int = 1, token: str | None = "t") -> RemoteFile:
-    return RemoteFile(entry=FileEntry(path=path, size_bytes=size_bytes, token=token), address=f"bucket/{path}", pin={"IfMatch": str(token)})
+    return RemoteFile(
+        entry=FileEntry(path=path, size_bytes=size_bytes, token=token),
+        address=f"bucket/{path}",
+        pin={"IfMatch": str(token)},
+    )
 
 
 def test_a_listing_is_put_in_order():
@@ -53,11 +58,16 @@ def test_a_source_without_files_is_not_found(names, patterns):
     with pytest.raises(SourceNotFoundError) as caught:
         resolved(ref, map(remote, names))
 
-    assert caught.value.fields == {"uri": f"{URI} at main", "reason": "no file is there, or the patterns let none through"}
+    assert caught.value.fields == {
+        "uri": f"{URI} at main",
+        "reason": "no file is there, or the patterns let none through",
+    }
 
 
 @pytest.mark.parametrize(
-    "names", [("Model.bin", "model.bin"), ("caf\u00e9", "cafe\u0301"), ("a", "a/b"), ("D/a", "d/b"), ("a", "a")], ids=ascii
+    "names",
+    [("Model.bin", "model.bin"), ("caf\u00e9", "cafe\u0301"), ("a", "a/b"), ("D/a", "d/b"), ("a", "a")],
+    ids=ascii,
 )
 def test_files_that_may_be_one_refuse_the_model(names):
     """

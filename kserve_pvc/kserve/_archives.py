@@ -1,7 +1,8 @@
 """
 Archives where KServe unpacks them: a model that is one `.tar`, `.tar.gz`, `.tgz`, `.tar.xz` or `.zip` is what it holds.
 
-The store itself unpacks what it fetches over HTTP and keeps archives of other sources as they are. This is for those others.
+The store itself unpacks what it fetches over HTTP and keeps archives of other sources as they are. This is for those
+others.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import Backend, BackendFactory, RemoteFile, Resolved, UnpackLimits
+from kserve_pvc._source.contract import Backend, BackendFactory, RemoteFile, Resolved, UnpackLimits
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends import make_backend
 from kserve_pvc.errors import PolicyError
 

@@ -51,7 +51,9 @@ class _Reader:
 
 def _remote(uri: str, name: str, data: bytes) -> RemoteFile:
     token = _token(data)
-    return RemoteFile(entry=FileEntry(path=name, size_bytes=len(data), token=token), address=f"{uri}#{name}", pin={"token": token})
+    return RemoteFile(
+        entry=FileEntry(path=name, size_bytes=len(data), token=token), address=f"{uri}#{name}", pin={"token": token}
+    )
 
 
 def _token(data: bytes) -> str:

@@ -172,7 +172,9 @@ class SFTPRemote(_Served):
         self._seconds = itertools.count(int(time.time()) - 1_000_000)
 
     def __enter__(self) -> Self:
-        self.start("-c", _SFTP_SERVER, str(self.directory), *(str(self.storage_options[name]) for name in ("port", "password")))
+        self.start(
+            "-c", _SFTP_SERVER, str(self.directory), *(str(self.storage_options[name]) for name in ("port", "password"))
+        )
         return self
 
     def uri(self, path: str) -> str:
@@ -262,7 +264,11 @@ class MemoryBackend:
     def resolve(self, ref: ModelRef) -> Resolved:
         if ref.revision is not None:
             raise InvalidURIError(ref.uri, "what is in memory has no revisions")
-        names = [name for name in list(self._objects) if name == ref.location or name.startswith(ref.location.rstrip("/") + "/")]
+        names = [
+            name
+            for name in list(self._objects)
+            if name == ref.location or name.startswith(ref.location.rstrip("/") + "/")
+        ]
         return resolved(ref, [self._file(name, self._inside(name, ref.location)) for name in names])
 
     def _inside(self, name: str, location: str) -> str:

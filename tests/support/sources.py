@@ -35,7 +35,11 @@ class FakeBackend:
     """
 
     def __init__(
-        self, files: Mapping[str, bytes], *, sent: Mapping[str, bytes] | None = None, sha256: Mapping[str, str] | None = None
+        self,
+        files: Mapping[str, bytes],
+        *,
+        sent: Mapping[str, bytes] | None = None,
+        sha256: Mapping[str, str] | None = None,
     ) -> None:
         self.files = dict(files)
         self.sent = {**self.files, **(sent or {})}
