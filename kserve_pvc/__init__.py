@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kserve_pvc._keys.claims import LockInfo
     from kserve_pvc._model import Model
     from kserve_pvc._settings import mode_from_annotations
-    from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, Resolved, resolved
+    from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, Resolved, order_listing
     from kserve_pvc._source.ref import ModelRef
     from kserve_pvc._store import ModelStore
     from kserve_pvc._volume.profile import Profile
@@ -84,7 +84,7 @@ _HOMES = {
     "Verification": "_volume.verify",
     "Warmed": "_download.warm",
     "mode_from_annotations": "_settings",
-    "resolved": "_source.contract",
+    "order_listing": "_source.contract",
 }
 __all__ = [
     "Backend",
@@ -132,6 +132,6 @@ __all__ = [
     "VolumeError",
     "Warmed",
     "mode_from_annotations",
-    "resolved",
+    "order_listing",
 ]
 __version__ = "0.1.0"

@@ -76,6 +76,7 @@ class Model:
             size_bytes=entry.size_bytes,
             created_at=entry.created_at,
             writer=entry.writer,
+            access=manifest.access,
         )
 
     def __fspath__(self) -> str:

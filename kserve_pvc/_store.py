@@ -851,18 +851,21 @@ class ModelStore:
     def _resolve(self, ref: ModelRef) -> Resolved:
         if self._is_offline:
             raise _offline(ref)
+        from kserve_pvc._source.contract import SupportsClose
+
         backend = self._backend(ref)
         try:
             return backend.resolve(ref)
         finally:
-            if (close := getattr(backend, "close", None)) is not None:
-                close()
+            if isinstance(backend, SupportsClose):
+                backend.close()
 
     def _service(self, ref: ModelRef) -> str:
         """A factory that was given for the scheme itself wins."""
         return ref.scheme if ref.scheme in self._factories else ref.service
 
     def _backend(self, ref: ModelRef) -> Backend:
+        from kserve_pvc._source.contract import SupportsTuning
         from kserve_pvc.backends import make_backend, options_for
 
         # Clients of remote services do not survive a fork, so each process has its own.
@@ -871,8 +874,8 @@ class ModelStore:
             backend = make_backend(
                 self._service(ref), self._factories, options_for(ref, self._options, self._factories)
             )
-            if (tune := getattr(backend, "tune", None)) is not None:
-                tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])
+            if isinstance(backend, SupportsTuning):
+                backend.tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])
             self._backends[name] = backend
         return self._backends[name]
 

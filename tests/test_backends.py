@@ -274,7 +274,7 @@ LOUD = """
 import io
 from contextlib import contextmanager
 
-from kserve_pvc import FileEntry, RemoteFile, resolved
+from kserve_pvc import FileEntry, RemoteFile, order_listing
 
 print("welcome to the other store")
 
@@ -285,7 +285,7 @@ class Backend:
 
     def resolve(self, ref):
         entry = FileEntry(path="config.json", size_bytes=2, token="1")
-        return resolved(ref, [RemoteFile(entry=entry, address="", pin={})])
+        return order_listing(ref, [RemoteFile(entry=entry, address="", pin={})])
 
     @contextmanager
     def open_range(self, file, start, stop):

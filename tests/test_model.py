@@ -59,8 +59,12 @@ WRECK = World(claims=(Claim(1, 9),), files=(Files(9, PARTIAL),))
 asks, refreshes = ensure, partial(ensure, refresh=True)
 
 
+# As production has them; each mutant below changes one.
+PROGRAMS, VOLUME = Programs(), Volume()
+
+
 def explore(
-    processes, start, *, programs=Programs(), volume=Volume(), silences=0, faults=0, most_states=FEW_STATES
+    processes, start, *, programs=PROGRAMS, volume=VOLUME, silences=0, faults=0, most_states=FEW_STATES
 ) -> Explored:
     checker = Checker([partial(process, programs) for process in processes], volume)
     return checker.explore(start._replace(silences=silences, faults=faults), most_states=most_states)

@@ -25,7 +25,7 @@ from kserve_pvc import (
     SourceDeniedError,
     SourceNotFoundError,
     SourceUnavailableError,
-    resolved,
+    order_listing,
 )
 
 CHUNK_BYTES = 1024 * 1024
@@ -59,7 +59,7 @@ class SQLiteBackend:
             rows = connection.execute(query, (prefix, len(prefix) + 1, f"{prefix}/")).fetchall()
         # One file of exactly that name, or those below it; there may be both.
         single = [row for row in rows if row[1] == prefix]
-        return resolved(ref, (_file(database, prefix, row) for row in single or rows))
+        return order_listing(ref, (_file(database, prefix, row) for row in single or rows))
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_Reader]:

@@ -32,7 +32,7 @@ from kserve_pvc._archive.bundle_bytes import (
 from kserve_pvc._archive.bundle_manifest import BundleManifest
 from kserve_pvc._format.codec import SHA256, decode, encode
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES
-from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import (
     DigestMismatchError,
@@ -165,7 +165,7 @@ class Bundle:
         if ref != self.manifest.ref:
             raise SourceNotFoundError(str(ref), f"`{self.path}` holds `{self.manifest.ref}`")
         remote = (RemoteFile(entry=file, address=str(self._places[file.path]), pin={}) for file in self.manifest.files)
-        return resolved(ref, remote, version=self.manifest.version)
+        return order_listing(ref, remote, version=self.manifest.version)
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_Reader]:

@@ -22,7 +22,7 @@ from kserve_pvc._download import protocol
 from kserve_pvc._download.journal import Journal
 from kserve_pvc._download.reuse import Found, find_donors, shared_bytes
 from kserve_pvc._download.streams import Tuning
-from kserve_pvc._download.tally import Tally, nothing
+from kserve_pvc._download.tally import Tally
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Claim, FileEntry, Holder, LogEntry, Manifest, StoreSettings, encode, now
 from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heart, take_claim
@@ -30,7 +30,15 @@ from kserve_pvc._keys.log import LogView, read_log_of
 from kserve_pvc._keys.log_writer import LogWriter, generations
 from kserve_pvc._keys.procedures import Publish, append, collect_garbage, collect_unnamed, drive
 from kserve_pvc._show.events import Listener, Started, TookOver, Unlocked
-from kserve_pvc._source.contract import Backend, Listing, RemoteFile, Resolved
+from kserve_pvc._source.contract import (
+    Backend,
+    Listing,
+    RemoteFile,
+    Resolved,
+    SupportsAccess,
+    SupportsClose,
+    SupportsPages,
+)
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.calls import copy_range, write_all
 from kserve_pvc._volume.profile import check_names
@@ -255,7 +263,8 @@ class Download:
             try:
                 self._manifest = self._write_generation(self._claim.generation, backend)
             finally:
-                getattr(backend, "close", nothing)()
+                if isinstance(backend, SupportsClose):
+                    backend.close()
         except LeaseLostError:
             return protocol.ClaimLost()
         except VolumeError as error:
@@ -310,7 +319,13 @@ class Download:
             files = tuple(done[f.entry.path] for f in self._resolved.files)
             if any(f.unpack is not None for f in self._resolved.files):
                 files = self._unpack_all(tree, place, done)
-        manifest = Manifest(key=self._key, generation=generation, version=self._resolved.version, files=files)
+        manifest = Manifest(
+            key=self._key,
+            generation=generation,
+            version=self._resolved.version,
+            files=files,
+            access=backend.access(self._ref) if isinstance(backend, SupportsAccess) else None,
+        )
         data = encode(manifest)
         self._manifest_sha256 = sha256(data).hexdigest()
         self._writer.write_private(layout.manifest_file(generation), data)
@@ -372,9 +387,9 @@ class Download:
         self, backend: Backend, donors: Mapping[PurePosixPath, Sequence[Found]]
     ) -> Iterator[Sequence[RemoteFile]]:
         """What the source holds, page by page if it is listed only now."""
-        if self._resolved is None and (pages := getattr(backend, "pages", None)) is not None:
+        if self._resolved is None and isinstance(backend, SupportsPages):
             listing, before = Listing(self._ref), None
-            for page in pages(self._ref):
+            for page in backend.pages(self._ref):
                 # One page behind, so that a model of one page is known whole before anything of it is written.
                 if before is not None:
                     yield before

@@ -29,7 +29,7 @@ from kserve_pvc._download.pieces import TRICKLE_BYTES, OpenedRange, Tries
 from kserve_pvc._download.schedule import MIB, SHORTEST_RANGE, Span, Writing, at_once, gap_bytes, is_free, without
 from kserve_pvc._download.streams import StreamLimit, Tuning
 from kserve_pvc._format.records import FileEntry, PartNote
-from kserve_pvc._source.contract import Backend, Checksum, RemoteFile
+from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, SupportsChecksums, SupportsEvidence
 from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
 
@@ -76,8 +76,12 @@ class Transfer:
         self._digest = tuning.digest
         self._stall_seconds = tuning.stall_seconds
         self._retry_seconds = tuning.retry_seconds
-        self._evidence: Callable[[RemoteFile], str | None] = getattr(backend, "evidence", lambda file: file.digest)
-        self._make_checksum: Callable[[str], Checksum | None] = getattr(backend, "checksum", lambda kind: None)
+        self._evidence: Callable[[RemoteFile], str | None] = (
+            backend.evidence if isinstance(backend, SupportsEvidence) else lambda file: file.digest
+        )
+        self._make_checksum: Callable[[str], Checksum | None] = (
+            backend.checksum if isinstance(backend, SupportsChecksums) else lambda name: None
+        )
         self._pace = StreamLimit(tuning.max_workers)
         self._guard = threading.Condition()
         self._waiting: list[tuple[int, int, RemoteFile]] = []  # A heap: the largest file first.

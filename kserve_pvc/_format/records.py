@@ -36,6 +36,7 @@ __all__ = [
     "now",
 ]
 
+ACCESS = r"direct(:[A-Za-z0-9._-]{1,64})?|fsspec:[A-Za-z0-9._-]{1,64}"
 MAX_MANIFEST_BYTES = 512 * 1024 * 1024
 BEAT_BYTES = 256
 
@@ -69,18 +70,9 @@ class FileEntry:
 
     def with_digests(self, sha256: str | None, evidence: str | None) -> FileEntry:
         """
-        This file with what its bytes amounted to. Everything else was checked already, and models have many files.
+        Return this file with the digests of its bytes.
         """
-        twin = object.__new__(FileEntry)
-        for name, value in (
-            ("path", self.path),
-            ("size_bytes", self.size_bytes),
-            ("sha256", sha256),
-            ("token", self.token),
-            ("evidence", evidence),
-        ):
-            object.__setattr__(twin, name, value)
-        return twin
+        return attrs.evolve(self, sha256=sha256, evidence=evidence)
 
 
 def _files(value: Any) -> tuple[FileEntry, ...]:
@@ -93,12 +85,16 @@ def _files(value: Any) -> tuple[FileEntry, ...]:
 class Manifest:
     """
     Every file of one generation, in the order of their paths.
+
+    `access` is how the source was reached: `direct`, `direct:<package>` or `fsspec:<package>`. Manifests of older
+    versions, and of models that were imported, do not have it.
     """
 
     key: str = attrs.field(validator=matches_re(KEY))
     generation: str = attrs.field(validator=matches_re(GENERATION))
     version: str = attrs.field(validator=text)
     files: tuple[FileEntry, ...] = attrs.field(converter=_files)
+    access: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(ACCESS)))
 
     def __attrs_post_init__(self) -> None:
         check_collisions(f.path for f in self.files)
@@ -112,6 +108,9 @@ class Manifest:
 class Record:
     """
     What a store knows about a model it holds: where it came from and what it consists of.
+
+    `access` is how the source was reached: `direct` by requests of our own, `direct:<package>` by requests of our own
+    that the package's fsspec class authorised, `fsspec:<package>` through that class. None where it is not recorded.
     """
 
     uri: str
@@ -125,6 +124,7 @@ class Record:
     size_bytes: int
     created_at: datetime
     writer: Holder
+    access: str | None = None
 
 
 @attrs.frozen(kw_only=True)

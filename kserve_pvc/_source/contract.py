@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
@@ -69,7 +69,7 @@ class Resolved:
         return sum(f.entry.size_bytes for f in self.files)
 
 
-def resolved(ref: ModelRef, files: Iterable[RemoteFile], *, version: str | None = None) -> Resolved:
+def order_listing(ref: ModelRef, files: Iterable[RemoteFile], *, version: str | None = None) -> Resolved:
     """
     Put a back end's listing in order: patterns applied, names checked against each other, version computed.
 
@@ -168,12 +168,8 @@ class Backend(Protocol):
     Methods are called from several threads at once. Every failure is raised as one of the `Source…Error` classes,
     translated here and nowhere else.
 
-    Five more methods are used if a back end has them: `pages(ref)`, which yields sequences of `RemoteFile` as they are
-    listed, so that files are fetched while the next page is asked for; `evidence(file)`, which asks the source for a
-    digest of a file (`name:hex`, or None), where the listing has none that is cheap or certain enough;
-    `checksum(name)`, which makes a `Checksum` for digests that are none of `sha256`, `md5` and `crc32`, or returns
-    None; `tune(stall_seconds=, retry_seconds=)`, which says how patient to be; and `close()`, which lets go of idle
-    connections once a download is over.
+    A backend may also have any of the optional abilities, each a type of its own: `SupportsPages`, `SupportsEvidence`,
+    `SupportsChecksums`, `SupportsTuning`, `SupportsAccess` and `SupportsClose`.
     """
 
     def resolve(self, ref: ModelRef) -> Resolved:
@@ -187,5 +183,74 @@ class Backend(Protocol):
             SourceChangedError: The source holds something else by now.
         """
 
+
+@runtime_checkable
+class SupportsPages(Protocol):
+    """
+    A backend that lists page by page, so that files are fetched while the next page is requested.
+    """
+
+    def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]: ...
+
+
+@runtime_checkable
+class SupportsEvidence(Protocol):
+    """
+    A backend that can request the digest of a file, where the listing has none that is cheap or certain enough.
+    """
+
+    def evidence(self, file: RemoteFile) -> str | None:
+        """
+        Return a digest as `name:hex`, or None if the source has none.
+        """
+
+
+@runtime_checkable
+class SupportsChecksums(Protocol):
+    """
+    A backend whose digests are not all among `sha256`, `md5` and `crc32`.
+    """
+
+    def checksum(self, name: str) -> Checksum | None:
+        """
+        Make an empty checksum, or return None if the name is unknown.
+        """
+
+
+@runtime_checkable
+class SupportsTuning(Protocol):
+    """
+    A backend whose patience can be set, in seconds.
+    """
+
+    def tune(self, *, stall_seconds: float, retry_seconds: float) -> None: ...
+
+
+@runtime_checkable
+class SupportsAccess(Protocol):
+    """
+    A backend that can reach its source in more than one way.
+    """
+
+    def access(self, ref: ModelRef) -> str:
+        """
+        Return the way that was taken, for the record.
+
+        `direct`: requests of our own with plain settings. `direct:<package>`: requests of our own, with credentials
+        and listing by that package's fsspec class. `fsspec:<package>`: everything through that class, in ranges.
+        """
+
+
+@runtime_checkable
+class SupportsClose(Protocol):
+    """
+    A backend that keeps connections, which are released once a download is over.
+    """
+
+    def close(self) -> None: ...
+
+
+# The methods of the abilities, for a backend that stands in front of another one and has whichever the other has.
+ABILITIES = ("pages", "evidence", "checksum", "tune", "access", "close")
 
 BackendFactory = Callable[[Mapping[str, Any]], Backend]

@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote, urlencode
 import attrs
 
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef, redact
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
@@ -127,7 +127,7 @@ class AzureBackend:
         self._retry_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        return resolved(ref, chain.from_iterable(self.pages(ref)))
+        return order_listing(ref, chain.from_iterable(self.pages(ref)))
 
     def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
         place = self._place(ref)

@@ -15,7 +15,7 @@ import attrs
 
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -48,7 +48,7 @@ class FileBackend:
         if ".." in root.parts:
             raise UnsafePathError(ref.location, "a path may not climb with `..`")
         try:
-            return resolved(ref, _list(root))
+            return order_listing(ref, _list(root))
         except OSError as error:
             if isinstance(error, StoreError):
                 raise

@@ -22,7 +22,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import MAX_FILES, RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import MAX_FILES, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef, redact
 from kserve_pvc.backends import _BUILT_IN
 from kserve_pvc.errors import (
@@ -133,7 +133,7 @@ class FsspecBackend:
             raise InvalidURIError(ref.uri, "it is a chain of URLs; name one protocol")
         if ".." in ref.location.split("/"):
             raise UnsafePathError(ref.location, "a path may not climb with `..`")
-        return resolved(ref, self._list(ref))
+        return order_listing(ref, self._list(ref))
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> _Reader:
         return _Reader(self, file, start, stop)

@@ -22,7 +22,7 @@ from urllib.parse import quote, urlencode
 import attrs
 
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._http.client import HTTPClient
@@ -127,7 +127,7 @@ class GSBackend:
         self._retry_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        return resolved(ref, chain.from_iterable(self.pages(ref)))
+        return order_listing(ref, chain.from_iterable(self.pages(ref)))
 
     def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
         bucket, name = _place(ref)

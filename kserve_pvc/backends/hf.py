@@ -25,7 +25,7 @@ import attrs
 
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import Checksum, RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import Checksum, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._hf_addresses import Addresses
 from kserve_pvc.backends._http.client import HTTPClient
@@ -93,7 +93,7 @@ class HFBackend:
         wish = _parse(ref)
         self._check_online(ref.uri)
         repository, commit = self._pinned(ref, wish)
-        return resolved(ref, self._files(ref, repository, commit, wish.path), version=commit)
+        return order_listing(ref, self._files(ref, repository, commit, wish.path), version=commit)
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> _Range:
         self._check_online(f"hf://{file.address}")

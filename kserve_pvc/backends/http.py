@@ -25,7 +25,7 @@ import attrs
 from kserve_pvc._archive.unpack import check_readable, is_archive
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, UnpackLimits, resolved
+from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, UnpackLimits, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
@@ -130,7 +130,7 @@ class HTTPBackend:
         place = self._ask(address, name, is_promised=promised is not None)
         with self._guard:
             self._places[address] = place
-        return resolved(ref, [_remote_file(name, address, place, promised[1] if promised else None, limits)])
+        return order_listing(ref, [_remote_file(name, address, place, promised[1] if promised else None, limits)])
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         size = file.entry.size_bytes

@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends.file import FileBackend
 from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
@@ -56,7 +56,7 @@ class PvcBackend:
         if ".." in path.split("/") or not place.is_relative_to(root):
             raise UnsafePathError(ref.location, "it leads out of the claim")
         found = self._files.resolve(attrs.evolve(ref, uri=f"file://{place}"))
-        return resolved(ref, found.files, version=found.version)
+        return order_listing(ref, found.files, version=found.version)
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[RangeReader]:

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote_plus
 import attrs
 
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef, redact
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._http.client import HTTPClient
@@ -151,7 +151,7 @@ class S3Backend:
         return self._sdk
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        return resolved(ref, chain.from_iterable(self.pages(ref)))
+        return order_listing(ref, chain.from_iterable(self.pages(ref)))
 
     def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
         bucket, _, key = ref.location.partition("/")

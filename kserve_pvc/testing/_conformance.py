@@ -25,13 +25,25 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import pytest
 
-from kserve_pvc._source.contract import Backend, BackendFactory, RangeReader, RemoteFile
-from kserve_pvc._source.ref import parse_ref
+from kserve_pvc._source.contract import (
+    ABILITIES,
+    Backend,
+    BackendFactory,
+    RangeReader,
+    RemoteFile,
+    Resolved,
+    SupportsChecksums,
+    SupportsClose,
+    SupportsEvidence,
+    SupportsPages,
+)
+from kserve_pvc._source.ref import ModelRef, parse_ref
 from kserve_pvc._store import ModelStore
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -287,16 +299,26 @@ class BackendConformance:
 
         assert subject.resolve(parse_ref(uri)).version != before
 
+    def test_no_ability_is_misspelled(self, subject: Backend) -> None:
+        """
+        No public method is named nearly as an optional ability, which would then never be called.
+        """
+        methods = {name for name in dir(subject) if not name.startswith("_") and callable(getattr(subject, name))}
+        misspelled = {
+            name: near for name in methods - {*ABILITIES} if (near := get_close_matches(name, ABILITIES, 1, 0.8))
+        }
+
+        assert misspelled == {}
+
     def test_pages_are_the_listing(self, remote: Remote, subject: Backend, place: str) -> None:
         """
         What `pages` yields together is what `resolve` returns.
         """
-        pages = getattr(subject, "pages", None)
-        if pages is None:
+        if not isinstance(subject, SupportsPages):
             pytest.skip("the back end has no `pages`")
         uri = self._offer_all(remote, place, FILES)
 
-        found = [file for page in pages(parse_ref(uri)) for file in page]
+        found = [file for page in subject.pages(parse_ref(uri)) for file in page]
 
         assert sorted(found, key=lambda f: f.entry.path) == sorted(
             subject.resolve(parse_ref(uri)).files, key=lambda f: f.entry.path
@@ -594,13 +616,12 @@ class BackendConformance:
         """
         A digest that the back end asks the source for is the digest of the bytes.
         """
-        evidence = getattr(subject, "evidence", None)
-        if evidence is None:
+        if not isinstance(subject, SupportsEvidence):
             pytest.skip("the back end has no `evidence`")
         uri, _ = self._offer(remote, place, _WEIGHTS)
         (file,) = subject.resolve(parse_ref(uri)).files
 
-        assert _vouches(subject, evidence(file), _WEIGHTS)
+        assert _vouches(subject, subject.evidence(file), _WEIGHTS)
 
     def test_many_small_files_are_all_there(
         self, remote: Remote, volume: Path, place: str, number_of_files: int
@@ -776,10 +797,12 @@ class _Watched:
         self._before_range = before_range
         self._guard = threading.Lock()
         self.ranges: list[tuple[int, int]] = []
+        for name in ABILITIES:
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
 
-    def __getattr__(self, name: str) -> Any:
-        # A store uses further methods if a back end has them.
-        return getattr(self._inner, name)
+    def resolve(self, ref: ModelRef) -> Resolved:
+        return self._inner.resolve(ref)
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         with self._guard:
@@ -796,7 +819,8 @@ def _named(cls: type[BackendConformance], short: str, value: object) -> Any:
 
 
 def _close(backend: Backend) -> None:
-    getattr(backend, "close", lambda: None)()
+    if isinstance(backend, SupportsClose):
+        backend.close()
 
 
 def _change(remote: Remote, path: str, change: str) -> None:
@@ -841,7 +865,7 @@ def _vouches(backend: Backend, digest: str | None, data: bytes) -> bool:
         return hashlib.new(name, data, usedforsecurity=False).hexdigest() == value
     if name == "crc32":
         return f"{zlib.crc32(data):08x}" == value
-    checksum = getattr(backend, "checksum", lambda kind: None)(name)
+    checksum = backend.checksum(name) if isinstance(backend, SupportsChecksums) else None
     if checksum is None:
         return False
     checksum.update(memoryview(data))

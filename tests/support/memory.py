@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kserve_pvc import FileEntry, ModelRef, RemoteFile, Resolved, SourceChangedError, resolved
+from kserve_pvc import FileEntry, ModelRef, RemoteFile, Resolved, SourceChangedError, order_listing
 
 
 class MemorySource:
@@ -27,7 +27,7 @@ class MemorySource:
 
     def resolve(self, ref: ModelRef) -> Resolved:
         files = self.models.get(ref.uri, {})
-        return resolved(ref, [_remote(ref.uri, name, data) for name, data in files.items()])
+        return order_listing(ref, [_remote(ref.uri, name, data) for name, data in files.items()])
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_Reader]:

@@ -22,7 +22,7 @@ import fsspec
 import origin
 from origin import LOOPBACK, SeaweedS3
 
-from kserve_pvc import FileEntry, InvalidURIError, ModelRef, RemoteFile, Resolved, SourceChangedError, resolved
+from kserve_pvc import FileEntry, InvalidURIError, ModelRef, RemoteFile, Resolved, SourceChangedError, order_listing
 
 
 def free_port() -> int:
@@ -269,7 +269,7 @@ class MemoryBackend:
             for name in list(self._objects)
             if name == ref.location or name.startswith(ref.location.rstrip("/") + "/")
         ]
-        return resolved(ref, [self._file(name, self._inside(name, ref.location)) for name in names])
+        return order_listing(ref, [self._file(name, self._inside(name, ref.location)) for name in names])
 
     def _inside(self, name: str, location: str) -> str:
         return name.rpartition("/")[2] if name == location else name[len(location.rstrip("/")) + 1 :]
