@@ -78,6 +78,7 @@ FOREIGN = {
     "testing": {"pytest"},
     "_progress": {"attrs", "tqdm"},
     **{door: {"attrs"} for door in DOORS},
+    "_cli": {"attrs", "shtab"},
     "kserve": {"attrs", "yaml", "starlette", "uvicorn", "prometheus_client"},
 }
 NEIGHBOURS = {
