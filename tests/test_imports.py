@@ -43,6 +43,7 @@ FOREIGN = {
     "testing": {"pytest"},
     "_show": {"tqdm"},
     "kserve": {"yaml", "starlette", "uvicorn", "prometheus_client"},
+    "_cli": {"shtab"},
 }
 
 # The suite for authors of backends is one class that they inherit, and `ModelStore` is the public interface.
