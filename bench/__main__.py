@@ -73,12 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     text = "; ".join(f"{name}: {what}" for name, what in _WORKLOADS.items())
-    parser = argparse.ArgumentParser(prog="bench", description="Measure ours and everybody else, taking turns on one machine.", epilog=text)
-    parser.add_argument("--only", type=_names(_WORKLOADS), default=list(_WORKLOADS), metavar="w1,w2,…", help="of those below")
-    parser.add_argument(
-        "--variants", type=_names(origins.SHAPES), default=["plain"], metavar="plain,…", help=f"of {', '.join(origins.SHAPES)}"
+    parser = argparse.ArgumentParser(
+        prog="bench", description="Measure ours and everybody else, taking turns on one machine.", epilog=text
     )
-    parser.add_argument("--origin", choices=["files", "weed"], default="files", help="nginx and the like, or the S3 server of SeaweedFS")
+    parser.add_argument(
+        "--only", type=_names(_WORKLOADS), default=list(_WORKLOADS), metavar="w1,w2,…", help="of those below"
+    )
+    parser.add_argument(
+        "--variants",
+        type=_names(origins.SHAPES),
+        default=["plain"],
+        metavar="plain,…",
+        help=f"of {', '.join(origins.SHAPES)}",
+    )
+    parser.add_argument(
+        "--origin", choices=["files", "weed"], default="files", help="nginx and the like, or the S3 server of SeaweedFS"
+    )
     parser.add_argument(
         "--peers",
         type=_words,
@@ -87,11 +97,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=5, help="runs of each peer; the median counts")
     parser.add_argument("--quick", action="store_true", help="large files of a quarter of their size")
-    parser.add_argument("--destination", choices=["tmpfs", "disk"], help="what is downloaded to; else memory, and for w8 the disk")
-    parser.add_argument("--scratch", type=Path, help="where the origin's files lie; in memory, unless you say otherwise")
-    parser.add_argument("--out", type=Path, help="a directory for results.json and the plots; what earlier runs left there is kept")
+    parser.add_argument(
+        "--destination", choices=["tmpfs", "disk"], help="what is downloaded to; else memory, and for w8 the disk"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, help="where the origin's files lie; in memory, unless you say otherwise"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="a directory for results.json and the plots; what earlier runs left there is kept"
+    )
     parser.add_argument("--show", action="store_true", help="measure nothing, show what lies in --out")
-    parser.add_argument("--page", type=Path, help="a page of the documentation to write the results into, plots beside it in ../_static")
+    parser.add_argument(
+        "--page", type=Path, help="a page of the documentation to write the results into, plots beside it in ../_static"
+    )
     return parser
 
 
@@ -127,7 +145,10 @@ def _measure(options: argparse.Namespace, workload: str, scratch: Path, results:
     kind = _destination(options, workload, model.size_bytes)
     try:
         for variant in ["plain"] if options.origin == "weed" else options.variants:
-            with _directory(_parent(kind)) as destination, _origin(options, root, scratch / "server", variant) as origin:
+            with (
+                _directory(_parent(kind)) as destination,
+                _origin(options, root, scratch / "server", variant) as origin,
+            ):
                 if workload in scenarios.SCENARIOS:
                     _play(options, workload, variant, model, origin, destination, results)
                 else:
@@ -151,7 +172,11 @@ def _parent(destination: str) -> Path:
 
 
 def _origin(options: argparse.Namespace, root: Path, scratch: Path, variant: str) -> origins.Origin:
-    return origins.WeedOrigin(root) if options.origin == "weed" else origins.FileOrigin(root, scratch, origins.SHAPES[variant])
+    return (
+        origins.WeedOrigin(root)
+        if options.origin == "weed"
+        else origins.FileOrigin(root, scratch, origins.SHAPES[variant])
+    )
 
 
 def _play(
@@ -190,7 +215,11 @@ def _race(
         files=len(model.sizes),
         interpreter_rss=measure.interpreter_rss(),
     )
-    chosen = [peer for peer in peers.PEERS[workload] if options.peers is None or any(_means(word, peer.name) for word in options.peers)]
+    chosen = [
+        peer
+        for peer in peers.PEERS[workload]
+        if options.peers is None or any(_means(word, peer.name) for word in options.peers)
+    ]
     room = shutil.disk_usage(destination).free
     for peer in chosen:
         if why := _hindrance(peer, series, origin, room):
@@ -248,7 +277,9 @@ def _job(model: data.Model, origin: origins.Origin, destination: Path) -> peers.
     )
 
 
-def _once(peer: peers.Peer, series: report.Series, model: data.Model, origin: origins.Origin, destination: Path) -> report.Sample | str:
+def _once(
+    peer: peers.Peer, series: report.Series, model: data.Model, origin: origins.Origin, destination: Path
+) -> report.Sample | str:
     """One run; or what went wrong in it."""
     given, wanted = _given_and_wanted(peer, model)
     job = _job(given, origin, destination)

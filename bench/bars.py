@@ -64,8 +64,14 @@ def judge(results: Results) -> list[Bar]:
     """
     bars: list[Bar] = []
     for workload, variant, judge_series in _OF_SERIES:
-        found = [one for one in results.series.values() if (one.workload, one.variant) == (workload, variant) and _counts(one)]
-        for series in found or [Series(workload=workload, variant=variant, destination="", origin="", size_bytes=0, files=0)]:
+        found = [
+            one
+            for one in results.series.values()
+            if (one.workload, one.variant) == (workload, variant) and _counts(one)
+        ]
+        for series in found or [
+            Series(workload=workload, variant=variant, destination="", origin="", size_bytes=0, files=0)
+        ]:
             bars += [_under(series.title if found else "", bar) for bar in judge_series(series)]
     for workload, judge_facts in _OF_FACTS.items():
         played = [one for one in results.facts.values() if (one.workload, one.variant) == (workload, "plain")]
@@ -135,9 +141,14 @@ def _cold(series: Series) -> Iterator[Bar]:
     kserve = ["kserve-storage"]
     yield _ratio(series, "verified / s5cmd", OURS, ["s5cmd"], 1.0)
     yield _ratio(series, "verified / rclone", OURS, ["rclone"], 1.25)
-    yield _ratio(series, "verified / download, then sha256sum", OURS, ["s5cmd, then sha256sum", "rclone, then sha256sum"], 0.7)
-    # Asked for of `sha256sum`, which may not use the processor's instructions; this is how it compares with one that does.
-    yield _ratio(series, "verified / download, then openssl", OURS, ["s5cmd, then openssl", "rclone, then openssl"], 0.7)
+    yield _ratio(
+        series, "verified / download, then sha256sum", OURS, ["s5cmd, then sha256sum", "rclone, then sha256sum"], 0.7
+    )
+    # Asked for of `sha256sum`, which may not use the processor's instructions; this is how it compares with one that
+    # does.
+    yield _ratio(
+        series, "verified / download, then openssl", OURS, ["s5cmd, then openssl", "rclone, then openssl"], 0.7
+    )
     yield _ratio(series, "verified / kserve-storage", OURS, kserve, 0.65)
     yield _ratio(series, "verified / kserve-storage", OURS, kserve, 0.7, "cpu")
     yield _ratio(series, "hashing off / s5cmd", UNVERIFIED, ["s5cmd"], 0.9)
@@ -173,7 +184,9 @@ def _replicas(series: Series) -> Iterator[Bar]:
     sent, pairs = series.median(EIGHT_REPLICAS, "sent_bytes"), len(series.samples.get(EIGHT_REPLICAS, ()))
     # Listings are sent too, a few KiB each; the bar is about what two digits show.
     share = None if sent is None or EIGHT_REPLICAS in series.skipped else round(sent / series.size_bytes, 2)
-    yield Bar(what="w6 plain: 8 replicas, sent by the origin", measured=share, limit=1.0, pairs=pairs, unit="x the model")
+    yield Bar(
+        what="w6 plain: 8 replicas, sent by the origin", measured=share, limit=1.0, pairs=pairs, unit="x the model"
+    )
     yield _ratio(series, "last of 8 replicas ready / one alone", EIGHT_REPLICAS, [ONE_REPLICA], 1.10)
 
 
@@ -181,14 +194,25 @@ def _warm(facts: Facts) -> Iterator[Bar]:
     hits, bare = facts.median("get, us"), facts.median("bare listing and read, us")
     pairs = len(facts.values.get("get, us", ()))
     yield Bar(what="w5 plain: a hit in process", measured=hits, limit=100, unit="us", pairs=pairs)
-    yield Bar(what="w5 plain: a hit / bare listing and read", measured=hits / bare if hits and bare else None, limit=2, pairs=pairs)
+    yield Bar(
+        what="w5 plain: a hit / bare listing and read",
+        measured=hits / bare if hits and bare else None,
+        limit=2,
+        pairs=pairs,
+    )
     for what, name, limit in (
         ("whole command `path`", "kserve-pvc path, ms", 120),
         ("`import kserve_pvc` over a bare interpreter", "import kserve_pvc, ms over python -c pass", 40),
         # That import loads little, so the first name that it gives is judged as well.
         ("the same and `ModelStore`", "from kserve_pvc import ModelStore, ms over python -c pass", 40),
     ):
-        yield Bar(what=f"w5 plain: {what}", measured=facts.median(name), limit=limit, unit="ms", pairs=len(facts.values.get(name, ())))
+        yield Bar(
+            what=f"w5 plain: {what}",
+            measured=facts.median(name),
+            limit=limit,
+            unit="ms",
+            pairs=len(facts.values.get(name, ())),
+        )
 
 
 def _killed(facts: Facts) -> Iterator[Bar]:
@@ -196,7 +220,13 @@ def _killed(facts: Facts) -> Iterator[Bar]:
     # A promise about every kill, so the worst one counts.
     worst = max(found, default=None)
     part = facts.median("part, MiB") or 64.0
-    yield Bar(what="w7 plain: killed at 50 %, worst sent twice per stream", measured=worst, limit=part, unit="MiB", pairs=len(found))
+    yield Bar(
+        what="w7 plain: killed at 50 %, worst sent twice per stream",
+        measured=worst,
+        limit=part,
+        unit="MiB",
+        pairs=len(found),
+    )
 
 
 def _in_a_gigabyte(series: Series) -> Iterator[Bar]:
@@ -255,7 +285,9 @@ def _growth(found: list[tuple[int, float, Series]]) -> Bar:
     detail = ", ".join(f"{size / GIB:.2g} GiB: {over:.0f} MiB" for size, over, _ in found)
     pairs, conditions = min(len(one.samples[OURS]) for _, _, one in found), found[-1][2].title
     limit = max(4.0, least / 8)
-    return Bar(what=what, measured=most - least, limit=limit, unit=unit, pairs=pairs, detail=detail, conditions=conditions)
+    return Bar(
+        what=what, measured=most - least, limit=limit, unit=unit, pairs=pairs, detail=detail, conditions=conditions
+    )
 
 
 _MEMORY = {"w8-1", "w8-4", "w8-16"}

@@ -77,7 +77,9 @@ class Model:
         for number, name in enumerate(self.sizes):
             if self.is_stamped and not _is_stamped(directory / name, number):
                 return f"a part of `{name}` is missing or in another's place"
-        return None if _sha256(directory / self.probe) == self.probe_sha256 else f"`{self.probe}` arrived with other bytes"
+        return (
+            None if _sha256(directory / self.probe) == self.probe_sha256 else f"`{self.probe}` arrived with other bytes"
+        )
 
 
 def shape(workload: str, *, quick: bool) -> dict[str, int]:
@@ -115,8 +117,8 @@ def make(root: Path, workload: str, *, quick: bool = False) -> Model:
     """
     Write the files of a workload below `root/BUCKET/<workload>`.
 
-    Those of `w8` are sparse: every MiB begins with its stamp, and the rest is a hole, which in memory takes no room. Those of
-    `w9` come as an archive too, below `root/BUCKET/w9-archive`.
+    Those of `w8` are sparse: every MiB begins with its stamp, and the rest is a hole, which in memory takes no room.
+    Those of `w9` come as an archive too, below `root/BUCKET/w9-archive`.
     """
     sizes = shape(workload, quick=quick)
     for number, (name, size) in enumerate(sizes.items()):
@@ -139,7 +141,9 @@ def _pack(source: Path, directory: Path) -> Model:
             archive.add(path, path.name)
     os.utime(place, (_FIRST_TIME, _FIRST_TIME))
     sizes = {ARCHIVE: place.stat().st_size}
-    return Model(prefix=f"{directory.name}/{ARCHIVE}", sizes=sizes, probe=ARCHIVE, probe_sha256=_sha256(place), is_stamped=False)
+    return Model(
+        prefix=f"{directory.name}/{ARCHIVE}", sizes=sizes, probe=ARCHIVE, probe_sha256=_sha256(place), is_stamped=False
+    )
 
 
 def _write(path: Path, size: int, number: int, *, sparse: bool) -> None:
@@ -162,7 +166,10 @@ def _stamp(number: int, start: int) -> bytes:
 def _is_stamped(path: Path, number: int) -> bool:
     size = path.stat().st_size
     with path.open("rb", buffering=0) as file:
-        return all(os.pread(file.fileno(), _STAMP_BYTES, start) == _stamp(number, start)[: size - start] for start in range(0, size, MIB))
+        return all(
+            os.pread(file.fileno(), _STAMP_BYTES, start) == _stamp(number, start)[: size - start]
+            for start in range(0, size, MIB)
+        )
 
 
 def _sha256(path: Path) -> str:

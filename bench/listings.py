@@ -1,7 +1,8 @@
 """
 What each service says about the files of a directory: pages of S3, Google Cloud Storage and Azure, and a hub's tree.
 
-The bytes are the same for all, and so are names and sizes; digests are those that the service would have, worked out once.
+The bytes are the same for all, and so are names and sizes; digests are those that the service would have, worked out
+once.
 """
 
 from __future__ import annotations
@@ -76,7 +77,17 @@ def etag(changed_at: float, size: int) -> str:
     return f'"{int(changed_at):x}-{size:x}"'
 
 
-def s3(bucket: str, prefix: str, delimiter: str, page: Sequence[Entry], *, more: bool, second: bool, limit: int, encoded: bool) -> bytes:
+def s3(
+    bucket: str,
+    prefix: str,
+    delimiter: str,
+    page: Sequence[Entry],
+    *,
+    more: bool,
+    second: bool,
+    limit: int,
+    encoded: bool,
+) -> bytes:
     """
     A page of ListObjects, or of its second version. Its token is the last name.
     """
@@ -84,7 +95,9 @@ def s3(bucket: str, prefix: str, delimiter: str, page: Sequence[Entry], *, more:
     parts = [
         f'<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>{bucket}</Name>'
     ]
-    parts.append(f"<Prefix>{name(prefix)}</Prefix><MaxKeys>{limit}</MaxKeys><IsTruncated>{str(more).lower()}</IsTruncated>")
+    parts.append(
+        f"<Prefix>{name(prefix)}</Prefix><MaxKeys>{limit}</MaxKeys><IsTruncated>{str(more).lower()}</IsTruncated>"
+    )
     if encoded:
         parts.append("<EncodingType>url</EncodingType>")
     if delimiter:
@@ -102,7 +115,9 @@ def s3(bucket: str, prefix: str, delimiter: str, page: Sequence[Entry], *, more:
             continue
         when = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(changed_at))
         quoted = escape(etag(changed_at, size), {'"': "&quot;"})
-        parts.append(f"<Contents><Key>{name(key)}</Key><LastModified>{when}</LastModified><ETag>{quoted}</ETag><Size>{size}</Size>")
+        parts.append(
+            f"<Contents><Key>{name(key)}</Key><LastModified>{when}</LastModified><ETag>{quoted}</ETag><Size>{size}</Size>"
+        )
         parts.append("<StorageClass>STANDARD</StorageClass></Contents>")
     return "".join([*parts, "</ListBucketResult>"]).encode()
 
@@ -131,8 +146,12 @@ def azure(bucket: str, prefix: str, page: Sequence[Entry], digests: Digests, *, 
     for key, size, changed_at in page:
         when, tag = formatdate(changed_at, usegmt=True), etag(changed_at, size).strip('"')
         md5 = base64.b64encode(digests.get("md5", bucket, key)).decode() if size <= _LARGEST_PIECE else ""
-        parts.append(f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{when}</Last-Modified><Etag>{tag}</Etag>")
-        parts.append(f"<Content-Length>{size}</Content-Length><Content-MD5>{md5}</Content-MD5><BlobType>BlockBlob</BlobType>")
+        parts.append(
+            f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{when}</Last-Modified><Etag>{tag}</Etag>"
+        )
+        parts.append(
+            f"<Content-Length>{size}</Content-Length><Content-MD5>{md5}</Content-MD5><BlobType>BlockBlob</BlobType>"
+        )
         parts.append("<ResourceType>file</ResourceType></Properties><Metadata /></Blob>")
     marker = escape(page[-1][0]) if more else ""
     return "".join([*parts, f"</Blobs><NextMarker>{marker}</NextMarker></EnumerationResults>"]).encode()

@@ -18,7 +18,9 @@ from pathlib import Path
 SAMPLE_SECONDS = 0.02
 _ESTABLISHED = "01"
 _TICKS = os.sysconf("SC_CLK_TCK")
-_TOUCH = "import mmap, sys; mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
+_TOUCH = (
+    "import mmap, sys; mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,9 @@ class Usage:
     Attributes:
         wall: From before it was started until it had ended, in seconds.
         cpu: User and system time of it and of all descendants that were waited for, in seconds.
-        peak_rss: The larger of two: resident bytes summed over the tree, sampled every `SAMPLE_SECONDS`, where pages that
-            processes share count once for each; and the high-water mark that the kernel keeps for a single process.
+        peak_rss: The larger of two: resident bytes summed over the tree, sampled every `SAMPLE_SECONDS`, where pages
+            that processes share count once for each; and the high-water mark that the kernel keeps for a single
+            process.
         stolen: The share of the processors' time meanwhile that the host gave to other machines; above a few percent,
             only ratios within a round mean something.
         status: The exit status, negative for a signal.
@@ -56,7 +59,13 @@ def run(command: Sequence[str], environ: Mapping[str, str], directory: Path, *, 
         stolen, passed = _stolen_and_passed()
         started_at = time.perf_counter()
         process = subprocess.Popen(
-            command, env=environ, cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
+            command,
+            env=environ,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,
         )
         sampler = _Sampler(process.pid, timeout)
         _, status, usage = os.wait4(process.pid, 0)
@@ -155,7 +164,9 @@ def interpreter_rss() -> int:
     status = "print(open('/proc/self/status').read())"
     peaks = []
     for _ in range(3):
-        lines = subprocess.run([sys.executable, "-c", status], capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            [sys.executable, "-c", status], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         peaks += [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
     return sorted(peaks)[1]
 
@@ -181,7 +192,11 @@ def written_bytes(pid: int) -> int:
     How much a process has written so far, to files or anything else; 0 once it has ended.
     """
     try:
-        return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/io").read_text().splitlines() if line.startswith("wchar:"))
+        return next(
+            int(line.split()[1])
+            for line in Path(f"/proc/{pid}/io").read_text().splitlines()
+            if line.startswith("wchar:")
+        )
     except OSError:
         return 0
 

@@ -1,8 +1,8 @@
 """
 Origins to download from, which count what they sent: files below a directory, and the S3 server of SeaweedFS.
 
-Files are served by nginx, which answers for all objects itself, whatever service it stands for; only listings and tokens
-come from `server.py` behind it. What has to be slow comes from `server.py` alone.
+Files are served by nginx, which answers for all objects itself, whatever service it stands for; only listings and
+tokens come from `server.py` behind it. What has to be slow comes from `server.py` alone.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class Origin(Protocol):
 
 class FileOrigin:
     """
-    Serves the files below a directory as the buckets of S3, Google Cloud Storage and Azure, and as models of a Hugging Face hub.
+    Serves the files below a directory as the buckets of S3, Google Cloud Storage and Azure, and as models of a Hugging
+    Face hub.
 
     Args:
         root: Its directories are the buckets.
@@ -193,7 +194,11 @@ class FileOrigin:
     def _start(self) -> None:
         arguments = [sys.executable, str(_SERVER), str(self._root)]
         if self._nginx is None:
-            limits = [str(self._shape.latency), str(self._shape.connection_limit or 0), str(self._shape.total_limit or 0)]
+            limits = [
+                str(self._shape.latency),
+                str(self._shape.connection_limit or 0),
+                str(self._shape.total_limit or 0),
+            ]
             self._spawn([*arguments, str(self._port), str(self._log), *limits])
             return
         socket_of_listings = self._scratch / "listings.sock"
@@ -206,11 +211,15 @@ class FileOrigin:
         (self._scratch / "generations" / listings.GENERATION).symlink_to(self._root)
         configuration = self._scratch / "nginx.conf"
         configuration.write_text(self._configuration(socket_of_listings))
-        self._spawn([self._nginx, "-c", str(configuration), "-p", str(self._scratch), "-e", str(self._scratch / "error.log")])
+        self._spawn(
+            [self._nginx, "-c", str(configuration), "-p", str(self._scratch), "-e", str(self._scratch / "error.log")]
+        )
 
     def _spawn(self, command: list[str]) -> None:
         with (self._scratch / "server.log").open("ab") as log:
-            self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
+            self._processes.append(
+                subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            )
 
     def _stop(self) -> None:
         for process in reversed(self._processes):
@@ -227,12 +236,16 @@ class FileOrigin:
 
     def _configuration(self, socket_of_listings: Path) -> str:
         scratch = self._scratch
-        certificates = f"ssl_certificate {scratch}/server.pem; ssl_certificate_key {scratch}/server.key; ssl_protocols TLSv1.3;"
+        certificates = (
+            f"ssl_certificate {scratch}/server.pem; ssl_certificate_key {scratch}/server.key; ssl_protocols TLSv1.3;"
+        )
         # A prefix is no object; nginx by itself would redirect to the directory.
         names = [place.relative_to(self._root) for place in self._root.glob("*/*/")]
         starts = ("", f"/{listings.AZURE_ACCOUNT}")
         prefixes = "".join(f"location = {start}/{name} {{ return 404; }} " for name in names for start in starts)
-        temporary = "".join(f"{kind}_temp_path {scratch}/tmp;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        temporary = "".join(
+            f"{kind}_temp_path {scratch}/tmp;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
         return f"""
             daemon off; user {_user()}; worker_processes {os.cpu_count()}; pid {scratch}/nginx.pid; worker_rlimit_nofile 8192;
             events {{ worker_connections 2048; }}
@@ -270,7 +283,8 @@ class FileOrigin:
 
 class WeedOrigin:
     """
-    The S3 server of SeaweedFS, filled with the files below a directory. It counts nothing, and its own work is what limits.
+    The S3 server of SeaweedFS, filled with the files below a directory. It counts nothing, and its own work is what
+    limits.
     """
 
     is_hub = False
@@ -339,7 +353,9 @@ def check(endpoint: str, ca: Path | None, root: Path) -> None:
     etag = fields.get("etag", "")
     listing = _ask(endpoint, ca, f"/{bucket}?list-type=2&prefix={quote(key)}", {})[2].decode().replace("&quot;", '"')
     blob = f"/{listings.AZURE_ACCOUNT}{target}"
-    blobs = _ask(endpoint, ca, f"/{listings.AZURE_ACCOUNT}/{bucket}?restype=container&comp=list&prefix={quote(key)}", {})[2].decode()
+    blobs = _ask(
+        endpoint, ca, f"/{listings.AZURE_ACCOUNT}/{bucket}?restype=container&comp=list&prefix={quote(key)}", {}
+    )[2].decode()
     media = f"/download/storage/v1/b/{bucket}/o/{quote(key, safe='')}?alt=media&generation="
     found = {
         "a range": (partial, fields.get("content-range"), body[:8]),
@@ -367,7 +383,9 @@ def check(endpoint: str, ca: Path | None, root: Path) -> None:
         "an object by its generation": (206, wanted),
         "an object by another generation": 404,
     }
-    if wrong := [f"{what}: {found[what]!r}, not {expected[what]!r}" for what in expected if found[what] != expected[what]]:
+    if wrong := [
+        f"{what}: {found[what]!r}, not {expected[what]!r}" for what in expected if found[what] != expected[what]
+    ]:
         raise RuntimeError(f"the origin at {endpoint} is no origin to measure with: {'; '.join(wrong)}")
 
 
@@ -381,7 +399,9 @@ def _ask(endpoint: str, ca: Path | None, target: str, fields: Mapping[str, str])
     if ca is None:
         connection = http.client.HTTPConnection(address, timeout=10)
     else:
-        connection = http.client.HTTPSConnection(address, timeout=10, context=ssl.create_default_context(cafile=str(ca)))
+        connection = http.client.HTTPSConnection(
+            address, timeout=10, context=ssl.create_default_context(cafile=str(ca))
+        )
     with contextlib.closing(connection):
         connection.request("GET", target, headers=dict(fields))
         answer = connection.getresponse()
@@ -412,7 +432,8 @@ def make_certificates(directory: Path) -> None:
 
 def make_google_account(place: Path, endpoint: str) -> None:
     """
-    Write the file of a service account that gets its tokens at an endpoint; nothing if there is nothing to make keys with.
+    Write the file of a service account that gets its tokens at an endpoint; nothing if there is nothing to make keys
+    with.
     """
     try:
         from cryptography.hazmat.primitives import serialization
@@ -422,7 +443,11 @@ def make_google_account(place: Path, endpoint: str) -> None:
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     account = {"type": "service_account", "project_id": "bench", "private_key_id": "1", "private_key": pem.decode()}
-    place.write_text(json.dumps({**account, "client_email": "bench@bench.invalid", "client_id": "1", "token_uri": f"{endpoint}/token"}))
+    place.write_text(
+        json.dumps(
+            {**account, "client_email": "bench@bench.invalid", "client_id": "1", "token_uri": f"{endpoint}/token"}
+        )
+    )
 
 
 def _user() -> str:

@@ -1,5 +1,6 @@
 """
-The results inside a page of the documentation, between two comments that stay; everything around them is written by hand.
+The results inside a page of the documentation, between two comments that stay; everything around them is written by
+hand.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ def write(place: Path, results: report.Results) -> None:
         name = f"bench-{series.key}-wall.svg"
         (static / name).write_text(report.plot(series))
         table = report.table(series, peers.ours(series.samples))
-        lines += [f"### {series.title}", "", f"![Seconds on the wall, by client](../{_STATIC}/{name})", "", *_literal(table)]
+        lines += [
+            f"### {series.title}",
+            "",
+            f"![Seconds on the wall, by client](../{_STATIC}/{name})",
+            "",
+            *_literal(table),
+        ]
     for facts in results.facts.values():
         title, _, table = report.facts_table(facts).partition("\n")
         lines += [f"### {title}", "", *_literal(table)]

@@ -41,7 +41,11 @@ class Job:
     @property
     def environ(self) -> dict[str, str]:
         """The same for every client: only what is needed, and nothing of the user's."""
-        trust = {} if self.ca is None else dict.fromkeys(("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), str(self.ca))
+        trust = (
+            {}
+            if self.ca is None
+            else dict.fromkeys(("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), str(self.ca))
+        )
         return {
             "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
             "HOME": str(self.home),
@@ -63,11 +67,13 @@ class Peer:
 
     Attributes:
         missing: Why it cannot take part, or None.
-        prints_directory: Whether the last line of its output says where the files are; else they are in the destination.
+        prints_directory: Whether the last line of its output says where the files are; else they are in the
+            destination.
         extra: What it needs in its environment beside the job's.
         copies: How often the model may lie in the destination at once, at worst.
         needs_hub: Whether it speaks to another service than S3.
-        wants_archive: Whether it is given the archive of the model, and `unpacks` whether it leaves the files of the model.
+        wants_archive: Whether it is given the archive of the model, and `unpacks` whether it leaves the files of the
+            model.
     """
 
     name: str
@@ -81,10 +87,19 @@ class Peer:
     unpacks: bool = False
 
 
-def _python(name: str, client: str, *modules: str, uri: Callable[[Job], str] = lambda job: job.uri, **more: object) -> Peer:
+def _python(
+    name: str, client: str, *modules: str, uri: Callable[[Job], str] = lambda job: job.uri, **more: object
+) -> Peer:
     def command(job: Job) -> list[str]:
         # -P: what lies beside the script is no module of the client's.
-        return [sys.executable, "-P", str(_CLIENTS), client, uri(job), *([] if client.endswith(_LISTING) else [str(job.destination)])]
+        return [
+            sys.executable,
+            "-P",
+            str(_CLIENTS),
+            client,
+            uri(job),
+            *([] if client.endswith(_LISTING) else [str(job.destination)]),
+        ]
 
     def missing() -> str | None:
         absent = [f"`{module}`" for module in modules if not _is_installed(module)]
@@ -113,7 +128,9 @@ def _binary(program: str) -> str | None:
     return str(beside) if beside.exists() else shutil.which(program)
 
 
-def _native(name: str, program: str, arguments: Callable[[Job], list[str]], *, then_hash: str | None = None, **more: object) -> Peer:
+def _native(
+    name: str, program: str, arguments: Callable[[Job], list[str]], *, then_hash: str | None = None, **more: object
+) -> Peer:
     def command(job: Job) -> list[str]:
         download = [str(_binary(program)), *arguments(job)]
         return ["sh", "-c", f"{shlex.join(download)} && {_hash_all(job, then_hash)}"] if then_hash else download
@@ -147,12 +164,23 @@ def _rclone(job: Job) -> list[str]:
 
 
 def _rclone_environ(job: Job) -> Mapping[str, str]:
-    settings = {"TYPE": "s3", "PROVIDER": "Other", "ENV_AUTH": "true", "ENDPOINT": job.endpoint, "FORCE_PATH_STYLE": "true"}
+    settings = {
+        "TYPE": "s3",
+        "PROVIDER": "Other",
+        "ENV_AUTH": "true",
+        "ENDPOINT": job.endpoint,
+        "FORCE_PATH_STYLE": "true",
+    }
     return {f"RCLONE_CONFIG_ORIGIN_{name}": value for name, value in settings.items()}
 
 
 def _hugging_face_environ(job: Job) -> Mapping[str, str]:
-    return {"HF_ENDPOINT": job.endpoint, "HF_HOME": str(job.home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {
+        "HF_ENDPOINT": job.endpoint,
+        "HF_HOME": str(job.home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
 
 
 def _by(scheme: str) -> Callable[[Job], str]:
@@ -165,7 +193,11 @@ def _by_http(job: Job) -> str:
 
 
 def _google_environ(job: Job) -> Mapping[str, str]:
-    return {"STORAGE_EMULATOR_HOST": job.endpoint, "GOOGLE_APPLICATION_CREDENTIALS": str(job.google), "GOOGLE_CLOUD_PROJECT": "bench"}
+    return {
+        "STORAGE_EMULATOR_HOST": job.endpoint,
+        "GOOGLE_APPLICATION_CREDENTIALS": str(job.google),
+        "GOOGLE_CLOUD_PROJECT": "bench",
+    }
 
 
 def _azure_environ(credential: str) -> Callable[[Job], Mapping[str, str]]:
@@ -237,13 +269,17 @@ _SIGNATURE = "SharedAccessSignature=sv=2021-12-02&sr=c&sp=rl&se=2099-01-01T00%3A
 # HTTP lists nothing, so one file comes by it: the archive of the model, which S3 gives as well.
 SOURCES = [
     _source(BY_S3, "ours"),
-    _source(BY_GOOGLE, "ours_google", "google.auth", "google_crc32c", "cryptography", uri=_by("gs"), extra=_google_environ),
+    _source(
+        BY_GOOGLE, "ours_google", "google.auth", "google_crc32c", "cryptography", uri=_by("gs"), extra=_google_environ
+    ),
     _source(BY_AZURE_KEY, "ours", uri=_by("az"), extra=_azure_environ(_KEY)),
     _source(BY_AZURE_SIGNATURE, "ours", uri=_by("az"), extra=_azure_environ(_SIGNATURE)),
     _source("ours, hf", "ours", uri=_by("hf"), extra=_hugging_face_environ),
     _source(BY_S3_ONE_FILE, "ours", wants_archive=True),
     _source(BY_HTTP_ONE_FILE, "ours_packed", uri=_by_http, extra=_http_environ, wants_archive=True),
-    _source("ours, http, unpacked", "ours", uri=_by_http, extra=_http_environ, wants_archive=True, unpacks=True, copies=2),
+    _source(
+        "ours, http, unpacked", "ours", uri=_by_http, extra=_http_environ, wants_archive=True, unpacks=True, copies=2
+    ),
 ]
 IN_A_GIGABYTE = "ours, in 1 GiB"
 PEERS = {

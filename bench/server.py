@@ -1,6 +1,6 @@
 """
-`python server.py ROOT ADDRESS LOG …`: files below a directory, spoken as much S3, Google Cloud Storage, Azure Blob Storage and
-Hugging Face hub as clients ask for.
+`python server.py ROOT ADDRESS LOG …`: files below a directory, spoken as much S3, Google Cloud Storage, Azure Blob
+Storage and Hugging Face hub as clients ask for.
 
 One thread a connection, bodies by `sendfile`, and slow on demand. What was sent is written to a log, a line a request.
 Signatures are not checked, and object names are the files' names.
@@ -95,7 +95,9 @@ class _Server:
         path = request.path
         bucket, _, key = path.lstrip("/").partition("/")
         if path == "/token":
-            self._send(connection, request, 200, b'{"access_token": "ya29.bench", "expires_in": 3600, "token_type": "Bearer"}')
+            self._send(
+                connection, request, 200, b'{"access_token": "ya29.bench", "expires_in": 3600, "token_type": "Bearer"}'
+            )
         elif path.startswith("/api/"):
             self._send(connection, request, *self._hub(path))
         elif path.startswith("/storage/"):
@@ -132,13 +134,24 @@ class _Server:
             start, stop = span
             status = 206 if "range" in request.fields else 200
             more += f"Content-Range: bytes {start}-{stop - 1}/{stat.st_size}\r\n" if status == 206 else ""
-            more += f"ETag: {etag}\r\nLast-Modified: {formatdate(stat.st_mtime, usegmt=True)}\r\nAccept-Ranges: bytes\r\n"
+            more += (
+                f"ETag: {etag}\r\nLast-Modified: {formatdate(stat.st_mtime, usegmt=True)}\r\nAccept-Ranges: bytes\r\n"
+            )
             connection.sendall(_head(status, stop - start, "application/octet-stream", more))
             self._body(connection, pace, request, status, descriptor, start, stop)
         finally:
             os.close(descriptor)
 
-    def _body(self, connection: socket.socket, pace: _Pace, request: _Request, status: int, descriptor: int, start: int, stop: int) -> None:
+    def _body(
+        self,
+        connection: socket.socket,
+        pace: _Pace,
+        request: _Request,
+        status: int,
+        descriptor: int,
+        start: int,
+        stop: int,
+    ) -> None:
         sent = start
         try:
             while request.method == "GET" and sent < stop:
@@ -158,7 +171,10 @@ class _Server:
         if "location" in query:
             return 200, b'<?xml version="1.0"?><LocationConstraint xmlns="http://s3.amazonaws.com/doc/2006-03-01/"/>'
         if {"versioning", "uploads", "acl"} & query.keys():
-            return 200, b'<?xml version="1.0"?><VersioningConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/"/>'
+            return (
+                200,
+                b'<?xml version="1.0"?><VersioningConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/"/>',
+            )
         page = self._pages.get(request.target)
         if page is None:
             # Made once: it is the clients that are measured.
@@ -174,7 +190,9 @@ class _Server:
         encoded = query.get("encoding-type") == "url"
         return listings.s3(bucket, prefix, delimiter, page, more=more, second=second, limit=limit, encoded=encoded)
 
-    def _cut(self, bucket: str, prefix: str, delimiter: str, after: str, limit: int) -> tuple[list[listings.Entry], bool]:
+    def _cut(
+        self, bucket: str, prefix: str, delimiter: str, after: str, limit: int
+    ) -> tuple[list[listings.Entry], bool]:
         """One page of entries, and whether there are more."""
         entries = self._entries(bucket, prefix, delimiter, after)
         page = [entry for entry, _ in zip(entries, range(limit), strict=False)]
@@ -193,7 +211,9 @@ class _Server:
         generation = request.query.get("generation", "")
         if generation != listings.GENERATION:
             return self._send(connection, request, 404, _error("NoSuchKey"))
-        return self._object(connection, pace, request, self._root / bucket / key, f"X-Goog-Generation: {generation}\r\n")
+        return self._object(
+            connection, pace, request, self._root / bucket / key, f"X-Goog-Generation: {generation}\r\n"
+        )
 
     def _azure(self, bucket: str, query: dict[str, str]) -> tuple[int, bytes]:
         if not (self._root / bucket).is_dir():
@@ -227,7 +247,14 @@ class _Server:
             return 200, listings.hub_tree(bucket, prefix + "/", entries, self._digests)
         siblings = [{"rfilename": key.partition("/")[2]} for key, _, _ in entries]
         commit = hashlib.sha1(prefix.encode()).hexdigest()
-        answer = {"id": f"{bucket}/{prefix}", "sha": commit, "private": False, "siblings": siblings, "tags": [], "downloads": 0}
+        answer = {
+            "id": f"{bucket}/{prefix}",
+            "sha": commit,
+            "private": False,
+            "siblings": siblings,
+            "tags": [],
+            "downloads": 0,
+        }
         return 200, json.dumps(answer).encode()
 
     def _send(self, connection: socket.socket, request: _Request, status: int, body: bytes) -> None:
@@ -262,8 +289,16 @@ def _requests(connection: socket.socket) -> Iterator[_Request]:
 
 
 def _head(status: int, length: int, kind: str, more: str) -> bytes:
-    reason = {200: "OK", 206: "Partial Content", 404: "Not Found", 412: "Precondition Failed", 416: "Range Not Satisfiable"}[status]
-    return f"HTTP/1.1 {status} {reason}\r\nContent-Length: {length}\r\nContent-Type: {kind}\r\n{more}\r\n".encode("latin-1")
+    reason = {
+        200: "OK",
+        206: "Partial Content",
+        404: "Not Found",
+        412: "Precondition Failed",
+        416: "Range Not Satisfiable",
+    }[status]
+    return f"HTTP/1.1 {status} {reason}\r\nContent-Length: {length}\r\nContent-Type: {kind}\r\n{more}\r\n".encode(
+        "latin-1"
+    )
 
 
 def _error(code: str, detail: str = "") -> bytes:
@@ -291,7 +326,9 @@ def _keys(bucket: Path) -> Iterator[tuple[str, int, float]]:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description="Serve the files below ROOT as S3, Google Cloud Storage, Azure Blob Storage and a hub.")
+    parser = argparse.ArgumentParser(
+        description="Serve the files below ROOT as S3, Google Cloud Storage, Azure Blob Storage and a hub."
+    )
     parser.add_argument("root", type=Path)
     parser.add_argument("address", help="a port on the loopback interface, or the path of a socket")
     parser.add_argument("log", type=Path)

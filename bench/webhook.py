@@ -47,7 +47,10 @@ def renew(authority: trustme.CA, place: Path) -> None:
     Replace certificate and key, each in one step.
     """
     made = authority.issue_cert("localhost")
-    for name, data in (("tls.key", made.private_key_pem.bytes()), ("tls.crt", b"".join(blob.bytes() for blob in made.cert_chain_pems))):
+    for name, data in (
+        ("tls.key", made.private_key_pem.bytes()),
+        ("tls.crt", b"".join(blob.bytes() for blob in made.cert_chain_pems)),
+    ):
         (place / f"{name}.new").write_bytes(data)
         (place / f"{name}.new").replace(place / name)
 
@@ -77,7 +80,17 @@ def main() -> None:
         renew(authority, place)
         (place / "policy.yaml").write_text(POLICY)
         files = ["--policy", place / "policy.yaml", "--tls-cert", place / "tls.crt", "--tls-key", place / "tls.key"]
-        command = [sys.executable, "-m", "kserve_pvc", "webhook", *map(str, files), "--host", "127.0.0.1", "--port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "kserve_pvc",
+            "webhook",
+            *map(str, files),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+        ]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None
             port = int(re.findall(r":(\d+)$", server.stderr.readline().strip())[0])
@@ -85,7 +98,10 @@ def main() -> None:
             authority.configure_trust(trust)
             took: list[float] = []
             began = time.perf_counter() + 0.5
-            askers = [threading.Thread(target=ask, args=(port, trust, first, count, began, took)) for first in range(CONNECTIONS)]
+            askers = [
+                threading.Thread(target=ask, args=(port, trust, first, count, began, took))
+                for first in range(CONNECTIONS)
+            ]
             for asker in askers:
                 asker.start()
             while any(asker.is_alive() for asker in askers):
@@ -96,8 +112,12 @@ def main() -> None:
     took.sort()
     assert len(took) == count, f"{count - len(took)} requests failed"
     middle, late, last = (1e3 * took[int(len(took) * part)] for part in (0.5, 0.99, 1 - 1e-9))
-    print(f"{count} requests of {len(review())} bytes: p50 {middle:.1f} ms, p99 {late:.1f} ms, the longest {last:.1f} ms")
-    print(f"{1e3 * (used.ru_utime + used.ru_stime) / count:.2f} ms of processor time each; load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{count} requests of {len(review())} bytes: p50 {middle:.1f} ms, p99 {late:.1f} ms, the longest {last:.1f} ms"
+    )
+    print(
+        f"{1e3 * (used.ru_utime + used.ru_stime) / count:.2f} ms of processor time each; load {os.getloadavg()[0]:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,19 +6,20 @@ A shared Kubernetes volume as a correct model store.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from kserve_pvc._bundle import Exported
-    from kserve_pvc._claims import LockInfo
-    from kserve_pvc._diagnosis import Diagnosis, Finding, Speed
-    from kserve_pvc._meeting import LockTest, PeerReport, Race
-    from kserve_pvc._plan import Plan
-    from kserve_pvc._profile import Profile
-    from kserve_pvc._record import FileEntry, Record
-    from kserve_pvc._ref import ModelRef
+    from kserve_pvc._archive.export import Exported
+    from kserve_pvc._doctor.diagnosis import Diagnosis, Finding, Speed
+    from kserve_pvc._doctor.reports import LockTest, PeerReport, Race
+    from kserve_pvc._download.plan import Plan
+    from kserve_pvc._download.warm import Warmed
+    from kserve_pvc._format.records import FileEntry, Record
+    from kserve_pvc._keys.claims import LockInfo
+    from kserve_pvc._model import Model
     from kserve_pvc._settings import mode_from_annotations
-    from kserve_pvc._source import Backend, RangeReader, RemoteFile, Resolved, resolved
-    from kserve_pvc._store import Model, ModelStore
-    from kserve_pvc._verify import Problem, Verification
-    from kserve_pvc._warm import Warmed
+    from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, Resolved, order_listing
+    from kserve_pvc._source.ref import ModelRef
+    from kserve_pvc._store import ModelStore
+    from kserve_pvc._volume.profile import Profile
+    from kserve_pvc._volume.verify import Problem, Verification
     from kserve_pvc.errors import (
         DamagedRecordError,
         DigestMismatchError,
@@ -60,30 +61,30 @@ else:
 
 # The module of every public name that is not an error.
 _HOMES = {
-    "Backend": "_source",
-    "Diagnosis": "_diagnosis",
-    "Exported": "_bundle",
-    "FileEntry": "_record",
-    "Finding": "_diagnosis",
-    "LockInfo": "_claims",
-    "LockTest": "_meeting",
-    "Model": "_store",
-    "ModelRef": "_ref",
+    "Backend": "_source.contract",
+    "Diagnosis": "_doctor.diagnosis",
+    "Exported": "_archive.export",
+    "FileEntry": "_format.records",
+    "Finding": "_doctor.diagnosis",
+    "LockInfo": "_keys.claims",
+    "LockTest": "_doctor.reports",
+    "Model": "_model",
+    "ModelRef": "_source.ref",
     "ModelStore": "_store",
-    "PeerReport": "_meeting",
-    "Plan": "_plan",
-    "Problem": "_verify",
-    "Profile": "_profile",
-    "Race": "_meeting",
-    "RangeReader": "_source",
-    "Record": "_record",
-    "RemoteFile": "_source",
-    "Resolved": "_source",
-    "Speed": "_diagnosis",
-    "Verification": "_verify",
-    "Warmed": "_warm",
+    "PeerReport": "_doctor.reports",
+    "Plan": "_download.plan",
+    "Problem": "_volume.verify",
+    "Profile": "_volume.profile",
+    "Race": "_doctor.reports",
+    "RangeReader": "_source.contract",
+    "Record": "_format.records",
+    "RemoteFile": "_source.contract",
+    "Resolved": "_source.contract",
+    "Speed": "_doctor.diagnosis",
+    "Verification": "_volume.verify",
+    "Warmed": "_download.warm",
     "mode_from_annotations": "_settings",
-    "resolved": "_source",
+    "order_listing": "_source.contract",
 }
 __all__ = [
     "Backend",
@@ -131,6 +132,6 @@ __all__ = [
     "VolumeError",
     "Warmed",
     "mode_from_annotations",
-    "resolved",
+    "order_listing",
 ]
 __version__ = "0.1.0"

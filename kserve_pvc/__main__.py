@@ -4,7 +4,7 @@
 
 import sys
 
-from kserve_pvc._cli import main
+from kserve_pvc._cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -115,7 +115,9 @@ def _read_annotations(path: Path) -> dict[str, str]:
         return {}
     except OSError as error:
         raise SettingsError("KSERVE_PVC_ANNOTATIONS", str(path), f"it cannot be read: {error.strerror}") from error
-    return {m["name"]: _unquote(m["value"]) for line in text.splitlines() if (m := _ANNOTATION_LINE.fullmatch(line.strip()))}
+    return {
+        m["name"]: _unquote(m["value"]) for line in text.splitlines() if (m := _ANNOTATION_LINE.fullmatch(line.strip()))
+    }
 
 
 def _unquote(value: str) -> str:

@@ -10,23 +10,25 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from copy import copy
-from datetime import datetime
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import attrs
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc import _layout as layout
-from kserve_pvc._codec import KEY, MAX_RECORD_BYTES
-from kserve_pvc._entry import MAX_LEASE_SECONDS, MIN_LEASE_SECONDS, LogEntry, StoreSettings, decode_settings, encode_settings, now
-from kserve_pvc._log import LogView, read_log, read_log_of, read_manifest
-from kserve_pvc._ref import ModelRef, Patterns, parse_ref
-from kserve_pvc._volume import Volume, VolumeWriter
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import KEY
+from kserve_pvc._format.log_entry import LogEntry
+from kserve_pvc._keys.log import LogView, read_log, read_log_of, read_manifest
+from kserve_pvc._model import Model, Status
+from kserve_pvc._opening import check_agreement, check_arguments, check_tuning, create_store, read_store_settings
+from kserve_pvc._process import flight_of, newest_returned, remember_returned, this_process
+from kserve_pvc._source.ref import ModelRef, Patterns, parse_ref
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     DamagedRecordError,
-    LockerMismatchError,
     LockTimeoutError,
     ModelNotFoundError,
     PolicyError,
@@ -36,111 +38,23 @@ from kserve_pvc.errors import (
     UnsafePathError,
 )
 
-# A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks or
-# talks to a source is imported by the method that does it.
+# A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
+# or talks to a source is imported by the method that does it.
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from concurrent.futures import Executor
 
-    from kserve_pvc._bundle import Exported
-    from kserve_pvc._claims import LockInfo
-    from kserve_pvc._diagnosis import Diagnosis
-    from kserve_pvc._download import Outcome
-    from kserve_pvc._events import Listener
-    from kserve_pvc._plan import Plan
-    from kserve_pvc._progress import Callback
-    from kserve_pvc._record import Holder, Record
+    from kserve_pvc._archive.export import Exported
+    from kserve_pvc._doctor.diagnosis import Diagnosis
+    from kserve_pvc._download.download import Outcome
+    from kserve_pvc._download.plan import Plan
+    from kserve_pvc._download.warm import Item, Listen, Warmed
+    from kserve_pvc._keys.claims import LockInfo
     from kserve_pvc._settings import Mode
-    from kserve_pvc._source import Backend, BackendFactory, Resolved
-    from kserve_pvc._verify import Level, Verification
-    from kserve_pvc._warm import Item, Listen, Warmed
-
-# What is understood without the module that understands all of them.
-_PLAIN_LOCKERS = ("lease", "flock")
-
-Status = Literal["present", "downloaded", "waited"]
-
-# One download per process is a matter of the process, not of one ModelStore object: (store id, key) -> lock.
-_flights: dict[tuple[str, str], threading.Lock] = {}
-_process_guard = threading.Lock()
-# The newest record this process has returned, so that a stale listing never takes it back to an older one.
-_returned: dict[tuple[str, str], int] = {}
-
-
-def _forget_flights() -> None:
-    global _process_guard
-    _process_guard = threading.Lock()
-    _flights.clear()
-
-
-# A lock that another thread held at the time of a fork would stay locked in the child for ever.
-os.register_at_fork(after_in_child=_forget_flights)
-
-
-@attrs.frozen(slots=False, kw_only=True)
-class Model:
-    """
-    A complete, verified model on the volume. `os.fspath(model)` is its directory.
-
-    It stays valid until the model is removed; hold `ModelStore.open` to keep it from being removed.
-
-    Args:
-        status: How this call got it: it was `present`, was `downloaded` by this call, or was `waited` for.
-        bytes_fetched: What this call itself read from the source.
-        seconds: How long the call took.
-    """
-
-    uri: str
-    revision: str | None
-    allow_patterns: tuple[str, ...] | None
-    ignore_patterns: tuple[str, ...]
-    key: str
-    version: str
-    path: Path
-    status: Status
-    size_bytes: int
-    files: int
-    created_at: datetime
-    bytes_fetched: int = 0
-    seconds: float = 0.0
-    _entry: LogEntry = attrs.field(repr=False, alias="entry")
-    _root: Path = attrs.field(repr=False, alias="root")
-
-    @cached_property
-    def record(self) -> Record:
-        """
-        Where the model came from and every file of it, read from the volume when first asked for.
-
-        Raises:
-            StoreFormatError: The manifest is damaged or gone.
-        """
-        from kserve_pvc._record import Record
-
-        entry, manifest = self._entry, read_manifest(Volume(self._root), self._entry)
-        return Record(
-            uri=entry.uri,
-            revision=entry.revision,
-            allow_patterns=entry.allow_patterns,
-            ignore_patterns=entry.ignore_patterns,
-            key=entry.key,
-            version=entry.version,
-            generation=entry.generation,
-            files=manifest.files,
-            size_bytes=entry.size_bytes,
-            created_at=entry.created_at,
-            writer=entry.writer,
-        )
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    def _repr_html_(self) -> str:
-        from kserve_pvc._html import show_model
-
-        return show_model(**self._facts())
-
-    def _facts(self) -> dict[str, Any]:
-        return attrs.asdict(self, filter=lambda field, _: bool(field.repr))
+    from kserve_pvc._show.events import Listener
+    from kserve_pvc._show.progress import Callback
+    from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
+    from kserve_pvc._volume.verify import Level, Verification
 
 
 class ModelStore:
@@ -150,30 +64,31 @@ class ModelStore:
     Args:
         root: An existing directory, usually where the volume is mounted.
         mode: `"r"` never writes one byte to the volume; `"rw"` may download and remove.
-        locker: Who says which process downloads. Counts when the store is created, and is read from it ever after; who wants
-            another one is refused. No locker carries safety.
+        locker: Who says which process downloads. Counts when the store is created, and is read from it ever after; who
+            wants another one is refused. No locker carries safety.
 
             - `"lease"` (default): claims on the volume, which need `mkdir` to exclude.
-            - `"flock"`: a file lock, which must reach all nodes. On NFS it needs a file opened for writing, which it is; on a
-              SeaweedFS mount with `-dlm` one opened for reading, which it is not, so choose another one there.
-            - `"redis://HOST:PORT/DB"` (or `rediss://`; extra `redis`): portalocker's `RedisLock`, which lets a holder that
-              stood still for a second be taken over. To be said by every process that downloads.
+            - `"flock"`: a file lock, which must reach all nodes. On NFS it needs a file opened for writing, which it
+              is; on a SeaweedFS mount with `-dlm` one opened for reading, which it is not, so choose another one there.
+            - `"redis://HOST:PORT/DB"` (or `rediss://`; extra `redis`): portalocker's `RedisLock`, which lets a holder
+              that stood still for a second be taken over. To be said by every process that downloads.
             - `"kubernetes"` or `"kubernetes://NAMESPACE"` (extra `kubernetes`): Leases, as client-go's leader election.
         lease_seconds: After how long without a sign of life a downloader is taken over. Counts when the store is
             created; default 30 on local and 60 on network file systems.
         backends: Factories by URI scheme, preferred to installed ones.
-        storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …), or such arguments by scheme:
-            `{"s3": {…}, "hf": {…}}`. Never written down.
+        storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …), or such arguments by
+            scheme: `{"s3": {…}, "hf": {…}}`. Never written down.
         part_bytes: The most that a killed process costs per stream in bytes fetched again.
         digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume; the record
             says so, and `verify` can compare only sizes.
         stall_seconds: After how long without a byte a range is asked for again on another connection.
         retry_seconds: How long a range is tried without any progress before `ensure` gives up.
-        offline: True asks no source for anything; what is present is served. None leaves it to `KSERVE_PVC_OFFLINE`, which
-            is read when a source would be asked.
+        offline: True asks no source for anything; what is present is served. None leaves it to `KSERVE_PVC_OFFLINE`,
+            which is read when a source would be asked.
 
     Raises:
-        StoreRootError: The root is missing or no directory, or a store is to be created on a volume that cannot hold one.
+        StoreRootError: The root is missing or no directory, or a store is to be created on a volume that cannot hold
+            one.
         ReadOnlyStoreError: Read-write was asked for and the volume refuses.
         StoreFormatError: The store was made by a newer version, or its settings are damaged.
         LockerMismatchError: The store was created with other settings.
@@ -199,17 +114,17 @@ class ModelStore:
         retry_seconds: float = defaults.RETRY_SECONDS,
         offline: bool | None = None,
     ) -> None:
-        _check_arguments(mode, locker, lease_seconds)
-        _check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
+        check_arguments(mode, locker, lease_seconds)
+        check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
         self._volume = Volume(root)
-        self._settings = _read_store_settings(self._volume)
+        self._settings = read_store_settings(self._volume)
         # The tool that writes exists only here: a read-only store has nothing to write with.
         self._writer: VolumeWriter | None = None
         if mode == "rw":
             self._writer = VolumeWriter(root)
-            self._settings = self._settings or _create_store(self._writer, locker, lease_seconds)
+            self._settings = self._settings or create_store(self._writer, locker, lease_seconds)
             # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
-            _check_agreement(self._volume, self._settings, locker, lease_seconds)
+            check_agreement(self._volume, self._settings, locker, lease_seconds)
         self._locker = locker
         self._offline = offline
         self._factories = dict(backends or {})
@@ -261,13 +176,13 @@ class ModelStore:
         return f"ModelStore({str(self.root)!r}, mode={self.mode!r})"
 
     def _repr_html_(self) -> str:
-        from kserve_pvc._html import show_store
+        from kserve_pvc._show.html import show_store
 
         return show_store(str(self.root), self.mode, (model._facts() for model in self.list()))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Clients of remote services do not travel, not even into a copy of this object, which may ask with other options.
-        # The storage options do, secrets included: to a process, not to a file.
+        # Clients of remote services do not travel, not even into a copy of this object, which may ask with other
+        # options. The storage options do, secrets included: to a process, not to a file.
         return {**self.__dict__, "_backends": {}}
 
     def ensure(
@@ -295,15 +210,16 @@ class ModelStore:
         Args:
             uri: As KServe spells it, such as `s3://bucket/path`.
             revision: Which version of the source; what it means is the back end's (an S3 VersionId, …).
-            refresh: Ask the source, and fetch a newer version beside the old one; files that have not changed are linked
-                or copied once their digest is proven.
+            refresh: Ask the source, and fetch a newer version beside the old one; files that have not changed are
+                linked or copied once their digest is proven.
             force_download: Fetch even if it is present, into a new directory, taking nothing from complete models.
             local_files_only: Never use the network.
             timeout: Seconds to wait for another downloader; `math.inf` waits for ever.
             max_workers: The most streams at the same time; how many are worth while is found out on the way.
             callback: Told the size and every step in bytes, as fsspec does it.
             progress: None shows bars on a terminal and lines elsewhere, False nothing.
-            storage_options: For this call, instead of all of the store's. A model that is present is returned whoever asks.
+            storage_options: For this call, instead of all of the store's. A model that is present is returned whoever
+                asks.
 
         Raises:
             ReadOnlyStoreError: It is absent, and the store may only be read. The network was not touched.
@@ -369,10 +285,10 @@ class ModelStore:
         listen: Listen,
         source: Backend | None = None,
     ) -> Outcome:
-        from kserve_pvc._aliases import settle_view_quietly
-        from kserve_pvc._download import Download, Wish
-        from kserve_pvc._events import Finished
-        from kserve_pvc._pace import Tuning
+        from kserve_pvc._download.download import Download, Wish
+        from kserve_pvc._download.streams import Tuning
+        from kserve_pvc._keys.aliases import settle_view_quietly
+        from kserve_pvc._show.events import Finished
         from kserve_pvc.backends import check_scheme
         from kserve_pvc.locks.choice import check_confirmed
 
@@ -388,7 +304,7 @@ class ModelStore:
                 self._settings,
                 ref,
                 partial(self._backend, ref) if source is None else lambda: source,
-                holder=_this_process(),
+                holder=this_process(),
                 timeout=max(0.0, timeout - (time.monotonic() - started)),
                 listener=listener if source is None else _importing(listener),
                 wish=Wish(after_seq=after_seq, version=resolved.version if resolved else None),
@@ -414,39 +330,47 @@ class ModelStore:
         storage_options: Mapping[str, Any] | None = None,
     ) -> Generator[Warmed, None, None]:
         """
-        Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no other.
+        Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no
+        other.
 
         A model that is named twice is fetched once and has one result. Nothing begins before the first result is asked
         for. Closing the iterator cancels what has not begun; an exception that is raised in it, such as a
         KeyboardInterrupt, also stops what runs in threads.
 
         Args:
-            items: URIs, `ModelRef`s, or mappings with `uri` and, if need be, `revision`, `allow_patterns` and `ignore_patterns`.
-            executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched one
-                after the other, each by several streams. The store is sent to an executor of processes, with its
+            items: URIs, `ModelRef`s, or mappings with `uri` and, if need be, `revision`, `allow_patterns` and
+                `ignore_patterns`.
+            executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched
+                one after the other, each by several streams. The store is sent to an executor of processes, with its
                 `backends` and `storage_options`, so these must pickle then; lines take the place of bars there.
             refresh, timeout, max_workers: As in `ensure`, for each model.
-            callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with processes.
+            callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with
+                processes.
             progress: As in `ensure`; several bars or lines at a time.
             storage_options: As in `ensure`, for all of them.
 
         Raises:
-            SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model is
-                the `error` of its result.
+            SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model
+                is the `error` of its result.
         """
-        from kserve_pvc._warm import warm
+        from kserve_pvc._download.warm import warm
 
         _check_timeout(timeout)
         how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
         ensure = partial(self._asking_with(storage_options)._ensure, **how, timeout=timeout, max_workers=max_workers)
-        return warm(ensure, items, executor, progress=progress, callback=callback, remember=lambda model: self._remember(model._entry))
+        return warm(
+            ensure,
+            items,
+            executor,
+            progress=progress,
+            callback=callback,
+            remember=lambda model: self._remember(model._entry),
+        )
 
     @contextmanager
     def _flight(self, ref: ModelRef, timeout: float) -> Iterator[None]:
         """Among the threads of this process, one goes ahead and the others wait here."""
-        name = (self._identity, ref.key)
-        with _process_guard:
-            lock = _flights.setdefault(name, threading.Lock())
+        lock = flight_of(self._identity, ref.key)
         if not lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
             raise LockTimeoutError(str(ref), "another thread of this process", timeout, 0.0, 0, 0)
         try:
@@ -454,7 +378,14 @@ class ModelStore:
         finally:
             lock.release()
 
-    def get(self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None) -> Model:
+    def get(
+        self,
+        uri: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
+    ) -> Model:
         """
         Return a model that is present. Never the network, never a lock, never a write.
 
@@ -520,7 +451,7 @@ class ModelStore:
         What is not guaranteed: that the free space is real (some network volumes make it up), and that nobody else
         changes anything in between.
         """
-        from kserve_pvc._plan import plan_download, plan_nothing
+        from kserve_pvc._download.plan import plan_download, plan_nothing
 
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         entry = _present(self._look(ref))
@@ -565,7 +496,7 @@ class ModelStore:
                 yield self._verify(view.entry.uri if view.entry else key, view, level)
 
     def _verify(self, uri: str, view: LogView, level: Level) -> Verification:
-        from kserve_pvc._verify import Problem, Verification, compare
+        from kserve_pvc._volume.verify import Problem, Verification, compare
 
         if level not in ("size", "full"):
             raise SettingsError("level", str(level), "write `size` or `full`")
@@ -579,10 +510,16 @@ class ModelStore:
             return Verification(uri=uri, level=level, files=0, bytes=0, problems=(problem,))
         place = layout.generation_dir(entry.key, entry.generation)
         try:
-            problems = tuple(compare(manifest.files, self._volume.tree(place), lambda path: self._volume.open_file(place / path), level))
+            problems = tuple(
+                compare(
+                    manifest.files, self._volume.tree(place), lambda path: self._volume.open_file(place / path), level
+                )
+            )
         except UnsafePathError as planted:
             problems = (Problem(path=planted.name, kind="type", detail=planted.rule),)
-        return Verification(uri=uri, level=level, files=len(manifest.files), bytes=manifest.size_bytes, problems=problems)
+        return Verification(
+            uri=uri, level=level, files=len(manifest.files), bytes=manifest.size_bytes, problems=problems
+        )
 
     def remove(
         self,
@@ -608,25 +545,32 @@ class ModelStore:
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
-        from kserve_pvc._aliases import settle_view_quietly
-        from kserve_pvc._removal import Removal
+        from kserve_pvc._keys.aliases import settle_view_quietly
+        from kserve_pvc._keys.removal import Removal
 
         assert self._settings is not None  # A read-write store has created them.
         try:
-            if not Removal(self._writer, self._settings, ref, _this_process()).run(trash_seconds):
+            if not Removal(self._writer, self._settings, ref, this_process()).run(trash_seconds):
                 raise self._absent(ref, self._look(ref))
         finally:
             settle_view_quietly(self._writer, ref.key)
 
     def alias(
-        self, name: str, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+        self,
+        name: str,
+        uri: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
     ) -> None:
         """
         Give a model that is present a name under which a pod can mount it: `names/<name>` in the volume.
 
-        The name follows the model: a newer version is mounted under it by containers that start later, and never changes
-        under one that runs. It is decoration, which the store never consults. It stays when the model is removed, and leads
-        nowhere until the model is there again.
+        The name follows the model: a newer version is mounted under it by containers that start later, and never
+            changes
+        under one that runs. It is decoration, which the store never consults. It stays when the model is removed, and
+        leads nowhere until the model is there again.
 
         Raises:
             ModelNotFoundError: The model is absent.
@@ -634,7 +578,7 @@ class ModelStore:
             VolumeError: Something that is no link has that name, or the volume has no symbolic links.
             ReadOnlyStoreError: The store may only be read.
         """
-        from kserve_pvc._aliases import check_alias, point_alias
+        from kserve_pvc._keys.aliases import check_alias, point_alias
 
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         check_alias(name)
@@ -651,7 +595,7 @@ class ModelStore:
             UnsafePathError: It is no name that an alias can have.
             ReadOnlyStoreError: The store may only be read.
         """
-        from kserve_pvc._aliases import check_alias, drop_alias
+        from kserve_pvc._keys.aliases import check_alias, drop_alias
 
         check_alias(name)
         if self._writer is None:
@@ -662,7 +606,7 @@ class ModelStore:
         """
         Every name, with the key of its model, whether that is present or not. Links that lead elsewhere are left out.
         """
-        from kserve_pvc._aliases import read_aliases
+        from kserve_pvc._keys.aliases import read_aliases
 
         return read_aliases(self._volume)
 
@@ -678,7 +622,8 @@ class ModelStore:
         progress: bool | None = None,
     ) -> Exported:
         """
-        Write a model that is present as one file, to be imported where there is no network. Nothing is written to the store.
+        Write a model that is present as one file, to be imported where there is no network. Nothing is written to the
+        store.
 
         Every file is compared with its SHA-256 on the way. The file gets its name when it is whole and on the disk; an
         export that was interrupted goes on where it was. The same version of a model gives the same bytes.
@@ -693,14 +638,21 @@ class ModelStore:
             PolicyError: The model was fetched without hashing, so nothing proves its bytes.
             SettingsError: The file would lie in the store, or something that is no regular file is there.
         """
-        from kserve_pvc._bundle import export_bundle, manifest_of
-        from kserve_pvc._progress import make_listener
+        from kserve_pvc._archive.bundle_manifest import manifest_of
+        from kserve_pvc._archive.export import export_bundle
+        from kserve_pvc._show.progress import make_listener
 
-        selection: Mapping[str, Any] = {"revision": revision, "allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        selection: Mapping[str, Any] = {
+            "revision": revision,
+            "allow_patterns": allow_patterns,
+            "ignore_patterns": ignore_patterns,
+        }
         with self.open(uri, **selection) as model, make_listener(progress, callback) as listener:
             place = layout.generation_dir(model.key, model.path.name)
             manifest = manifest_of(model._entry, model.record.files)
-            return export_bundle(manifest, lambda path: self._volume.open_file(place / path), file, root=self.root, listener=listener)
+            return export_bundle(
+                manifest, lambda path: self._volume.open_file(place / path), file, root=self.root, listener=listener
+            )
 
     def import_(
         self,
@@ -715,7 +667,8 @@ class ModelStore:
         Take over a model from a file that `export` wrote. No source is asked, and no network is needed.
 
         It is written as a download is: by one process, resumed after a crash, every file compared with its SHA-256, and
-        published last. A version that is present is returned at once; another one is put beside it and becomes the current one.
+        published last. A version that is present is returned at once; another one is put beside it and becomes the
+        current one.
 
         Args:
             sha256: The digest that `export` told. Without it the file is as good as where it comes from.
@@ -731,7 +684,7 @@ class ModelStore:
         _check_timeout(timeout)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"import `{os.fspath(file)}`", _HOW_TO_WRITE)
-        from kserve_pvc._bundle import open_bundle
+        from kserve_pvc._archive.bundle import open_bundle
 
         with open_bundle(file, sha256=sha256) as bundle:
             ref = bundle.manifest.ref
@@ -740,13 +693,20 @@ class ModelStore:
             if entry is not None and entry.version == resolved.version:
                 return self._model(entry, "present", started)
             listen = partial(_listen, progress, callback)
-            outcome = self._download(self._writer, ref, 0, resolved, timeout, started, defaults.MAX_WORKERS, listen, source=bundle)
+            outcome = self._download(
+                self._writer, ref, 0, resolved, timeout, started, defaults.MAX_WORKERS, listen, source=bundle
+            )
         status: Status = "waited" if outcome.status == "present" else outcome.status
         return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
 
     @contextmanager
     def open(
-        self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+        self,
+        uri: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
     ) -> Iterator[Model]:
         """
         Hold a model that is present, so that nobody removes it inside the `with`.
@@ -762,12 +722,12 @@ class ModelStore:
             if self._writer is None or self._settings is None:
                 yield model
                 return
-            from kserve_pvc._claims import reading
+            from kserve_pvc._keys.claims import reading
 
             generation = model.path.name
             with ExitStack() as lease:
                 with suppress(ReadOnlyStoreError):
-                    lasting, holder = self._settings.lease_seconds, _this_process()
+                    lasting, holder = self._settings.lease_seconds, this_process()
                     lease.enter_context(reading(self._writer, generation, lease_seconds=lasting, holder=holder))
                 # Whoever removes looks for leases after its tombstone is visible: looking again closes the gap.
                 entry = _present(read_log(self._volume, model.key))
@@ -780,29 +740,34 @@ class ModelStore:
         Examine the volume: what it is and can do, how fast it is, what should be changed. A read-only store only looks.
 
         Args:
-            peer: A name, under which a doctor on another node is waited for that is given the same: `store.doctor(peer="a")`
-                there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
+            peer: A name, under which a doctor on another node is waited for that is given the same:
+                `store.doctor(peer="a")` there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
             timeout: Seconds to wait for it.
 
         Raises:
             ReadOnlyStoreError: A peer was asked for, and the store may only be read.
             SettingsError: The name or the time means nothing.
         """
-        from kserve_pvc._doctor import diagnose
+        from kserve_pvc._doctor.doctor import diagnose
 
         _check_timeout(timeout)
-        return diagnose(self.root, writes=self._writer is not None, holder=_this_process(), peer=peer, timeout=timeout)
+        return diagnose(self.root, writes=self._writer is not None, holder=this_process(), peer=peer, timeout=timeout)
 
     def locks(self) -> Sequence[LockInfo]:
         """
         Every claim that has not been given back, by key. Changes nothing.
         """
-        from kserve_pvc._claims import read_lock
+        from kserve_pvc._keys.claims import read_lock
 
         return [lock for key in self._keys() if (lock := read_lock(self._volume, key)) is not None]
 
     def break_lock(
-        self, uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+        self,
+        uri: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: Patterns = None,
+        ignore_patterns: Patterns = None,
     ) -> None:
         """
         Take a claim away from its holder and give it back at once, so that another process may download.
@@ -816,12 +781,14 @@ class ModelStore:
         ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         if self._writer is None or self._settings is None:
             raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
-        from kserve_pvc._claims import break_claim
+        from kserve_pvc._keys.claims import break_claim
 
-        break_claim(self._writer, ref.key, uri=ref.uri, holder=_this_process(), lease_seconds=self._settings.lease_seconds)
+        break_claim(
+            self._writer, ref.key, uri=ref.uri, holder=this_process(), lease_seconds=self._settings.lease_seconds
+        )
 
     def _keys(self) -> Sequence[str]:
-        return [name for name in self._volume.names(layout.KEYS) if KEY.fullmatch(name)]
+        return [name for name in self._volume.list_names(layout.KEYS) if KEY.fullmatch(name)]
 
     @property
     def _is_offline(self) -> bool:
@@ -837,7 +804,8 @@ class ModelStore:
 
     def _look(self, ref: ModelRef) -> LogView:
         """Read the newest record of a ref, and never an older one than this process has returned."""
-        seen = _returned.get((self._identity, ref.key), 0)  # Before reading: another thread may return a newer one meanwhile.
+        # Before reading: another thread may return a newer one meanwhile.
+        seen = newest_returned(self._identity, ref.key)
         view = read_log_of(self._volume, ref)
         if view.seq < seen:
             reason = f"its newest record is {view.seq}, but this process has returned {seen}; somebody deleted records"
@@ -845,9 +813,7 @@ class ModelStore:
         return view
 
     def _remember(self, entry: LogEntry) -> None:
-        name = (self._identity, entry.key)
-        with _process_guard:
-            _returned[name] = max(entry.seq, _returned.get(name, 0))
+        remember_returned(self._identity, entry.key, entry.seq)
 
     def _model(self, entry: LogEntry, status: Status, started: float, bytes_fetched: int = 0) -> Model:
         self._remember(entry)
@@ -885,120 +851,62 @@ class ModelStore:
     def _resolve(self, ref: ModelRef) -> Resolved:
         if self._is_offline:
             raise _offline(ref)
+        from kserve_pvc._source.contract import SupportsClose
+
         backend = self._backend(ref)
         try:
             return backend.resolve(ref)
         finally:
-            if (close := getattr(backend, "close", None)) is not None:
-                close()
+            if isinstance(backend, SupportsClose):
+                backend.close()
 
     def _service(self, ref: ModelRef) -> str:
         """A factory that was given for the scheme itself wins."""
         return ref.scheme if ref.scheme in self._factories else ref.service
 
     def _backend(self, ref: ModelRef) -> Backend:
+        from kserve_pvc._source.contract import SupportsTuning
         from kserve_pvc.backends import make_backend, options_for
 
         # Clients of remote services do not survive a fork, so each process has its own.
         name = (os.getpid(), ref.scheme, self._service(ref))
         if name not in self._backends:
-            backend = make_backend(self._service(ref), self._factories, options_for(ref, self._options, self._factories))
-            if (tune := getattr(backend, "tune", None)) is not None:
-                tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])
+            backend = make_backend(
+                self._service(ref), self._factories, options_for(ref, self._options, self._factories)
+            )
+            if isinstance(backend, SupportsTuning):
+                backend.tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])
             self._backends[name] = backend
         return self._backends[name]
 
 
-_HOW_TO_WRITE = 'open it with `mode="rw"`, `KSERVE_PVC_MODE=rw`, or the annotation `storage.kserve.io/readonly: "false"`'
+_HOW_TO_WRITE = (
+    'open it with `mode="rw"`, `KSERVE_PVC_MODE=rw`, or the annotation `storage.kserve.io/readonly: "false"`'
+)
 
 
 def _listen(progress: bool | None, callback: Callback | None) -> AbstractContextManager[Listener]:
-    from kserve_pvc._progress import make_listener
+    from kserve_pvc._show.progress import make_listener
 
     return make_listener(progress, callback)
 
 
 def _importing(listener: Listener) -> Listener:
-    from kserve_pvc._events import Started
+    from kserve_pvc._show.events import Started
 
     return lambda event: listener(attrs.evolve(event, activity="importing") if isinstance(event, Started) else event)
 
 
 def _offline(ref: ModelRef) -> PolicyError:
-    return PolicyError(str(ref), "this store is offline and asks no source; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of it")
+    return PolicyError(
+        str(ref), "this store is offline and asks no source; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of it"
+    )
 
 
 def _present(view: LogView) -> LogEntry | None:
     return view.entry if view.entry is not None and view.entry.is_present else None
 
 
-def _this_process() -> Holder:
-    from kserve_pvc._settings import pod_and_node
-    from kserve_pvc.locks.liveness import here
-
-    return here(*pod_and_node())
-
-
-def _check_arguments(mode: str, locker: str | None, lease_seconds: float | None) -> None:
-    if mode not in ("r", "rw"):
-        raise SettingsError("mode", str(mode), 'write "r" or "rw"')
-    if locker is not None:
-        from kserve_pvc.locks.choice import parse_locker
-
-        parse_locker(locker)
-    if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
-        raise SettingsError("lease_seconds", str(lease_seconds), f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds")
-
-
 def _check_timeout(timeout: float) -> None:
     if not timeout >= 0:
         raise SettingsError("timeout", str(timeout), "write a number of seconds, 0 or more")
-
-
-def _check_tuning(part_bytes: int, digest: str, stall_seconds: float, retry_seconds: float) -> None:
-    for name, value in (("part_bytes", part_bytes), ("stall_seconds", stall_seconds), ("retry_seconds", retry_seconds)):
-        if not value > 0:
-            raise SettingsError(name, str(value), "it must be positive")
-    if digest not in ("sha256", "none"):
-        raise SettingsError("digest", str(digest), "write `sha256` or `none`")
-
-
-def _read_store_settings(volume: Volume) -> StoreSettings | None:
-    data = volume.read(layout.SETTINGS, MAX_RECORD_BYTES)
-    return None if data is None else decode_settings(data, str(layout.SETTINGS))
-
-
-def _create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
-    from kserve_pvc._profile import probe_here
-
-    chosen = "lease"
-    if locker is not None:
-        from kserve_pvc.locks.choice import parse_locker, settled
-
-        chosen = str(settled(parse_locker(locker), os.environ))
-    # A volume on which no store can be correct is refused before there is one.
-    default = probe_here(writer).lease_seconds
-    settings = StoreSettings(store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now())
-    private = layout.staging_dir(f"create-{settings.store_id}")
-    writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
-    writer.throw_away(private)
-    # Another process may have been first: what is there counts, for everybody.
-    return _read_store_settings(writer) or settings
-
-
-def _check_agreement(volume: Volume, settings: StoreSettings, locker: str | None, lease_seconds: float | None) -> None:
-    if settings.locker not in _PLAIN_LOCKERS or locker not in (None, settings.locker):
-        _check_same_locker(volume, settings.locker, locker)
-    if lease_seconds is not None and lease_seconds != settings.lease_seconds:
-        raise LockerMismatchError(str(volume.root), "lease_seconds", f"{settings.lease_seconds:g}", f"{lease_seconds:g}")
-
-
-def _check_same_locker(volume: Volume, stored: str, wanted: str | None) -> None:
-    from kserve_pvc.locks.choice import parse_locker
-
-    try:
-        choice = parse_locker(stored)
-    except SettingsError as error:
-        raise StoreFormatError(str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc") from error
-    if wanted is not None and not parse_locker(wanted).agrees_with(choice):
-        raise LockerMismatchError(str(volume.root), "locker", stored, wanted)

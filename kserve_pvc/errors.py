@@ -17,7 +17,9 @@ def printable(text: object) -> str:
     """
     Show untrusted text on one line, with control, bidirectional and other unprintable characters escaped.
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in str(text))
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in str(text)
+    )
 
 
 class StoreError(Exception):
@@ -244,7 +246,8 @@ class LockTimeoutError(StoreError, TimeoutError):
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class InsufficientSpaceError(StoreError, OSError):
     """
-    The volume has no room for the model. Sizes are in bytes; `needed_bytes` is 0 if a quota or the volume stopped a write.
+    The volume has no room for the model. Sizes are in bytes; `needed_bytes` is 0 if a quota or the volume stopped a
+    write.
     """
 
     exit_code: ClassVar[int] = 6

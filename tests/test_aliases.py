@@ -148,7 +148,8 @@ def test_only_what_is_present_gets_a_name_and_only_from_a_writer(root, uri):
 @pytest.mark.parametrize("what", ["directory", "file"])
 def test_what_somebody_else_put_there_stays(root, uri, where, what):
     """
-    A directory or file in the place of a link is never replaced; the download succeeds, and naming says what is in the way.
+    A directory or file in the place of a link is never replaced; the download succeeds, and naming says what is in the
+    way.
     """
     place = view(root, uri) if where == "view" else root / "names/llama"
     place.parent.mkdir(parents=True)

@@ -21,7 +21,10 @@ import pytest
 
 KUBECONFIG = "KSERVE_PVC_TEST_KUBECONFIG"
 if KUBECONFIG not in os.environ:
-    pytest.skip(f"there is no API server: `{KUBECONFIG}` names none, which the session `apiserver` does", allow_module_level=True)
+    pytest.skip(
+        f"there is no API server: `{KUBECONFIG}` names none, which the session `apiserver` does",
+        allow_module_level=True,
+    )
 
 import deployables  # noqa: E402
 import httpx  # noqa: E402
@@ -165,7 +168,9 @@ def running(authority, policy, place):
         subprocess.Popen(command, stdout=audit, stderr=said) as process,
     ):
         try:
-            found = until(lambda: re.search(r"listening on (https://127\.0\.0\.1:\d+)", (place / "said").read_text()), seconds=60)
+            found = until(
+                lambda: re.search(r"listening on (https://127\.0\.0\.1:\d+)", (place / "said").read_text()), seconds=60
+            )
             yield process, f"{found[1]}/mutate-pods"
         finally:
             process.terminate()
@@ -173,7 +178,8 @@ def running(authority, policy, place):
 
 def registration(authority, ours, kserve, name):
     """
-    The example's configuration under a name that is called before or after KServe's, and KServe's; both with a URL instead of a Service.
+    The example's configuration under a name that is called before or after KServe's, and KServe's; both with a URL
+    instead of a Service.
     """
     authority = base64.b64encode((authority / "ca.crt").read_bytes()).decode()
     mine = next(yaml.safe_load_all((deployables.PLACE / "webhook/configuration.yaml").read_text()))
@@ -181,7 +187,9 @@ def registration(authority, ours, kserve, name):
     mine["metadata"]["name"] = name
     mine["webhooks"][0]["clientConfig"] = {"url": ours, "caBundle": authority}
     theirs["metadata"]["name"] = KSERVES
-    selector = {"objectSelector": {"matchExpressions": [{"key": "serving.kserve.io/inferenceservice", "operator": "Exists"}]}}
+    selector = {
+        "objectSelector": {"matchExpressions": [{"key": "serving.kserve.io/inferenceservice", "operator": "Exists"}]}
+    }
     rules = [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]
     hook = {
         "name": "inferenceservice.kserve-webhook-server.pod-mutator",
@@ -240,7 +248,10 @@ def pod(name="probe", claim=None, read_only=None, service_account="default"):
             "labels": {"serving.kserve.io/inferenceservice": "llama"},
             "annotations": {kserve_rules.SOURCE: "s3://models/llama", **wishes},
         },
-        "spec": {"serviceAccountName": service_account, "containers": [{"name": "kserve-container", "image": "server"}]},
+        "spec": {
+            "serviceAccountName": service_account,
+            "containers": [{"name": "kserve-container", "image": "server"}],
+        },
     }
 
 
@@ -251,7 +262,10 @@ def storage(created):
     spec = created["spec"]
     claims = {one["name"]: one.get("persistentVolumeClaim", {}).get("claimName") for one in spec.get("volumes", [])}
     mounts = {
-        container["name"]: [(mount["mountPath"], mount.get("subPath"), mount.get("readOnly", False)) for mount in container["volumeMounts"]]
+        container["name"]: [
+            (mount["mountPath"], mount.get("subPath"), mount.get("readOnly", False))
+            for mount in container["volumeMounts"]
+        ]
         for container in [*spec["initContainers"], *spec["containers"]]
     }
     return claims, mounts
@@ -330,7 +344,9 @@ def test_a_volume_of_another_tenant_is_refused_without_any_wish(hook, cluster):
     plain = {
         "metadata": {"name": "thief"},
         "spec": {
-            "containers": [{"name": "shell", "image": "shell", "volumeMounts": [{"name": "loot", "mountPath": "/loot"}]}],
+            "containers": [
+                {"name": "shell", "image": "shell", "volumeMounts": [{"name": "loot", "mountPath": "/loot"}]}
+            ],
             "volumes": [{"name": "loot", "persistentVolumeClaim": {"claimName": "models-of-a"}}],
         },
     }
@@ -358,7 +374,10 @@ def test_called_again_it_changes_nothing_more(hook, cluster, create):
     """
     first = create("research", claim="models", read_only="false")
 
-    again = {"metadata": {**pod()["metadata"], "name": "again", "annotations": first["metadata"]["annotations"]}, "spec": first["spec"]}
+    again = {
+        "metadata": {**pod()["metadata"], "name": "again", "annotations": first["metadata"]["annotations"]},
+        "spec": first["spec"],
+    }
     status, second = cluster.create_pod("research", again, dryRun="All")
 
     assert (status, second["spec"]) == (201, first["spec"])
@@ -395,10 +414,15 @@ def test_other_namespaces_are_left_alone(hook, create):
 @pytest.mark.parametrize(("name", "claim", "is_below"), [("llama", "models", True), ("bert", "bert", False)])
 def test_the_services_of_the_examples_share_their_claims(hook, cluster, name, claim, is_below):
     """
-    A pod with the volumes and mounts of an example has its initializer write and its server read, at the directory that is named.
+    A pod with the volumes and mounts of an example has its initializer write and its server read, at the directory that
+    is named.
     """
-    documents = [one for path in (deployables.PLACE / "services").glob("*.yaml") for one in yaml.safe_load_all(path.read_text())]
-    predictor = next(one for one in documents if one["kind"] == "InferenceService" and one["metadata"]["name"] == name)["spec"]["predictor"]
+    documents = [
+        one for path in (deployables.PLACE / "services").glob("*.yaml") for one in yaml.safe_load_all(path.read_text())
+    ]
+    predictor = next(one for one in documents if one["kind"] == "InferenceService" and one["metadata"]["name"] == name)[
+        "spec"
+    ]["predictor"]
     made = pod(name)
     made["spec"]["volumes"] = predictor["volumes"]
     made["spec"]["containers"][0]["volumeMounts"] = predictor["model"].get("volumeMounts", [])
@@ -408,7 +432,9 @@ def test_the_services_of_the_examples_share_their_claims(hook, cluster, name, cl
     claims, mounts = storage(created)
     assert (status, claims) == (201, {kserve_rules.VOLUME: claim})
     assert mounts["storage-initializer"] == [(MODELS, None, False)]
-    assert [(path, bool(below), is_read_only) for path, below, is_read_only in mounts["kserve-container"]] == [(MODELS, is_below, True)]
+    assert [(path, bool(below), is_read_only) for path, below, is_read_only in mounts["kserve-container"]] == [
+        (MODELS, is_below, True)
+    ]
 
 
 def test_without_the_webhook_no_pod_of_its_namespaces_is_made(cluster, kserve, authority, tmp_path):
@@ -449,7 +475,16 @@ def test_the_server_takes_every_manifest(name, cluster, kubectl):
         if manifest["kind"] == "PodDisruptionBudget":
             manifest["apiVersion"] = "policy/v1beta1"
 
-    command = [kubectl, f"--kubeconfig={cluster.kubeconfig}", "apply", "--server-side", "--dry-run=server", "--validate=false", "-f", "-"]
+    command = [
+        kubectl,
+        f"--kubeconfig={cluster.kubeconfig}",
+        "apply",
+        "--server-side",
+        "--dry-run=server",
+        "--validate=false",
+        "-f",
+        "-",
+    ]
     done = subprocess.run(command, input=yaml.safe_dump_all(manifests), capture_output=True, text=True, timeout=120)
 
     assert done.returncode == 0, done.stderr
@@ -460,10 +495,26 @@ def test_the_server_refuses_what_our_definitions_forbid(cluster):
     """
     A cache with both kinds of places is invalid, and so is a storage container of another name.
     """
-    cache = {"apiVersion": "serving.kserve.io/v1alpha1", "kind": "LocalModelNamespaceCache", "metadata": {"name": "both"}}
-    cache["spec"] = {"sourceModelUri": "s3://models/mistral", "modelSize": "20Gi", "pvcRef": "models", "nodeGroups": ["gpu"]}
-    container = {"apiVersion": "serving.kserve.io/v1alpha1", "kind": "ClusterStorageContainer", "metadata": {"name": "other"}}
-    container["spec"] = {"container": {"name": "initializer", "image": "image"}, "supportedUriFormats": [{"prefix": "s3://"}]}
+    cache = {
+        "apiVersion": "serving.kserve.io/v1alpha1",
+        "kind": "LocalModelNamespaceCache",
+        "metadata": {"name": "both"},
+    }
+    cache["spec"] = {
+        "sourceModelUri": "s3://models/mistral",
+        "modelSize": "20Gi",
+        "pvcRef": "models",
+        "nodeGroups": ["gpu"],
+    }
+    container = {
+        "apiVersion": "serving.kserve.io/v1alpha1",
+        "kind": "ClusterStorageContainer",
+        "metadata": {"name": "other"},
+    }
+    container["spec"] = {
+        "container": {"name": "initializer", "image": "image"},
+        "supportedUriFormats": [{"prefix": "s3://"}],
+    }
     base = "/apis/serving.kserve.io/v1alpha1"
 
     answers = [
@@ -476,7 +527,8 @@ def test_the_server_refuses_what_our_definitions_forbid(cluster):
 
 def test_the_role_lets_the_job_keep_leases_and_nothing_else(cluster):
     """
-    Asked as the Job's service account, the server lets it do with Leases what the locker does, and neither delete nor list them.
+    Asked as the Job's service account, the server lets it do with Leases what the locker does, and neither delete nor
+    list them.
     """
     authorization = "/apis/rbac.authorization.k8s.io/v1/namespaces/research"
     for manifest in yaml.safe_load_all((deployables.PLACE / "leases/role.yaml").read_text()):
@@ -487,7 +539,9 @@ def test_the_role_lets_the_job_keep_leases_and_nothing_else(cluster):
     def may(verb, group="coordination.k8s.io", resource="leases", namespace="research"):
         asked = {"verb": verb, "group": group, "resource": resource, "namespace": namespace}
         user = {"user": "system:serviceaccount:research:kserve-pvc-warm", "resourceAttributes": asked}
-        return cluster.call("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", {"spec": user})[1]["status"]["allowed"]
+        return cluster.call("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", {"spec": user})[1]["status"][
+            "allowed"
+        ]
 
     until(lambda: may("create"))
     assert [may(verb) for verb in ("get", "create", "update", "delete", "list")] == [True, True, True, False, False]

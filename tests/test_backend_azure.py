@@ -36,9 +36,10 @@ from kserve_pvc import (
     StoreError,
     UnsafePathError,
 )
-from kserve_pvc._ref import ModelRef, parse_ref
-from kserve_pvc.backends import _azure_login, azure
-from kserve_pvc.backends._azure_login import AccountKey, Anonymous, Signature, Token, find_login
+from kserve_pvc._source.ref import ModelRef, parse_ref
+from kserve_pvc.backends import azure
+from kserve_pvc.backends._login import azure as _azure_login
+from kserve_pvc.backends._login.azure import AccountKey, Anonymous, Signature, Token, find_login
 from kserve_pvc.backends.azure import AzureBackend, RefusedError, parse_listing
 
 pytest.importorskip("azure.storage.blob", reason="`azure-storage-blob` is not installed")
@@ -151,13 +152,18 @@ def test_a_listing_pins_every_blob(backend, put, here):
     ]
     assert [dict(f.pin) for f in found] == [{"If-Match": f'"{f.entry.token}"'} for f in found]
     assert len({f.entry.token for f in found} - {None, ""}) == len(FILES)
-    assert [f.address for f in found] == [f"{ACCOUNT}.blob.core.windows.net/{CONTAINER}/{here}/model/{f.entry.path}" for f in found]
+    assert [f.address for f in found] == [
+        f"{ACCOUNT}.blob.core.windows.net/{CONTAINER}/{here}/model/{f.entry.path}" for f in found
+    ]
 
 
-@pytest.mark.parametrize("form", ["az://{c}/{p}", "abfs://{c}/{p}", "abfss://{c}@{a}.dfs.core.windows.net/{p}", at_account("{p}")])
+@pytest.mark.parametrize(
+    "form", ["az://{c}/{p}", "abfs://{c}/{p}", "abfss://{c}@{a}.dfs.core.windows.net/{p}", at_account("{p}")]
+)
 def test_a_download_is_exact_whatever_the_form_of_the_uri(root, azurite, put, here, form):
     """
-    Every form of the URI brings every byte, with its SHA-256 and the MD5 that it was compared with, into a model that verifies.
+    Every form of the URI brings every byte, with its SHA-256 and the MD5 that it was compared with, into a model that
+    verifies.
     """
     put(FILES)
     uri = form.format(c=CONTAINER, a=ACCOUNT, p=f"{here}/model")
@@ -167,7 +173,9 @@ def test_a_download_is_exact_whatever_the_form_of_the_uri(root, azurite, put, he
 
     assert read_tree(model.path) == FILES
     assert {str(f.path): f.sha256 for f in model.record.files} == digests(FILES)
-    assert {f.evidence for f in model.record.files} == {f"md5:{hashlib.md5(data).hexdigest()}" for data in FILES.values()}
+    assert {f.evidence for f in model.record.files} == {
+        f"md5:{hashlib.md5(data).hexdigest()}" for data in FILES.values()
+    }
     assert store.verify(uri, level="full").ok
 
 
@@ -200,14 +208,18 @@ def test_a_container_is_a_model(root, azurite, slash):
 
 def test_a_read_names_what_was_listed(backend, azurite, put, here):
     """
-    A request for a blob carries the condition on its ETag and a signature, goes to the endpoint, and its version is always said.
+    A request for a blob carries the condition on its ETag and a signature, goes to the endpoint, and its version is
+    always said.
     """
     (file,) = backend.resolve(parse_ref(f"{put({'a b': b'x'})}/a b")).files
 
     target, headers = backend.request(file, renewed=False)
 
     path, _, query = target.path.partition("?")
-    assert (f"{target.scheme}://{target.authority}", path) == (azurite.endpoint, f"/{ACCOUNT}/{CONTAINER}/{here}/model/a%20b")
+    assert (f"{target.scheme}://{target.authority}", path) == (
+        azurite.endpoint,
+        f"/{ACCOUNT}/{CONTAINER}/{here}/model/a%20b",
+    )
     assert dict(headers) == {"If-Match": f'"{file.entry.token}"', "x-ms-version": "2021-02-12"}
     assert {"se", "sig", "sp", "sr", "sv"} == set(parse_qs(query))
 
@@ -232,7 +244,8 @@ def test_a_blob_wins_over_a_prefix_of_its_name(backend, put):
 
 def test_empty_blobs_are_files_and_placeholders_are_not(root, azurite, put, here):
     """
-    A blob of no bytes is kept, one that stands for a directory is left out: by its slash, or by what tools write into its metadata.
+    A blob of no bytes is kept, one that stands for a directory is left out: by its slash, or by what tools write into
+    its metadata.
     """
     uri = put({"": b"", "empty": b"", "sub/": b"", "sub/also-empty": b"", "a": b"a"})
     for directory, word in (("", "true"), ("/sub", "True"), ("/marked", "true")):
@@ -339,7 +352,21 @@ def test_a_name_that_cannot_be_a_file_is_refused(root, azurite, put, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["../up", "a/../../up", "/absolute", "a//b", "./x", "a/.", "x\u202etxt", "new\nline", "end ", "a\\..\\b", "..%2fup"], ids=ascii
+    "name",
+    [
+        "../up",
+        "a/../../up",
+        "/absolute",
+        "a//b",
+        "./x",
+        "a/.",
+        "x\u202etxt",
+        "new\nline",
+        "end ",
+        "a\\..\\b",
+        "..%2fup",
+    ],
+    ids=ascii,
 )
 def test_a_listing_with_a_hostile_name_is_refused(name):
     """
@@ -475,7 +502,8 @@ def test_a_range_is_exactly_what_was_asked_for(backend, put, start, stop):
 
 def test_a_large_blob_is_read_in_parts(root, azurite, counted, here):
     """
-    Every byte of a blob of 20 MiB is asked for once, in ranges that follow each other, and one without an MD5 has no evidence.
+    Every byte of a blob of 20 MiB is asked for once, in ranges that follow each other, and one without an MD5 has no
+    evidence.
     """
     data = random.Random(5).randbytes(20 * 2**20)
     azurite.put_blocks(f"{here}/model/weights.bin", [data[: 7 * 2**20], data[7 * 2**20 :]])
@@ -531,14 +559,24 @@ def test_a_blob_that_changes_is_never_mixed(root, azurite, put, here, moment, ch
         else:
             azurite.delete(blob)
 
-    events = {"after_resolve": act} if moment == "after the listing" else {"before_range": lambda number, file: number == 2 and act()}
+    events = (
+        {"after_resolve": act}
+        if moment == "after the listing"
+        else {"before_range": lambda number, file: number == 2 and act()}
+    )
     interfering = Interfering(AzureBackend(azurite.storage_options), **events)
 
     with pytest.raises(SourceChangedError, match="call again once the upload is over") as caught:
-        ModelStore(root, mode="rw", part_bytes=PART_BYTES, **serve(interfering)).ensure(uri, progress=False, max_workers=1)
+        ModelStore(root, mode="rw", part_bytes=PART_BYTES, **serve(interfering)).ensure(
+            uri, progress=False, max_workers=1
+        )
 
     assert caught.value.path == "weights/a.bin"
-    expected = {**FILES, "weights/a.bin": newer} if change == "replaced" else {k: v for k, v in FILES.items() if k != "weights/a.bin"}
+    expected = (
+        {**FILES, "weights/a.bin": newer}
+        if change == "replaced"
+        else {k: v for k, v in FILES.items() if k != "weights/a.bin"}
+    )
     assert read_tree(store_of(root, azurite.storage_options).ensure(uri, progress=False).path) == expected
 
 
@@ -567,16 +605,22 @@ def test_a_version_id_is_a_revision(root, azurite, put):
 
     assert read_tree(model.path) == {"config.json": FILES["config.json"]}
     assert [f.token for f in model.record.files] == ["2026-11-22T12-00-00.1234567Z"]
-    assert [(line.split()[0], "versionid=2026-11-22T12-00-00.1234567Z&" in line) for line in asked] == [("HEAD", True), ("GET", True)]
+    assert [(line.split()[0], "versionid=2026-11-22T12-00-00.1234567Z&" in line) for line in asked] == [
+        ("HEAD", True),
+        ("GET", True),
+    ]
 
 
 @pytest.mark.parametrize("path", ["config.json", "weights", "none"])
 def test_a_version_that_nobody_names_is_not_found(root, azurite, put, path):
     """
-    A service that ignores the version, a version of a directory, and one of nothing: told what a revision is, nothing published.
+    A service that ignores the version, a version of a directory, and one of nothing: told what a revision is, nothing
+    published.
     """
     with pytest.raises(SourceNotFoundError, match="version id of one blob"):
-        store_of(root, azurite.storage_options).ensure(f"{put(FILES)}/{path}", revision="2026-11-22T12:00:00.1Z", progress=False)
+        store_of(root, azurite.storage_options).ensure(
+            f"{put(FILES)}/{path}", revision="2026-11-22T12:00:00.1Z", progress=False
+        )
 
     assert not (root / "models").exists()
 
@@ -616,7 +660,9 @@ def test_a_signature_is_enough(root, azurite, put, way):
         "credential": ({"credential": signature}, {}),
     }[way]
     backend = AzureBackend({"account_name": ACCOUNT, **options}, environ)
-    backend._login = _azure_login.Login(ACCOUNT, _azure_login._endpoint("x", f"{azurite.endpoint}/{ACCOUNT}"), backend._login.credential)
+    backend._login = _azure_login.Login(
+        ACCOUNT, _azure_login._endpoint("x", f"{azurite.endpoint}/{ACCOUNT}"), backend._login.credential
+    )
 
     model = ModelStore(root, mode="rw", **serve(backend)).ensure(uri, progress=False)
 
@@ -694,10 +740,14 @@ def test_a_public_container_needs_no_credentials(azurite, here):
     azurite.make_container("public", is_public=True)
     azurite.put("m/a", b"a", container="public")
     azurite.put(f"{here}/a", b"a")
-    backend = AzureBackend({"connection_string": f"AccountName={ACCOUNT};BlobEndpoint={azurite.endpoint}/{ACCOUNT}"}, {})
+    backend = AzureBackend(
+        {"connection_string": f"AccountName={ACCOUNT};BlobEndpoint={azurite.endpoint}/{ACCOUNT}"}, {}
+    )
 
     assert names(backend, "az://public/m") == ["a"]
-    with pytest.raises((SourceDeniedError, SourceNotFoundError), match="no credentials were given, so set AZURE_STORAGE_ACCOUNT_KEY"):
+    with pytest.raises(
+        (SourceDeniedError, SourceNotFoundError), match="no credentials were given, so set AZURE_STORAGE_ACCOUNT_KEY"
+    ):
         backend.resolve(parse_ref(azurite.uri(here)))
 
 
@@ -739,7 +789,8 @@ def test_a_signature_is_that_of_the_sdk(monkeypatch, protocol):
 
 def test_a_key_signs_for_one_container_and_a_short_time(monkeypatch):
     """
-    The signature may read and list one container for an hour, is kept for half of that, and is bound to TLS where there is TLS.
+    The signature may read and list one container for an hour, is kept for half of that, and is bound to TLS where there
+    is TLS.
     """
     key = AccountKey(KEY)
     clock = [1000.0]
@@ -773,7 +824,9 @@ def test_a_busy_service_is_asked_again(root, azurite, put):
         if not busy[method]:
             return answer
         busy[method] -= 1
-        return re.sub(rb"^HTTP/1.1 \d+ [^\r]*", b"HTTP/1.1 503 Busy\r\nx-ms-error-code: ServerBusy\r\nRetry-After: 0", answer)
+        return re.sub(
+            rb"^HTTP/1.1 \d+ [^\r]*", b"HTTP/1.1 503 Busy\r\nx-ms-error-code: ServerBusy\r\nRetry-After: 0", answer
+        )
 
     with TamperingProxy(azurite.endpoint, rewrite=refuse) as proxy:
         model = store_of(root, azurite.options(proxy.endpoint)).ensure(put(FILES), progress=False)
@@ -805,7 +858,11 @@ def test_each_refusal_has_one_meaning(status, code, kind, facts, place):
     """
     backend = AzureBackend({"account_name": ACCOUNT}, {})
     headers = {"retry-after": "7", **({"x-ms-error-code": code} if place == "header" else {})}
-    body = f"\ufeff<Error><Code>{code}</Code><Message>Said so.\nRequestId:1 Time:2</Message></Error>".encode() if place == "body" else b""
+    body = (
+        f"\ufeff<Error><Code>{code}</Code><Message>Said so.\nRequestId:1 Time:2</Message></Error>".encode()
+        if place == "body"
+        else b""
+    )
 
     error = backend._meaning(azure._refusal(status, headers, body), "az://models/m", azure._Place("a", "models", "m"))
 
@@ -870,13 +927,21 @@ def test_who_asks_is_found_where_it_is_said(options, environ, kind, account):
     ("text", "endpoint", "account"),
     [
         (f"AccountName={ACCOUNT};AccountKey={KEY}", None, ACCOUNT),
-        (f"DefaultEndpointsProtocol=https;AccountName={ACCOUNT};AccountKey={KEY};EndpointSuffix=core.windows.net", None, ACCOUNT),
+        (
+            f"DefaultEndpointsProtocol=https;AccountName={ACCOUNT};AccountKey={KEY};EndpointSuffix=core.windows.net",
+            None,
+            ACCOUNT,
+        ),
         (
             f"AccountName={ACCOUNT};AccountKey={KEY};EndpointSuffix=core.chinacloudapi.cn",
             f"https://{ACCOUNT}.blob.core.chinacloudapi.cn",
             ACCOUNT,
         ),
-        (f"BlobEndpoint=http://127.0.0.1:10000/{ACCOUNT};SharedAccessSignature=sv=1&sig=x", f"http://127.0.0.1:10000/{ACCOUNT}", ACCOUNT),
+        (
+            f"BlobEndpoint=http://127.0.0.1:10000/{ACCOUNT};SharedAccessSignature=sv=1&sig=x",
+            f"http://127.0.0.1:10000/{ACCOUNT}",
+            ACCOUNT,
+        ),
         (f"BlobEndpoint=https://{HOST}/;SharedAccessSignature=sv=1&sig=x", f"https://{HOST}", ACCOUNT),
     ],
 )
@@ -922,7 +987,12 @@ def test_a_setting_that_means_nothing_is_told_without_its_value(options, name):
 
 @pytest.mark.parametrize(
     ("options", "shows"),
-    [({"account_key": KEY}, Anonymous), ({"sas_token": "sv=1&sig=x"}, Anonymous), ({"anon": False}, Token), ({"client_id": "id"}, Token)],
+    [
+        ({"account_key": KEY}, Anonymous),
+        ({"sas_token": "sv=1&sig=x"}, Anonymous),
+        ({"anon": False}, Token),
+        ({"client_id": "id"}, Token),
+    ],
 )
 def test_what_belongs_to_one_account_is_not_shown_to_another(options, shows):
     """
@@ -942,7 +1012,10 @@ def jwt(seconds: float = 3600) -> str:
     A token as Entra ID gives them, signed by nobody, which the emulator does not look at.
     """
     now = int(time.time())
-    claims = {"aud": "https://storage.azure.com", "iss": "https://sts.windows.net/ab1f708d-50f6-404c-a006-d71b2ac7a606/"}
+    claims = {
+        "aud": "https://storage.azure.com",
+        "iss": "https://sts.windows.net/ab1f708d-50f6-404c-a006-d71b2ac7a606/",
+    }
     parts = {"alg": "RS256", "typ": "JWT"}, {**claims, "iat": now - 60, "nbf": now - 60, "exp": int(now + seconds)}
     encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
     return ".".join([*encoded, "canarysignature"])
@@ -981,7 +1054,8 @@ def test_a_token_reads_over_tls(root, tmp_path_factory):
             for name, data in FILES.items():
                 server.put(f"m/{name}", data)
             backend = AzureBackend(
-                {"account_name": ACCOUNT, "credential": issuer}, {"REQUESTS_CA_BUNDLE": str(authority.file), "NO_PROXY": "*"}
+                {"account_name": ACCOUNT, "credential": issuer},
+                {"REQUESTS_CA_BUNDLE": str(authority.file), "NO_PROXY": "*"},
             )
             endpoint = _azure_login._endpoint("x", f"{server.endpoint}/{ACCOUNT}")
             backend._login = _azure_login.Login(ACCOUNT, endpoint, backend._login.credential)
@@ -1021,7 +1095,9 @@ def test_a_token_is_never_sent_in_the_clear(azurite):
     """
     issuer = Issuer((jwt(), time.time() + 3600))
     backend = AzureBackend({"credential": issuer}, {})
-    backend._login = _azure_login.Login(ACCOUNT, _azure_login._endpoint("x", f"{azurite.endpoint}/{ACCOUNT}"), backend._login.credential)
+    backend._login = _azure_login.Login(
+        ACCOUNT, _azure_login._endpoint("x", f"{azurite.endpoint}/{ACCOUNT}"), backend._login.credential
+    )
 
     with pytest.raises(SourceDeniedError, match="over https only"):
         backend.resolve(parse_ref("az://models/m"))
@@ -1087,12 +1163,24 @@ def test_secrets_are_shown_nowhere(root, azurite, put, here, caplog):
     store = ModelStore(root, mode="rw", **serve(backend))
     model = store.ensure(f"{at_account(here)}/model?{signature}", progress=False)
     found = backend.resolve(signed(at_account(f"{here}/model"), signature))
-    described = repr((backend, vars(backend), backend._login, found, model, model.record, vars(backend._login.credential)["_made"].keys()))
+    described = repr(
+        (
+            backend,
+            vars(backend),
+            backend._login,
+            found,
+            model,
+            model.record,
+            vars(backend._login.credential)["_made"].keys(),
+        )
+    )
 
     written = b"".join(p.read_bytes() for p in root.rglob("*") if p.is_file())
     for secret in secrets:
         assert secret.encode() not in written
-        assert [text for text in [*errors, described, caplog.text] if secret in text or re.search(r"sig=[^…]", text)] == []
+        assert [
+            text for text in [*errors, described, caplog.text] if secret in text or re.search(r"sig=[^…]", text)
+        ] == []
 
 
 def test_the_environment_of_the_process_is_left_alone(azurite, put, monkeypatch, clean_environ):
@@ -1140,7 +1228,7 @@ def test_only_what_is_needed_has_to_be_installed(monkeypatch, options, package, 
 
 WITHOUT_SDK = """
 import sys
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.azure import AzureBackend
 
 connection_string, uri = sys.argv[1:]

@@ -21,7 +21,7 @@ from kserve_pvc import (
     StoreError,
     UnsafePathError,
 )
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.file import FileBackend
 
 BACKEND = FileBackend({})
@@ -56,7 +56,9 @@ def test_a_directory_is_listed_with_all_its_files(source):
     found = BACKEND.resolve(parse_ref(f"file://{source}")).files
 
     files = model_files(seed=1)
-    assert [(str(f.entry.path), f.entry.size_bytes) for f in found] == [(name, len(files[name])) for name in sorted(files)]
+    assert [(str(f.entry.path), f.entry.size_bytes) for f in found] == [
+        (name, len(files[name])) for name in sorted(files)
+    ]
     assert len({f.entry.token for f in found}) == len(files)
     assert {f.entry.sha256 for f in found} == {None}
 
@@ -72,7 +74,9 @@ def test_a_single_file_is_a_directory_with_that_file(root, source, slash):
 
 
 @pytest.mark.parametrize(
-    "name", ["caf\u00e9", "cafe\u0301", "\u65e5\u672c\u8a9e/\u6a21\u578b.bin", "a b+c%25d&e=f#g?", ".hidden/.x", "\U0001f984"], ids=ascii
+    "name",
+    ["caf\u00e9", "cafe\u0301", "\u65e5\u672c\u8a9e/\u6a21\u578b.bin", "a b+c%25d&e=f#g?", ".hidden/.x", "\U0001f984"],
+    ids=ascii,
 )
 def test_names_are_kept_as_they_are(root, tmp_path, name):
     """
@@ -86,7 +90,8 @@ def test_names_are_kept_as_they_are(root, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("start", "stop", "data"), [(0, 26, "abcdefghijklmnopqrstuvwxyz"), (0, 1, "a"), (25, 26, "z"), (5, 20, "fghijklmnopqrst"), (3, 3, "")]
+    ("start", "stop", "data"),
+    [(0, 26, "abcdefghijklmnopqrstuvwxyz"), (0, 1, "a"), (25, 26, "z"), (5, 20, "fghijklmnopqrst"), (3, 3, "")],
 )
 def test_a_range_is_exactly_what_was_asked_for(tmp_path, start, stop, data):
     """
@@ -205,7 +210,9 @@ def test_a_uri_that_names_nothing_usable_says_why(root, uri, error, word):
     assert not (root / "models").exists()
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: (path / "a/b").mkdir(parents=True)], ids=["empty", "directories"])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: (path / "a/b").mkdir(parents=True)], ids=["empty", "directories"]
+)
 def test_a_directory_without_files_is_no_model(tmp_path, make):
     """
     Nothing, or nothing but directories, is not found.
@@ -261,7 +268,9 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=["grown", "truncated", "rewritten", "set back", "replaced", "linked", "deleted"])
+@pytest.mark.parametrize(
+    "change", CHANGES, ids=["grown", "truncated", "rewritten", "set back", "replaced", "linked", "deleted"]
+)
 def test_a_file_that_changed_since_it_was_listed_is_not_read(tmp_path, change):
     """
     A file that was written to, replaced, linked or deleted after the listing fails instead of giving other bytes.
@@ -291,7 +300,9 @@ def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path):
         read(file, 0, 100)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=["grown", "truncated", "rewritten", "set back", "replaced", "linked", "deleted"])
+@pytest.mark.parametrize(
+    "change", CHANGES, ids=["grown", "truncated", "rewritten", "set back", "replaced", "linked", "deleted"]
+)
 def test_a_file_that_changes_between_two_parts_is_never_published(root, source, change):
     """
     When a file changes half-way the download fails, nothing is present, and the next one gets the new content whole.

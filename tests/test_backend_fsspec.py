@@ -26,7 +26,7 @@ from kserve_pvc import (
     UnknownSchemeError,
     UnsafePathError,
 )
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends import fsspec_
 from kserve_pvc.backends.fsspec_ import PIECE_BYTES, FsspecBackend
 
@@ -112,7 +112,21 @@ def test_nothing_is_ever_written_to_the_source(root, source, strange):
     """
     Of a file system only what lists and reads is called.
     """
-    forbidden = ["put", "put_file", "pipe", "pipe_file", "rm", "rm_file", "mkdir", "makedirs", "touch", "mv", "cp_file", "get", "get_file"]
+    forbidden = [
+        "put",
+        "put_file",
+        "pipe",
+        "pipe_file",
+        "rm",
+        "rm_file",
+        "mkdir",
+        "makedirs",
+        "touch",
+        "mv",
+        "cp_file",
+        "get",
+        "get_file",
+    ]
 
     def refuse(self, *args, **kwargs):
         raise AssertionError("it was asked to write, or to download by itself")
@@ -443,7 +457,9 @@ def test_what_an_error_gives_away_is_hidden(source, strange):
     """
 
     def info(self, path, **kwargs):
-        raise OSError(f"cannot reach http://reader:{options['password']}@host/?sig={options['nested']['a']} with {options['password']}")
+        raise OSError(
+            f"cannot reach http://reader:{options['password']}@host/?sig={options['nested']['a']} with {options['password']}"
+        )
 
     strange(info=info)
     options = {"password": "canary-1", "nested": {"a": "canary-2"}}

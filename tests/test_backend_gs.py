@@ -1,8 +1,8 @@
 """
 Models in buckets of Google Cloud Storage, on an emulator of the service.
 
-The emulator refuses nobody and gives no tokens. Where a test needs that, a small server of our own stands in front of it, which
-knows tokens and gives them to who has a key.
+The emulator refuses nobody and gives no tokens. Where a test needs that, a small server of our own stands in front of
+it, which knows tokens and gives them to who has a key.
 """
 
 import base64
@@ -42,9 +42,9 @@ from kserve_pvc import (
     StoreError,
     UnsafePathError,
 )
-from kserve_pvc._ref import parse_ref
-from kserve_pvc.backends import _google_login
-from kserve_pvc.backends._http import target_of
+from kserve_pvc._source.ref import parse_ref
+from kserve_pvc.backends._http.target import target_of
+from kserve_pvc.backends._login import google as _google_login
 from kserve_pvc.backends.gs import GSBackend, RefusedError, parse_listing
 
 pytest.importorskip("google.auth", reason="`google-auth` is not installed")
@@ -112,7 +112,9 @@ def no_google(monkeypatch, tmp_path):
     """
     A machine where nobody has logged in, and which is none of Google's.
     """
-    for name in [name for name in os.environ if name.startswith(("GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCE_", "STORAGE_EMULATOR"))]:
+    for name in [
+        name for name in os.environ if name.startswith(("GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCE_", "STORAGE_EMULATOR"))
+    ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "gcloud"))
@@ -192,7 +194,8 @@ def test_a_listing_pins_every_object(backend, gcs, here):
 
 def test_a_download_is_exact_and_compared(root, gcs, put):
     """
-    Every byte arrives, with its SHA-256 and the CRC32C that it was compared with, in a model that verifies; nothing is asked twice.
+    Every byte arrives, with its SHA-256 and the CRC32C that it was compared with, in a model that verifies; nothing is
+    asked twice.
     """
     uri = put(FILES)
     store = store_of(root, gcs.storage_options)
@@ -201,7 +204,9 @@ def test_a_download_is_exact_and_compared(root, gcs, put):
 
     assert [(model.status, read_tree(model.path)) for model in models] == [("downloaded", FILES), ("present", FILES)]
     assert {str(f.path): f.sha256 for f in models[0].record.files} == digests(FILES)
-    assert {str(f.path): f.evidence for f in models[0].record.files} == {name: crc32c_of(data) for name, data in FILES.items()}
+    assert {str(f.path): f.evidence for f in models[0].record.files} == {
+        name: crc32c_of(data) for name, data in FILES.items()
+    }
     assert store.verify(uri, level="full").ok
 
 
@@ -327,12 +332,24 @@ def test_more_objects_than_one_page_are_all_fetched(root, gcs, here):
     assert set(asked.values()) == {1, 2}
 
 
-ODD = ["a b", "a+b", "100%25", "a%2Fb", "a&b=c;d,e", "x?y#z", ".hidden/.x", "caf\u00e9", "\u65e5\u672c/\U0001f984", "(1) [2] {3}~!@$'*:"]
+ODD = [
+    "a b",
+    "a+b",
+    "100%25",
+    "a%2Fb",
+    "a&b=c;d,e",
+    "x?y#z",
+    ".hidden/.x",
+    "caf\u00e9",
+    "\u65e5\u672c/\U0001f984",
+    "(1) [2] {3}~!@$'*:",
+]
 
 
 def test_odd_names_arrive_unchanged(root, gcs, put):
     """
-    Blanks, plus and percent signs, question marks, leading dots and Unicode are kept as they are, in listings and in requests.
+    Blanks, plus and percent signs, question marks, leading dots and Unicode are kept as they are, in listings and in
+    requests.
     """
     files = {name: name.encode() for name in ODD}
     uri = put(files)
@@ -368,7 +385,9 @@ def test_a_uri_is_taken_as_it_is_spelled(backend, put, name, below):
 
 
 @pytest.mark.parametrize(
-    "name", ["../up", "a/../../up", "/abs", "a//b", ".", "a/./b", "a\\b", "new\nline", "C:x", "a.", "a\u202eb"], ids=ascii
+    "name",
+    ["../up", "a/../../up", "/abs", "a//b", ".", "a/./b", "a\\b", "new\nline", "C:x", "a.", "a\u202eb"],
+    ids=ascii,
 )
 def test_a_hostile_name_is_refused_and_nothing_is_written_outside(root, gcs, put, name):
     """
@@ -434,7 +453,9 @@ def test_a_file_is_read_in_parts(root, gcs, put):
         bodies = [r for r in proxy.requests if r.path.startswith("/download/")]
 
     asked = [r.range for r in bodies if r.path.endswith("a.bin")]
-    assert sorted(asked) == sorted(f"bytes={start}-{min(start + PART_BYTES, 700_000) - 1}" for start in range(0, 700_000, PART_BYTES))
+    assert sorted(asked) == sorted(
+        f"bytes={start}-{min(start + PART_BYTES, 700_000) - 1}" for start in range(0, 700_000, PART_BYTES)
+    )
     assert sum(r.body_bytes for r in bodies) == sum(map(len, FILES.values()))
     assert read_tree(model.path) == FILES
 
@@ -475,7 +496,11 @@ def test_an_object_that_changes_is_never_mixed(root, gcs, put, here, moment, cha
         else:
             gcs.delete(f"{here}/model/weights/a.bin")
 
-    events = {"after_resolve": act} if moment == "after the listing" else {"before_range": lambda number, file: number == 2 and act()}
+    events = (
+        {"after_resolve": act}
+        if moment == "after the listing"
+        else {"before_range": lambda number, file: number == 2 and act()}
+    )
     store = interfered(root, gcs, **events)
 
     with pytest.raises(SourceChangedError, match="call again once the upload is over") as caught:
@@ -483,13 +508,18 @@ def test_an_object_that_changes_is_never_mixed(root, gcs, put, here, moment, cha
 
     assert caught.value.path == "weights/a.bin"
     assert uri not in store
-    expected = {**FILES, "weights/a.bin": newer} if change == "replaced" else {k: v for k, v in FILES.items() if k != "weights/a.bin"}
+    expected = (
+        {**FILES, "weights/a.bin": newer}
+        if change == "replaced"
+        else {k: v for k, v in FILES.items() if k != "weights/a.bin"}
+    )
     assert read_tree(store_of(root, gcs.storage_options).ensure(uri, progress=False).path) == expected
 
 
 def test_the_same_bytes_put_again_are_another_version(root, gcs, put, here):
     """
-    A generation is a strong token: a refresh fetches nothing while it stays, and what was uploaded again once it has changed.
+    A generation is a strong token: a refresh fetches nothing while it stays, and what was uploaded again once it has
+    changed.
     """
     uri = put(FILES)
     store = store_of(root, gcs.storage_options)
@@ -568,7 +598,8 @@ def test_a_revision_that_is_no_number_is_refused(backend, generations, revision)
 @pytest.mark.parametrize("path", ["", "/packed.json"])
 def test_an_object_that_the_service_would_unpack_is_refused(root, gcs, put, here, path):
     """
-    What was uploaded with `Content-Encoding: gzip` has neither the size nor the checksum of what comes, so it is no file of a model.
+    What was uploaded with `Content-Encoding: gzip` has neither the size nor the checksum of what comes, so it is no
+    file of a model.
     """
     uri = put(FILES)
     gcs.put(f"{here}/model/packed.json", b"{}" * 1000, encoding="gzip")
@@ -673,7 +704,11 @@ def test_a_busy_service_says_how_long_it_wants_to_be_left_alone(open_gate):
 @pytest.mark.parametrize(
     ("status", "body", "word"),
     [
-        (400, refused(400, "Bucket is a requester pays bucket but no user project provided.", "required")[2], "no user project provided"),
+        (
+            400,
+            refused(400, "Bucket is a requester pays bucket but no user project provided.", "required")[2],
+            "no user project provided",
+        ),
         (301, b"", "points elsewhere, where credentials are never sent"),
         (200, b"<html>Log in</html>", "its answer is no JSON"),
         (200, b"[]", "its answer is no JSON"),
@@ -682,10 +717,18 @@ def test_a_busy_service_says_how_long_it_wants_to_be_left_alone(open_gate):
         (200, b'{"items": [5]}', "without name, size or generation"),
         (200, b'{"items": [{"name": "m/x", "size": "-1", "generation": "1"}]}', "without name, size or generation"),
         (200, b'{"items": [{"name": "m/x", "size": "1", "generation": "1&x"}]}', "without name, size or generation"),
-        (200, b'{"items": [{"name": "m/\\ud800", "size": "1", "generation": "1"}]}', "without name, size or generation"),
+        (
+            200,
+            b'{"items": [{"name": "m/\\ud800", "size": "1", "generation": "1"}]}',
+            "without name, size or generation",
+        ),
         (200, b'{"nextPageToken": "\\ud800"}', "it is no Google Cloud Storage"),
         (200, b'{"nextPageToken": "again"}', "names a page a second time"),
-        (200, b'{"items": [{"name": "other/x", "size": "1", "generation": "1"}]}', "asked for `m/` and listed `other/x`"),
+        (
+            200,
+            b'{"items": [{"name": "other/x", "size": "1", "generation": "1"}]}',
+            "asked for `m/` and listed `other/x`",
+        ),
     ],
 )
 def test_a_listing_that_makes_no_sense_is_refused(open_gate, status, body, word):
@@ -715,7 +758,9 @@ def test_bytes_that_are_not_what_the_service_vouches_for_are_not_published(root,
     """
     uri = put(FILES)
     wrong = b"x" * 1000
-    open_gate.instead = lambda method, path: (200, {}, wrong) if path.startswith("/download/") and "b.bin" in path else None
+    open_gate.instead = lambda method, path: (
+        (200, {}, wrong) if path.startswith("/download/") and "b.bin" in path else None
+    )
 
     with pytest.raises(DigestMismatchError, match="crc32c:") as caught:
         store_of(root, through(open_gate)).ensure(uri, progress=False)
@@ -802,7 +847,9 @@ def test_a_token_that_is_no_good_is_denied_and_never_shown(root, gate, put, path
     with pytest.raises(SourceDeniedError, match=r"401: Invalid Credentials, Bearer ….*may have expired") as caught:
         store_of(root, {"endpoint_url": gate.endpoint, "token": TOKEN}).ensure(uri, progress=False)
 
-    said = "".join(traceback.format_exception(caught.value)) + repr(caught.value) + str(caught.value.fields) + caplog.text
+    said = (
+        "".join(traceback.format_exception(caught.value)) + repr(caught.value) + str(caught.value.fields) + caplog.text
+    )
     assert "canary" not in said
     assert not (root / "models").exists()
 
@@ -877,12 +924,16 @@ def test_a_service_account_gets_its_tokens_and_renews_them(root, tmp_path, gate,
     assert (read_tree(model.path), read_tree(again.path)) == (FILES, {"a.bin": FILES["weights/a.bin"]})
     assert len(gate.given) == 2
     claims = json.loads(base64.urlsafe_b64decode(gate.assertions[0]["assertion"][0].split(".")[1] + "=="))
-    assert (claims["iss"], claims["scope"]) == (account["client_email"], "https://www.googleapis.com/auth/devstorage.read_only")
+    assert (claims["iss"], claims["scope"]) == (
+        account["client_email"],
+        "https://www.googleapis.com/auth/devstorage.read_only",
+    )
 
 
 def test_a_token_that_expires_between_two_ranges_is_renewed(gate, put, account):
     """
-    A range that is refused for its old token is asked for once more with a new one, and many threads get one for all of them.
+    A range that is refused for its old token is asked for once more with a new one, and many threads get one for all of
+    them.
     """
     uri = put({"weights.bin": FILES["weights/a.bin"]})
     backend = GSBackend({"endpoint_url": gate.endpoint, "token": account}, {})
@@ -942,7 +993,9 @@ def test_an_expired_token_is_renewed_before_it_is_sent(gate, put, account):
     found = [names(backend, f"{uri}/config.json") for _ in range(2)]
 
     assert found == [["config.json"], ["config.json"]]
-    assert [headers.get("authorization") for method, _, headers in gate.requests if method == "GET"] == [f"Bearer {t}" for t in gate.given]
+    assert [headers.get("authorization") for method, _, headers in gate.requests if method == "GET"] == [
+        f"Bearer {t}" for t in gate.given
+    ]
 
 
 def test_a_key_that_is_no_good_is_denied_and_never_shown(root, gate, put, account):
@@ -971,7 +1024,8 @@ def test_a_token_service_that_is_not_there_is_unavailable(gcs, gate, put, accoun
 
 def test_default_credentials_come_from_the_environment(root, tmp_path, gcs, put, account, gate, no_google, monkeypatch):
     """
-    GOOGLE_APPLICATION_CREDENTIALS counts where no `token` is given, over TLS with an authority that the environment names.
+    GOOGLE_APPLICATION_CREDENTIALS counts where no `token` is given, over TLS with an authority that the environment
+    names.
     """
     uri = put(FILES)
     key = tmp_path / "key.json"
@@ -1025,7 +1079,9 @@ def test_a_machine_of_googles_asks_as_itself(root, gate, put):
     """
     host = gate.endpoint.removeprefix("http://")
 
-    said = shell.python(MACHINE, str(root), gate.endpoint, put(FILES), env={"GCE_METADATA_HOST": host, "GCE_METADATA_IP": host})
+    said = shell.python(
+        MACHINE, str(root), gate.endpoint, put(FILES), env={"GCE_METADATA_HOST": host, "GCE_METADATA_IP": host}
+    )
 
     assert int(said) == sum(map(len, FILES.values()))
     assert len(gate.given) == 1
@@ -1059,11 +1115,18 @@ def test_variables_of_fsspec_count_below_options(gcs):
     """
     What fsspec's own variables say for gcsfs is heard, by both its names, unless an option says otherwise.
     """
-    environ = {"FSSPEC_GCS_TOKEN": "anon", "FSSPEC_GS_ENDPOINT_URL": gcs.endpoint, "FSSPEC_GCS_ENDPOINT_URL": "http://other.invalid"}
+    environ = {
+        "FSSPEC_GCS_TOKEN": "anon",
+        "FSSPEC_GS_ENDPOINT_URL": gcs.endpoint,
+        "FSSPEC_GCS_ENDPOINT_URL": "http://other.invalid",
+    }
 
     found = [GSBackend(options, environ) for options in ({}, {"endpoint_url": "https://named.invalid", "token": TOKEN})]
 
-    assert [(b._endpoint.host, type(b._login).__name__) for b in found] == [("127.0.0.1", "Anonymous"), ("named.invalid", "GivenToken")]
+    assert [(b._endpoint.host, type(b._login).__name__) for b in found] == [
+        ("127.0.0.1", "Anonymous"),
+        ("named.invalid", "GivenToken"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -1133,7 +1196,9 @@ def test_a_setting_that_means_nothing_is_refused(options, environ, word):
     assert "canary" not in repr(caught.value)
 
 
-@pytest.mark.parametrize("content", [{"private_key": "canary"}, {"type": "authorized_user", "client_secret": "canary"}], ids=str)
+@pytest.mark.parametrize(
+    "content", [{"private_key": "canary"}, {"type": "authorized_user", "client_secret": "canary"}], ids=str
+)
 def test_a_key_that_is_none_is_denied(gate, content):
     """
     Content that google-auth cannot read is told, without what it holds.
@@ -1145,7 +1210,9 @@ def test_a_key_that_is_none_is_denied(gate, content):
     assert gate.requests == []
 
 
-@pytest.mark.parametrize("options", [{"requester_pays": "billed"}, {"requester_pays": True, "project": "billed"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"requester_pays": "billed"}, {"requester_pays": True, "project": "billed"}], ids=str
+)
 def test_who_pays_is_said_in_every_request(root, put, open_gate, options):
     """
     In a bucket whose readers pay, the project that pays is named with listings and bytes.
@@ -1160,7 +1227,9 @@ def test_without_the_right_to_list_one_object_is_enough(root, put, open_gate):
     Who may read objects and not list them gets a single object, and is denied a directory.
     """
     uri = put(FILES)
-    open_gate.instead = lambda method, path: refused(403, "no storage.objects.list access") if urlsplit(path).path.endswith("/o") else None
+    open_gate.instead = lambda method, path: (
+        refused(403, "no storage.objects.list access") if urlsplit(path).path.endswith("/o") else None
+    )
     store = store_of(root, through(open_gate))
 
     model = store.ensure(f"{uri}/config.json", progress=False)

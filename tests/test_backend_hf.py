@@ -30,10 +30,11 @@ from kserve_pvc import (
     StoreError,
     UnsafePathError,
 )
-from kserve_pvc._ref import parse_ref
-from kserve_pvc.backends._direct import follow
-from kserve_pvc.backends._http import target_of
-from kserve_pvc.backends.hf import HFBackend, _Addresses, _lifetime
+from kserve_pvc._source.ref import parse_ref
+from kserve_pvc.backends._hf_addresses import Addresses
+from kserve_pvc.backends._http.target import target_of
+from kserve_pvc.backends._ranges import follow
+from kserve_pvc.backends.hf import HFBackend, _lifetime
 
 PART_BYTES = 100_000
 NAME = "org/model"
@@ -106,7 +107,9 @@ def test_a_listing_pins_every_file(hub):
 
     assert found.version == commit
     assert {dict(f.pin)["commit"] for f in found.files} == {commit}
-    assert [(str(f.entry.path), f.entry.size_bytes, f.entry.sha256, f.entry.token, f.digest, f.address) for f in found.files] == [
+    assert [
+        (str(f.entry.path), f.entry.size_bytes, f.entry.sha256, f.entry.token, f.digest, f.address) for f in found.files
+    ] == [
         (
             name,
             len(data),
@@ -156,7 +159,8 @@ def client(hub: Hub, home, script: str, *arguments: str, token: str = OWNER):
 @pytest.mark.parametrize("is_direct", [False, True], ids=["after redirects", "directly"])
 def test_a_model_is_what_the_real_client_downloads(root, tmp_path, is_direct):
     """
-    Tree, digests and commit are those that `snapshot_download` of huggingface_hub gives for the same repository, over several pages.
+    Tree, digests and commit are those that `snapshot_download` of huggingface_hub gives for the same repository, over
+    several pages.
     """
     with Hub(large_bytes=LARGE_BYTES, page=3, is_direct=is_direct) as hub:
         commit = hub.push(NAME, FILES, branch="v1")
@@ -171,7 +175,8 @@ def test_a_model_is_what_the_real_client_downloads(root, tmp_path, is_direct):
 
 def test_the_endpoint_refuses_as_the_real_client_expects(hub, tmp_path):
     """
-    The endpoint of these tests is understood by huggingface_hub when it refuses: gated, missing and private models, revisions, files.
+    The endpoint of these tests is understood by huggingface_hub when it refuses: gated, missing and private models,
+    revisions, files.
     """
     hub.push("org/gated", FILES)
     hub.push("org/private", FILES)
@@ -186,7 +191,13 @@ def test_the_endpoint_refuses_as_the_real_client_expects(hub, tmp_path):
 
     raised = client(hub, tmp_path / "home", WHAT_IT_RAISES, json.dumps([*cases, [NAME, "main", BIG]]), token=STRANGER)
 
-    missing = ["RepositoryNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError", "RemoteEntryNotFoundError", "nothing"]
+    missing = [
+        "RepositoryNotFoundError",
+        "RepositoryNotFoundError",
+        "RevisionNotFoundError",
+        "RemoteEntryNotFoundError",
+        "nothing",
+    ]
     assert raised == ["GatedRepoError", *missing]
 
 
@@ -197,7 +208,9 @@ def test_every_byte_is_compared_with_what_the_hub_announces(root, hub):
     record = store(root, hub).ensure(URI, progress=False).record
 
     assert {str(f.path): f.evidence for f in record.files} == {
-        name: f"sha256:{StoredFile.of(data, is_large=True).sha256}" if len(data) >= LARGE_BYTES else f"gitblob{len(data)}:{git_blob(data)}"
+        name: f"sha256:{StoredFile.of(data, is_large=True).sha256}"
+        if len(data) >= LARGE_BYTES
+        else f"gitblob{len(data)}:{git_blob(data)}"
         for name, data in FILES.items()
     }
 
@@ -209,7 +222,9 @@ def test_other_bytes_than_announced_are_refused(root, hub, path, host):
     """
     hub.meddle = lambda request, answer: (
         replace(answer, body=bytes(len(answer.body)))
-        if answer.status == 200 and answer.body in FILES.values() and (request.host == host and len(answer.body) == len(FILES[path]))
+        if answer.status == 200
+        and answer.body in FILES.values()
+        and (request.host == host and len(answer.body) == len(FILES[path]))
         else None
     )
 
@@ -221,7 +236,8 @@ def test_other_bytes_than_announced_are_refused(root, hub, path, host):
 
 
 @pytest.mark.parametrize(
-    ("uri", "revision"), [(f"{URI}:v1", None), (f"{URI}@v1", None), (URI, "v1"), (f"{URI}:v1", "v1"), (f"{URI}@v1/", None), (URI, "commit")]
+    ("uri", "revision"),
+    [(f"{URI}:v1", None), (f"{URI}@v1", None), (URI, "v1"), (f"{URI}:v1", "v1"), (f"{URI}@v1/", None), (URI, "commit")],
 )
 def test_a_revision_is_a_branch_a_tag_or_a_commit(root, hub, uri, revision):
     """
@@ -335,7 +351,9 @@ def test_patterns_choose_files(root, hub):
     """
     hub.push(NAME, {"model.safetensors": b"s" * 20_000, "original/model.safetensors": b"o" * 20_000})
 
-    model = store(root, hub).ensure(URI, allow_patterns=["*.safetensors", "*.json"], ignore_patterns="original/", progress=False)
+    model = store(root, hub).ensure(
+        URI, allow_patterns=["*.safetensors", "*.json"], ignore_patterns="original/", progress=False
+    )
 
     assert sorted(read_tree(model.path)) == ["config.json", "model.safetensors", "tokenizer/vocab é+1%.json"]
     assert len(hub.asked("storage")) == 1
@@ -467,7 +485,9 @@ def test_no_secret_is_told(root, hub, caplog):
     model = store(root, hub).ensure(URI, progress=False)
     for status, code in [(401, ""), (403, "GatedRepo"), (403, ""), (404, "EntryNotFound"), (418, ""), (302, "")]:
         headers = {"X-Error-Code": code, "X-Error-Message": f"{OWNER} no", "Location": f"ftp://x/?Signature={OWNER}"}
-        hub.meddle = meddle_with("", lambda answer, s=status, h=headers: Answer(status=s, headers=h, body=OWNER.encode()))
+        hub.meddle = meddle_with(
+            "", lambda answer, s=status, h=headers: Answer(status=s, headers=h, body=OWNER.encode())
+        )
         with pytest.raises(StoreError) as caught:
             store(root, hub, retry_seconds=0.1).resolve(URI)
         told.append(f"{caught.value!s} {caught.value!r} {caught.value.fields} {caught.value.__cause__!r}")
@@ -574,7 +594,7 @@ def test_addresses_are_not_kept_without_bound():
     """
     However many files a model has, a bounded number of addresses is remembered.
     """
-    addresses = _Addresses()
+    addresses = Addresses()
     for number in range(5000):
         addresses.found(str(number), target_of("https://x/"), 60.0)
 
@@ -590,7 +610,9 @@ def test_an_address_for_other_content_is_not_followed(hub, header):
     """
     source = backend(hub)
     file = big_file(source)
-    hub.meddle = meddle_with("/resolve/", lambda answer: replace(answer, headers={**answer.headers, header: f'"{"0" * 40}"'}))
+    hub.meddle = meddle_with(
+        "/resolve/", lambda answer: replace(answer, headers={**answer.headers, header: f'"{"0" * 40}"'})
+    )
 
     with pytest.raises(SourceChangedError) as caught:
         read(source, file, 0, 1000)
@@ -607,7 +629,9 @@ def test_an_answer_of_another_length_is_refused(hub):
     file = big_file(source)
     hub.meddle = meddle_with("", lambda answer: replace(answer, body=answer.body + b"more"), host="storage")
 
-    with pytest.raises(SourceUnavailableError, match="it was asked for `bytes 0-999/700000` and answered `bytes 0-999/700004`"):
+    with pytest.raises(
+        SourceUnavailableError, match="it was asked for `bytes 0-999/700000` and answered `bytes 0-999/700004`"
+    ):
         read(source, file, 0, 1000)
 
 
@@ -644,7 +668,9 @@ def test_redirects_in_a_circle_are_given_up(hub, path):
     source = backend(hub)
     file = big_file(source)
     hub.requests.clear()
-    hub.meddle = lambda request, answer: Answer(status=302, headers={"Location": f"{request.path}x"}) if path in request.path else None
+    hub.meddle = lambda request, answer: (
+        Answer(status=302, headers={"Location": f"{request.path}x"}) if path in request.path else None
+    )
 
     with pytest.raises(SourceUnavailableError, match="more than 5 times") as caught:
         read(source, file, 0, 1000) if path == "/resolve/" else source.resolve(parse_ref(URI))
@@ -701,12 +727,37 @@ def prepared(hub: Hub) -> Hub:
 @pytest.mark.parametrize(
     ("uri", "token", "error", "words"),
     [
-        ("hf://org/gated", False, SourceDeniedError, "the model is gated and no token was given; ask for access on the model's page"),
-        ("hf://org/gated", STRANGER, SourceDeniedError, "gated and the account of the token has no access; ask for access"),
-        ("hf://org/none", False, SourceNotFoundError, "no such model, or it is private and no token was given; set HF_TOKEN"),
+        (
+            "hf://org/gated",
+            False,
+            SourceDeniedError,
+            "the model is gated and no token was given; ask for access on the model's page",
+        ),
+        (
+            "hf://org/gated",
+            STRANGER,
+            SourceDeniedError,
+            "gated and the account of the token has no access; ask for access",
+        ),
+        (
+            "hf://org/none",
+            False,
+            SourceNotFoundError,
+            "no such model, or it is private and no token was given; set HF_TOKEN",
+        ),
         ("hf://org/none", OWNER, SourceNotFoundError, "no such model, or it is private and the token may not see it"),
-        ("hf://org/private", False, SourceNotFoundError, "no such model, or it is private and no token was given; set HF_TOKEN"),
-        ("hf://org/private", STRANGER, SourceNotFoundError, "no such model, or it is private and the token may not see it"),
+        (
+            "hf://org/private",
+            False,
+            SourceNotFoundError,
+            "no such model, or it is private and no token was given; set HF_TOKEN",
+        ),
+        (
+            "hf://org/private",
+            STRANGER,
+            SourceNotFoundError,
+            "no such model, or it is private and the token may not see it",
+        ),
         (URI, WRONG, SourceDeniedError, "the token is wrong or has expired; set HF_TOKEN"),
         ("hf://org/private", WRONG, SourceDeniedError, "the token is wrong or has expired; set HF_TOKEN"),
         (f"{URI}:none", OWNER, SourceNotFoundError, "no such revision"),
@@ -807,10 +858,13 @@ def test_entries_outside_the_directory_are_refused(hub):
 
 
 @pytest.mark.parametrize("where", ["/revision/", "/tree/", "/resolve/", "/xet-bridge/"])
-@pytest.mark.parametrize("headers", [{"Retry_After": "1"}, {"RateLimit": '"resolvers";r=0;t=0'}], ids=["Retry-After", "RateLimit"])
+@pytest.mark.parametrize(
+    "headers", [{"Retry_After": "1"}, {"RateLimit": '"resolvers";r=0;t=0'}], ids=["Retry-After", "RateLimit"]
+)
 def test_a_busy_hub_is_left_alone_for_as_long_as_it_says(root, hub, where, headers):
     """
-    A question or a range that is answered with 429 is asked again after the time that the answer names, in either of its spellings.
+    A question or a range that is answered with 429 is asked again after the time that the answer names, in either of
+    its spellings.
     """
     hub.meddle = busy(1, containing=where, **headers)
     began = time.monotonic()
@@ -859,13 +913,16 @@ def test_an_endpoint_where_nobody_is(root):
     An endpoint that nobody listens at is unavailable.
     """
     with HuggingFace() as raw, pytest.raises(SourceUnavailableError, match="check endpoint and network"):
-        ModelStore(root, mode="rw", backends={"hf": HFBackend}, storage_options=raw.unreachable_options).ensure(URI, progress=False)
+        ModelStore(root, mode="rw", backends={"hf": HFBackend}, storage_options=raw.unreachable_options).ensure(
+            URI, progress=False
+        )
 
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_offline_asks_nobody(hub, name):
     """
-    With the variable of huggingface_hub set no request is made, neither for a listing nor for bytes, and the error says why.
+    With the variable of huggingface_hub set no request is made, neither for a listing nor for bytes, and the error says
+    why.
     """
     file = big_file(backend(hub))
     hub.requests.clear()
@@ -934,7 +991,16 @@ def test_the_endpoint_of_the_environment_counts(hub):
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["huggingface.co", "ftp://x", "https://", "https://user:secret@x", "user:secret@x", "https://x/?secret", "https://x#secret"]
+    "endpoint",
+    [
+        "huggingface.co",
+        "ftp://x",
+        "https://",
+        "https://user:secret@x",
+        "user:secret@x",
+        "https://x/?secret",
+        "https://x#secret",
+    ],
 )
 def test_an_endpoint_that_is_no_address_is_refused(endpoint):
     """
@@ -1004,7 +1070,9 @@ def test_raw_access_reaches_what_a_store_reads(root):
         raw.delete(f"{NAME}/c")
         second = store_of(root, raw).ensure(raw.uri(NAME), refresh=True, progress=False)
         with pytest.raises(SourceDeniedError):
-            ModelStore(root, mode="rw", backends={"hf": HFBackend}, storage_options=raw.denied_options).resolve(raw.uri(NAME))
+            ModelStore(root, mode="rw", backends={"hf": HFBackend}, storage_options=raw.denied_options).resolve(
+                raw.uri(NAME)
+            )
 
     assert read_tree(first.path) == {"a": b"1", "sub/b": bytes(20_000), "c": b"3"}
     assert read_tree(second.path) == {"a": b"newer", "sub/b": bytes(20_000)}

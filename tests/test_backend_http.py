@@ -42,10 +42,11 @@ from kserve_pvc import (
     StoreError,
     UnsafePathError,
 )
-from kserve_pvc._download import Download
-from kserve_pvc._ref import parse_ref
-from kserve_pvc._volume import VolumeWriter
-from kserve_pvc.backends._http import HTTPClient, target_of
+from kserve_pvc._download.download import Download
+from kserve_pvc._source.ref import parse_ref
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import target_of
 from kserve_pvc.backends.http import HTTPBackend, check_address
 from kserve_pvc.testing import BackendConformance
 
@@ -85,7 +86,9 @@ def backend(**options: object) -> HTTPBackend:
     return made
 
 
-def store(root: Path, *, environ: dict[str, str] | None = None, retry_seconds: float = 30.0, **options: object) -> ModelStore:
+def store(
+    root: Path, *, environ: dict[str, str] | None = None, retry_seconds: float = 30.0, **options: object
+) -> ModelStore:
     """
     A store that knows our two schemes.
     """
@@ -156,7 +159,8 @@ def test_one_file_is_a_model(root, server):
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [("a%20b.bin", "a b.bin"), ("%C3%A9.bin", "é.bin"), ("100%25.bin", "100%.bin"), ("a+b.bin", "a+b.bin")]
+    ("path", "name"),
+    [("a%20b.bin", "a b.bin"), ("%C3%A9.bin", "é.bin"), ("100%25.bin", "100%.bin"), ("a+b.bin", "a+b.bin")],
 )
 def test_the_name_is_what_the_last_part_means(root, server, path, name):
     """
@@ -333,7 +337,9 @@ def test_what_a_server_vouches_for_is_compared(root, server):
     server.pages["/b"] = page(WEIGHTS, headers={"X-Checksum-Sha256": sha256(WEIGHTS).upper()})
     server.pages["/c"] = page(WEIGHTS, headers={"X-Checksum-Sha256": sha256(b"other")})
 
-    assert [ensure(root, server.uri(name)).record.files[0].evidence for name in "ab"] == [f"sha256:{sha256(WEIGHTS)}"] * 2
+    assert [ensure(root, server.uri(name)).record.files[0].evidence for name in "ab"] == [
+        f"sha256:{sha256(WEIGHTS)}"
+    ] * 2
     with pytest.raises(DigestMismatchError):
         ensure(root, server.uri("c"))
 
@@ -351,7 +357,8 @@ def test_what_a_server_vouches_for_is_compared(root, server):
 )
 def test_what_changes_before_it_is_read_is_noticed(root, server, tags, checks):
     """
-    A file that is replaced between HEAD and GET ends the call, by ETag, date or length, also where conditions are ignored.
+    A file that is replaced between HEAD and GET ends the call, by ETag, date or length, also where conditions are
+    ignored.
     """
     server.pages["/weights.bin"] = Page(data=WEIGHTS, **tags[0])
     replaced = Page(**{"data": WEIGHTS[::-1], "checks": checks, **tags[1]})
@@ -532,7 +539,8 @@ def test_headers_come_from_the_environment(root, server):
 
 
 @pytest.mark.parametrize(
-    "given", ["no json", "[]", '{"X": 1}', '{"X Y": "1"}', '{"X": "a\\nb"}', '{"Host": "x"}', '{"range": "x"}', "[" * 99_999]
+    "given",
+    ["no json", "[]", '{"X": 1}', '{"X Y": "1"}', '{"X": "a\\nb"}', '{"Host": "x"}', '{"range": "x"}', "[" * 99_999],
 )
 def test_headers_that_mean_nothing_are_refused(root, server, given):
     """
@@ -580,7 +588,13 @@ def test_headers_go_from_the_open_port_to_the_sealed_one():
 
     sent = [
         "X-Key" in made.headers(target_of(url), "http://H.example/x")
-        for url in ("http://h.example/y", "https://h.example/y", "https://h.example:444/y", "http://h.example:81/y", "https://g.example/y")
+        for url in (
+            "http://h.example/y",
+            "https://h.example/y",
+            "https://h.example:444/y",
+            "http://h.example:81/y",
+            "https://g.example/y",
+        )
     ]
 
     assert sent == [True, True, False, False, False]
@@ -614,7 +628,9 @@ def test_an_address_inside_is_refused(address):
         check_address("models.example", address)
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
 def test_an_address_outside_is_allowed(address):
     """
     Public addresses are connected to.
@@ -628,7 +644,11 @@ def test_private_addresses_are_refused_unless_allowed(root, server):
     """
     server.pages["/x"] = page(b"1")
     variable = "KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES"
-    refusing = [{"allow_private": None}, {"allow_private": False, "environ": {variable: "1"}}, {"allow_private": ["other.example"]}]
+    refusing = [
+        {"allow_private": None},
+        {"allow_private": False, "environ": {variable: "1"}},
+        {"allow_private": ["other.example"]},
+    ]
     allowing = [{"allow_private": None, "environ": {variable: "1"}}, {"allow_private": [HERE]}, {"allow_private": HERE}]
 
     for options in refusing:
@@ -636,7 +656,9 @@ def test_private_addresses_are_refused_unless_allowed(root, server):
             ensure(root, server.uri("x"), options=options)
     assert server.asked == []
 
-    assert [ensure(root, server.uri("x"), force_download=True, options=options).status for options in allowing] == ["downloaded"] * 3
+    assert [ensure(root, server.uri("x"), force_download=True, options=options).status for options in allowing] == [
+        "downloaded"
+    ] * 3
 
 
 def test_a_variable_that_means_nothing_is_told():
@@ -648,7 +670,17 @@ def test_a_variable_that_means_nothing_is_told():
 
 
 @pytest.mark.parametrize(
-    "host", [ELSEWHERE, "[::ffff:127.0.0.2]", "0x7f000002", "2130706434", "0177.0.0.2", "127.2", "localhost", "169.254.169.254"]
+    "host",
+    [
+        ELSEWHERE,
+        "[::ffff:127.0.0.2]",
+        "0x7f000002",
+        "2130706434",
+        "0177.0.0.2",
+        "127.2",
+        "localhost",
+        "169.254.169.254",
+    ],
 )
 def test_a_redirect_inside_is_refused(root, server, other, host):
     """
@@ -716,7 +748,8 @@ def test_one_private_address_among_others_is_enough(monkeypatch):
 
 def test_behind_a_proxy_addresses_are_checked_and_names_left_to_it(root, server):
     """
-    The proxy is the user's own choice, wherever it is; a target inside is refused at every hop, if it is spelled as an address.
+    The proxy is the user's own choice, wherever it is; a target inside is refused at every hop, if it is spelled as an
+    address.
     """
     environ = {"http_proxy": server.endpoint}
     server.pages["http://models.example/x"] = Page(status=302, location="http://93.184.216.34/x")
@@ -729,7 +762,11 @@ def test_behind_a_proxy_addresses_are_checked_and_names_left_to_it(root, server)
         server.pages["http://models.example/y"] = Page(status=302, location=f"http://{host}/latest")
         with pytest.raises(PolicyError, match="is not public"):
             ensure(root, "http://models.example/y", options={"allow_private": False, "environ": environ})
-    assert {asked.path for asked in server.asked} == {"http://models.example/x", "http://93.184.216.34/x", "http://models.example/y"}
+    assert {asked.path for asked in server.asked} == {
+        "http://models.example/x",
+        "http://93.184.216.34/x",
+        "http://models.example/y",
+    }
 
 
 def test_tls_is_checked(root, authority):
@@ -819,7 +856,9 @@ def test_a_busy_range_is_asked_for_again(root, server):
     def stumble(asked: webserver.Asked) -> None:
         seen.append(asked)
         gets = [a for a in seen if a.method == "GET"]
-        server.pages["/weights.bin"] = Page(status=503, headers={"Retry-After": "0"}) if len(gets) == 2 and asked.method == "GET" else whole
+        server.pages["/weights.bin"] = (
+            Page(status=503, headers={"Retry-After": "0"}) if len(gets) == 2 and asked.method == "GET" else whole
+        )
 
     server.before = stumble
 
@@ -853,8 +892,14 @@ def test_an_archive_is_what_it_holds(root, server, name):
     model = ensure(root, uri)
 
     assert read_tree(model.path) == FILES
-    assert [(str(f.path), f.size_bytes, f.sha256) for f in model.record.files] == [(n, len(d), sha256(d)) for n, d in sorted(FILES.items())]
-    assert (model.size_bytes, model.files, model.bytes_fetched) == (sum(map(len, FILES.values())), 3, len(ARCHIVES[name]))
+    assert [(str(f.path), f.size_bytes, f.sha256) for f in model.record.files] == [
+        (n, len(d), sha256(d)) for n, d in sorted(FILES.items())
+    ]
+    assert (model.size_bytes, model.files, model.bytes_fetched) == (
+        sum(map(len, FILES.values())),
+        3,
+        len(ARCHIVES[name]),
+    )
     assert ModelStore(root).verify(uri, level="full").ok
     assert ModelStore(root).get(uri).path == model.path
 
@@ -891,7 +936,9 @@ def test_an_archive_can_be_kept(root, server):
     """
     server.pages["/model.zip"] = page(ARCHIVES["model.zip"])
 
-    assert read_tree(ensure(root, server.uri("model.zip"), options={"unpack": False}).path) == {"model.zip": ARCHIVES["model.zip"]}
+    assert read_tree(ensure(root, server.uri("model.zip"), options={"unpack": False}).path) == {
+        "model.zip": ARCHIVES["model.zip"]
+    }
 
 
 @pytest.mark.parametrize("name", ["model.zip", "model.tar"])
@@ -901,7 +948,9 @@ def test_patterns_are_for_what_an_archive_holds(root, server, name):
     """
     server.pages[f"/{name}"] = page(ARCHIVES[name])
 
-    assert read_tree(ensure(root, server.uri(name), allow_patterns="*.json").path) == {"config.json": FILES["config.json"]}
+    assert read_tree(ensure(root, server.uri(name), allow_patterns="*.json").path) == {
+        "config.json": FILES["config.json"]
+    }
     with pytest.raises(SourceNotFoundError, match="the archive holds no file"):
         ensure(root, server.uri(name), allow_patterns="*.onnx")
     assert len(generations(root)) == 1
@@ -913,7 +962,9 @@ def test_without_hashing_an_archive_is_unpacked_too(root, server):
     """
     server.pages["/model.zip"] = page(ARCHIVES["model.zip"])
 
-    with_none = ModelStore(root, mode="rw", digest="none", backends={"http": HTTPBackend}, storage_options={"allow_private": True})
+    with_none = ModelStore(
+        root, mode="rw", digest="none", backends={"http": HTTPBackend}, storage_options={"allow_private": True}
+    )
     model = with_none.ensure(server.uri("model.zip"), progress=False)
 
     assert read_tree(model.path) == FILES
@@ -931,21 +982,34 @@ def link() -> bytes:
 
 
 HOSTILE = {
-    "climbing.zip": (zipped({"fine": b"1", "../../../../escaped": b"2"}), UnsafePathError, "climbing.zip: ../../../../escaped"),
-    "climbing.tar": (tar({"fine": b"1", "../../../../escaped": b"2"}), UnsafePathError, "climbing.tar: ../../../../escaped"),
+    "climbing.zip": (
+        zipped({"fine": b"1", "../../../../escaped": b"2"}),
+        UnsafePathError,
+        "climbing.zip: ../../../../escaped",
+    ),
+    "climbing.tar": (
+        tar({"fine": b"1", "../../../../escaped": b"2"}),
+        UnsafePathError,
+        "climbing.tar: ../../../../escaped",
+    ),
     "link.tar": (link(), UnsafePathError, "link.tar: escape"),
     "twins.tar.gz": (gzip.compress(tar({"fine": b"1", "FINE": b"2"})), UnsafePathError, "twins.tar.gz: FINE"),
     "bomb.gz": (gzip.compress(bytes(60_000_000)), PolicyError, "bomb.gz"),
     "bomb.zip": (zipped({"zeros": bytes(60_000_000)}), PolicyError, "bomb.zip"),
     "cut.tar.gz": (gzip.compress(tar(FILES))[:-100], DigestMismatchError, "cut.tar.gz"),
-    "crc.zip": (ARCHIVES["model.zip"].replace(FILES["weights/a.bin"][1000:1010], bytes(10)), DigestMismatchError, "crc.zip: weights/a.bin"),
+    "crc.zip": (
+        ARCHIVES["model.zip"].replace(FILES["weights/a.bin"][1000:1010], bytes(10)),
+        DigestMismatchError,
+        "crc.zip: weights/a.bin",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_archive_leaves_nothing(tmp_path, root, server, name):
     """
-    The error names archive and member; nothing is published, written outside, or left behind, and the next call fetches anew.
+    The error names archive and member; nothing is published, written outside, or left behind, and the next call fetches
+    anew.
     """
     data, kind, named = HOSTILE[name]
     server.pages[f"/{name}"] = page(data)
@@ -967,7 +1031,8 @@ def test_a_hostile_archive_leaves_nothing(tmp_path, root, server, name):
 
 def test_an_archive_that_does_not_fit_is_told(root, server, monkeypatch):
     """
-    When what an archive holds does not fit, the error has the bytes that are needed and those that are free, and all goes.
+    When what an archive holds does not fit, the error has the bytes that are needed and those that are free, and all
+    goes.
     """
     server.pages["/model.zip"] = page(zipped({"zeros": bytes(5_000_000)}))
     monkeypatch.setattr(VolumeWriter, "free_bytes", lambda self: 1_000_000)
@@ -1014,7 +1079,9 @@ def test_unpacking_needs_little_memory(root, server):
     An archive of 40 MB is unpacked piece by piece.
     """
     noise = random.Random(9).randbytes(1_000_000)
-    server.pages["/model.tar.gz"] = page(gzip.compress(tar({f"{number}.bin": noise * 10 for number in range(4)}), compresslevel=1))
+    server.pages["/model.tar.gz"] = page(
+        gzip.compress(tar({f"{number}.bin": noise * 10 for number in range(4)}), compresslevel=1)
+    )
     uri = server.uri("model.tar.gz")
     ready = store(root)
     ready.resolve(uri)
@@ -1063,7 +1130,10 @@ def test_many_ask_and_one_fetches(root, server):
     """
     server.pages["/model.zip"] = page(ARCHIVES["model.zip"])
     shared, found = store(root), []
-    threads = [threading.Thread(target=lambda: found.append(shared.ensure(server.uri("model.zip"), progress=False))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(shared.ensure(server.uri("model.zip"), progress=False)))
+        for _ in range(4)
+    ]
 
     for thread in threads:
         thread.start()

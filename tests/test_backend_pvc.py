@@ -8,7 +8,7 @@ import pytest
 from trees import model_files, read_tree, write_files
 
 from kserve_pvc import InvalidURIError, ModelStore, SettingsError, SourceNotFoundError, UnsafePathError
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.pvc import CLAIMS, PvcBackend
 
 FILES = model_files(seed=3)
@@ -53,7 +53,9 @@ def test_a_claim_that_nobody_named_is_refused_with_the_known_ones(claim, uri):
     """
     Nothing is guessed about where a claim may be mounted.
     """
-    with pytest.raises(InvalidURIError, match="is not mounted here; known are `models`; name others in `KSERVE_PVC_CLAIMS`"):
+    with pytest.raises(
+        InvalidURIError, match="is not mounted here; known are `models`; name others in `KSERVE_PVC_CLAIMS`"
+    ):
         PvcBackend({"claims": {"models": claim}}).resolve(parse_ref(uri))
 
 

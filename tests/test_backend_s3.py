@@ -23,7 +23,7 @@ from kserve_pvc import (
     SourceNotFoundError,
     SourceUnavailableError,
 )
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.s3 import S3Backend
 
 BUCKET = "models"
@@ -187,7 +187,18 @@ def test_more_objects_than_one_page_are_all_listed(backend, upload, client):
     assert found.size_bytes == sum(len(str(number)) for number in range(1100))
 
 
-ODD = ["a b", "a+b", "100%25", "a&b=c;d,e", "x?y#z", ".hidden/.x", "caf\u00e9", "\u65e5\u672c/\U0001f984", "(1) [2] {3}~!@$'", "-dash"]
+ODD = [
+    "a b",
+    "a+b",
+    "100%25",
+    "a&b=c;d,e",
+    "x?y#z",
+    ".hidden/.x",
+    "caf\u00e9",
+    "\u65e5\u672c/\U0001f984",
+    "(1) [2] {3}~!@$'",
+    "-dash",
+]
 
 
 def test_odd_names_arrive_unchanged(root, s3, upload):
@@ -216,7 +227,8 @@ def test_a_uri_is_taken_as_it_is_spelled(root, s3, upload, name):
 
 def test_what_a_server_lists_outside_the_prefix_is_no_part_of_the_model(backend, upload):
     """
-    A listing that answers another prefix than was asked for, as this server does after `//`, brings no file under a foreign name.
+    A listing that answers another prefix than was asked for, as this server does after `//`, brings no file under a
+    foreign name.
     """
     _, key = bucket_and_key(upload({"x": b"x"}))
 
@@ -259,7 +271,9 @@ def test_a_file_is_read_in_parts(root, s3, proxy, upload):
     ModelStore(root, mode="rw", part_bytes=PART_BYTES, **s3).ensure(uri, progress=False)
 
     asked = [r.range for r in proxy.requests if r.method == "GET" and r.path.endswith("a.bin")]
-    assert sorted(asked) == sorted(f"bytes={start}-{min(start + PART_BYTES, 700_000) - 1}" for start in range(0, 700_000, PART_BYTES))
+    assert sorted(asked) == sorted(
+        f"bytes={start}-{min(start + PART_BYTES, 700_000) - 1}" for start in range(0, 700_000, PART_BYTES)
+    )
     assert proxy.body_bytes() == sum(map(len, FILES.values()))
 
 
@@ -287,7 +301,11 @@ def test_an_object_that_changes_is_never_mixed(root, s3, origin, client, upload,
         else:
             client.delete_object(Bucket=bucket, Key=key)
 
-    events = {"after_resolve": act} if moment == "after the listing" else {"before_range": lambda number, file: number == 2 and act()}
+    events = (
+        {"after_resolve": act}
+        if moment == "after the listing"
+        else {"before_range": lambda number, file: number == 2 and act()}
+    )
     store = interfered(root, s3, **events)
 
     with pytest.raises(SourceChangedError, match="call again once the upload is over") as caught:
@@ -295,7 +313,11 @@ def test_an_object_that_changes_is_never_mixed(root, s3, origin, client, upload,
 
     assert caught.value.path == "weights/a.bin"
     assert uri not in store
-    expected = {**FILES, "weights/a.bin": newer} if change == "replaced" else {k: v for k, v in FILES.items() if k != "weights/a.bin"}
+    expected = (
+        {**FILES, "weights/a.bin": newer}
+        if change == "replaced"
+        else {k: v for k, v in FILES.items() if k != "weights/a.bin"}
+    )
     assert read_tree(ModelStore(root, mode="rw", **s3).ensure(uri, progress=False).path) == expected
 
 
@@ -306,7 +328,10 @@ def versions(origin, client):
     """
     origin.make_bucket("versioned")
     client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
-    put = [(data, client.put_object(Bucket="versioned", Key="m/weights.bin", Body=data)["VersionId"]) for data in (b"first", b"second!")]
+    put = [
+        (data, client.put_object(Bucket="versioned", Key="m/weights.bin", Body=data)["VersionId"])
+        for data in (b"first", b"second!")
+    ]
     return "s3://versioned/m/weights.bin", put
 
 
@@ -367,7 +392,8 @@ def test_a_connection_that_is_cut_goes_on_where_it_was(root, origin, upload):
 
     assert read_tree(model.path) == {"weights.bin": data}
     assert (retried[0], len(retried), retried == sorted(set(retried))) == (3_000_000, 3, True)
-    # What was on its way into the buffer of 1 MiB when a connection was cut is lost, and what the client had not read yet.
+    # What was on its way into the buffer of 1 MiB when a connection was cut is lost, and what the client had not read
+    # yet.
     assert sent - len(data) <= 3 * (1024 + 256) * 1024
     assert model.bytes_fetched == len(data)
 

@@ -17,7 +17,7 @@ from sources import FakeBackend
 from trees import read_tree
 
 from kserve_pvc import ModelStore, UnknownSchemeError, backends
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends import GROUP, make_backend
 from kserve_pvc.backends.file import FileBackend
 
@@ -99,12 +99,16 @@ def test_what_is_known_without_the_metadata_is_what_the_metadata_says():
     """
     The table that saves reading all metadata names the entry points of this distribution, no more and no less.
     """
-    registered = {p.name: tuple(p.value.split(":")) for p in metadata.entry_points(group=GROUP) if p.dist.name == "kserve-pvc"}
+    registered = {
+        p.name: tuple(p.value.split(":")) for p in metadata.entry_points(group=GROUP) if p.dist.name == "kserve-pvc"
+    }
 
     assert registered == backends._BUILT_IN
 
 
-@pytest.mark.parametrize(("name", "expected"), [("kserve_pvc-9.dist-info", False), ("other-1.dist-info", True), ("o.egg-info", True)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("kserve_pvc-9.dist-info", False), ("other-1.dist-info", True), ("o.egg-info", True)]
+)
 def test_distributions_with_plugins_are_noticed(tmp_path, monkeypatch, name, expected):
     """
     Any distribution but ours that mentions the group makes the metadata worth reading; one that is packed may.
@@ -172,7 +176,9 @@ sys.meta_path.insert(0, Blocker())
 """
     said = shell.python(script + FIND, "s3")
 
-    assert said.startswith("UnknownSchemeError: no usable back end for `s3://`; install it with `pip install 'kserve-pvc[s3]'`")
+    assert said.startswith(
+        "UnknownSchemeError: no usable back end for `s3://`; install it with `pip install 'kserve-pvc[s3]'`"
+    )
     assert "No module named 's3fs'" in said
 
 
@@ -225,7 +231,10 @@ def test_one_distribution_that_is_found_twice_is_one(site, tmp_path):
     [
         ("import not_installed_sdk", "ModuleNotFoundError: No module named 'not_installed_sdk'"),
         ("raise ImportError('libfoo.so is missing')", "ImportError: libfoo.so is missing"),
-        ("def Backend(options):\n    import not_installed_sdk", "ModuleNotFoundError: No module named 'not_installed_sdk'"),
+        (
+            "def Backend(options):\n    import not_installed_sdk",
+            "ModuleNotFoundError: No module named 'not_installed_sdk'",
+        ),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("raise SystemExit(7)", "SystemExit: 7"),
         ("class Odd(BaseException): pass\nraise Odd('odd')", "Odd: odd"),
@@ -239,14 +248,19 @@ def test_a_plugin_that_cannot_be_loaded_says_why(site, module, reason):
     """
     place = site("other-store", "other = other_store:Backend", {"other_store": module})
 
-    assert f"UnknownSchemeError: no usable back end for `other://`; its plug-in cannot be loaded: {reason}" in find(place, "other").stdout
+    assert (
+        f"UnknownSchemeError: no usable back end for `other://`; its plug-in cannot be loaded: {reason}"
+        in find(place, "other").stdout
+    )
 
 
 def test_an_interrupt_while_a_plugin_is_imported_is_one(site, monkeypatch):
     """
     Who interrupts a program that imports a plug-in is heard.
     """
-    monkeypatch.syspath_prepend(site("other-store", "other = interrupted_store:Backend", {"interrupted_store": "raise KeyboardInterrupt"}))
+    monkeypatch.syspath_prepend(
+        site("other-store", "other = interrupted_store:Backend", {"interrupted_store": "raise KeyboardInterrupt"})
+    )
     out = sys.stdout
 
     with pytest.raises(KeyboardInterrupt):
@@ -260,7 +274,7 @@ LOUD = """
 import io
 from contextlib import contextmanager
 
-from kserve_pvc import FileEntry, RemoteFile, resolved
+from kserve_pvc import FileEntry, RemoteFile, order_listing
 
 print("welcome to the other store")
 
@@ -271,7 +285,7 @@ class Backend:
 
     def resolve(self, ref):
         entry = FileEntry(path="config.json", size_bytes=2, token="1")
-        return resolved(ref, [RemoteFile(entry=entry, address="", pin={})])
+        return order_listing(ref, [RemoteFile(entry=entry, address="", pin={})])
 
     @contextmanager
     def open_range(self, file, start, stop):
@@ -279,7 +293,9 @@ class Backend:
 """
 
 
-@pytest.mark.parametrize("module", [LOUD, "print('welcome to the other store')\nraise SystemExit(0)"], ids=["served", "exit"])
+@pytest.mark.parametrize(
+    "module", [LOUD, "print('welcome to the other store')\nraise SystemExit(0)"], ids=["served", "exit"]
+)
 @pytest.mark.parametrize("as_json", [True, False], ids=["json", "plain"])
 def test_what_a_plugin_prints_is_not_taken_for_the_answer(site, root, module, as_json):
     """
@@ -287,7 +303,16 @@ def test_what_a_plugin_prints_is_not_taken_for_the_answer(site, root, module, as
     """
     place = site("other-store", "other = other_store:Backend", {"other_store": module})
     # An isolated interpreter would not look where the plug-in is.
-    command = [sys.executable, "-m", "kserve_pvc", "--store", str(root), "ensure", "other://model", *(["--json"] if as_json else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "kserve_pvc",
+        "--store",
+        str(root),
+        "ensure",
+        "other://model",
+        *(["--json"] if as_json else []),
+    ]
 
     result = shell.run(command, env={"PYTHONPATH": str(place), "PYTHONSAFEPATH": "1"})
 
@@ -297,7 +322,9 @@ def test_what_a_plugin_prints_is_not_taken_for_the_answer(site, root, module, as
         said = shell.document(result)
         assert said["status"] == "downloaded" if is_served else said["error"]["type"] == "UnknownSchemeError"
     else:
-        assert [read_tree(Path(line)) for line in result.stdout.splitlines()] == ([{"config.json": b"{}"}] if is_served else [])
+        assert [read_tree(Path(line)) for line in result.stdout.splitlines()] == (
+            [{"config.json": b"{}"}] if is_served else []
+        )
 
 
 def test_plugins_that_are_loaded_at_once_leave_stdout_as_it_was(site, monkeypatch):
@@ -371,7 +398,9 @@ def test_files_and_hits_load_no_sdk(root, source):
     """
     Copying files and returning an S3 model that is present import neither s3fs nor what it stands on.
     """
-    ModelStore(root, mode="rw", backends={"s3": FakeBackend({"a": b"a"}).factory}).ensure("s3://bucket/model", progress=False)
+    ModelStore(root, mode="rw", backends={"s3": FakeBackend({"a": b"a"}).factory}).ensure(
+        "s3://bucket/model", progress=False
+    )
 
     said = shell.python(LAZY, str(root), f"file://{source}", "s3://bucket/model")
 

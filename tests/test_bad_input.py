@@ -86,9 +86,10 @@ class Scene:
 @pytest.fixture
 def scene(root, tmp_path, monkeypatch):
     """
-    A store with something to lose, whose leases are short and whose readers do not pause before they call a record damaged.
+    A store with something to lose, whose leases are short and whose readers do not pause before they call a record
+    damaged.
     """
-    monkeypatch.setattr("kserve_pvc._log._REREAD_PAUSE", 0)
+    monkeypatch.setattr("kserve_pvc._keys.log._REREAD_PAUSE", 0)
     ModelStore(root, mode="rw", lease_seconds=LEASE_SECONDS)
     return Scene(root, tmp_path)
 
@@ -100,14 +101,39 @@ def closed_port() -> int:
 
 
 SOURCE_ERRORS = {
-    "missing bucket": ("s3://no-such-bucket-here/model", {}, SourceNotFoundError, ["bucket does not exist", "check bucket, path"]),
-    "missing key": (f"s3://{BUCKET}/no/such/model", {}, SourceNotFoundError, ["no file is there", "check bucket, path"]),
+    "missing bucket": (
+        "s3://no-such-bucket-here/model",
+        {},
+        SourceNotFoundError,
+        ["bucket does not exist", "check bucket, path"],
+    ),
+    "missing key": (
+        f"s3://{BUCKET}/no/such/model",
+        {},
+        SourceNotFoundError,
+        ["no file is there", "check bucket, path"],
+    ),
     "missing key with a slash": (f"s3://{BUCKET}/no/such/", {}, SourceNotFoundError, ["no file is there"]),
-    "no rights": (f"s3://{BUCKET}/m", {"key": "nokey", "secret": "nosecret"}, SourceDeniedError, ["denied", "check the credentials"]),
+    "no rights": (
+        f"s3://{BUCKET}/m",
+        {"key": "nokey", "secret": "nosecret"},
+        SourceDeniedError,
+        ["denied", "check the credentials"],
+    ),
     "wrong secret": (f"s3://{BUCKET}/m", {"secret": CANARY}, SourceDeniedError, ["signature", "check the credentials"]),
-    "unknown key": (f"s3://{BUCKET}/m", {"key": CANARY}, SourceDeniedError, ["does not exist", "check the credentials"]),
+    "unknown key": (
+        f"s3://{BUCKET}/m",
+        {"key": CANARY},
+        SourceDeniedError,
+        ["does not exist", "check the credentials"],
+    ),
     "unknown token": (f"s3://{BUCKET}/m", {"token": CANARY}, SourceDeniedError, ["check the credentials"]),
-    "anonymous": (f"s3://{BUCKET}/m", {"anon": True, "key": None, "secret": None}, SourceDeniedError, ["check the credentials"]),
+    "anonymous": (
+        f"s3://{BUCKET}/m",
+        {"anon": True, "key": None, "secret": None},
+        SourceDeniedError,
+        ["check the credentials"],
+    ),
 }
 
 
@@ -302,7 +328,16 @@ def test_names_that_mean_something_to_the_store_are_only_names(scene):
     """
     A model may hold files that are called like the store's own, and like those of others; they lie in its directory.
     """
-    names = [f"{META}/store.json", "models/x", "names/x", "record", "log/000000000001.commit", ".nfs123", "CON", "store.json"]
+    names = [
+        f"{META}/store.json",
+        "models/x",
+        "names/x",
+        "record",
+        "log/000000000001.commit",
+        ".nfs123",
+        "CON",
+        "store.json",
+    ]
     fake = FakeBackend(dict.fromkeys(names, b"x"))
     before = scene.state()
 
@@ -319,7 +354,9 @@ def test_a_source_that_lies_about_a_digest_publishes_nothing(scene):
     """
     fake = FakeBackend({"a": b"right"}, sent={"a": b"wrong"}, sha256={"a": "0" * 64})
 
-    with pytest.raises(DigestMismatchError, match=r"`a` should be `sha256:0{64}` but is `sha256:[0-9a-f]{64}`; nothing was published"):
+    with pytest.raises(
+        DigestMismatchError, match=r"`a` should be `sha256:0{64}` but is `sha256:[0-9a-f]{64}`; nothing was published"
+    ):
         scene.writer(backends={"fake": fake.factory}).ensure("fake://anywhere/model", progress=False)
 
     assert [m.uri for m in ModelStore(scene.root).list()] == [scene.uri]
@@ -329,7 +366,7 @@ def test_a_source_that_ends_early_publishes_nothing(scene, monkeypatch):
     """
     An answer that is shorter than announced is asked for again, and in the end an error.
     """
-    monkeypatch.setattr("kserve_pvc._transfer.delays", lambda random: iter([0.0, 0.0]))
+    monkeypatch.setattr("kserve_pvc._download.pieces.delays", lambda random: iter([0.0, 0.0]))
     fake = FakeBackend({"a": b"announced"}, sent={"a": b"ann"})
 
     with pytest.raises(SourceUnavailableError, match="ended 6 bytes early"):
@@ -572,7 +609,9 @@ SETTINGS_FORGERIES = {
     "newer": lambda path, good: path.write_text(json.dumps({**json.loads(good), "format": 2})),
     "no format": lambda path, good: path.write_text(json.dumps({**json.loads(good), "format": None})),
     "true format": lambda path, good: path.write_text(json.dumps({**json.loads(good), "format": True})),
-    "endless lease": lambda path, good: path.write_text(json.dumps({**json.loads(good), "lease_seconds": 1}).replace(": 1,", ": 1e999,")),
+    "endless lease": lambda path, good: path.write_text(
+        json.dumps({**json.loads(good), "lease_seconds": 1}).replace(": 1,", ": 1e999,")
+    ),
     "no lease": lambda path, good: path.write_text(json.dumps({**json.loads(good), "lease_seconds": 0})),
     "lease of text": lambda path, good: path.write_text(json.dumps({**json.loads(good), "lease_seconds": "30"})),
     "extra field": lambda path, good: path.write_text(json.dumps({**json.loads(good), "surprise": 1})),
@@ -609,7 +648,9 @@ def test_a_locker_of_a_newer_version_closes_the_store_to_writers(scene):
     path.write_text(json.dumps({**json.loads(path.read_bytes()), "locker": "zookeeper://host"}))
     before = listing(scene.place)
 
-    with pytest.raises(StoreFormatError, match="this version does not have the locker `zookeeper://host`; upgrade kserve_pvc"):
+    with pytest.raises(
+        StoreFormatError, match="this version does not have the locker `zookeeper://host`; upgrade kserve_pvc"
+    ):
         scene.writer()
 
     assert listing(scene.place) == before
@@ -710,7 +751,8 @@ def test_a_record_that_speaks_of_another_source_is_damage(scene):
 @pytest.mark.parametrize("place", ["log/999999999999.commit", "claims/999999999999"])
 def test_a_number_that_no_writer_makes_is_named(scene, place):
     """
-    A forged number after which there is none is a typed error with the remedy, and the model is fetched once it is gone.
+    A forged number after which there is none is a typed error with the remedy, and the model is fetched once it is
+    gone.
     """
     path = scene.log.parent / place
     path.mkdir()
@@ -884,7 +926,7 @@ def impatient(monkeypatch):
     """
     A source that fails is not asked again.
     """
-    monkeypatch.setattr("kserve_pvc._transfer.delays", lambda random: iter(()))
+    monkeypatch.setattr("kserve_pvc._download.pieces.delays", lambda random: iter(()))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -967,12 +1009,20 @@ def notes_of(volume: Path, generation: Path) -> list[bytes]:
     """
     manifest = json.loads((volume / META / "manifests" / f"{generation.name}.json").read_bytes())
     return [
-        signed({"format": 1, "path": f["path"], "token": f["token"], "stop": f["size_bytes"], "sha256": f["sha256"]}) + b"\n"
+        signed({"format": 1, "path": f["path"], "token": f["token"], "stop": f["size_bytes"], "sha256": f["sha256"]})
+        + b"\n"
         for f in manifest["files"]
     ]
 
 
-PLANTED = [META, f"{META}/manifests", f"{META}/trash", f"{META}/keys/{{key}}", f"{META}/keys/{{key}}/log", f"{META}/keys/{{key}}/slots"]
+PLANTED = [
+    META,
+    f"{META}/manifests",
+    f"{META}/trash",
+    f"{META}/keys/{{key}}",
+    f"{META}/keys/{{key}}/log",
+    f"{META}/keys/{{key}}/slots",
+]
 
 
 @pytest.mark.parametrize("place", PLANTED)

@@ -1,5 +1,6 @@
 """
-What the benchmark says of the goals: each has its line, worked out from what was measured, or it is told that nothing was.
+What the benchmark says of the goals: each has its line, worked out from what was measured, or it is told that nothing
+was.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def test_best_peer_names_those_that_took_no_part(tmp_path):
     """
     lines = _goals(tmp_path, series=[_series("w3", {"ours": [1.0], "s5cmd": [2.0]})])
 
-    assert next(line for line in lines if line.startswith("w3")).endswith("reached (best: s5cmd; without rclone, obstore)")
+    assert next(line for line in lines if line.startswith("w3")).endswith(
+        "reached (best: s5cmd; without rclone, obstore)"
+    )
 
 
 def test_scenario_that_failed_is_not_measured(tmp_path):
@@ -69,7 +72,9 @@ def test_scenario_that_failed_is_not_measured(tmp_path):
     """
     facts = {"workload": "w7", "variant": "plain", "destination": "tmpfs", "origin": "nginx"}
     values = {"sent twice per stream, MiB": [1.0], "part, MiB": [64.0]}
-    lines = _goals(tmp_path, facts=[{**facts, "values": values, "failure": "the download ended before it could be killed"}])
+    lines = _goals(
+        tmp_path, facts=[{**facts, "values": values, "failure": "the download ended before it could be killed"}]
+    )
 
     verdict = next(line for line in lines if line.startswith("w7"))
     assert verdict.endswith("not measured (the download ended before it could be killed)")
@@ -86,7 +91,9 @@ def test_memory_is_judged_by_the_hungriest_model(tmp_path):
     assert " ".join(verdict.split()).endswith("80 MiB 64 MiB 1 NOT reached (the most of 2: w2 plain)")
 
 
-def _goals(directory: Path, *, series: Sequence[Mapping[str, Any]] = (), facts: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+def _goals(
+    directory: Path, *, series: Sequence[Mapping[str, Any]] = (), facts: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
     """The lines that `bench --show` prints about goals."""
     document = {"machine": {}, "versions": {}, "quick": False, "bars": [], "series": series, "facts": facts}
     (directory / "results.json").write_text(json.dumps(document))

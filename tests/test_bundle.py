@@ -38,7 +38,7 @@ from kserve_pvc import (
     UnsafePathError,
     VolumeError,
 )
-from kserve_pvc._bundle import _header, _padding
+from kserve_pvc._archive.bundle_bytes import _padding, tar_header
 
 MIB = 1024 * 1024
 URI = "fake://host/model"
@@ -129,12 +129,12 @@ def forged(path: Path, body: dict, files=FILES) -> Path:
     An archive that is a bundle in every respect but what its manifest says.
     """
     data = signed({name: value for name, value in body.items() if value is not ABSENT})
-    pieces = [_header(MANIFEST, len(data)), data, _padding(len(data))]
+    pieces = [tar_header(MANIFEST, len(data)), data, _padding(len(data))]
     for entry in body["files"] if isinstance(body.get("files"), list) else ():
         content = files.get(entry["path"], b"")
-        pieces += [_header(f"model/{entry['path']}", len(content)), content, _padding(len(content))]
+        pieces += [tar_header(f"model/{entry['path']}", len(content)), content, _padding(len(content))]
     end = hashlib.sha256(data).hexdigest().encode() + b"\n"
-    path.write_bytes(b"".join([*pieces, _header(END, len(end)), end, _padding(len(end)), bytes(1024)]))
+    path.write_bytes(b"".join([*pieces, tar_header(END, len(end)), end, _padding(len(end)), bytes(1024)]))
     return path
 
 
@@ -218,7 +218,9 @@ def test_a_bundle_is_a_plain_archive(bundle, tool, tmp_path):
     """
     `tar` lists and unpacks it; nothing in it says who wrote it or when, and its last member is the digest of its first.
     """
-    listed = subprocess.run([tool("tar"), "--quoting-style=literal", "-tf", bundle], check=True, capture_output=True, text=True)
+    listed = subprocess.run(
+        [tool("tar"), "--quoting-style=literal", "-tf", bundle], check=True, capture_output=True, text=True
+    )
     subprocess.run([tool("tar"), "--extract", "--directory", tmp_path, "--file", bundle, "model"], check=True)
     with tarfile.open(bundle) as archive:
         members = archive.getmembers()
@@ -226,7 +228,9 @@ def test_a_bundle_is_a_plain_archive(bundle, tool, tmp_path):
     names = [f"model/{name}" for name in sorted(FILES, key=lambda name: name.replace("/", "\0"))]
     assert listed.stdout.splitlines() == [m.name for m in members] == [MANIFEST, *names, END]
     assert listed.stderr == ""
-    assert {(m.type, m.mode, m.uid, m.gid, m.uname, m.gname, m.mtime) for m in members} == {(tarfile.REGTYPE, 0o444, 0, 0, "", "", 0)}
+    assert {(m.type, m.mode, m.uid, m.gid, m.uname, m.gname, m.mtime) for m in members} == {
+        (tarfile.REGTYPE, 0o444, 0, 0, "", "", 0)
+    }
     assert read_tree(tmp_path / "model") == FILES
     assert _content(bundle, END).decode() == hashlib.sha256(_content(bundle, MANIFEST)).hexdigest() + "\n"
 
@@ -240,21 +244,25 @@ def test_a_bundle_of_plain_names_is_what_the_standard_library_packs(root, tmp_pa
 
     names = sorted(files, key=lambda name: name.replace("/", "\0"))
     own = {name: _content(tmp_path / "m.tar", name) for name in (MANIFEST, END)}
-    packed = pack(tmp_path / "p.tar", {MANIFEST: own[MANIFEST], **{f"model/{n}": files[n] for n in names}, END: own[END]})
+    packed = pack(
+        tmp_path / "p.tar", {MANIFEST: own[MANIFEST], **{f"model/{n}": files[n] for n in names}, END: own[END]}
+    )
 
     assert (tmp_path / "m.tar").read_bytes() == packed.read_bytes()
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    name=st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=300).map(lambda text: text.replace("/", "") or "x"),
+    name=st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=300).map(
+        lambda text: text.replace("/", "") or "x"
+    ),
     size=st.one_of(st.integers(0, 2000), st.integers(8**11 - 2, 8**11 + 2), st.integers(0, 2**62)),
 )
 def test_every_name_and_size_can_be_written_down(name, size):
     """
     What the standard library reads from a header is the name and the size it was made of.
     """
-    with tarfile.open(fileobj=io.BytesIO(_header(name, size) + bytes(1024))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(tar_header(name, size) + bytes(1024))) as archive:
         member = archive.next()
 
     assert (member.name, member.size, member.isreg()) == (name, size, True)
@@ -267,11 +275,13 @@ def test_a_member_of_more_than_eight_gibibytes_is_read_by_tar(tmp_path, tool):
     size = 9 * 1024 * MIB + 5
     archive = tmp_path / "m.tar"
     with archive.open("wb") as file:
-        file.write(_header("model/large", size))
+        file.write(tar_header("model/large", size))
         file.seek(size + len(_padding(size)), os.SEEK_CUR)
-        file.write(_header("model/small", 0) + bytes(1024))
+        file.write(tar_header("model/small", 0) + bytes(1024))
 
-    listed = subprocess.run([tool("tar"), "-tvf", archive], check=True, capture_output=True, text=True).stdout.splitlines()
+    listed = subprocess.run(
+        [tool("tar"), "-tvf", archive], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
 
     assert [line.split()[2::3] for line in listed] == [[str(size), "model/large"], ["0", "model/small"]]
 
@@ -342,7 +352,9 @@ LEFT = {
     "half and a hole": lambda good: good[: len(good) // 2] + bytes(len(good) // 3),
     "a hole and the rest": lambda good: bytes(len(good) // 2) + good[len(good) // 2 :],
     "a byte of a file changed": lambda good: good[:300_000] + bytes([good[300_000] ^ 1]) + good[300_001:],
-    "a byte of the beginning of a file changed": lambda good: good[:300_000] + bytes([good[300_000] ^ 1]) + good[300_001:400_000],
+    "a byte of the beginning of a file changed": lambda good: (
+        good[:300_000] + bytes([good[300_000] ^ 1]) + good[300_001:400_000]
+    ),
     "noise": lambda good: random.Random(1).randbytes(len(good) + 1000),
 }
 
@@ -406,7 +418,7 @@ def test_what_a_third_export_has_begun_is_not_taken_for_whole(tmp_path):
     """
     An export whose file was named by another one does not give that name to what lies under the private name since.
     """
-    from kserve_pvc._bundle import _give_name
+    from kserve_pvc._archive.export import _give_name
 
     partial, named = tmp_path / "m.tar.partial", tmp_path / "m.tar"
     partial.write_bytes(b"whole")
@@ -421,7 +433,8 @@ def test_what_a_third_export_has_begun_is_not_taken_for_whole(tmp_path):
 
 # Writing 27 MiB of files, in pieces of 1 MiB, and what makes it durable and gives it its name.
 @pytest.mark.parametrize(
-    ("call", "number"), [("pwrite64", n) for n in (1, 2, 3, 9, 14, 25, 32)] + [("fsync", 1), ("fsync", 2), ("rename", 1), ("ftruncate", 1)]
+    ("call", "number"),
+    [("pwrite64", n) for n in (1, 2, 3, 9, 14, 25, 32)] + [("fsync", 1), ("fsync", 2), ("rename", 1), ("ftruncate", 1)],
 )
 def test_an_export_that_is_killed_goes_on_where_it_was(large, tool, tmp_path, call, number):
     """
@@ -432,7 +445,17 @@ def test_an_export_that_is_killed_goes_on_where_it_was(large, tool, tmp_path, ca
     file = tmp_path / "out" / "m.tar"
     file.parent.mkdir()
     command = [sys.executable, "-I", "-m", "kserve_pvc", "--store", str(root), "export", uri, str(file)]
-    kill = [tool("strace"), "-f", "-qq", "-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
+    kill = [
+        tool("strace"),
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        f"trace={call}",
+        "-e",
+        f"inject={call}:signal=SIGKILL:when={number}",
+    ]
 
     killed = subprocess.run([*kill, *command], capture_output=True, timeout=60, env=shell.clean_environ())
     left = sum(path.stat().st_size for path in file.parent.iterdir())
@@ -448,7 +471,9 @@ def test_an_export_that_is_killed_goes_on_where_it_was(large, tool, tmp_path, ca
 
 
 # The number counts for each thread; seven pieces of 1 MiB are more than half of a file.
-@pytest.mark.parametrize(("call", "number"), [("pwrite64", n) for n in (1, 2, 4, 7)] + [("linkat", 1), ("fsync", 2), ("fsync", 5)])
+@pytest.mark.parametrize(
+    ("call", "number"), [("pwrite64", n) for n in (1, 2, 4, 7)] + [("linkat", 1), ("fsync", 2), ("fsync", 5)]
+)
 def test_an_import_that_is_killed_goes_on_where_it_was(large, tool, tmp_path, call, number):
     """
     After SIGKILL at any step the model is absent or whole; the next import ends with the whole model.
@@ -458,7 +483,17 @@ def test_an_import_that_is_killed_goes_on_where_it_was(large, tool, tmp_path, ca
     place.mkdir()
     ModelStore(place, mode="rw", lease_seconds=1)
     command = [sys.executable, "-I", "-m", "kserve_pvc", "--store", str(place), "import", str(reference)]
-    kill = [tool("strace"), "-f", "-qq", "-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
+    kill = [
+        tool("strace"),
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        f"trace={call}",
+        "-e",
+        f"inject={call}:signal=SIGKILL:when={number}",
+    ]
 
     killed = subprocess.run([*kill, *command], capture_output=True, timeout=60, env=shell.clean_environ())
     store = ModelStore(place, mode="rw")
@@ -476,7 +511,7 @@ def test_an_import_takes_over_what_a_killed_one_left(large, isolated, monkeypatc
     """
     What was copied before is proven by its digest, and not read from the bundle again.
     """
-    from kserve_pvc import _bundle
+    from kserve_pvc._archive import bundle as _bundle
 
     reference = large[2]
     honest, opened = _bundle.Bundle.open_range, []
@@ -631,7 +666,14 @@ def test_a_bundle_is_not_written_where_it_does_harm(connected, root, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     before, store = listing(root), ModelStore(root)
 
-    for place in (root / "m.tar", connected.get(URI).path / "m.tar", tmp_path / "link" / "m.tar", tmp_path, tmp_path / "pipe", "/dev/null"):
+    for place in (
+        root / "m.tar",
+        connected.get(URI).path / "m.tar",
+        tmp_path / "link" / "m.tar",
+        tmp_path,
+        tmp_path / "pipe",
+        "/dev/null",
+    ):
         with pytest.raises(SettingsError):
             store.export(URI, place, progress=False)
     with pytest.raises(VolumeError):
@@ -700,7 +742,8 @@ def test_a_byte_changed_outside_of_the_files_is_refused(isolated, bundle, tmp_pa
 @pytest.mark.parametrize("name", ["config.json", "weights/a.bin", "weights/größe.bin"])
 def test_a_byte_of_a_file_changed_is_refused(isolated, bundle, tmp_path, name):
     """
-    What is not as its digest says is a `DigestMismatchError` that names the file; the good bundle is imported afterwards.
+    What is not as its digest says is a `DigestMismatchError` that names the file; the good bundle is imported
+    afterwards.
     """
     data = bytearray(good := bundle.read_bytes())
     data[good.index(FILES[name]) + len(FILES[name]) - 1] ^= 1
@@ -738,13 +781,17 @@ def linked(kind: bytes):
 PACKED = {
     "a member is missing": packed_anew(lambda m, _: m.pop("model/config.json") and None),
     "a member too many": packed_anew(lambda m, _: {**m, "model/extra": b"x"}),
-    "a member before the end too many": packed_anew(lambda m, _: {**{k: v for k, v in m.items() if k != END}, "x": b"", END: m[END]}),
+    "a member before the end too many": packed_anew(
+        lambda m, _: {**{k: v for k, v in m.items() if k != END}, "x": b"", END: m[END]}
+    ),
     "a member twice as long": packed_anew(lambda m, _: {**m, "model/weights/b.bin": m["model/weights/b.bin"] * 2}),
     "another order": packed_anew(lambda m, _: {MANIFEST: m[MANIFEST], **dict(reversed(m.items()))}),
     "the manifest is not first": packed_anew(lambda m, _: dict(sorted(m.items(), reverse=True))),
     "no end": packed_anew(lambda m, _: m.pop(END) and None),
     "the end of another": packed_anew(lambda m, _: {**m, END: b"0" * 64 + b"\n"}),
-    "a name that climbs": packed_anew(lambda m, _: {k.replace("model/config", "model/../../config"): v for k, v in m.items()}),
+    "a name that climbs": packed_anew(
+        lambda m, _: {k.replace("model/config", "model/../../config"): v for k, v in m.items()}
+    ),
     "an absolute name": packed_anew(lambda m, _: {k.replace("model/config", "/etc/config"): v for k, v in m.items()}),
     "a symbolic link": packed_anew(linked(tarfile.SYMTYPE)),
     "a hard link": packed_anew(linked(tarfile.LNKTYPE)),
@@ -754,8 +801,8 @@ PACKED = {
     "an empty archive": lambda bundle, target: target.write_bytes(bytes(10_240)),
     "something follows": lambda bundle, target: target.write_bytes(bundle.read_bytes() + bytes(512)),
     "two bundles": lambda bundle, target: target.write_bytes(bundle.read_bytes() * 2),
-    "a manifest without end": lambda bundle, target: target.write_bytes(_header(MANIFEST, 8**11 - 1) + bytes(1000)),
-    "a manifest of nothing": lambda bundle, target: target.write_bytes(_header(MANIFEST, 0) + bytes(1024)),
+    "a manifest without end": lambda bundle, target: target.write_bytes(tar_header(MANIFEST, 8**11 - 1) + bytes(1000)),
+    "a manifest of nothing": lambda bundle, target: target.write_bytes(tar_header(MANIFEST, 0) + bytes(1024)),
 }
 
 
@@ -780,7 +827,12 @@ def file(path: str, **changes) -> dict:
 
 
 def of_files(*files: dict, **changes):
-    return lambda body: {**body, "files": list(files), "size_bytes": sum(f.get("size_bytes", 0) for f in files), **changes}
+    return lambda body: {
+        **body,
+        "files": list(files),
+        "size_bytes": sum(f.get("size_bytes", 0) for f in files),
+        **changes,
+    }
 
 
 FORGED = {
@@ -846,7 +898,8 @@ def test_forging_as_such_is_not_what_is_refused(isolated, bundle, tmp_path):
 
 def test_a_manifest_in_another_spelling_is_refused(isolated, bundle, tmp_path):
     """
-    A manifest with a blank that changes neither its meaning nor its checksum would make another bundle of the same model.
+    A manifest with a blank that changes neither its meaning nor its checksum would make another bundle of the same
+    model.
     """
     size = int(bundle.read_bytes()[124:135], 8)
     good = bundle.read_bytes()[512 : 512 + size]
@@ -854,11 +907,11 @@ def test_a_manifest_in_another_spelling_is_refused(isolated, bundle, tmp_path):
     rest = bundle.read_bytes()[512 + size + len(_padding(size)) : -2048]
     end = hashlib.sha256(spelled).hexdigest().encode() + b"\n"
     pieces = [
-        _header(MANIFEST, len(spelled)),
+        tar_header(MANIFEST, len(spelled)),
         spelled,
         _padding(len(spelled)),
         rest,
-        _header(END, len(end)),
+        tar_header(END, len(end)),
         end,
         _padding(len(end)),
         bytes(1024),
@@ -877,7 +930,11 @@ def test_a_file_that_cannot_be_read_is_a_typed_error(isolated, bundle, tmp_path)
     """
     os.mkfifo(tmp_path / "pipe")
 
-    for place, error in ((tmp_path / "no.tar", SourceNotFoundError), (tmp_path, SettingsError), (tmp_path / "pipe", SettingsError)):
+    for place, error in (
+        (tmp_path / "no.tar", SourceNotFoundError),
+        (tmp_path, SettingsError),
+        (tmp_path / "pipe", SettingsError),
+    ):
         with pytest.raises(error):
             isolated.import_(place, progress=False)
     with pytest.raises(ReadOnlyStoreError):
@@ -890,7 +947,7 @@ def test_a_bundle_that_changes_while_it_is_read_is_noticed(isolated, bundle, mon
     """
     A bundle that shrinks or is written over after it was opened publishes nothing.
     """
-    from kserve_pvc import _bundle
+    from kserve_pvc._archive import bundle as _bundle
 
     honest, good = _bundle.Bundle.resolve, bundle.read_bytes()
 
@@ -919,7 +976,9 @@ def test_the_shell_exports_and_imports(root, connected, bundle, tmp_path):
 
     exported = shell.kserve_pvc(root, "--json", "export", URI, str(tmp_path / "m.tar"))
     with piped.open("wb") as out:
-        streamed = subprocess.run([*shell.COMMAND, "--store", str(root), "export", URI, "-"], stdout=out, stderr=subprocess.PIPE, text=True)
+        streamed = subprocess.run(
+            [*shell.COMMAND, "--store", str(root), "export", URI, "-"], stdout=out, stderr=subprocess.PIPE, text=True
+        )
     imported = shell.kserve_pvc(place, "import", str(piped), "--sha256", shell.document(exported)["sha256"])
     again = shell.kserve_pvc(place, "--json", "-q", "import", str(piped))
 
@@ -930,7 +989,9 @@ def test_the_shell_exports_and_imports(root, connected, bundle, tmp_path):
     assert document["sha256"] in streamed.stderr
     (path,) = imported.stdout.splitlines()
     assert read_tree(Path(path)) == FILES
-    assert sorted(shell.document(again)) == sorted(["uri", "key", "version", "path", "status", "size_bytes", "bytes_fetched", "seconds"])
+    assert sorted(shell.document(again)) == sorted(
+        ["uri", "key", "version", "path", "status", "size_bytes", "bytes_fetched", "seconds"]
+    )
     assert (shell.document(again)["status"], again.stderr) == ("present", "")
 
 

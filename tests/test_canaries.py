@@ -1,5 +1,6 @@
 """
-No secret is seen anywhere: credentials that are easy to find are planted, and everything that can be read is searched for them.
+No secret is seen anywhere: credentials that are easy to find are planted, and everything that can be read is searched
+for them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ OUTCOMES = {
 COMMAND = """
 import logging, sys
 from functools import partial
-from kserve_pvc import _cli
+from kserve_pvc._cli import main as _cli
 
 logging.basicConfig(level=logging.DEBUG)
 _cli.ModelStore = partial(_cli.ModelStore, retry_seconds=0.5, stall_seconds=1)
@@ -79,7 +80,13 @@ class Planted:
 def plant(uri: str, remote: Any, environ_of: Any, *secrets: str, **more: Any) -> Planted:
     chosen = {"denied": remote.denied_options, "unreachable": remote.unreachable_options or remote.storage_options}
     options = {outcome: chosen.get(outcome, remote.storage_options) for outcome in OUTCOMES}
-    return Planted(uri=uri, options=options, environ={o: environ_of(given) for o, given in options.items()}, secrets=secrets, **more)
+    return Planted(
+        uri=uri,
+        options=options,
+        environ={o: environ_of(given) for o, given in options.items()},
+        secrets=secrets,
+        **more,
+    )
 
 
 @contextmanager
@@ -178,7 +185,9 @@ def http(_: SeaweedS3) -> Iterator[Planted]:
         yield Planted(
             uri=remote.uri("weights.bin"),
             options=options,
-            environ={o: {**allowed, f"{HERE}-headers": json.dumps(given["headers"][HERE])} for o, given in options.items()},
+            environ={
+                o: {**allowed, f"{HERE}-headers": json.dumps(given["headers"][HERE])} for o, given in options.items()
+            },
             secrets=(SECRET,),
             unreachable_uri=remote.unreachable_uri("weights.bin"),
         )
@@ -205,7 +214,14 @@ def forms(secret: str) -> set[str]:
     How a secret may be spelled: as it is, for a URL, and in base64 wherever in a longer text it began.
     """
     raw = secret.encode()
-    spelled = {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), repr(secret)[1:-1], json.dumps(secret)[1:-1]}
+    spelled = {
+        secret,
+        quote(secret),
+        quote(secret, safe=""),
+        quote_plus(secret),
+        repr(secret)[1:-1],
+        json.dumps(secret)[1:-1],
+    }
     for before in range(3):
         encoded = base64.b64encode(bytes(before) + raw).decode()
         # Its first and last letters depend on what stands beside the secret.
@@ -215,14 +231,23 @@ def forms(secret: str) -> set[str]:
 
 
 def leaks(shown: Mapping[str, str], secrets: tuple[str, ...]) -> list[tuple[str, str]]:
-    return [(where, form) for secret in (*secrets, CANARY) for form in forms(secret) for where, text in shown.items() if form in text]
+    return [
+        (where, form)
+        for secret in (*secrets, CANARY)
+        for form in forms(secret)
+        for where, text in shown.items()
+        if form in text
+    ]
 
 
 def on_volume(root: Path) -> dict[str, str]:
     """
     Names and bytes of every file.
     """
-    return {str(path): f"{path.name}\n{path.read_bytes().decode('latin-1') if path.is_file() else ''}" for path in root.rglob("*")}
+    return {
+        str(path): f"{path.name}\n{path.read_bytes().decode('latin-1') if path.is_file() else ''}"
+        for path in root.rglob("*")
+    }
 
 
 def listened_to(monkeypatch: pytest.MonkeyPatch) -> list[object]:
@@ -247,14 +272,24 @@ def told(error: BaseException) -> dict[str, str]:
     """
     trace = "".join(traceback.TracebackException.from_exception(error).format())
     fields = json.dumps(getattr(error, "fields", None), default=repr)
-    return {"str": str(error), "repr": repr(error), "trace": trace, "fields": fields, "pickle": repr(pickle.dumps(error))}
+    return {
+        "str": str(error),
+        "repr": repr(error),
+        "trace": trace,
+        "fields": fields,
+        "pickle": repr(pickle.dumps(error)),
+    }
 
 
 def test_a_planted_secret_is_found_however_it_is_spelled():
     """
     The search finds what it looks for in a plain text, in a URL, and in base64 at any place of a longer text.
     """
-    texts = [CANARY, quote(CANARY, safe=""), *(base64.b64encode(b"x" * n + CANARY.encode() + b"yz").decode() for n in range(4))]
+    texts = [
+        CANARY,
+        quote(CANARY, safe=""),
+        *(base64.b64encode(b"x" * n + CANARY.encode() + b"yz").decode() for n in range(4)),
+    ]
 
     assert all(leaks({"text": text}, ()) for text in texts)
     assert leaks({"text": "nothing"}, ()) == []
@@ -278,7 +313,12 @@ def test_nothing_secret_is_seen_by_a_program(root, planted, monkeypatch, caplog,
     try:
         shown["plan"] = repr(store.plan(uri))
         model = store.ensure(uri, progress=True)
-        shown |= {"model": repr(model), "record": repr(model.record), "list": repr(store.list()), "verify": repr(store.verify(uri, "full"))}
+        shown |= {
+            "model": repr(model),
+            "record": repr(model.record),
+            "list": repr(store.list()),
+            "verify": repr(store.verify(uri, "full")),
+        }
     except StoreError as error:
         failure, shown = type(error).__name__, shown | told(error)
     if failure:

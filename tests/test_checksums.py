@@ -28,7 +28,9 @@ def google_crc32c():
     return pytest.importorskip("google_crc32c")
 
 
-@pytest.mark.parametrize(("data", "expected"), [(b"", "00000000"), (b"123456789", "e3069283"), (b"\0" * 32, "8a9136aa")])
+@pytest.mark.parametrize(
+    ("data", "expected"), [(b"", "00000000"), (b"123456789", "e3069283"), (b"\0" * 32, "8a9136aa")]
+)
 def test_the_checksum_is_the_one_of_the_standard(data, expected):
     """
     Known values of RFC 3720 come out.

@@ -20,7 +20,7 @@ from waiting import until
 
 import kserve_pvc
 from kserve_pvc import ModelStore, SourceNotFoundError
-from kserve_pvc._cli import main
+from kserve_pvc._cli.main import main
 
 BUCKET = "models"
 FILES = model_files(seed=41)
@@ -100,7 +100,10 @@ def test_ensure_prints_the_directory(root, uri):
     (path,) = first.stdout.splitlines()
     assert read_tree(root / path) == FILES
     assert (first.returncode, second.returncode, second.stdout) == (0, 0, first.stdout)
-    assert first.stderr.splitlines() == [f"kserve-pvc: downloading {uri}: 4 files, 684.6 KiB", f"kserve-pvc: {uri}: downloaded"]
+    assert first.stderr.splitlines() == [
+        f"kserve-pvc: downloading {uri}: 4 files, 684.6 KiB",
+        f"kserve-pvc: {uri}: downloaded",
+    ]
     assert second.stderr == ""
 
 
@@ -166,7 +169,13 @@ def test_ls_prints_the_pinned_documents(root, model):
     """
     (row,) = shell.document(shell.kserve_pvc(root, "--json", "ls"))
 
-    assert row == {**identity(model), "size_bytes": SIZE, "files": 4, "created_at": model.created_at.isoformat(), "pinned": False}
+    assert row == {
+        **identity(model),
+        "size_bytes": SIZE,
+        "files": 4,
+        "created_at": model.created_at.isoformat(),
+        "pinned": False,
+    }
 
 
 def test_ls_prints_a_table(root, model):
@@ -177,7 +186,14 @@ def test_ls_prints_a_table(root, model):
 
     head, row = shown.stdout.splitlines()
     assert head.split() == ["URI", "SIZE", "FILES", "CREATED", "KEY"]
-    assert row.split() == [model.uri, "684.6", "KiB", "4", *model.created_at.strftime("%Y-%m-%d %H:%M").split(), model.key]
+    assert row.split() == [
+        model.uri,
+        "684.6",
+        "KiB",
+        "4",
+        *model.created_at.strftime("%Y-%m-%d %H:%M").split(),
+        model.key,
+    ]
     assert [head.index(name) for name in ("SIZE", "KEY")] == [row.index("684.6"), row.index(model.key)]
     assert shown.stderr == f"kserve-pvc: 1 model, 684.6 KiB at {root}\n"
     assert (quiet.stdout, quiet.stderr) == (shown.stdout, "")
@@ -203,7 +219,9 @@ def test_info_says_what_is_known(root, model):
 
     digests = [hashlib.sha256(FILES[name]).hexdigest() for name in sorted(FILES)]
     assert plain.returncode == 0
-    assert [word for word in (model.uri, model.key, model.version, str(model.path), *digests) if word not in plain.stdout] == []
+    assert [
+        word for word in (model.uri, model.key, model.version, str(model.path), *digests) if word not in plain.stdout
+    ] == []
     assert {name: document[name] for name in identity(model)} == identity(model)
     assert [(file["path"], file["size_bytes"], file["sha256"]) for file in document["files"]] == [
         (name, len(FILES[name]), digest) for name, digest in zip(sorted(FILES), digests, strict=True)
@@ -222,7 +240,12 @@ def test_plan_says_what_ensure_would_do(root, uri):
     after = shell.kserve_pvc(root, "--json", "plan", uri), shell.kserve_pvc(root, "plan", uri)
 
     absent, present = shell.document(before[0]), shell.document(after[0])
-    assert (absent["action"], absent["bytes_to_fetch"], absent["bytes_reusable"], absent["files"]) == ("download", SIZE, 0, 4)
+    assert (absent["action"], absent["bytes_to_fetch"], absent["bytes_reusable"], absent["files"]) == (
+        "download",
+        SIZE,
+        0,
+        4,
+    )
     assert (absent["seconds"], absent["fits"], planned) == (None, True, [])
     assert (present["action"], present["bytes_to_fetch"], present["version"]) == ("nothing", 0, absent["version"])
     assert "would fetch 684.6 KiB of 684.6 KiB in 4 files" in before[1].stdout
@@ -245,7 +268,11 @@ def test_verify_prints_the_pinned_document(root, model, scope):
     assert [fine.returncode, quick.returncode, bad.returncode] == [0, 0, 1]
     assert [shell.document(result) for result in (fine, quick)] == [{"ok": True, "models": [report]}] * 2
     assert shell.document(bad) == {"ok": False, "models": [{**report, "ok": False, "problems": [problem]}]}
-    assert (sorted(problem), problem["path"], problem["kind"]) == (["detail", "kind", "path"], "weights/a.bin", "digest")
+    assert (sorted(problem), problem["path"], problem["kind"]) == (
+        ["detail", "kind", "path"],
+        "weights/a.bin",
+        "digest",
+    )
 
 
 def test_verify_prints_a_line_for_each_model_and_problem(root, model):
@@ -277,7 +304,12 @@ def test_rm_removes(root, model):
 
     assert (removed.returncode, shell.document(removed)) == (0, {"uri": model.uri, "removed": True})
     assert sorted(map(len, in_the_trash.values())) == sorted(map(len, FILES.values()))
-    assert (now.returncode, now.stdout, read_tree(root / ".kserve-pvc/trash"), read_tree(root / "models")) == (0, "", {}, {})
+    assert (now.returncode, now.stdout, read_tree(root / ".kserve-pvc/trash"), read_tree(root / "models")) == (
+        0,
+        "",
+        {},
+        {},
+    )
     assert again.returncode == 3
 
 
@@ -307,7 +339,20 @@ def test_locks_show_who_downloads(root, downloading):
 
     (lock,) = shell.document(document)
     holder = f"pod server-0 on node-a (uid {os.geteuid()}, pid {process.pid})"
-    fields = ["bytes_done", "bytes_per_second", "bytes_total", "epoch", "holder", "key", "since", "state", "uri", "pod", "node", "uid"]
+    fields = [
+        "bytes_done",
+        "bytes_per_second",
+        "bytes_total",
+        "epoch",
+        "holder",
+        "key",
+        "since",
+        "state",
+        "uri",
+        "pod",
+        "node",
+        "uid",
+    ]
     assert [name for name in fields if name not in lock] == []
     assert (lock["uri"], lock["state"], lock["holder"], lock["bytes_total"]) == (uri, "held", holder, SIZE)
     assert (lock["pod"], lock["node"], lock["uid"]) == ("server-0", "node-a", os.geteuid())
@@ -452,7 +497,10 @@ def test_an_error_for_people_leaves_stdout_empty(root, tmp_path):
     result = shell.kserve_pvc(root, "ensure", f"file://{tmp_path}/absent")
 
     assert (result.returncode, result.stdout) == (7, "")
-    assert result.stderr == f"kserve-pvc: {SourceNotFoundError(f'file://{tmp_path}/absent', 'No such file or directory')}\n"
+    assert (
+        result.stderr
+        == f"kserve-pvc: {SourceNotFoundError(f'file://{tmp_path}/absent', 'No such file or directory')}\n"
+    )
 
 
 def test_the_document_of_an_error_has_its_fields(root, tmp_path):
@@ -463,7 +511,9 @@ def test_the_document_of_an_error_has_its_fields(root, tmp_path):
 
     document = shell.document(shell.kserve_pvc(root, "--json", "path", uri))
 
-    message = f"`{uri}` is not in the store at `{root}`; `ensure` it from a read-write store, or `import` a bundle of it"
+    message = (
+        f"`{uri}` is not in the store at `{root}`; `ensure` it from a read-write store, or `import` a bundle of it"
+    )
     assert document == {"error": {"type": "ModelNotFoundError", "message": message, "ref": uri, "root": str(root)}}
 
 
@@ -560,7 +610,9 @@ def test_a_read_only_mode_forbids_every_verb_that_writes(root, model, tmp_path, 
     assert listing(root) == before
 
 
-@pytest.mark.parametrize("verb", [["path", "URI"], ["ls"], ["info", "URI"], ["plan", "URI"], ["verify", "--all", "--full"], ["locks"]])
+@pytest.mark.parametrize(
+    "verb", [["path", "URI"], ["ls"], ["info", "URI"], ["plan", "URI"], ["verify", "--all", "--full"], ["locks"]]
+)
 def test_verbs_that_read_write_nothing(root, model, verb):
     """
     Looking changes nothing on the volume, also where writing is allowed.
@@ -598,7 +650,9 @@ def test_the_store_comes_from_the_environment(root, model, tmp_path):
     (tmp_path / "empty").mkdir()
 
     chosen = shell.run([*shell.COMMAND, "--json", "ls"], env={"KSERVE_PVC_STORE": str(root)})
-    other = shell.run([*shell.COMMAND, "--json", "ls", "--store", str(tmp_path / "empty")], env={"KSERVE_PVC_STORE": str(root)})
+    other = shell.run(
+        [*shell.COMMAND, "--json", "ls", "--store", str(tmp_path / "empty")], env={"KSERVE_PVC_STORE": str(root)}
+    )
 
     assert [len(shell.document(answer)) for answer in (chosen, other)] == [1, 0]
 
@@ -665,7 +719,9 @@ def test_the_version_is_printed():
     assert (result.returncode, result.stdout) == (0, f"kserve-pvc {kserve_pvc.__version__}\n")
 
 
-@pytest.mark.parametrize("verb", ["ensure", "path", "ls", "info", "plan", "verify", "rm", "export", "import", "warm", "locks"])
+@pytest.mark.parametrize(
+    "verb", ["ensure", "path", "ls", "info", "plan", "verify", "rm", "export", "import", "warm", "locks"]
+)
 def test_each_verb_has_its_help(in_process, verb):
     """
     `--help` of a verb names its options and the global ones.
@@ -699,7 +755,10 @@ def test_progress_in_a_log_is_lines(root, upload, s3_env):
 
     result = shell.kserve_pvc(root, "ensure", uri, env=s3_env)
 
-    assert result.stderr.splitlines() == [f"kserve-pvc: downloading {uri}: 4 files, 684.6 KiB", f"kserve-pvc: {uri}: downloaded"]
+    assert result.stderr.splitlines() == [
+        f"kserve-pvc: downloading {uri}: 4 files, 684.6 KiB",
+        f"kserve-pvc: {uri}: downloaded",
+    ]
     assert "\r" not in result.stderr
 
 

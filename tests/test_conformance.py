@@ -14,7 +14,16 @@ import gcs
 import pytest
 from azurite import Azurite, MissingError
 from hub import HuggingFace
-from remotes import ClaimRemote, DirectoryRemote, FsspecMemoryRemote, FTPRemote, MemoryBackend, MemoryRemote, S3Remote, SFTPRemote
+from remotes import (
+    ClaimRemote,
+    DirectoryRemote,
+    FsspecMemoryRemote,
+    FTPRemote,
+    MemoryBackend,
+    MemoryRemote,
+    S3Remote,
+    SFTPRemote,
+)
 
 from kserve_pvc.backends.azure import AzureBackend
 from kserve_pvc.backends.file import FileBackend
@@ -27,7 +36,9 @@ from kserve_pvc.testing import BackendConformance
 
 # The whole number is a session of its own for each back end: most of its time is what the services take to hold them.
 MANY_FILES = int(os.environ.get("KSERVE_PVC_TEST_FILES", "300"))
-NO_SUCH_FILES = dict.fromkeys(["climbs", "climbs-inside", "absolute", "empty-part", "dot-part", "nul"], "no file has such a name")
+NO_SUCH_FILES = dict.fromkeys(
+    ["climbs", "climbs-inside", "absolute", "empty-part", "dot-part", "nul"], "no file has such a name"
+)
 
 NO_SUCH_LINES = {**NO_SUCH_FILES, "newline": "FTP lists one file a line"}
 NO_SUCH_OBJECTS = dict.fromkeys(["absolute", "empty-part"], "older versions of fsspec take two slashes for one")
@@ -286,7 +297,9 @@ def verdicts(*tests: str) -> dict[str, str]:
     ]
     # Without a summary, whose lines differ where a variable `CI` is set.
     options = ["-o", f"pythonpath={' '.join(paths)}", "-v", "-rN", "--tb=no", "-W", "error"]
-    result = subprocess.run([*command, *options, *(f"{place}::{test}" for test in tests)], capture_output=True, text=True, timeout=200)
+    result = subprocess.run(
+        [*command, *options, *(f"{place}::{test}" for test in tests)], capture_output=True, text=True, timeout=200
+    )
     lines = [line.split() for line in result.stdout.splitlines() if "::" in line]
     return {words[0].partition("::")[2]: words[1] for words in lines if words[1] in ("PASSED", "FAILED")}
 
@@ -312,6 +325,11 @@ def test_the_page_names_every_attribute():
     told = dict(re.findall(r"^\| `([a-z_]+)` \| `?([^|`]+)`? \|", page, re.MULTILINE))
 
     shown = {"cannot_hold": "{}", "big_bytes": "24 MiB", "log_level": "DEBUG", "secrets": "()"}
-    declared = {name: value for name, value in vars(BackendConformance).items() if name in BackendConformance.__annotations__}
-    assert told == {name: shown.get(name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in declared.items()}
+    declared = {
+        name: value for name, value in vars(BackendConformance).items() if name in BackendConformance.__annotations__
+    }
+    assert told == {
+        name: shown.get(name, f"{value:g}" if isinstance(value, float) else str(value))
+        for name, value in declared.items()
+    }
     assert (BackendConformance.big_bytes, BackendConformance.log_level) == (24 << 20, logging.DEBUG)

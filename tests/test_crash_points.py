@@ -34,7 +34,20 @@ def run_traced(strace: str, log: Path, options: list[str], root: Path, source: P
     """
     Run a download under strace, which follows the thread that claims and publishes.
     """
-    command = [strace, "-qq", "-y", "-o", str(log), *options, sys.executable, "-I", "-c", DOWNLOAD, str(root), f"file://{source}"]
+    command = [
+        strace,
+        "-qq",
+        "-y",
+        "-o",
+        str(log),
+        *options,
+        sys.executable,
+        "-I",
+        "-c",
+        DOWNLOAD,
+        str(root),
+        f"file://{source}",
+    ]
     return subprocess.run(command, capture_output=True, timeout=60).returncode
 
 

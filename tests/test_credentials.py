@@ -23,7 +23,11 @@ from kserve_pvc import ModelStore, SourceDeniedError
 
 TENANTS = ("alice", "bob")
 MODELS = 3
-FILES = {(tenant, number): model_files(seed=80 + 10 * index + number) for index, tenant in enumerate(TENANTS) for number in range(MODELS)}
+FILES = {
+    (tenant, number): model_files(seed=80 + 10 * index + number)
+    for index, tenant in enumerate(TENANTS)
+    for number in range(MODELS)
+}
 
 
 class Witness(CountingProxy):
@@ -154,7 +158,11 @@ def test_a_call_may_bring_its_own_credentials(root, witness, options, how, by_sc
     ask(store, how, uri_of("bob"), given)
     ask(store, how, uri_of("alice"), None)
 
-    assert witness.signatures == {("alices-models", "bob-key"), ("bobs-models", "bob-key"), ("alices-models", "alice-key")}
+    assert witness.signatures == {
+        ("alices-models", "bob-key"),
+        ("bobs-models", "bob-key"),
+        ("alices-models", "alice-key"),
+    }
 
 
 def test_a_newer_version_is_asked_for_with_the_credentials_of_the_call(root, witness, options):
@@ -180,9 +188,18 @@ def test_other_processes_get_the_credentials_of_the_call(root, witness, options)
     store = ModelStore(root, mode="rw", storage_options=options("alice"))
 
     with ProcessPoolExecutor(2) as pool:
-        warmed = list(store.warm([uri_of("bob", number) for number in range(MODELS)], pool, storage_options=options("bob"), progress=False))
+        warmed = list(
+            store.warm(
+                [uri_of("bob", number) for number in range(MODELS)],
+                pool,
+                storage_options=options("bob"),
+                progress=False,
+            )
+        )
 
-    assert {each.index: read_tree(each.model.path) for each in warmed} == {number: FILES["bob", number] for number in range(MODELS)}
+    assert {each.index: read_tree(each.model.path) for each in warmed} == {
+        number: FILES["bob", number] for number in range(MODELS)
+    }
     assert witness.signatures == {("bobs-models", "bob-key")}
 
 

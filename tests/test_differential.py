@@ -1,8 +1,8 @@
 """
 KServe's own storage initializer and ours, over the same sources: the same files, the same bytes, the same exit code.
 
-Where they differ is a table, `data/differential/differences.toml`: each entry has its reason, what ours does, and the cases that
-show it. An entry that shows no difference fails, and so does a case that differs and is in no entry.
+Where they differ is a table, `data/differential/differences.toml`: each entry has its reason, what ours does, and the
+cases that show it. An entry that shows no difference fails, and so does a case that differs and is in no entry.
 """
 
 from __future__ import annotations
@@ -171,7 +171,12 @@ def cases(endpoint: Mapping[str, str], local: Path) -> dict[str, Case]:
     Args:
         endpoint: Where the services are.
     """
-    s3, gs, az, web = "s3://differential", "gs://models", "https://kservepvc.blob.core.windows.net/models", endpoint["web"]
+    s3, gs, az, web = (
+        "s3://differential",
+        "gs://models",
+        "https://kservepvc.blob.core.windows.net/models",
+        endpoint["web"],
+    )
     denied = {"AWS_ACCESS_KEY_ID": "nokey", "AWS_SECRET_ACCESS_KEY": "nosecret"}
     return {
         **on_buckets("s3", s3),
@@ -185,9 +190,13 @@ def cases(endpoint: Mapping[str, str], local: Path) -> dict[str, Case]:
         "s3: whole bucket with a slash": case("s3://whole-bucket/"),
         "s3: missing bucket": case("s3://no-such-bucket/model"),
         "s3: denied": case(f"{s3}/tree", **denied),
-        "s3: wrong credentials in a secret": case(f"{s3}/tree", STORAGE_CONFIG='{"type": "s3", "access_key_id": "nokey"}'),
+        "s3: wrong credentials in a secret": case(
+            f"{s3}/tree", STORAGE_CONFIG='{"type": "s3", "access_key_id": "nokey"}'
+        ),
         "s3: good credentials in a secret": case(
-            f"{s3}/tree", STORAGE_CONFIG='{"type": "s3", "access_key_id": "testkey", "secret_access_key": "testsecret"}', **denied
+            f"{s3}/tree",
+            STORAGE_CONFIG='{"type": "s3", "access_key_id": "testkey", "secret_access_key": "testsecret"}',
+            **denied,
         ),
         "s3: a secret that is no JSON": case(f"{s3}/tree", STORAGE_CONFIG="{"),
         "s3: tgz": case(f"{s3}/tgz"),
@@ -254,8 +263,8 @@ NAMES = list(cases({"web": "http://nowhere", "commit": "0"}, Path("/nowhere")))
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """
-    Exit code, files by directory, and how often each line that people look for was written. After an error only the directories of
-    the sources before it count; if nothing shows which one failed, none.
+    Exit code, files by directory, and how often each line that people look for was written. After an error only the
+    directories of the sources before it count; if nothing shows which one failed, none.
     """
 
     code: int
@@ -357,25 +366,40 @@ def outcomes(origin: Any, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """
     python = os.environ.get(STOCK)
     if not python:
-        pytest.skip(f"`kserve-storage` is not installed beside; `nox -s differential` does it, or {STOCK} names the Python that has it")
+        pytest.skip(
+            f"`kserve-storage` is not installed beside; `nox -s differential` does it, or {STOCK} names the Python that has it"
+        )
     place = tmp_path_factory.mktemp("differential")
     fill_local(place / "local")
     with ExitStack() as stack:
         endpoint, environ = services(stack, origin)
         wanted = cases(endpoint, place / "local")
-        stock, ours = (run_side(which, side, wanted, environ, place) for which, side in (("stock", python), ("ours", sys.executable)))
+        stock, ours = (
+            run_side(which, side, wanted, environ, place)
+            for which, side in (("stock", python), ("ours", sys.executable))
+        )
     return {name: (stock[name], ours[name]) for name in wanted}
 
 
-def run_side(which: str, python: str, wanted: Mapping[str, Case], environ: Mapping[str, str], place: Path) -> dict[str, Outcome]:
+def run_side(
+    which: str, python: str, wanted: Mapping[str, Case], environ: Mapping[str, str], place: Path
+) -> dict[str, Outcome]:
     """One initializer through all cases, in directories of its own."""
     given = {}
     for number, (name, one) in enumerate(wanted.items()):
         directory = place / which / str(number)
         (directory / "home").mkdir(parents=True)
         pairs = [(source, str(directory / f"models-{n}")) for source, n in zip(one.sources, one.places, strict=True)]
-        given[name] = {"pairs": pairs, "env": {"HOME": str(directory / "home"), **one.env}, "log": str(directory / "log")}
-    clean = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", "") if which == "ours" else "", "LANG": "C.UTF-8"}
+        given[name] = {
+            "pairs": pairs,
+            "env": {"HOME": str(directory / "home"), **one.env},
+            "log": str(directory / "log"),
+        }
+    clean = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.environ.get("PYTHONPATH", "") if which == "ours" else "",
+        "LANG": "C.UTF-8",
+    }
     found = run_all(python, which, given, {**clean, **environ})
     return {name: _outcome(wanted[name], given[name]["pairs"], found[name]) for name in wanted}
 
@@ -385,7 +409,11 @@ def _outcome(one: Case, pairs: Sequence[tuple[str, str]], found: Mapping[str, An
     said = [log.count(phrase) for phrase in PHRASES]
     # Sources of one directory are put there together, so their time is one.
     said[2] = min(said[2], 1)
-    done = [Path(directory) for _, directory in pairs] if code == 0 else [Path(directory) for _, directory in pairs[: said[1]]]
+    done = (
+        [Path(directory) for _, directory in pairs]
+        if code == 0
+        else [Path(directory) for _, directory in pairs[: said[1]]]
+    )
     places = [files_of(directory) for directory in dict.fromkeys(done)]
     # A source that fails is announced or refused before; only what became of the others is compared.
     return Outcome(code=code, places=places, said=said if code == 0 else said[1:2], log=log)
@@ -408,7 +436,9 @@ def test_both_do_the_same(outcomes, name):
     assert ours.code == 1 or any(ours.places)
 
 
-@pytest.mark.parametrize(("name", "expected"), [(name, expected) for entry in TABLE for name, expected in entry["cases"].items()])
+@pytest.mark.parametrize(
+    ("name", "expected"), [(name, expected) for entry in TABLE for name, expected in entry["cases"].items()]
+)
 def test_a_deliberate_difference_is_what_the_table_says(outcomes, name, expected):
     """
     Ours does what the entry says, and KServe's own something else; else the entry is out of date.

@@ -16,11 +16,15 @@ import pytest
 import shell
 
 import kserve_pvc
-from kserve_pvc import ModelStore, _defaults, _record, _transfer, _unpack
-from kserve_pvc._cli import _parser
-from kserve_pvc._retry import ATTEMPTS
-from kserve_pvc._source import MAX_FILES, UnpackLimits
-from kserve_pvc.backends import _direct, _http, fsspec_, hf, http
+from kserve_pvc import ModelStore, _defaults
+from kserve_pvc._archive import members, unpack
+from kserve_pvc._cli.parser import make_parser
+from kserve_pvc._download import pieces, transfer
+from kserve_pvc._format import log_entry, records
+from kserve_pvc._source.contract import MAX_FILES, UnpackLimits
+from kserve_pvc._source.retry import ATTEMPTS
+from kserve_pvc.backends import _ranges, fsspec_, hf, http
+from kserve_pvc.backends._http import wire
 
 MIB = 2**20
 COMMANDED = sorted(str(page.relative_to(pages.DOCS)) for page in pages.DOCS.rglob("*.md"))
@@ -57,13 +61,13 @@ def test_limits_of_s3_are_those_of_the_code():
         missing(
             page,
             f"More than {MAX_FILES:,} files",
-            f"| connecting, including the TLS handshake | {_http.CONNECT_SECONDS:.0f} s |",
-            f"until the response begins | {stall} | {_direct._ATTEMPTS}, within {retry} |",
+            f"| connecting, including the TLS handshake | {wire.CONNECT_SECONDS:.0f} s |",
+            f"until the response begins | {stall} | {_ranges._ATTEMPTS}, within {retry} |",
             f"| {patience['connect_timeout']} s to connect, {patience['read_timeout']} s without data | {attempts} |",
-            f"without {_transfer._TRICKLE_BYTES >> 10} KiB of progress | {stall} |",
+            f"without {pieces.TRICKLE_BYTES >> 10} KiB of progress | {stall} |",
             f"| {ATTEMPTS} without progress, within {retry} |",
             f"| up to {s3._MAX_MD5_BYTES // MIB} MiB, one part |",
-            f"| over {_transfer._EVIDENCE_BYTES // MIB} MiB, uploaded with",
+            f"| over {transfer._EVIDENCE_BYTES // MIB} MiB, uploaded with",
         )
         == []
     )
@@ -81,17 +85,18 @@ def test_limits_of_gs_are_those_of_the_code():
     The page about Google Cloud Storage names the attempts, limits and options that the code has.
     """
     pytest.importorskip("google.auth", reason="the extra `gs` is not installed")
-    from kserve_pvc.backends import _google_login, gs
+    from kserve_pvc.backends import gs
+    from kserve_pvc.backends._login import google
 
     page = "how-to/gs.md"
 
     assert (
         missing(
             page,
-            f"begins to arrive, {_direct._ATTEMPTS} attempts within {_defaults.RETRY_SECONDS:.0f} s",
+            f"begins to arrive, {_ranges._ATTEMPTS} attempts within {_defaults.RETRY_SECONDS:.0f} s",
             f"MD5 of objects up to {gs._MAX_MD5_BYTES // MIB} MiB",
-            f"Token services have a timeout of {_google_login._TOKEN_SERVICE_SECONDS:.0f} s",
-            f"scope `{_google_login._SCOPE.rpartition('/')[2]}`",
+            f"Token services have a timeout of {google._TOKEN_SERVICE_SECONDS:.0f} s",
+            f"scope `{google._SCOPE.rpartition('/')[2]}`",
         )
         == []
     )
@@ -104,19 +109,20 @@ def test_limits_of_azure_are_those_of_the_code():
     The page about Azure names the attempts, limits, lifetimes and options that the code has.
     """
     pytest.importorskip("azure.identity", reason="the extra `azure` is not installed")
-    from kserve_pvc.backends import _azure_login, azure
+    from kserve_pvc.backends import azure
+    from kserve_pvc.backends._login import azure as login
 
     page = "how-to/azure.md"
-    seconds = (_azure_login._SIGNED_SECONDS, _azure_login._RENEW_SECONDS, _azure_login._TOKEN_SPARE_SECONDS)
+    seconds = (login._SIGNED_SECONDS, login._RENEW_SECONDS, login._TOKEN_SPARE_SECONDS)
 
     assert seconds == (3600, 1800, 300)
     assert missing(page, "for an hour", "After half an hour", "renewed five minutes before they expire") == []
     assert (
         missing(
             page,
-            f"{_direct._ATTEMPTS} attempts within {_defaults.RETRY_SECONDS:.0f} s",
+            f"{_ranges._ATTEMPTS} attempts within {_defaults.RETRY_SECONDS:.0f} s",
             f"Up to {azure._MAX_MD5_BYTES // MIB} MiB",
-            *(f"`{name}`" for name in _azure_login.OPTIONS),
+            *(f"`{name}`" for name in login.OPTIONS),
         )
         == []
     )
@@ -126,19 +132,19 @@ def test_limits_of_http_and_archives_are_those_of_the_code():
     """
     The page about web servers names the endings, limits and redirects that the code has.
     """
-    limits, harmless = UnpackLimits(), _unpack._HARMLESS_BYTES // MIB
+    limits, harmless = UnpackLimits(), members._HARMLESS_BYTES // MIB
     page = "how-to/http.md"
 
     assert (limits.size_bytes, http._MAX_HOPS) == (2**40, 5)
     assert (
         missing(
             page,
-            *(f"`{ending}`" for ending in _unpack._ENDINGS),
+            *(f"`{ending}`" for ending in unpack._ENDINGS),
             f"| `entries` | {limits.entries:,}, including directories |",
             "| `size_bytes` | 1 TiB in total |",
             f"| `ratio` | {limits.ratio:.0f} times the size of the archive; not checked up to {harmless} MiB |",
             f"| `path_bytes` | {limits.path_bytes:,} for one name |",
-            f"window of more than {2**_unpack._WINDOW_LOG // MIB} MiB",
+            f"window of more than {2**unpack._WINDOW_LOG // MIB} MiB",
             "Redirects are followed, at most five",
         )
         == []
@@ -196,8 +202,8 @@ def test_options_of_the_command_line_are_those_of_the_parser():
     The page about the command line names every option, no other, and the defaults of the numbers.
     """
     page = (pages.DOCS / "reference/cli.md").read_text()
-    known = {name for action in options(_parser()) for name in action.option_strings}
-    verbs = next(action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    known = {name for action in options(make_parser()) for name in action.option_strings}
+    verbs = next(action.choices for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
     numbers = {
         action.option_strings[0]: f"{action.default:g}"
         for action in options(verbs["ensure"])
@@ -213,7 +219,7 @@ def test_verbs_in_the_how_to_are_those_of_the_parser():
     """
     The table of verbs on the page about the shell has every verb.
     """
-    verbs = next(action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    verbs = next(action.choices for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
 
     assert [verb for verb in verbs if f"| `{verb}" not in read("how-to/shell.md")] == []
 
@@ -238,14 +244,14 @@ def test_commands_on_pages_are_understood(name, command):
     """
     arguments = shlex.split(command.partition(" && ")[0], comments=True)
 
-    assert _parser().parse_args(arguments) is not None
+    assert make_parser().parse_args(arguments) is not None
 
 
 def test_options_in_sentences_are_those_of_the_parser():
     """
     Commands of this package inside of sentences have no options that the command line does not know.
     """
-    known = {name for action in options(_parser()) for name in action.option_strings}
+    known = {name for action in options(make_parser()) for name in action.option_strings}
     spans = [(name, span) for name in COMMANDED for span in re.findall(r"`kserve-pvc ([^`]+)`", read(name))]
 
     unknown = [(name, span) for name, span in spans if set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", span)) - known]
@@ -297,7 +303,8 @@ def test_fields_on_the_volume_are_those_of_the_code(record, heading):
         field for cell in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for field in re.findall(r"`(\w+)`", cell)
     }
 
-    assert fields - {"format"} == {field.name for field in getattr(_record, record).__attrs_attrs__}
+    kind = getattr(log_entry, record, None) or getattr(records, record)
+    assert fields - {"format"} == {field.name for field in kind.__attrs_attrs__}
 
 
 @pytest.fixture

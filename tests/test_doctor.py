@@ -20,14 +20,16 @@ from volumes import MOUNTS, NETWORK, CannotStartError, SharedVolume, fresh_root
 from waiting import until
 
 from kserve_pvc import Diagnosis, LockTest, ModelStore, PeerReport, Profile, Race, ReadOnlyStoreError, SettingsError
-from kserve_pvc import _layout as layout
-from kserve_pvc import _meeting as meeting
-from kserve_pvc._codec import encode
-from kserve_pvc._diagnosis import Speed, judge
-from kserve_pvc._diagnosis_text import tell
-from kserve_pvc._doctor import diagnose, sweep
-from kserve_pvc._meeting import Hello, Message, beating, new_directory
-from kserve_pvc._volume import VolumeWriter
+from kserve_pvc._doctor import peer as meeting
+from kserve_pvc._doctor.diagnosis import Speed, judge
+from kserve_pvc._doctor.doctor import diagnose, sweep
+from kserve_pvc._doctor.peer import beating, new_directory
+from kserve_pvc._doctor.reports import Hello, Message
+from kserve_pvc._doctor.text import tell
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import encode
+from kserve_pvc._volume.scratch import open_scratch
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.locks.liveness import here
 
 SAMPLE = 4 * 1024 * 1024
@@ -80,7 +82,13 @@ WELL = Diagnosis(
     free_bytes=10**11,
     total_bytes=10**12,
     clock_ahead=0.0,
-    speed=Speed(sample_bytes=SAMPLE, write_bytes_per_second=1e8, read_bytes_per_second=1e9, reading="direct", free_dropped_bytes=SAMPLE),
+    speed=Speed(
+        sample_bytes=SAMPLE,
+        write_bytes_per_second=1e8,
+        read_bytes_per_second=1e9,
+        reading="direct",
+        free_dropped_bytes=SAMPLE,
+    ),
     peer=PEER,
     findings=(),
 )
@@ -110,7 +118,8 @@ def left(root: Path) -> list[str]:
 
 def test_a_directory_that_is_no_store_is_examined(root):
     """
-    A good local directory has nothing to be changed, everything is measured, no store is made of it and nothing is left.
+    A good local directory has nothing to be changed, everything is measured, no store is made of it and nothing is
+    left.
     """
     diagnosis = examine(root)
 
@@ -146,7 +155,12 @@ def test_a_read_only_store_is_only_looked_at(root):
     with pytest.raises(ReadOnlyStoreError, match="cannot meet another doctor"):
         store.doctor(peer="here")
 
-    assert (found(diagnosis)["not-tried"], diagnosis.ok, diagnosis.profile.mkdir, diagnosis.speed) == ("note", True, None, None)
+    assert (found(diagnosis)["not-tried"], diagnosis.ok, diagnosis.profile.mkdir, diagnosis.speed) == (
+        "note",
+        True,
+        None,
+        None,
+    )
     assert list(root.iterdir()) == []
 
 
@@ -159,7 +173,12 @@ def test_a_read_only_mount_is_only_looked_at(root, mount):
     result = shell.kserve_pvc(root, "doctor", str(place), "--json")
 
     document = shell.document(result)
-    assert (result.returncode, document["kind"], document["profile"]["mkdir"], document["ok"]) == (0, "read-only", None, True)
+    assert (result.returncode, document["kind"], document["profile"]["mkdir"], document["ok"]) == (
+        0,
+        "read-only",
+        None,
+        True,
+    )
     assert "read-only" in [finding["what"] for finding in document["findings"]]
 
 
@@ -181,18 +200,41 @@ FIELDS = {
     *("clock_ahead", "speed", "peer", "findings", "kind", "ok"),
 }
 PROFILE_FIELDS = {
-    *("type", "options", "read_only", "mkdir", "create", "link", "rename", "lists", "writes_at_offset", "syncs_files", "syncs_directories"),
+    *(
+        "type",
+        "options",
+        "read_only",
+        "mkdir",
+        "create",
+        "link",
+        "rename",
+        "lists",
+        "writes_at_offset",
+        "syncs_files",
+        "syncs_directories",
+    ),
     *("flock", "range_lock", "folds_case", "folds_unicode", "keeps_names", "name_bytes"),
 }
 PEER_FIELDS = {
-    *("name", "same_node", "same_mount", "clock_ahead", "clock_error", "listed_after", "found_after", "replaced_after", "deleted_after"),
+    *(
+        "name",
+        "same_node",
+        "same_mount",
+        "clock_ahead",
+        "clock_error",
+        "listed_after",
+        "found_after",
+        "replaced_after",
+        "deleted_after",
+    ),
     *("gone_after", "beat_after", "races", "locks", "step"),
 }
 
 
 def test_two_commands_meet_and_print_the_pinned_document(root):
     """
-    Two shells that name one meeting test each other on one directory; their documents have the fields that scripts read.
+    Two shells that name one meeting test each other on one directory; their documents have the fields that scripts
+    read.
     """
     first, second = (shell.start(root, "doctor", str(root), "--peer", "one", "--json") for _ in range(2))
     documents = [json.loads(process.communicate(timeout=60)[0]) for process in (first, second)]
@@ -202,8 +244,12 @@ def test_two_commands_meet_and_print_the_pinned_document(root):
     assert set(document) == FIELDS
     assert set(document["profile"]) == PROFILE_FIELDS
     assert set(document["peer"]) == PEER_FIELDS
-    assert {tuple(sorted(race)) for race in document["peer"]["races"].values()} == {tuple(sorted(attrs.asdict(PEER.races["link"])))}
-    assert {tuple(sorted(finding)) for finding in document["findings"]} == {("level", "measured", "remedy", "rule", "what")}
+    assert {tuple(sorted(race)) for race in document["peer"]["races"].values()} == {
+        tuple(sorted(attrs.asdict(PEER.races["link"])))
+    }
+    assert {tuple(sorted(finding)) for finding in document["findings"]} == {
+        ("level", "measured", "remedy", "rule", "what")
+    }
     assert (document["peer"]["step"], document["peer"]["same_mount"]) == ("done", True)
     assert [race["both_won"] for race in document["peer"]["races"].values()] == [0] * 4
     assert left(root) == []
@@ -231,7 +277,8 @@ def test_a_meeting_needs_a_plain_name(root, name):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"), [(lambda _: None, "it does not exist"), (lambda place: place.write_text(""), "it is not a directory")]
+    ("make", "said"),
+    [(lambda _: None, "it does not exist"), (lambda place: place.write_text(""), "it is not a directory")],
 )
 def test_a_directory_that_is_none_is_an_error(tmp_path, make, said):
     """
@@ -274,20 +321,32 @@ def test_a_volume_without_inodes_is_a_finding(mount):
 
 def test_a_quota_below_what_is_said_to_be_free_is_a_finding(root, tool):
     """
-    Free space that cannot be written is found, and the sample that did not fit is taken away. No quota can be set everywhere, so
-    the system call answers as it would.
+    Free space that cannot be written is found, and the sample that did not fit is taken away. No quota can be set
+    everywhere, so the system call answers as it would.
     """
-    inject = [tool("strace"), "-f", "-qq", "-o", os.devnull, "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=EDQUOT:when=12+"]
+    inject = [
+        tool("strace"),
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        "trace=pwrite64",
+        "-e",
+        "inject=pwrite64:error=EDQUOT:when=12+",
+    ]
 
     result = shell.run([*inject, *shell.COMMAND, "doctor", str(root), "--json"])
 
-    assert [finding["what"] for finding in shell.document(result)["findings"] if finding["level"] == "change"] == ["free-space-lies"]
+    assert [finding["what"] for finding in shell.document(result)["findings"] if finding["level"] == "change"] == [
+        "free-space-lies"
+    ]
     assert (result.returncode, left(root)) == (1, [])
 
 
 DENIED = """
 from pathlib import Path
-from kserve_pvc._doctor import diagnose
+from kserve_pvc._doctor.doctor import diagnose
 from kserve_pvc.locks.liveness import here
 for finding in diagnose(sys.argv[1], writes=True, holder=here()).findings:
     print(finding.level, finding.what, finding.remedy)
@@ -335,7 +394,8 @@ def test_a_doctor_that_is_stopped_in_order_leaves_nothing(root):
 
 def test_debris_of_other_nodes_goes_after_an_hour_without_a_beat(root):
     """
-    What is old by this clock and does not beat goes; what beats stays, whatever the clocks say, and so do foreign names.
+    What is old by this clock and does not beat goes; what beats stays, whatever the clocks say, and so do foreign
+    names.
     """
     writer, doctors = VolumeWriter(root), root / ".kserve-pvc" / "doctor"
     old, live, young = "000000000001-0123456789abcdef", "000000000002-0123456789abcdef", new_directory().name
@@ -417,19 +477,23 @@ def test_a_peer_that_lies_ends_no_doctor(root, lie, monkeypatch):
     answers = iter(range(10**6))
 
     def hear(pair: meeting._Meeting) -> Message:
-        return Message(to=pair._own.name, step=pair._step, written=float(next(answers)), seen=1e10, answer=json.dumps(lie))
+        return Message(
+            to=pair._own.name, step=pair._step, written=float(next(answers)), seen=1e10, answer=json.dumps(lie)
+        )
 
     monkeypatch.setattr(meeting._Meeting, "_await", hear)
     # The other one is the first by its name, and so the one that proposes when to begin.
     writer, own, other = VolumeWriter(root), new_directory(), layout.DOCTOR / "000000000001-0123456789abcdef"
     writer.make_directory(other)
     writer.make_directory(own)
-    with writer.scratch(own) as scratch:
+    with open_scratch(writer, own) as scratch:
         report = meeting._Meeting(writer, scratch, own, other, HELLO, HELLO).run()
     diagnosis = attrs.evolve(WELL, peer=report)
 
     assert report.is_done
-    assert all(line.isprintable() for line in tell(attrs.evolve(diagnosis, findings=tuple(judge(diagnosis, wanted_peer=True)))))
+    assert all(
+        line.isprintable() for line in tell(attrs.evolve(diagnosis, findings=tuple(judge(diagnosis, wanted_peer=True))))
+    )
     json.dumps(attrs.asdict(report), allow_nan=False)
 
 
@@ -489,15 +553,22 @@ def roots(volume: SharedVolume) -> Sequence[Path]:
 @pytest.mark.parametrize("volume", ["mounted"], indirect=True, scope="module")
 def test_a_volume_of_the_users_is_examined_by_both_nodes(roots):
     """
-    Two doctors on the mounts that `KSERVE_PVC_TEST_MOUNTS` names go through all tests, and find what the store relies on.
+    Two doctors on the mounts that `KSERVE_PVC_TEST_MOUNTS` names go through all tests, and find what the store relies
+    on.
     """
     pair = nodes.examine_together(roots)
 
     for diagnosis in pair:
         print(*tell(diagnosis), sep="\n")
-        assert (diagnosis.peer.is_done, diagnosis.peer.races["mkdir"].both_won, diagnosis.profile.obstacles) == (True, 0, ())
+        assert (diagnosis.peer.is_done, diagnosis.peer.races["mkdir"].both_won, diagnosis.profile.obstacles) == (
+            True,
+            0,
+            (),
+        )
         assert None not in (diagnosis.peer.listed_after, diagnosis.peer.beat_after)
-    sweep(VolumeWriter(roots[0]))  # While an NFS server recovers, a lock that hangs keeps its file open until the process has ended.
+    sweep(
+        VolumeWriter(roots[0])
+    )  # While an NFS server recovers, a lock that hangs keeps its file open until the process has ended.
     assert os.listdir(roots[0] / ".kserve-pvc" / "doctor") == []
 
 
@@ -514,7 +585,11 @@ def test_honest_locks_are_found_honest(roots):
         assert [[test.verdict for test in tests] for tests in diagnosis.peer.locks.values()] == [["excludes"] * 2] * 2
         assert [race.both_won for race in diagnosis.peer.races.values()] == [0] * 4
         assert [what for what, level in found(diagnosis).items() if level != "note"] == ["free-space-made-up"]
-        assert (diagnosis.peer.is_done, diagnosis.peer.same_mount, diagnosis.peer.listed_after is None) == (True, False, False)
+        assert (diagnosis.peer.is_done, diagnosis.peer.same_mount, diagnosis.peer.listed_after is None) == (
+            True,
+            False,
+            False,
+        )
         assert 0.3 < diagnosis.peer.beat_after < 10
     assert os.listdir(roots[0] / ".kserve-pvc" / "doctor") == []
 
@@ -533,7 +608,9 @@ def test_lying_locks_are_found_to_lie(roots):
         assert {test.verdict for tests in diagnosis.peer.locks.values() for test in tests} == {"lies"}
         won = {what: race.both_won for what, race in diagnosis.peer.races.items()}
         assert won["mkdir"] == 0
-        assert {what for what in won if f"{what}-not-exclusive" in found(diagnosis)} == {what for what in won if won[what]}
+        assert {what for what in won if f"{what}-not-exclusive" in found(diagnosis)} == {
+            what for what in won if won[what]
+        }
         assert not diagnosis.ok
     assert pair[0].peer.races["create"].both_won == pair[1].peer.races["create"].both_won
     assert os.listdir(roots[0] / ".kserve-pvc" / "doctor") == []
@@ -544,7 +621,7 @@ def test_a_name_with_two_winners_is_counted(root):
     What both did is put together by round: who won, and whether the two calls overlapped on one clock.
     """
     writer, own, other = VolumeWriter(root), new_directory(), new_directory()
-    with writer.scratch(own) as scratch:
+    with open_scratch(writer, own) as scratch:
         pair = meeting._Meeting(writer, scratch, own, other, HELLO, HELLO)
         pair._clock_ahead = 100.0
         mine = [[1.0, 2.0, 1.0], [3.0, 4.0, 1.0], [5.0, 6.0, 0.0], [7.0, 8.0, 0.0]]
@@ -588,7 +665,11 @@ LYING = {
         ({"profile": nfs("hard")}, "slow-removal", "note"),
         ({"profile": nfs("nolock", "noac"), "locker": "flock"}, "flock-lies", "unsafe"),
         ({"profile": nfs("noac"), "locker": "flock", "peer": None}, "flock-unproven", "change"),
-        ({"profile": attrs.evolve(PROFILE, type="cifs", options=("nobrl",)), "locker": "flock"}, "flock-lies", "unsafe"),
+        (
+            {"profile": attrs.evolve(PROFILE, type="cifs", options=("nobrl",)), "locker": "flock"},
+            "flock-lies",
+            "unsafe",
+        ),
         ({"profile": attrs.evolve(PROFILE, type="cifs", options=("cache=loose",))}, "smb-loose-cache", "unsafe"),
         ({"uid": 0, "mode": 0o755}, "only-root-writes", "note"),
         ({"total_bytes": 1 << 50}, "free-space-made-up", "change"),

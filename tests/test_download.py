@@ -9,9 +9,11 @@ from threading import Event, Thread
 import pytest
 from memory import MemorySource
 
-from kserve_pvc import Model, ModelStore, _download
-from kserve_pvc import _layout as layout
-from kserve_pvc._volume import Tree, VolumeWriter
+from kserve_pvc import Model, ModelStore
+from kserve_pvc._download import download as _download
+from kserve_pvc._format import layout
+from kserve_pvc._volume.tree import Tree
+from kserve_pvc._volume.writing import VolumeWriter
 
 URI = "s3://bucket/model"
 FILES = {"a.bin": b"a" * 1000, "b.bin": b"b" * 1000, "c.bin": b"c" * 1000}
@@ -158,7 +160,7 @@ def test_a_claim_that_is_thrown_away_while_it_is_made_is_a_lost_race(root, store
     A writer that stands still while it makes its claim, until another has superseded it, looks again.
     """
     first, second = stores
-    honest, opened = VolumeWriter._ensure_directory, []
+    honest, opened = VolumeWriter.ensure_directory, []
 
     def ensure_directory(self, place):
         fd = honest(self, place)
@@ -169,7 +171,7 @@ def test_a_claim_that_is_thrown_away_while_it_is_made_is_a_lost_race(root, store
                 self.empty_trash(0)
         return fd
 
-    monkeypatch.setattr(VolumeWriter, "_ensure_directory", ensure_directory)
+    monkeypatch.setattr(VolumeWriter, "ensure_directory", ensure_directory)
     model = first.ensure(URI, progress=False)
 
     assert opened[:2] == ["000000000001"] * 2

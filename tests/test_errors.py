@@ -40,11 +40,23 @@ CONTRACT = {
 }
 # Facts that the message leaves out.
 UNSAID = {(errors.DamagedRecordError, "root")}
-SAMPLES = {"str": "sample", "int": 70, "float": 1.5, "float | None": 2.5, "bool": True, "tuple[str, ...]": ("first", "second")}
+SAMPLES = {
+    "str": "sample",
+    "int": 70,
+    "float": 1.5,
+    "float | None": 2.5,
+    "bool": True,
+    "tuple[str, ...]": ("first", "second"),
+}
 
 
 def walk(cls: type[StoreError]) -> set[type[StoreError]]:
-    return {found for child in cls.__subclasses__() if child.__module__ == errors.__name__ for found in {child, *walk(child)}}
+    return {
+        found
+        for child in cls.__subclasses__()
+        if child.__module__ == errors.__name__
+        for found in {child, *walk(child)}
+    }
 
 
 ERRORS = sorted(walk(StoreError), key=lambda cls: cls.__name__)
@@ -103,9 +115,13 @@ def test_an_error_crosses_processes(cls):
     """
     error = sample(cls)
 
-    copies = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)] + [copy.copy(error)]
+    copies = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)] + [
+        copy.copy(error)
+    ]
 
-    assert [(type(c), c.fields, str(c), c.args) for c in copies] == [(cls, error.fields, str(error), error.args)] * len(copies)
+    assert [(type(c), c.fields, str(c), c.args) for c in copies] == [(cls, error.fields, str(error), error.args)] * len(
+        copies
+    )
 
 
 @every_error
@@ -134,10 +150,14 @@ def test_a_message_is_one_line_without_loose_ends(cls):
 
 
 # Every field that can hold text may hold what a remote or another tenant of the volume wrote.
-UNTRUSTED = [(cls, field.name) for cls in ERRORS for field in attrs.fields(cls) if field.type in ("str", "tuple[str, ...]")]
+UNTRUSTED = [
+    (cls, field.name) for cls in ERRORS for field in attrs.fields(cls) if field.type in ("str", "tuple[str, ...]")
+]
 
 
-@pytest.mark.parametrize(("cls", "name"), UNTRUSTED, ids=lambda value: value if isinstance(value, str) else value.__name__)
+@pytest.mark.parametrize(
+    ("cls", "name"), UNTRUSTED, ids=lambda value: value if isinstance(value, str) else value.__name__
+)
 def test_a_message_steers_no_terminal(cls, name):
     """
     Control and bidirectional characters in any text are escaped in the message, and kept as they are in the facts.

@@ -22,7 +22,8 @@ NOTEBOOK = EXAMPLES / "notebooks/warm.ipynb"
 
 def test_two_replicas_serve_and_fetch_an_adapter():
     """
-    The example of a custom server keeps all its promises: one download, right answers over HTTP, serving while fetching.
+    The example of a custom server keeps all its promises: one download, right answers over HTTP, serving while
+    fetching.
     """
     pytest.importorskip("kserve")
 
@@ -87,7 +88,8 @@ def execute(environ) -> str:
     """
     Run the notebook in a kernel of its own, and return everything its cells put out.
     """
-    # In a process of its own: the clients of kernels warn about loops and sockets, which is not for this library to mend.
+    # In a process of its own: the clients of kernels warn about loops and sockets, which is not for this library to
+    # mend.
     script = """
 import json, sys, nbclient, nbformat
 notebook = nbformat.read(sys.argv[1], as_version=4)
@@ -116,7 +118,9 @@ def test_the_notebook_warms_a_catalogue(root, upload, origin):
     Executed against a real S3 server, it fetches every model of the catalogue, says what failed and shows tables.
     """
     small, large = model_files(seed=81), model_files(seed=82, big=3_000_000)
-    base = upload({f"{name}/{path}": data for name, files in (("small", small), ("large", large)) for path, data in files.items()})
+    base = upload(
+        {f"{name}/{path}": data for name, files in (("small", small), ("large", large)) for path, data in files.items()}
+    )
     catalogue = [f"{base}/small", f"{base}/large", f"{base}/absent"]
 
     _, empty, plan, warm, filled, model, verification = execute(

@@ -103,7 +103,7 @@ def test_a_volume_that_fills_up_meanwhile_loses_nothing_else(mount, tmp_path, mo
     store = ModelStore(place, mode="rw")
     first = store.ensure(f"file://{tmp_path}/first", progress=False)
     free = store._volume.free_bytes()
-    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: 1 << 40)
+    monkeypatch.setattr("kserve_pvc._volume.reading.Volume.free_bytes", lambda self: 1 << 40)
 
     with pytest.raises(InsufficientSpaceError):
         store.ensure(f"file://{tmp_path}/second", progress=False)
@@ -129,7 +129,11 @@ def test_no_inodes_left_is_a_lack_of_space(mount, tmp_path):
 AS_OTHER = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
-from kserve_pvc import _claims, _download, _progress, _removal, _transfer
+from kserve_pvc._download import download as _download
+from kserve_pvc._download import transfer as _transfer
+from kserve_pvc._keys import removal as _removal
+from kserve_pvc._keys import claims as _claims
+from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes
 # Another user may not be able to read this interpreter's libraries, so everything is imported before.
@@ -181,7 +185,8 @@ def test_another_user_reads_what_one_wrote_whatever_the_umask(reachable):
 @pytest.mark.usefixtures("as_root")
 def test_users_of_one_group_write_one_store(reachable):
     """
-    Under a set-gid root that a group may write, as `fsGroup` makes it, members with other uids and primary groups add models.
+    Under a set-gid root that a group may write, as `fsGroup` makes it, members with other uids and primary groups add
+    models.
     """
     volume = reachable / "volume"
     for name in ("one", "two"):
@@ -212,7 +217,9 @@ def test_a_user_who_may_not_write_is_told_who_may(reachable):
     assert all(word in said for word in ("uid 1001", "gid 1001", "uid 0", "mode 0755", "fsGroup"))
 
 
-@pytest.mark.parametrize("place", ["models", "models/{key}", ".kserve-pvc/keys", ".kserve-pvc/keys/{key}/claims", ".kserve-pvc/staging"])
+@pytest.mark.parametrize(
+    "place", ["models", "models/{key}", ".kserve-pvc/keys", ".kserve-pvc/keys/{key}/claims", ".kserve-pvc/staging"]
+)
 def test_a_link_planted_where_we_write_leads_nowhere(root, source, tmp_path, place):
     """
     A symbolic link instead of any directory of the store is refused, and nothing is written outside.
@@ -238,7 +245,7 @@ def test_a_link_planted_for_a_file_of_the_model_is_not_written_through(root, sou
     """
     A link that appears under the name of a file before it is written fails the attempt and keeps its target.
     """
-    from kserve_pvc._volume import Tree
+    from kserve_pvc._volume.tree import Tree
 
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -288,7 +295,7 @@ def test_a_transient_error_of_the_volume_costs_one_attempt(root, source, monkeyp
     """
     When making a file durable fails once, the next generation succeeds within the same call, on new inodes.
     """
-    from kserve_pvc._volume import Tree
+    from kserve_pvc._volume.tree import Tree
 
     honest, failed = Tree.finish, []
 
@@ -372,7 +379,17 @@ def with_errors(strace: str, injected: str, root: Path, source: Path) -> str:
     """
     Download with errors injected into the system calls of every thread.
     """
-    tracing = [strace, "-f", "-qq", "-o", os.devnull, "-e", f"trace={injected.partition(':')[0]}", "-e", f"inject={injected}"]
+    tracing = [
+        strace,
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        f"trace={injected.partition(':')[0]}",
+        "-e",
+        f"inject={injected}",
+    ]
     command = [*tracing, sys.executable, "-I", "-c", DOWNLOAD, str(root), f"file://{source}"]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
@@ -399,7 +416,9 @@ def test_a_lock_that_cannot_be_taken_loses_no_model(root, source, tool, code):
 
     said = with_errors(tool("strace"), f"flock:error={code}", root, source)
 
-    assert (said == "downloaded") if code in ("ENOLCK", "ENOSYS", "EOPNOTSUPP") else said in ("downloaded", "VolumeError")
+    assert (
+        (said == "downloaded") if code in ("ENOLCK", "ENOSYS", "EOPNOTSUPP") else said in ("downloaded", "VolumeError")
+    )
     assert ModelStore(root, mode="rw").ensure(f"file://{source}", progress=False).status in ("present", "downloaded")
     assert ModelStore(root).verify(f"file://{source}", "full").ok
 
@@ -408,7 +427,8 @@ def test_a_lock_that_cannot_be_taken_loses_no_model(root, source, tool, code):
 @pytest.mark.parametrize("call", ["pwrite64", "fsync", "mkdirat", "linkat"])
 def test_a_volume_that_says_it_is_full_publishes_nothing_half(root, source, tool, call, code):
     """
-    Rows 17 and 18: whichever call reports that space or quota is used up, the error is that, and the next download is exact.
+    Rows 17 and 18: whichever call reports that space or quota is used up, the error is that, and the next download is
+    exact.
     """
     ModelStore(root, mode="rw", lease_seconds=1)
     uri, said = f"file://{source}", []
@@ -539,7 +559,11 @@ def test_long_names_deep_trees_and_many_files_are_one_record(root, tmp_path, too
     log = tmp_path / "calls.log"
     tracing = [tool("strace"), "-f", "-qq", "-o", str(log), "-e", "trace=fsync,fdatasync,syncfs"]
 
-    subprocess.run([*tracing, sys.executable, "-I", "-c", DOWNLOAD, str(root), f"file://{tmp_path}/source"], check=True, timeout=120)
+    subprocess.run(
+        [*tracing, sys.executable, "-I", "-c", DOWNLOAD, str(root), f"file://{tmp_path}/source"],
+        check=True,
+        timeout=120,
+    )
 
     store = ModelStore(root)
     assert read_tree(store.get(f"file://{tmp_path}/source").path) == files

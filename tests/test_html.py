@@ -11,7 +11,7 @@ from sources import FakeBackend
 from trees import model_files, write_files
 
 from kserve_pvc import ModelStore, Plan, Problem, Verification
-from kserve_pvc._html import MAX_ROWS, show_model, show_store, show_verification
+from kserve_pvc._show.html import MAX_ROWS, show_model, show_store, show_verification
 
 PLAIN = 'class="mathjax_ignore tex2jax_ignore"'
 
@@ -63,8 +63,22 @@ def shown() -> list[str]:
     facts = {"uri": HOSTILE, "key": HOSTILE, "version": HOSTILE}
     sizes = {"files": 1, "size_bytes": 10**9}
     chosen = {"revision": HOSTILE, "allow_patterns": (HOSTILE,), "ignore_patterns": (HOSTILE,)}
-    got = {"path": Path(f"/mnt/{HOSTILE}"), "status": "downloaded", "created_at": CREATED, "bytes_fetched": 1, "seconds": 1.0}
-    plan = {"files": 1, "size_bytes": 10**9, "bytes_to_fetch": 1, "bytes_reusable": 2, "free_bytes": 3, "seconds": None, "bytes_shared": 2}
+    got = {
+        "path": Path(f"/mnt/{HOSTILE}"),
+        "status": "downloaded",
+        "created_at": CREATED,
+        "bytes_fetched": 1,
+        "seconds": 1.0,
+    }
+    plan = {
+        "files": 1,
+        "size_bytes": 10**9,
+        "bytes_to_fetch": 1,
+        "bytes_reusable": 2,
+        "free_bytes": 3,
+        "seconds": None,
+        "bytes_shared": 2,
+    }
     problem = Problem(path=HOSTILE, kind="digest", detail=HOSTILE)
     return [
         show_store(HOSTILE, "r", [{**facts, **sizes, **chosen, **got}]),
@@ -88,7 +102,9 @@ def test_text_is_only_text(page):
     said = {(name, value) for _, attributes in seen.tags for name, value in attributes.items()}
     assert {name for name, _ in said} <= {"scope", "class", "style"}
     assert {value for name, value in said if name == "scope"} <= {"row", "col"}
-    assert not any(word in value for name, value in said if name == "style" for word in ("url", "color", "background", "font", "("))
+    assert not any(
+        word in value for name, value in said if name == "style" for word in ("url", "color", "background", "font", "(")
+    )
     assert all(text.isprintable() for text in seen.texts)
 
 
@@ -105,7 +121,8 @@ def test_names_are_not_typeset(page):
 @pytest.mark.parametrize("page", shown())
 def test_text_begins_at_the_left_and_breaks(page):
     """
-    Notebooks set cells to the right; names are to be read from their beginning, however long, and amounts from their end.
+    Notebooks set cells to the right; names are to be read from their beginning, however long, and amounts from their
+    end.
     """
     cells = [attributes["style"] for tag, attributes in Reader(page).tags if tag in ("td", "th", "caption")]
 
@@ -141,7 +158,9 @@ def test_what_makes_another_model_is_shown(root, model):
     """
     Two models of one URI are told apart by what was asked for.
     """
-    part = ModelStore(root, mode="rw").ensure(model.uri, allow_patterns=["*.json", "empty"], ignore_patterns="weights/", progress=False)
+    part = ModelStore(root, mode="rw").ensure(
+        model.uri, allow_patterns=["*.json", "empty"], ignore_patterns="weights/", progress=False
+    )
 
     texts = Reader(ModelStore(root)._repr_html_()).texts
 
@@ -153,7 +172,9 @@ def test_an_empty_store_is_a_sentence(root):
     """
     Without models there is no empty table.
     """
-    assert ModelStore(root, mode="rw")._repr_html_() == f"<p {PLAIN}>ModelStore at {root}, read-write: 0 models, 0 B</p>"
+    assert (
+        ModelStore(root, mode="rw")._repr_html_() == f"<p {PLAIN}>ModelStore at {root}, read-write: 0 models, 0 B</p>"
+    )
 
 
 def test_a_model_shows_where_it_is(root, model):
@@ -188,7 +209,15 @@ def test_a_plan_says_whether_it_fits(root, model):
     nothing, download = (Reader(plan._repr_html_()).texts for plan in (store.plan(model.uri), store.plan("fake://x/y")))
 
     assert nothing == [f"Plan for {model.uri}", "Action", "nothing, it is present", "Size", "684.6 KiB in 4 files"]
-    assert download[:7] == ["Plan for fake://x/y", "Action", "download", "Size", "4.9 KiB in 1 file", "To fetch", "4.9 KiB"]
+    assert download[:7] == [
+        "Plan for fake://x/y",
+        "Action",
+        "download",
+        "Size",
+        "4.9 KiB in 1 file",
+        "To fetch",
+        "4.9 KiB",
+    ]
     assert download[download.index("Free") + 1].endswith(": it fits")
 
 

@@ -17,8 +17,10 @@ import pytest
 import shell
 from weather import Authority, StormyS3
 
-from kserve_pvc.backends import _http
-from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of
+from kserve_pvc.backends._http import client as _http
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._http.wire import POLL_SECONDS
 
 HERE = "127.0.0.1"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -26,10 +28,11 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
 class Server:
     """
-    Accepts connections and answers each request on them with what `act` says: bytes to send, or a function of the connection.
+    Accepts connections and answers each request on them with what `act` says: bytes to send, or a function of the
+    connection.
 
-    `act` gets the number of the connection and the number of the request on it; None closes the connection. `asked` holds
-    the heads of all requests, with the number of their connection.
+    `act` gets the number of the connection and the number of the request on it; None closes the connection. `asked`
+    holds the heads of all requests, with the number of their connection.
     """
 
     def __init__(self, act: Callable[[int, int], object], tls: ssl.SSLContext | None = None) -> None:
@@ -150,7 +153,12 @@ def nothing_is_left_open():
 
 
 def get(
-    client: HTTPClient, target: Target, *, method: str = "GET", headers: dict[str, str] | None = None, limit: int = 10**6
+    client: HTTPClient,
+    target: Target,
+    *,
+    method: str = "GET",
+    headers: dict[str, str] | None = None,
+    limit: int = 10**6,
 ) -> tuple[int, bytes]:
     with client.open(method, target, headers or {}) as answer:
         return answer.status, answer.read(limit, time.monotonic() + 10)
@@ -197,7 +205,18 @@ def test_an_address_is_taken_apart(url, target, authority):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "host", "ftp://host/", "http://", "http:///path", "http://host:0", "http://host:99999", "http://host:x", "http://[::1"]
+    "url",
+    [
+        "",
+        "host",
+        "ftp://host/",
+        "http://",
+        "http:///path",
+        "http://host:0",
+        "http://host:99999",
+        "http://host:x",
+        "http://[::1",
+    ],
 )
 def test_what_is_no_address_is_refused(url):
     """
@@ -226,7 +245,8 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 def test_an_answer_is_read_to_its_end_and_the_connection_kept(client, name, pieces):
     """
-    However the end of a body is told, and however it arrives, its bytes are exact and the next request uses the same connection.
+    However the end of a body is told, and however it arrives, its bytes are exact and the next request uses the same
+    connection.
     """
 
     def act(connection: int, turn: int) -> object:
@@ -259,7 +279,11 @@ def test_a_body_of_any_size_is_read_through_any_buffer(client, size, coding):
         "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%b0\r\n\r\n" % chunks,
         "close": b"HTTP/1.1 200 OK\r\n\r\n" + body,
     }[coding]
-    send = (lambda c: (c.sendall(answer), c.shutdown(socket.SHUT_WR))) if coding == "close" else (lambda c: c.sendall(answer))
+    send = (
+        (lambda c: (c.sendall(answer), c.shutdown(socket.SHUT_WR)))
+        if coding == "close"
+        else (lambda c: c.sendall(answer))
+    )
 
     with answering(lambda connection, turn: send) as server:
         for buffer_bytes in (7, 4096, 10**6) if size < 1000 else (4096, 10**6):
@@ -332,8 +356,12 @@ MALFORMED = {
     "chunk-in-python": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n0\r\n\r\n",
     "chunk-underlined": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0_5\r\nhello\r\n0\r\n\r\n",
     "chunk-too-long": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhello\r\n0\r\n\r\n",
-    "chunk-line-too-long": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;" + b"x" * 4000 + b"\r\nhello\r\n0\r\n\r\n",
-    "trailers-for-ever": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n" + b"x: y\r\n" * 200 + b"\r\n",
+    "chunk-line-too-long": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;"
+    + b"x" * 4000
+    + b"\r\nhello\r\n0\r\n\r\n",
+    "trailers-for-ever": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n"
+    + b"x: y\r\n" * 200
+    + b"\r\n",
 }
 
 
@@ -528,7 +556,7 @@ def test_silence_lets_the_caller_look_up(client, step):
         "trailer": chunked + b"2\r\nhe\r\n0\r\nX: y",
     }[step]
     with answering(said) as server:
-        assert silent_calls(client, server, until=1) <= _http.MOMENT + 0.35
+        assert silent_calls(client, server, until=1) <= POLL_SECONDS + 0.35
 
 
 def silent_calls(client: HTTPClient, server: Server, until: int) -> float:
@@ -571,7 +599,7 @@ def test_a_drip_lets_the_caller_look_up(authority, tls, step, secure):
         seconds = silent_calls(made, server, until=1)
     made.close()
 
-    assert seconds <= _http.MOMENT + 0.35
+    assert seconds <= POLL_SECONDS + 0.35
 
 
 def test_an_answer_that_does_not_come_is_given_up(client):
@@ -579,7 +607,11 @@ def test_an_answer_that_does_not_come_is_given_up(client):
     Whoever waits for an answer waits for a time that is known.
     """
     client.answer_seconds = 0.3
-    with answering(lambda connection, turn: b""), answering(b"") as server, pytest.raises(HTTPError, match="did not answer within"):
+    with (
+        answering(lambda connection, turn: b""),
+        answering(b"") as server,
+        pytest.raises(HTTPError, match="did not answer within"),
+    ):
         get(client, server.target())
 
 
@@ -644,7 +676,8 @@ def test_a_large_body_under_tls_is_exact(authority, tls):
 
 def test_silence_inside_a_record_is_no_end(authority, tls):
     """
-    What cannot be decrypted yet counts as nothing so far: a read returns within a moment, and again when the rest has come.
+    What cannot be decrypted yet counts as nothing so far: a read returns within a moment, and again when the rest has
+    come.
     """
     more, done = threading.Event(), threading.Event()
 
@@ -678,10 +711,12 @@ def test_silence_inside_a_record_is_no_end(authority, tls):
     made.close()
 
     assert (found, bytes(buffer[:1000])) == ([1000, None, 1000], b"b" * 1000)
-    assert seconds < 4 * _http.MOMENT
+    assert seconds < 4 * POLL_SECONDS
 
 
-def finish_step(step: Callable[[], object], connection: socket.socket, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
+def finish_step(
+    step: Callable[[], object], connection: socket.socket, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO
+) -> None:
     """
     Do one thing of TLS on memory, with a socket behind it.
     """
@@ -846,8 +881,13 @@ def test_a_tunnel_goes_through_a_proxy(authority, tls):
     """
     Under TLS the proxy learns the name of the host and the password for itself, and nothing of the request.
     """
-    with answering(OK, tls) as server, answering(tunnelling(b"HTTP/1.1 200 Connected\r\nX: y\r\n\r\n", server)) as proxy:
-        made = HTTPClient(environ={"https_proxy": f"http://user:word@{HERE}:{proxy.port}"}, ca_bundle=str(authority.file))
+    with (
+        answering(OK, tls) as server,
+        answering(tunnelling(b"HTTP/1.1 200 Connected\r\nX: y\r\n\r\n", server)) as proxy,
+    ):
+        made = HTTPClient(
+            environ={"https_proxy": f"http://user:word@{HERE}:{proxy.port}"}, ca_bundle=str(authority.file)
+        )
         found = [get(made, server.target("/secret"), headers={"authorization": "secret"}) for _ in range(2)]
         made.close()
 
@@ -863,7 +903,10 @@ def test_a_tunnel_that_is_refused_is_an_error(authority, tls, status, is_final):
     """
     What a proxy answers to CONNECT is told; whether another try makes sense follows from it.
     """
-    with answering(OK, tls) as server, answering(tunnelling(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status, server)) as proxy:
+    with (
+        answering(OK, tls) as server,
+        answering(tunnelling(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status, server)) as proxy,
+    ):
         made = HTTPClient(environ={"https_proxy": f"http://{HERE}:{proxy.port}"}, ca_bundle=str(authority.file))
         with pytest.raises(HTTPError, match=str(status)) as caught:
             get(made, server.target())
@@ -899,7 +942,7 @@ def test_a_client_that_nobody_holds_closes_its_connections():
 
 FORKED = """
 import os, sys
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.s3 import S3Backend
 
 ref, backend = parse_ref(sys.argv[1]), S3Backend({})
@@ -918,7 +961,11 @@ def test_a_forked_child_makes_connections_of_its_own():
     """
     with StormyS3() as storm:
         storm.put("bucket", "model/config.json", b"{}")
-        names = {"AWS_ACCESS_KEY_ID": storm.key, "AWS_SECRET_ACCESS_KEY": storm.secret, "AWS_SESSION_TOKEN": storm.token}
+        names = {
+            "AWS_ACCESS_KEY_ID": storm.key,
+            "AWS_SECRET_ACCESS_KEY": storm.secret,
+            "AWS_SESSION_TOKEN": storm.token,
+        }
         shell.python(FORKED, "s3://bucket/model", env={**names, "AWS_ENDPOINT_URL": storm.endpoint, "HOME": "/none"})
 
         assert storm.connections == 2

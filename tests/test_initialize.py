@@ -30,8 +30,8 @@ from webserver import WebServer
 from kserve_pvc import InvalidURIError, LockTimeoutError, ModelStore, SourceNotFoundError
 from kserve_pvc.kserve import Storage
 from kserve_pvc.kserve._destination import OURS, Contents, Destination, Source
+from kserve_pvc.kserve._environment import read_variables, trust_bundle
 from kserve_pvc.kserve._initialize import main
-from kserve_pvc.kserve._variables import read_variables, trust_bundle
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.liveness import here
 
@@ -41,7 +41,12 @@ COMMAND = [sys.executable, "-I", "-c", "import sys; from kserve_pvc.kserve._init
 AS_OPENSHIFT = """
 import os, sys, ctypes, fcntl, portalocker
 from kserve_pvc import *
-from kserve_pvc import _bundle, _download, _progress, _removal, _transfer, _unpack
+from kserve_pvc._archive import unpack as _unpack
+from kserve_pvc._archive import bundle as _bundle
+from kserve_pvc._download import download as _download
+from kserve_pvc._download import transfer as _transfer
+from kserve_pvc._keys import removal as _removal
+from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends import file
 from kserve_pvc.kserve._initialize import main
 
@@ -174,7 +179,9 @@ def test_the_lines_that_people_look_for(uri, place):
     assert re.fullmatch(r"Model downloaded in [0-9.]+ seconds\.", texts[-1])
 
 
-@pytest.mark.parametrize("arguments", [[], ["s3://b/m"], ["s3://b/m", "/mnt/models", "s3://b/n"]], ids=["none", "one", "three"])
+@pytest.mark.parametrize(
+    "arguments", [[], ["s3://b/m"], ["s3://b/m", "/mnt/models", "s3://b/n"]], ids=["none", "one", "three"]
+)
 def test_arguments_that_are_no_pairs(arguments):
     """
     The usage goes to standard output and the exit code is 1, as with KServe's own.
@@ -199,7 +206,10 @@ def test_a_failure_is_one_line_in_the_termination_log(tmp_path, place):
     good = run(f"file://{tmp_path}/missing", place, env=env)
 
     assert bad.returncode == 1
-    assert said == f"nothing to fetch at `file://{tmp_path}/missing`: No such file or directory; check bucket, path, revision and patterns"
+    assert (
+        said
+        == f"nothing to fetch at `file://{tmp_path}/missing`: No such file or directory; check bucket, path, revision and patterns"
+    )
     assert bad.stderr.endswith(f"storage.initializer ERROR {said}\n")
     assert (good.returncode, log.read_text()) == (0, "")
 
@@ -367,7 +377,16 @@ def test_patterns_choose_and_count(uri, source, place, name, text):
 
 
 @pytest.mark.parametrize(
-    "bad", ["s3://b/m/../../x", "file:///etc/../etc", "oci://r/m:1", "https://github.com/o/r.git", "modelscope://o/m", "nope", ""]
+    "bad",
+    [
+        "s3://b/m/../../x",
+        "file:///etc/../etc",
+        "oci://r/m:1",
+        "https://github.com/o/r.git",
+        "modelscope://o/m",
+        "nope",
+        "",
+    ],
 )
 def test_sources_that_are_refused(source, place, monkeypatch, bad):
     """
@@ -436,7 +455,8 @@ def test_a_directory_of_strangers_where_a_file_belongs(uri, place):
 
 def test_a_link_of_a_stranger_is_not_followed(uri, source, place, tmp_path):
     """
-    A link with the name of a file is replaced, and one with the name of a directory is an error; nothing is written behind them.
+    A link with the name of a file is replaced, and one with the name of a directory is an error; nothing is written
+    behind them.
     """
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/file").write_text("kept")
@@ -531,12 +551,12 @@ def refused(_):
 
 def test_on_a_network_volume_a_claim_excludes(uri, source, place, monkeypatch):
     """
-    Where the kernel's lock may be a lie, whoever shows signs of life is left alone, and whoever shows none is taken over. The
-    lock, which may have stayed with a node that is gone, is not asked for.
+    Where the kernel's lock may be a lie, whoever shows signs of life is left alone, and whoever shows none is taken
+    over. The lock, which may have stayed with a node that is gone, is not asked for.
 
     The kind of the volume is made up, as no network volume can be mounted everywhere.
     """
-    monkeypatch.setattr("kserve_pvc._volume.Mount.is_network", property(lambda _: True))
+    monkeypatch.setattr("kserve_pvc._volume.mount.Mount.is_network", property(lambda _: True))
     monkeypatch.setattr("kserve_pvc.kserve._destination.grab_file", refused)
     one, other = Destination(place), Destination(place)
     with one.writing(here(), 0.5), pytest.raises(LockTimeoutError), other.writing(here(), 0.5):
@@ -579,7 +599,8 @@ def test_a_source_that_is_its_own_destination(uri, source):
 
 def test_a_store_that_is_the_destination_gets_a_name_for_the_server(upload, proxy, s3_env, root):
     """
-    The model is in the store, and `models/<KServe's key>` is the directory that the server mounts; another pod fetches nothing.
+    The model is in the store, and `models/<KServe's key>` is the directory that the server mounts; another pod fetches
+    nothing.
     """
     uri = upload(FILES)
     env = {**s3_env, "KSERVE_PVC_STORE": str(root)}
@@ -630,7 +651,8 @@ def test_the_name_of_an_empty_directory_that_the_kubelet_made_is_taken(uri, root
 
 def test_a_directory_in_a_store_leads_to_the_model(uri, source, root):
     """
-    A destination inside of a store is a relative link, also if nobody says that it is a store; the store's own places are refused.
+    A destination inside of a store is a relative link, also if nobody says that it is a store; the store's own places
+    are refused.
     """
     ModelStore(root, mode="rw")
 
@@ -658,7 +680,9 @@ def test_a_directory_beside_a_store_is_made_of_it(upload, proxy, s3_env, root, p
     assert served(place) == FILES
     assert listing(place) == before
     assert (place / "config.json").is_symlink() is (way == "symlink")
-    assert ((place / "config.json").stat().st_nlink > 1) is (way == "link" or (way == "auto" and "by link" in first.stderr))
+    assert ((place / "config.json").stat().st_nlink > 1) is (
+        way == "link" or (way == "auto" and "by link" in first.stderr)
+    )
     assert ModelStore(root).verify(uri, "full").ok
 
 
@@ -760,7 +784,10 @@ def test_a_newer_version_in_the_store_reaches_the_directory(tmp_path, root, plac
         ({"KSERVE_PVC_MATERIALIZE": "magic"}, "KSERVE_PVC_MATERIALIZE"),
         ({"KSERVE_PVC_DESTINATION": "magic"}, "KSERVE_PVC_DESTINATION"),
         ({"KSERVE_PVC_TIMEOUT": "-1"}, "KSERVE_PVC_TIMEOUT"),
-        ({"CA_BUNDLE_CONFIGMAP_NAME": "ca", "CA_BUNDLE_VOLUME_MOUNT_POINT": "/nowhere"}, "CA_BUNDLE_VOLUME_MOUNT_POINT"),
+        (
+            {"CA_BUNDLE_CONFIGMAP_NAME": "ca", "CA_BUNDLE_VOLUME_MOUNT_POINT": "/nowhere"},
+            "CA_BUNDLE_VOLUME_MOUNT_POINT",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -780,7 +807,12 @@ def test_credentials_of_a_storage_secret(upload, origin, proxy, place):
     """
     `STORAGE_CONFIG`, with what `STORAGE_OVERRIDE_CONFIG` lays over it, says all that S3 needs.
     """
-    secret = {"type": "s3", "access_key_id": origin.key, "secret_access_key": origin.secret, "endpoint_url": "http://127.0.0.1:1"}
+    secret = {
+        "type": "s3",
+        "access_key_id": origin.key,
+        "secret_access_key": origin.secret,
+        "endpoint_url": "http://127.0.0.1:1",
+    }
     over = {"endpoint_url": proxy.endpoint, "region": "us-east-1", "verify_ssl": "0"}
     env = {"STORAGE_CONFIG": json.dumps(secret), "STORAGE_OVERRIDE_CONFIG": json.dumps(over)}
 
@@ -802,7 +834,10 @@ def test_credentials_of_a_storage_secret(upload, origin, proxy, place):
             {"s3": {"config_kwargs": {"s3": {"addressing_style": "virtual"}}}},
         ),
         ({"S3_USE_ACCELERATE": "true"}, {"s3": {"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}}}),
-        ({"S3_CONNECT_TIMEOUT": "5", "S3_READ_TIMEOUT": "6"}, {"s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 6}}}),
+        (
+            {"S3_CONNECT_TIMEOUT": "5", "S3_READ_TIMEOUT": "6"},
+            {"s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 6}}},
+        ),
         ({"S3_MAX_ATTEMPTS": "7"}, {"s3": {"config_kwargs": {"retries": {"max_attempts": 7, "mode": "standard"}}}}),
         ({"STORAGE_CONFIG": '{"type": "s3", "anonymous": true}'}, {"s3": {"anon": True}}),
         ({"STORAGE_CONFIG": '{"type": "s3", "region": "r"}'}, {"s3": {"client_kwargs": {"region_name": "r"}}}),
@@ -818,7 +853,14 @@ def test_variables_of_s3(variables, options):
 
 @pytest.mark.parametrize(
     ("text", "patterns"),
-    [("", None), (" ", None), ('["a", " b ", ""]', ("a", "b")), ('"a,b"', ("a,b",)), ("a, b,", ("a", "b")), ("[a", ("[a",))],
+    [
+        ("", None),
+        (" ", None),
+        ('["a", " b ", ""]', ("a", "b")),
+        ('"a,b"', ("a,b",)),
+        ("a, b,", ("a", "b")),
+        ("[a", ("[a",)),
+    ],
 )
 def test_patterns_as_kserve_spells_them(text, patterns):
     """
@@ -937,7 +979,8 @@ def test_storage_raises_what_it_is(tmp_path, place):
 @pytest.mark.usefixtures("as_root")
 def test_a_random_user_of_group_root():
     """
-    As OpenShift runs it: a uid that nobody knows, gid 0, and no home; others can read what it writes, whatever its umask.
+    As OpenShift runs it: a uid that nobody knows, gid 0, and no home; others can read what it writes, whatever its
+    umask.
     """
     with public_directory() as public:
         write_files(public / "source", FILES)
@@ -946,7 +989,9 @@ def test_a_random_user_of_group_root():
         place.chmod(0o2775)
         result = spawn_as_openshift(f"file://{public}/source", place, env={"HOME": "/nowhere", "TMPDIR": "/nowhere"})
         owners = {path.lstat().st_uid for path in place.rglob("*")}
-        modes = {path.lstat().st_mode & 0o7777 for path in place.rglob("*") if path.is_file() and OURS.name not in path.parts}
+        modes = {
+            path.lstat().st_mode & 0o7777 for path in place.rglob("*") if path.is_file() and OURS.name not in path.parts
+        }
 
         assert result.returncode == 0, result.stderr
         assert served(place) == FILES
@@ -1163,7 +1208,11 @@ def test_a_file_that_was_moved_is_proven_after_a_crash(tmp_path, place):
     """
     write_files(tmp_path / "m", {"a": b"aaaa", "b": b"bbbb"})
     put = Destination._put
-    with patch.object(Destination, "_put", lambda self, path, data: put(self, path, data) if path.name != "record.json" else interrupt()):
+    with patch.object(
+        Destination,
+        "_put",
+        lambda self, path, data: put(self, path, data) if path.name != "record.json" else interrupt(),
+    ):
         died = run(tmp_path / "m", place)
     (place / "a").write_bytes(b"evil")
 

@@ -100,7 +100,9 @@ def test_a_pod_gets_its_claim(version):
     }
     expected = mutate_pod(pod(), GRANTS, namespace="team")
     assert jsonpatch.apply_patch(pod(), operations(decision)) == expected
-    assert expected["spec"]["volumes"] == [{"name": "kserve-provision-location", "persistentVolumeClaim": {"claimName": "models"}}]
+    assert expected["spec"]["volumes"] == [
+        {"name": "kserve-provision-location", "persistentVolumeClaim": {"claimName": "models"}}
+    ]
     assert decision.audit == {
         "decision": "mutated",
         "uid": "705ab4f5",
@@ -137,8 +139,18 @@ def test_a_dry_run_is_answered_as_any_other():
 @pytest.mark.parametrize(
     ("found", "request_fields", "code", "message"),
     [
-        (pod("secret-models"), {}, 403, "`claim secret-models` is refused: no rule lets service account `default` of namespace `team`"),
-        (pod(), {"namespace": "elsewhere"}, 403, "no rule lets service account `default` of namespace `elsewhere` mount it"),
+        (
+            pod("secret-models"),
+            {},
+            403,
+            "`claim secret-models` is refused: no rule lets service account `default` of namespace `team`",
+        ),
+        (
+            pod(),
+            {"namespace": "elsewhere"},
+            403,
+            "no rule lets service account `default` of namespace `elsewhere` mount it",
+        ),
         (pod(sub_path="tenants/team/../other"), {}, 403, "a name may not climb with `..`"),
         (pod(sub_path="tenants/other"), {}, 403, "`tenants/other` is outside of `tenants/team`"),
         (pod(sub_path="tenants/team\n"), {}, 403, "tenants/team\\n` is refused: a name may hold no NUL, control"),
@@ -153,7 +165,8 @@ def test_a_dry_run_is_answered_as_any_other():
 )
 def test_what_is_not_granted_is_denied_with_a_reason(found, request_fields, code, message):
     """
-    A claim of another tenant, a directory outside of one's own and an annotation that means nothing are denied, and the owner told.
+    A claim of another tenant, a directory outside of one's own and an annotation that means nothing are denied, and the
+    owner told.
     """
     decision = decided(review(found, **request_fields))
 
@@ -182,7 +195,11 @@ def test_the_namespace_of_a_pod_counts_for_nothing():
     [
         {"operation": "DELETE", "object": None},
         {"operation": "UPDATE"},
-        {"operation": "CONNECT", "subResource": "exec", "kind": {"group": "", "version": "v1", "kind": "PodExecOptions"}},
+        {
+            "operation": "CONNECT",
+            "subResource": "exec",
+            "kind": {"group": "", "version": "v1", "kind": "PodExecOptions"},
+        },
         {"operation": "CREATE", "subResource": "binding"},
         {"kind": {"group": "apps", "version": "v1", "kind": "Deployment"}},
         {"kind": None},
@@ -201,12 +218,16 @@ def test_what_is_no_new_pod_is_let_through(request_fields):
 
 def test_a_container_for_debugging_gets_no_more_than_the_others():
     """
-    A container that is added to a running pod is confined as the first ones were, and nothing else of the pod is touched.
+    A container that is added to a running pod is confined as the first ones were, and nothing else of the pod is
+    touched.
     """
     found = mutate_pod(pod(), GRANTS, namespace="team")
     found["spec"]["containers"][0]["volumeMounts"][0].pop("readOnly")
     found["spec"]["ephemeralContainers"] = [
-        {"name": "debug", "volumeMounts": [{"name": "kserve-provision-location", "mountPath": "/m", "subPath": "tenants/team"}]}
+        {
+            "name": "debug",
+            "volumeMounts": [{"name": "kserve-provision-location", "mountPath": "/m", "subPath": "tenants/team"}],
+        }
     ]
     outside = deepcopy(found)
     outside["spec"]["ephemeralContainers"][0]["volumeMounts"][0]["subPath"] = "tenants"
@@ -214,7 +235,9 @@ def test_a_container_for_debugging_gets_no_more_than_the_others():
     confined = decided(review(found, operation="UPDATE", subResource="ephemeralcontainers"))
     denied = decided(review(outside, operation="UPDATE", subResource="ephemeralcontainers"))
 
-    assert operations(confined) == [{"op": "add", "path": "/spec/ephemeralContainers/0/volumeMounts/0/readOnly", "value": True}]
+    assert operations(confined) == [
+        {"op": "add", "path": "/spec/ephemeralContainers/0/volumeMounts/0/readOnly", "value": True}
+    ]
     assert "`tenants` is outside of `tenants/team`" in denied.response["response"]["status"]["message"]
 
 
@@ -225,7 +248,10 @@ def test_the_owner_is_warned():
     found = pod()
     found["metadata"]["annotations"]["storage.kserve.io/readonly"] = "false"
     found["spec"]["containers"].append(
-        {"name": "x" * 300, "volumeMounts": [{"name": "kserve-provision-location", "mountPath": "/m", "subPath": "tenants/team/a"}]}
+        {
+            "name": "x" * 300,
+            "volumeMounts": [{"name": "kserve-provision-location", "mountPath": "/m", "subPath": "tenants/team/a"}],
+        }
     )
 
     decision = decided(review(found))
@@ -252,7 +278,10 @@ def test_names_are_escaped_in_a_patch():
 
 SCALARS = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["", "a", "~", "/", "~1", "é"])
 DOCUMENTS = st.recursive(
-    SCALARS, lambda below: st.lists(below, max_size=4) | st.dictionaries(st.sampled_from(["", "a", "~", "/", "~1"]), below, max_size=4)
+    SCALARS,
+    lambda below: (
+        st.lists(below, max_size=4) | st.dictionaries(st.sampled_from(["", "a", "~", "/", "~1"]), below, max_size=4)
+    ),
 )
 
 
@@ -266,7 +295,9 @@ def test_a_patch_makes_one_document_of_another(before, after):
     found = list(patch(before, after))
 
     # That library takes 1 for True, as Python does; JSON does not.
-    assert json.dumps(jsonpatch.apply_patch(deepcopy(before), found), sort_keys=True) == json.dumps(after, sort_keys=True)
+    assert json.dumps(jsonpatch.apply_patch(deepcopy(before), found), sort_keys=True) == json.dumps(
+        after, sort_keys=True
+    )
     assert list(patch(after, deepcopy(after))) == []
 
 
@@ -285,13 +316,25 @@ def test_a_patch_makes_one_document_of_another(before, after):
         (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, "no JSON that can be read"),
         (b"[]", "send an AdmissionReview of admission.k8s.io/v1 or admission.k8s.io/v1beta1"),
         (b"null", "send an AdmissionReview"),
-        (b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v2", "request": {"uid": "x"}}', "send an AdmissionReview"),
-        (b'{"kind": "AdmissionReview", "apiVersion": ["admission.k8s.io/v1"], "request": {"uid": "x"}}', "send an AdmissionReview"),
+        (
+            b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v2", "request": {"uid": "x"}}',
+            "send an AdmissionReview",
+        ),
+        (
+            b'{"kind": "AdmissionReview", "apiVersion": ["admission.k8s.io/v1"], "request": {"uid": "x"}}',
+            "send an AdmissionReview",
+        ),
         (b'{"kind": "Pod", "apiVersion": "admission.k8s.io/v1"}', "send an AdmissionReview"),
         (b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1"}', "the review has no request with a uid"),
         (b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1", "request": {}}', "no request with a uid"),
-        (b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1", "request": {"uid": 3}}', "no request with a uid"),
-        (json.dumps(review(object={"a": [[]]})).encode().replace(b"[[]]", b"[" * MAX_DEPTH + b"]" * MAX_DEPTH), "nests deeper than 64"),
+        (
+            b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1", "request": {"uid": 3}}',
+            "no request with a uid",
+        ),
+        (
+            json.dumps(review(object={"a": [[]]})).encode().replace(b"[[]]", b"[" * MAX_DEPTH + b"]" * MAX_DEPTH),
+            "nests deeper than 64",
+        ),
     ],
     ids=range(19),
 )
@@ -306,7 +349,10 @@ def test_what_is_no_review_is_refused(body, message):
 
 
 @settings(max_examples=300, deadline=None)
-@given(found=DOCUMENTS, place=st.sampled_from(["object", "namespace", "kind", "operation", "userInfo", "dryRun", "subResource"]))
+@given(
+    found=DOCUMENTS,
+    place=st.sampled_from(["object", "namespace", "kind", "operation", "userInfo", "dryRun", "subResource"]),
+)
 def test_whatever_a_request_holds_it_is_answered(found, place):
     """
     A request with anything in any place gets an answer that can be sent, and no exception.
@@ -316,13 +362,30 @@ def test_whatever_a_request_holds_it_is_answered(found, place):
     assert json.loads(json.dumps(decision.response))["response"]["uid"] == "705ab4f5"
 
 
-NAMES = ["name", "volumeMounts", "persistentVolumeClaim", "claimName", "subPath", "readOnly", "emptyDir", "mountPath", "volumeDevices"]
-WORDS = SCALARS | st.sampled_from(["models", "kserve-provision-location", "kserve-container", "storage-initializer", "tenants/team"])
-STRANGE = st.recursive(WORDS, lambda below: st.lists(below, max_size=3) | st.dictionaries(st.sampled_from(NAMES), below, max_size=4))
+NAMES = [
+    "name",
+    "volumeMounts",
+    "persistentVolumeClaim",
+    "claimName",
+    "subPath",
+    "readOnly",
+    "emptyDir",
+    "mountPath",
+    "volumeDevices",
+]
+WORDS = SCALARS | st.sampled_from(
+    ["models", "kserve-provision-location", "kserve-container", "storage-initializer", "tenants/team"]
+)
+STRANGE = st.recursive(
+    WORDS, lambda below: st.lists(below, max_size=3) | st.dictionaries(st.sampled_from(NAMES), below, max_size=4)
+)
 
 
 @settings(max_examples=600, deadline=None)
-@given(found=STRANGE, place=st.sampled_from(["metadata", "spec", "annotations", "labels", "containers", "volumes", "initContainers"]))
+@given(
+    found=STRANGE,
+    place=st.sampled_from(["metadata", "spec", "annotations", "labels", "containers", "volumes", "initContainers"]),
+)
 def test_whatever_a_pod_holds_it_is_answered(found, place):
     """
     A pod with anything in any place gets an answer that can be sent, and no exception.

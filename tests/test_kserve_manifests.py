@@ -30,8 +30,17 @@ def pod(spec=None, *, annotations=None, labels=None, **metadata):
     """
     A pod of the namespace `team` as it travels, with empty fields left out.
     """
-    metadata = {**metadata, **({"annotations": annotations} if annotations else {}), **({"labels": labels} if labels else {})}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "team", **metadata}, "spec": deepcopy(spec) or {}}
+    metadata = {
+        **metadata,
+        **({"annotations": annotations} if annotations else {}),
+        **({"labels": labels} if labels else {}),
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"namespace": "team", **metadata},
+        "spec": deepcopy(spec) or {},
+    }
 
 
 def served(spec=None, *, source="s3://bucket/llama", **annotations):
@@ -59,7 +68,8 @@ def case_pod(case, name):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["rule"])
 def test_a_pod_follows_each_rule(case):
     """
-    Each rule of KServe's webhook meets ours as the case says, whichever comes first, and the pod that was given stays as it is.
+    Each rule of KServe's webhook meets ours as the case says, whichever comes first, and the pod that was given stays
+    as it is.
     """
     given, ours = case_pod(case, "pod"), case_pod(case, "ours")
     both = case_pod(case, "both") if "both" in case else kserve_rules.inject(ours)
@@ -94,7 +104,11 @@ def mounts(draw):
         optional["subPath"] = draw(st.sampled_from(SUB_PATHS[1:]))
     if draw(st.booleans()):
         optional["readOnly"] = True
-    return {"name": draw(st.sampled_from([VOLUME, "data"])), "mountPath": draw(st.sampled_from(["/mnt/models", "/m"])), **optional}
+    return {
+        "name": draw(st.sampled_from([VOLUME, "data"])),
+        "mountPath": draw(st.sampled_from(["/mnt/models", "/m"])),
+        **optional,
+    }
 
 
 @st.composite
@@ -171,7 +185,8 @@ def outcome(steps, given):
 @given(given=pods(), grants=policies())
 def test_the_order_does_not_matter_and_once_more_changes_nothing(given, grants):
     """
-    Ours before KServe's rules, after them, or on both sides ends in the same pod, or in a refusal; and then neither changes more.
+    Ours before KServe's rules, after them, or on both sides ends in the same pod, or in a refusal; and then neither
+    changes more.
     """
     ours, theirs = lambda found: mutate_pod(found, grants), kserve_rules.inject
 
@@ -187,7 +202,10 @@ def test_the_order_does_not_matter_and_once_more_changes_nothing(given, grants):
 
 
 @settings(max_examples=200, deadline=None)
-@given(given=pods(sources=DOWNLOADED), grants=st.sampled_from(ACCESSES).flatmap(lambda one: policies(sub_paths=("",), accesses=(one,))))
+@given(
+    given=pods(sources=DOWNLOADED),
+    grants=st.sampled_from(ACCESSES).flatmap(lambda one: policies(sub_paths=("",), accesses=(one,))),
+)
 def test_where_the_store_is_the_claim_ours_is_done_before_kserve_begins(given, grants):
     """
     Where rules give whole claims and nothing else mounts them, a second call after KServe's rules finds nothing to do.
@@ -210,16 +228,24 @@ def test_no_mount_is_looser_than_the_policy(given, grants):
     assume(found is not None)
     account = found["spec"].get("serviceAccountName", "default")
     rules = grants.rules_for("team", account, "models")
-    volumes = {v["name"]: v for v in found["spec"].get("volumes", []) if v.get("persistentVolumeClaim", {}).get("claimName") == "models"}
+    volumes = {
+        v["name"]: v
+        for v in found["spec"].get("volumes", [])
+        if v.get("persistentVolumeClaim", {}).get("claimName") == "models"
+    }
 
     for kind in ("initContainers", "containers"):
         for container in found["spec"].get(kind, []):
             for mount in container.get("volumeMounts", []):
                 if mount["name"] in volumes:
-                    writes = not (mount.get("readOnly") or volumes[mount["name"]]["persistentVolumeClaim"].get("readOnly"))
+                    writes = not (
+                        mount.get("readOnly") or volumes[mount["name"]]["persistentVolumeClaim"].get("readOnly")
+                    )
                     allowing = next(one for one in rules if one.covers(mount.get("subPath", "")))
                     is_initializer = container["name"] == "storage-initializer"
-                    assert not writes or allowing.access == "write" or (allowing.access == "download" and is_initializer)
+                    assert (
+                        not writes or allowing.access == "write" or (allowing.access == "download" and is_initializer)
+                    )
                     asked = given["metadata"]["annotations"].get(READONLY) == "false"
                     is_given = mount in [m for c in given["spec"].get(kind, []) for m in c.get("volumeMounts", [])]
                     assert not writes or asked or is_initializer or is_given or mount.get("subPath")
@@ -228,21 +254,49 @@ def test_no_mount_is_looser_than_the_policy(given, grants):
 @pytest.mark.parametrize(
     ("given", "grants", "message"),
     [
-        (served(claim="models"), (), "`claim models` is refused: no rule lets service account `default` of namespace `team` mount it"),
-        (served(claim="models"), (rule(namespaces=["other"]),), "no rule lets service account `default` of namespace `team` mount it"),
-        (served(claim="models"), (rule(serviceAccounts=["trainer"]),), "no rule lets service account `default` of namespace `team`"),
+        (
+            served(claim="models"),
+            (),
+            "`claim models` is refused: no rule lets service account `default` of namespace `team` mount it",
+        ),
+        (
+            served(claim="models"),
+            (rule(namespaces=["other"]),),
+            "no rule lets service account `default` of namespace `team` mount it",
+        ),
+        (
+            served(claim="models"),
+            (rule(serviceAccounts=["trainer"]),),
+            "no rule lets service account `default` of namespace `team`",
+        ),
         (served(claim="others"), (rule(),), "`claim others` is refused: no rule lets"),
         (served(claim="models", sub_path="../other"), (rule(),), "a name may not climb with `..`"),
         (served(claim="models", sub_path="models/../../x"), (rule(),), "a name may not climb with `..`"),
         (served(claim="models", sub_path="/models"), (rule(),), "a name must be relative"),
         (served(claim="models", sub_path="a//b"), (rule(),), "a name may have no empty or `.` part"),
         (served(claim="models", sub_path="a\nb"), (rule(),), "a name may hold no NUL, control"),
-        (served(claim="models", sub_path="tenants/b"), (rule(subPath="tenants/a"),), "`tenants/b` is outside of `tenants/a`"),
-        (served(claim="models", sub_path="tenants/ab"), (rule(subPath="tenants/a"),), "`tenants/ab` is outside of `tenants/a`"),
+        (
+            served(claim="models", sub_path="tenants/b"),
+            (rule(subPath="tenants/a"),),
+            "`tenants/b` is outside of `tenants/a`",
+        ),
+        (
+            served(claim="models", sub_path="tenants/ab"),
+            (rule(subPath="tenants/a"),),
+            "`tenants/ab` is outside of `tenants/a`",
+        ),
         (served(source="pvc://models/x/../y"), (rule(),), "`x/../y` is outside of ``"),
-        (served(source="pvc://models/tenants/b"), (rule(subPath="tenants/a"),), "`tenants/b` is outside of `tenants/a`"),
+        (
+            served(source="pvc://models/tenants/b"),
+            (rule(subPath="tenants/a"),),
+            "`tenants/b` is outside of `tenants/a`",
+        ),
         (served(source="pvc://models"), (rule(subPath="tenants/a"),), "`/` is outside of `tenants/a`"),
-        (served(source="pvc://models/x"), (rule(serviceAccounts=["trainer"]),), "no rule lets service account `default`"),
+        (
+            served(source="pvc://models/x"),
+            (rule(serviceAccounts=["trainer"]),),
+            "no rule lets service account `default`",
+        ),
     ],
 )
 def test_what_a_pod_asks_for_is_refused(given, grants, message):
@@ -260,7 +314,10 @@ def mounting(claim, mount=None, device=None, kind="containers"):
     """
     The spec of a pod that mounts a claim by itself.
     """
-    container = {"name": "c", **({"volumeMounts": [{"name": "v", "mountPath": "/v", **mount}]} if mount is not None else {})}
+    container = {
+        "name": "c",
+        **({"volumeMounts": [{"name": "v", "mountPath": "/v", **mount}]} if mount is not None else {}),
+    }
     container |= {"volumeDevices": [{"name": "v", "devicePath": "/dev/v"}]} if device else {}
     other = [{"name": "other"}] if kind != "containers" else []
     listed = {kind: [container], **({"containers": other} if other else {})}
@@ -276,8 +333,16 @@ def mounting(claim, mount=None, device=None, kind="containers"):
         (mounting("models", {"subPath": "tenants/b"}), rule(subPath="tenants/a"), "`tenants/b` is outside"),
         (mounting("models", {"subPath": "tenants/a/../b"}), rule(subPath="tenants/a"), "is outside of"),
         (mounting("models", {"subPathExpr": "tenants/a/$(X)"}), rule(subPath="tenants/a"), "`/` is outside of"),
-        (mounting("models", {"subPath": "tenants/b"}, kind="initContainers"), rule(subPath="tenants/a"), "`tenants/b` is outside"),
-        (mounting("models", {"subPath": "tenants/b"}, kind="ephemeralContainers"), rule(subPath="tenants/a"), "`tenants/b` is outside"),
+        (
+            mounting("models", {"subPath": "tenants/b"}, kind="initContainers"),
+            rule(subPath="tenants/a"),
+            "`tenants/b` is outside",
+        ),
+        (
+            mounting("models", {"subPath": "tenants/b"}, kind="ephemeralContainers"),
+            rule(subPath="tenants/a"),
+            "`tenants/b` is outside",
+        ),
         (mounting("models", device=True), rule(), "container `c` would have it as a block device"),
     ],
 )
@@ -312,7 +377,9 @@ def test_the_first_rule_that_fits_decides():
     other = mutate_pod(pod(spec), grants)
 
     assert trainer == pod({**spec, "serviceAccountName": "trainer"})
-    assert other["spec"]["volumes"] == [{"name": "v", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}}]
+    assert other["spec"]["volumes"] == [
+        {"name": "v", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}}
+    ]
 
 
 def test_the_namespace_of_the_request_counts():
@@ -329,7 +396,10 @@ def test_what_was_done_is_told():
     """
     Whoever owns the pod is told why a wish was not granted, with unprintable characters escaped.
     """
-    own = served(claim="models", spec={"containers": [{"name": "kserve-container"}], "volumes": [VOLUMES["emptyDir with a limit"]]})
+    own = served(
+        claim="models",
+        spec={"containers": [{"name": "kserve-container"}], "volumes": [VOLUMES["emptyDir with a limit"]]},
+    )
     writing = served(claim="models", spec={"containers": [{"name": "kserve-container"}]})
     writing["metadata"]["annotations"][READONLY] = "false"
     closed = pod(mounting("models", {}))
@@ -351,10 +421,23 @@ def test_what_was_done_is_told():
         ({"kind": "Deployment"}, "`kind` is `Deployment`; give a Pod"),
         ({"kind": "Pod"}, "`metadata.namespace` is ``; say in which namespace the pod will run"),
         ({"kind": "Pod", "metadata": [], "spec": {}}, "`metadata` is `list`; it must be a mapping"),
-        (pod({"containers": "many"}) | {"metadata": {"namespace": "t", "annotations": {SOURCE: "s3://a/b"}}}, "`spec.containers` is `str`"),
-        (pod(annotations={READONLY: False}), f"`metadata.annotations[{READONLY}]` is `False`; it must be a text: put the value in quotes"),
         (
-            pod({"volumes": [{"name": "v", "persistentVolumeClaim": {}}, {"name": "w", "persistentVolumeClaim": {"claimName": 1}}]}),
+            pod({"containers": "many"}) | {"metadata": {"namespace": "t", "annotations": {SOURCE: "s3://a/b"}}},
+            "`spec.containers` is `str`",
+        ),
+        (
+            pod(annotations={READONLY: False}),
+            f"`metadata.annotations[{READONLY}]` is `False`; it must be a text: put the value in quotes",
+        ),
+        (
+            pod(
+                {
+                    "volumes": [
+                        {"name": "v", "persistentVolumeClaim": {}},
+                        {"name": "w", "persistentVolumeClaim": {"claimName": 1}},
+                    ]
+                }
+            ),
             "claimName",
         ),
         (pod({"serviceAccountName": 7}), "`spec.serviceAccountName` is `7`"),
@@ -385,12 +468,18 @@ def test_what_is_no_pod_is_named(given, message):
         ({"version": 1, "rules": [{"namespaces": ["team"]}]}, "`rules[0].claim` is ``; name a PersistentVolumeClaim"),
         ({"version": 1, "rules": [rule(namespaces="team")]}, "`rules[0].namespaces` is `team`; write a list of names"),
         ({"version": 1, "rules": [rule(namespaces=[])]}, "`rules[0].namespaces` is ``; name at least one"),
-        ({"version": 1, "rules": [rule(namespaces=["team-*"])]}, "`rules[0].namespaces` is `team-*`; write lower-case letters"),
+        (
+            {"version": 1, "rules": [rule(namespaces=["team-*"])]},
+            "`rules[0].namespaces` is `team-*`; write lower-case letters",
+        ),
         ({"version": 1, "rules": [rule(serviceAccounts=["A b"])]}, "`rules[0].serviceAccounts` is `A b`"),
         ({"version": 1, "rules": [rule(claim="-models")]}, "`rules[0].claim` is `-models`"),
         ({"version": 1, "rules": [rule(claim="a" * 254)]}, "`rules[0].claim` is `aaa"),
         ({"version": 1, "rules": [rule(claim=None)]}, "`rules[0].claim` is ``"),
-        ({"version": 1, "rules": [rule(access="rw")]}, "`rules[0].access` is `rw`; write `read`, `download` or `write`"),
+        (
+            {"version": 1, "rules": [rule(access="rw")]},
+            "`rules[0].access` is `rw`; write `read`, `download` or `write`",
+        ),
         ({"version": 1, "rules": [rule(default="yes")]}, "`rules[0].default` is `yes`; write `true` or `false`"),
         ({"version": 1, "rules": [rule(subPath=3)]}, "`rules[0].subPath` is `3`; write a directory"),
     ],
@@ -417,9 +506,19 @@ def test_a_policy_is_a_value():
     """
     What a file says and what a program says are the same policy.
     """
-    document = {"version": 1, "rules": [rule(serviceAccounts=["trainer"], subPath="tenants/a", access="write", default=True)]}
+    document = {
+        "version": 1,
+        "rules": [rule(serviceAccounts=["trainer"], subPath="tenants/a", access="write", default=True)],
+    }
 
-    expected = Rule(namespaces=("team",), claim="models", service_accounts=("trainer",), sub_path="tenants/a", access="write", default=True)
+    expected = Rule(
+        namespaces=("team",),
+        claim="models",
+        service_accounts=("trainer",),
+        sub_path="tenants/a",
+        access="write",
+        default=True,
+    )
     assert read_policy(document) == Policy((expected,))
     assert read_policy(json.loads(json.dumps(document))) == read_policy(document)
     assert Policy().rules == ()
@@ -428,7 +527,12 @@ def test_a_policy_is_a_value():
 def service(predictor=None, *, annotations=None, **metadata):
     metadata = {"name": "llama", **metadata, **({"annotations": annotations} if annotations else {})}
     predictor = predictor if predictor is not None else {"model": {"storageUri": "s3://bucket/llama"}}
-    return {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": metadata, "spec": {"predictor": predictor}}
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": metadata,
+        "spec": {"predictor": predictor},
+    }
 
 
 MODEL = {"storageUri": "s3://bucket/llama"}
@@ -441,7 +545,11 @@ WRITE = {"name": VOLUME, "mountPath": "/mnt/models"}
     ("given", "arguments", "expected"),
     [
         (service(), {}, service({"model": MODEL, "volumes": SHARED})),
-        (service(), {"read_only": False}, service({"model": MODEL, "volumes": SHARED}, annotations={READONLY: "false"})),
+        (
+            service(),
+            {"read_only": False},
+            service({"model": MODEL, "volumes": SHARED}, annotations={READONLY: "false"}),
+        ),
         (service(), {"read_only": True}, service({"model": MODEL, "volumes": SHARED})),
         (
             service(annotations={READONLY: "false"}),
@@ -457,7 +565,10 @@ WRITE = {"name": VOLUME, "mountPath": "/mnt/models"}
             service(annotations={READONLY: "False"}),
             {"sub_path": "models/a"},
             service(
-                {"model": {**MODEL, "volumeMounts": [{**WRITE, "subPath": "models/a", "readOnly": True}]}, "volumes": SHARED},
+                {
+                    "model": {**MODEL, "volumeMounts": [{**WRITE, "subPath": "models/a", "readOnly": True}]},
+                    "volumes": SHARED,
+                },
                 annotations={READONLY: "False"},
             ),
         ),
@@ -465,16 +576,21 @@ WRITE = {"name": VOLUME, "mountPath": "/mnt/models"}
             service(),
             {"sub_path": "models/a", "read_only": False},
             service(
-                {"model": {**MODEL, "volumeMounts": [{**WRITE, "subPath": "models/a"}]}, "volumes": SHARED}, annotations={READONLY: "false"}
+                {"model": {**MODEL, "volumeMounts": [{**WRITE, "subPath": "models/a"}]}, "volumes": SHARED},
+                annotations={READONLY: "false"},
             ),
         ),
         (
-            service({"sklearn": MODEL, "containers": [{"name": "transformer-container"}], "volumes": [VOLUMES["host"]]}),
+            service(
+                {"sklearn": MODEL, "containers": [{"name": "transformer-container"}], "volumes": [VOLUMES["host"]]}
+            ),
             {"sub_path": "a"},
             service(
                 {
                     "sklearn": {**MODEL, "volumeMounts": [{**WRITE, "subPath": "a", "readOnly": True}]},
-                    "containers": [{"name": "transformer-container", "volumeMounts": [{**WRITE, "subPath": "a", "readOnly": True}]}],
+                    "containers": [
+                        {"name": "transformer-container", "volumeMounts": [{**WRITE, "subPath": "a", "readOnly": True}]}
+                    ],
                     "volumes": [VOLUMES["host"], *SHARED],
                 }
             ),
@@ -485,13 +601,22 @@ WRITE = {"name": VOLUME, "mountPath": "/mnt/models"}
             service({"containers": [{"image": "mine", "volumeMounts": [READ]}], "volumes": SHARED}),
         ),
         (
-            service({"containers": [{"name": "kserve-container", "env": [{"name": "STORAGE_URI", "value": "s3://b/m"}]}]}),
+            service(
+                {"containers": [{"name": "kserve-container", "env": [{"name": "STORAGE_URI", "value": "s3://b/m"}]}]}
+            ),
             {},
             service(
-                {"containers": [{"name": "kserve-container", "env": [{"name": "STORAGE_URI", "value": "s3://b/m"}]}], "volumes": SHARED}
+                {
+                    "containers": [{"name": "kserve-container", "env": [{"name": "STORAGE_URI", "value": "s3://b/m"}]}],
+                    "volumes": SHARED,
+                }
             ),
         ),
-        (service({"model": {"storage": {"key": "x"}}}), {}, service({"model": {"storage": {"key": "x"}}, "volumes": SHARED})),
+        (
+            service({"model": {"storage": {"key": "x"}}}),
+            {},
+            service({"model": {"storage": {"key": "x"}}, "volumes": SHARED}),
+        ),
         (
             service({"model": {**MODEL, "volumeMounts": [{**READ, "mountPath": "/m"}]}, "volumes": SHARED}),
             {},
@@ -501,7 +626,8 @@ WRITE = {"name": VOLUME, "mountPath": "/mnt/models"}
 )
 def test_a_service_shares_a_claim(given, arguments, expected):
     """
-    KServe's volume is named in advance, mounts are added where KServe would make another one, and twice is the same as once.
+    KServe's volume is named in advance, mounts are added where KServe would make another one, and twice is the same as
+    once.
     """
     before = deepcopy(given)
 
@@ -518,7 +644,10 @@ def test_a_service_shares_a_claim(given, arguments, expected):
         (service({"model": {"storageUri": "pvc://claim/x"}}), "its model is served from a claim where it lies"),
         (service({"model": {"storageUri": "oci://registry/x"}}), "its model comes from an image"),
         (service({"model": {"storageUri": "oci+native://registry/x"}}), "its model comes from an image"),
-        (service({"model": {"storageUris": [{"uri": "s3://b/m"}]}}), "it has several sources (`storageUris`), for which"),
+        (
+            service({"model": {"storageUris": [{"uri": "s3://b/m"}]}}),
+            "it has several sources (`storageUris`), for which",
+        ),
         (service(labels={"internal.serving.kserve.io/localmodel": "x"}), "its model comes from a LocalModelCache"),
     ],
 )
@@ -538,7 +667,12 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
         ({**service(), "apiVersion": "v1"}, {}, SettingsError, "`apiVersion` is `v1`"),
         ({**service(), "spec": {}}, {}, SettingsError, "`spec.predictor` is ``; an InferenceService has a predictor"),
         (service({"minReplicas": 1}), {}, SettingsError, "names a `model`, or `containers`"),
-        ({**service(), "spec": {"predictor": []}}, {}, SettingsError, "`spec.predictor` is `list`; it must be a mapping"),
+        (
+            {**service(), "spec": {"predictor": []}},
+            {},
+            SettingsError,
+            "`spec.predictor` is `list`; it must be a mapping",
+        ),
         (service(annotations={READONLY: False}), {}, SettingsError, "put the value in quotes"),
         (service(), {"claim": ""}, SettingsError, "`claim` is ``; name a PersistentVolumeClaim"),
         (service(), {"claim": "My_Claim"}, SettingsError, "`claim` is `My_Claim`; write lower-case letters"),
@@ -554,7 +688,12 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
             SettingsError,
             f"`spec.predictor.volumes[{VOLUME}]` is `claim free`; remove this volume, or share the claim that it names",
         ),
-        (service({"model": MODEL, "volumes": [VOLUMES["emptyDir"]]}), {}, SettingsError, "is `no claim`; remove this volume"),
+        (
+            service({"model": MODEL, "volumes": [VOLUMES["emptyDir"]]}),
+            {},
+            SettingsError,
+            "is `no claim`; remove this volume",
+        ),
         (
             service({"model": {**MODEL, "volumeMounts": [{**READ, "subPath": "b"}]}}),
             {"sub_path": "a"},

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kserve_pvc import SettingsError
-from kserve_pvc._cli import main
+from kserve_pvc._cli.main import main
 from kserve_pvc.kserve._yaml import read_documents, write_documents
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed, the extra `kserve`")
@@ -95,7 +95,9 @@ def test_what_kubectl_lists_is_patched(patch):
     """
     The services in a `List` are patched where they stand.
     """
-    text = yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": [yaml.safe_load(CONFIG), yaml.safe_load(SERVICE)]})
+    text = yaml.safe_dump(
+        {"apiVersion": "v1", "kind": "List", "items": [yaml.safe_load(CONFIG), yaml.safe_load(SERVICE)]}
+    )
 
     code, out, _ = patch(text, "--claim", "models")
 
@@ -128,12 +130,18 @@ def test_a_service_that_has_nothing_to_share_is_told(patch):
         ("a: 1\na: 2\n", ("--claim", "models"), 2, "`a` is there twice in line 2"),
         ("[" * 100_000, ("--claim", "models"), 2, "no usable YAML"),
         ("a: !!python/object:os.system {}", ("--claim", "models"), 2, "no YAML"),
-        (SERVICE, ("--claim", "models", "-f", "/nowhere"), 2, "`--file` is `/nowhere`; it cannot be read: No such file"),
+        (
+            SERVICE,
+            ("--claim", "models", "-f", "/nowhere"),
+            2,
+            "`--file` is `/nowhere`; it cannot be read: No such file",
+        ),
     ],
 )
 def test_what_cannot_be_patched_is_said(patch, text, options, code, message):
     """
-    A missing claim, a manifest that is none and a directory that climbs end with their exit code, and print nothing else.
+    A missing claim, a manifest that is none and a directory that climbs end with their exit code, and print nothing
+    else.
     """
     found = patch(text, *options)
 
@@ -145,7 +153,11 @@ def test_what_cannot_be_patched_is_said(patch, text, options, code, message):
     "config",
     [
         {**FUNCTION, "spec": {"claim": "models", "subPath": "models/a", "readOnly": False}},
-        {"apiVersion": "v1", "kind": "ConfigMap", "data": {"claim": "models", "subPath": "models/a", "readOnly": "false"}},
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "data": {"claim": "models", "subPath": "models/a", "readOnly": "false"},
+        },
     ],
 )
 def test_it_is_a_krm_function(patch, config):
@@ -178,8 +190,14 @@ def test_a_krm_function_may_find_nothing_to_do(patch):
     ("config", "message"),
     [
         (None, "`--claim` is ``; name the PersistentVolumeClaim, here or in the `functionConfig`"),
-        ({**FUNCTION, "spec": {"claim": "models", "subpath": "x"}}, "`functionConfig.spec.subpath` is `x`; there are claim, subPath and"),
-        ({**FUNCTION, "spec": {"claim": "models", "readOnly": "no"}}, "`functionConfig.spec.readOnly` is `no`; write `true` or `false`"),
+        (
+            {**FUNCTION, "spec": {"claim": "models", "subpath": "x"}},
+            "`functionConfig.spec.subpath` is `x`; there are claim, subPath and",
+        ),
+        (
+            {**FUNCTION, "spec": {"claim": "models", "readOnly": "no"}},
+            "`functionConfig.spec.readOnly` is `no`; write `true` or `false`",
+        ),
         ({**FUNCTION, "spec": ["claim"]}, "`functionConfig.spec` is `list`; it must be a mapping"),
         ({**FUNCTION, "spec": {"claim": ["models"]}}, "`claim` is `['models']`"),
         ({**FUNCTION, "spec": {"claim": "models", "subPath": "../x"}}, "may not climb with `..`"),
@@ -213,7 +231,9 @@ def test_numbers_and_texts_stay_what_they_are():
     assert read_documents(write_documents([found]), "text") == [found]
 
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.from_regex(r"[-+.0-9_exXobyYnN:]{1,8}", fullmatch=True)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.from_regex(
+    r"[-+.0-9_exXobyYnN:]{1,8}", fullmatch=True
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
     lambda below: st.lists(below, max_size=3) | st.dictionaries(TEXTS, below, max_size=3),

@@ -1,8 +1,9 @@
 """
-Two pods as the recipe for a shared store makes them, on two JuiceFS mounts: an initializer that sees the claim, and a server that
-sees the directory of its model.
+Two pods as the recipe for a shared store makes them, on two JuiceFS mounts: an initializer that sees the claim, and a
+server that sees the directory of its model.
 
-No kubelet runs here. What it does with `subPath` is done by `mount`: links are followed once, and the directory is bound.
+No kubelet runs here. What it does with `subPath` is done by `mount`: links are followed once, and the directory is
+bound.
 """
 
 from __future__ import annotations
@@ -62,14 +63,22 @@ def start(uri: str, mount: Path, origin, proxy) -> subprocess.Popen[str]:
     """
     An initializer with the environment of the ClusterStorageContainer for a store.
     """
-    environ = {**origin.environ, "AWS_ENDPOINT_URL": proxy.endpoint, "KSERVE_PVC_STORE": str(mount), "KSERVE_PVC_LEASE_SECONDS": "5"}
+    environ = {
+        **origin.environ,
+        "AWS_ENDPOINT_URL": proxy.endpoint,
+        "KSERVE_PVC_STORE": str(mount),
+        "KSERVE_PVC_LEASE_SECONDS": "5",
+    }
     command = [sys.executable, "-Im", "kserve_pvc", "initialize", uri, str(mount)]
-    return subprocess.Popen(command, env=shell.clean_environ(environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=shell.clean_environ(environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_two_pods_share_one_download(claim, bind, upload, origin, proxy):
     """
-    Started together on two nodes, both are ready, the source has sent each byte once, and the server cannot write even as root.
+    Started together on two nodes, both are ready, the source has sent each byte once, and the server cannot write even
+    as root.
     """
     uri = upload(FILES)
     key = sha256(uri.encode()).hexdigest()[:16]
@@ -105,7 +114,8 @@ def test_a_pod_that_comes_later_is_ready_without_the_source(claim, bind, upload,
 
 def test_with_the_annotation_the_server_writes(claim, bind, upload, origin, proxy):
     """
-    A mount that is writable lets the server keep what it fetches at run time, through the library, beside what the initializer put there.
+    A mount that is writable lets the server keep what it fetches at run time, through the library, beside what the
+    initializer put there.
     """
     uri, adapter = upload(FILES), f"file://{Path(__file__).parent / 'data' / 'kserve_tests'}"
     pod = start(uri, claim.mounts[0], origin, proxy)

@@ -1,5 +1,6 @@
 """
-KServe's own tests of its storage library, as far as they are about what is public, run against ours under KServe's name.
+KServe's own tests of its storage library, as far as they are about what is public, run against ours under KServe's
+name.
 
 They come with the sources that `nox -s differential` fetches from the package index; nothing of them is kept here.
 """
@@ -31,7 +32,9 @@ def theirs() -> dict[str, str]:
     found = {}
     for path in sorted((Path(os.environ[SOURCES]) / "test").glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            inside = [(f"{node.name}::", child) for child in node.body] if isinstance(node, ast.ClassDef) else [("", node)]
+            inside = (
+                [(f"{node.name}::", child) for child in node.body] if isinstance(node, ast.ClassDef) else [("", node)]
+            )
             for prefix, child in inside:
                 if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and child.name.startswith("test_"):
                     found[f"{path.stem}::{child.name}"] = f"{path.name}::{prefix}{child.name}"
@@ -58,8 +61,22 @@ def test_what_applies_passes(tmp_path):
     wanted = [known[name] for name in JUDGED["applies"]]
     environ = {**os.environ, "PYTHONPATH": str(DATA / "shim"), "PYTHONDONTWRITEBYTECODE": "1"}
 
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider", "-rA", *wanted]
-    done = subprocess.run(command, cwd=Path(os.environ[SOURCES]) / "test", env=environ, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-o",
+        "filterwarnings=",
+        "-p",
+        "no:cacheprovider",
+        "-rA",
+        *wanted,
+    ]
+    done = subprocess.run(
+        command, cwd=Path(os.environ[SOURCES]) / "test", env=environ, capture_output=True, text=True, timeout=120
+    )
 
     passed = [line.removeprefix("PASSED ") for line in done.stdout.splitlines() if line.startswith("PASSED ")]
     assert sorted(passed) == sorted(wanted), done.stdout[-3000:]

@@ -142,7 +142,18 @@ def policy_file(tmp_path):
 
 def command(policy_file, secret, *options):
     files = ["--policy", policy_file, "--tls-cert", secret.place / "tls.crt", "--tls-key", secret.place / "tls.key"]
-    return [sys.executable, "-Im", "kserve_pvc", "webhook", *map(str, files), "--host", "127.0.0.1", "--port", "0", *options]
+    return [
+        sys.executable,
+        "-Im",
+        "kserve_pvc",
+        "webhook",
+        *map(str, files),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        *options,
+    ]
 
 
 @pytest.fixture
@@ -165,7 +176,8 @@ def webhook(policy_file, secret, authority):
 
 def test_a_pod_is_mutated_over_tls(webhook):
     """
-    A review over TLS gets a patch, probes are answered, the decision is counted, and one line is written, without secrets.
+    A review over TLS gets a patch, probes are answered, the decision is counted, and one line is written, without
+    secrets.
     """
     with webhook.client() as client:
         answer = client.post("/mutate-pods", json=review())
@@ -174,7 +186,12 @@ def test_a_pod_is_mutated_over_tls(webhook):
 
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/json"
-    assert {**answer.json()["response"], "patch": "…"} == {"uid": "u1", "allowed": True, "patchType": "JSONPatch", "patch": "…"}
+    assert {**answer.json()["response"], "patch": "…"} == {
+        "uid": "u1",
+        "allowed": True,
+        "patchType": "JSONPatch",
+        "patch": "…",
+    }
     assert probes == [200, 200]
     assert 'kserve_pvc_admission_decisions_total{decision="mutated"} 1.0' in metrics
     assert 'kserve_pvc_admission_decisions_total{decision="denied"} 0.0' in metrics
@@ -188,7 +205,8 @@ def test_a_pod_is_mutated_over_tls(webhook):
 
 def test_no_part_of_an_answer_waits_for_an_acknowledgement():
     """
-    Connections that are accepted send what they are given at once, which asyncio sees to only for sockets that it makes itself.
+    Connections that are accepted send what they are given at once, which asyncio sees to only for sockets that it makes
+    itself.
     """
     with _webhook._listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname(), 30):
         accepted, _ = listener.accept()
@@ -204,7 +222,9 @@ def test_what_is_not_granted_is_denied_over_tls(webhook):
     climbing["request"]["object"]["metadata"]["annotations"]["kserve-pvc/sub-path"] = "../x"
 
     with webhook.client() as client:
-        answers = [client.post("/mutate-pods", json=asked) for asked in (review("secret-models"), climbing, review(object=[]))]
+        answers = [
+            client.post("/mutate-pods", json=asked) for asked in (review("secret-models"), climbing, review(object=[]))
+        ]
 
     assert [answer.status_code for answer in answers] == [200, 200, 200]
     assert [answer.json()["response"]["status"]["code"] for answer in answers] == [403, 403, 400]
@@ -224,7 +244,13 @@ def test_what_is_not_granted_is_denied_over_tls(webhook):
         ("POST", "/mutate-pods", JSON, b" " * 3 * 1024 * 1024 + b" ", 413),
         ("POST", "/mutate-pods", {}, json.dumps(review()).encode(), 415),
         ("POST", "/mutate-pods", {"Content-Type": "application/yaml"}, json.dumps(review()).encode(), 415),
-        ("POST", "/mutate-pods", {"Content-Type": "Application/JSON; charset=utf-8"}, json.dumps(review()).encode(), 200),
+        (
+            "POST",
+            "/mutate-pods",
+            {"Content-Type": "Application/JSON; charset=utf-8"},
+            json.dumps(review()).encode(),
+            200,
+        ),
         ("GET", "/mutate-pods", {}, b"", 405),
         ("PUT", "/mutate-pods", JSON, json.dumps(review()).encode(), 405),
         ("POST", "/", JSON, json.dumps(review()).encode(), 404),
@@ -279,7 +305,10 @@ def test_old_versions_of_tls_and_plain_http_are_refused(webhook):
     old.set_ciphers("ALL:@SECLEVEL=0")
     old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
 
-    with socket.create_connection(("127.0.0.1", webhook.port), 30) as plain, pytest.raises(ssl.SSLError, match=r"EOF|ALERT_PROTOCOL"):
+    with (
+        socket.create_connection(("127.0.0.1", webhook.port), 30) as plain,
+        pytest.raises(ssl.SSLError, match=r"EOF|ALERT_PROTOCOL"),
+    ):
         old.wrap_socket(plain)
     with pytest.raises(httpx.TransportError):
         httpx.get(webhook.url.replace("https", "http") + "/readyz", timeout=30)
@@ -287,7 +316,8 @@ def test_old_versions_of_tls_and_plain_http_are_refused(webhook):
 
 def test_a_new_certificate_is_shown_under_load(webhook, secret):
     """
-    While clients ask, over connections that stay and over new ones, the certificate changes several times and no request fails.
+    While clients ask, over connections that stay and over new ones, the certificate changes several times and no
+    request fails.
     """
     done, statuses = threading.Event(), []
 
@@ -336,7 +366,8 @@ def test_a_bad_certificate_does_not_replace_a_good_one(webhook, secret, authorit
 
 def test_a_new_policy_is_taken_over_and_a_bad_one_is_not(webhook, policy_file):
     """
-    A changed policy decides from then on; one that means nothing leaves the old one in force, and is told with its field.
+    A changed policy decides from then on; one that means nothing leaves the old one in force, and is told with its
+    field.
     """
 
     def allowed():
@@ -404,7 +435,12 @@ def test_an_error_that_nobody_foresaw_is_told_without_its_text(monkeypatch, caps
 
     out, err = capsys.readouterr()
     assert (status, text, err) == (500, b"the webhook failed; see its log\n", "")
-    assert {**json.loads(out), "time": 0, "seconds": 0} == {"decision": "error", "reason": "KeyError", "time": 0, "seconds": 0}
+    assert {**json.loads(out), "time": 0, "seconds": 0} == {
+        "decision": "error",
+        "reason": "KeyError",
+        "time": 0,
+        "seconds": 0,
+    }
 
 
 def test_a_signal_ends_it_after_the_requests_that_run(webhook):
@@ -414,7 +450,9 @@ def test_a_signal_ends_it_after_the_requests_that_run(webhook):
     body = json.dumps(review()).encode()
 
     async def ask():
-        reader, writer = await asyncio.open_connection("127.0.0.1", webhook.port, ssl=webhook.context, server_hostname="localhost")
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", webhook.port, ssl=webhook.context, server_hostname="localhost"
+        )
         head = f"POST /mutate-pods HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body[:10])
         await writer.drain()
@@ -438,12 +476,24 @@ def test_a_signal_ends_it_after_the_requests_that_run(webhook):
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        (lambda policy, _: policy.write_text("version: 1\nrules: [{claim: a}]"), 2, "`rules[0].namespaces` is ``; write a list of names"),
-        (lambda policy, _: policy.write_text("version: 1\nversion: 1\nrules: []"), 2, "`version` is there twice in line 2"),
+        (
+            lambda policy, _: policy.write_text("version: 1\nrules: [{claim: a}]"),
+            2,
+            "`rules[0].namespaces` is ``; write a list of names",
+        ),
+        (
+            lambda policy, _: policy.write_text("version: 1\nversion: 1\nrules: []"),
+            2,
+            "`version` is there twice in line 2",
+        ),
         (lambda policy, _: policy.write_text("{"), 2, "no YAML"),
         (lambda policy, _: policy.write_text(""), 2, "write one document"),
         (lambda policy, _: policy.unlink(), 2, "it cannot be read: No such file or directory"),
-        (lambda policy, _: policy.write_text(POLICY.replace("claim: models", "claim: models\n    subPath: /x")), 8, "must be relative"),
+        (
+            lambda policy, _: policy.write_text(POLICY.replace("claim: models", "claim: models\n    subPath: /x")),
+            8,
+            "must be relative",
+        ),
         (lambda _, secret: (secret.place / "tls.key").unlink(), 2, "`--tls-cert and --tls-key` is"),
         (lambda _, secret: secret.swap(b"no certificate", b"no key"), 2, "they cannot be used"),
     ],
@@ -468,11 +518,15 @@ def test_an_encrypted_key_is_refused_instead_of_asking_for_a_password(policy_fil
     serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
     certificate, key = ((secret.place / name).read_bytes() for name in ("tls.crt", "tls.key"))
     encrypted = serialization.load_pem_private_key(key, None).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"password")
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"password"),
     )
     secret.swap(certificate, encrypted)
 
-    found = subprocess.run(command(policy_file, secret), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    found = subprocess.run(
+        command(policy_file, secret), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+    )
 
     assert (found.returncode, found.stdout) == (2, "")
     assert "the key is encrypted" in found.stderr
@@ -483,9 +537,14 @@ def test_a_missing_library_is_told(policy_file, secret):
     Without what the extra brings, the command says what to install.
     """
     arguments = command(policy_file, secret)[3:]
-    program = f"import sys\nsys.modules['uvicorn'] = None\nfrom kserve_pvc._cli import main\nsys.exit(main({arguments!r}))"
+    program = (
+        f"import sys\nsys.modules['uvicorn'] = None\nfrom kserve_pvc._cli import main\nsys.exit(main({arguments!r}))"
+    )
 
     found = subprocess.run([sys.executable, "-Ic", program], capture_output=True, text=True, timeout=60)
 
     assert (found.returncode, found.stdout) == (2, "")
-    assert "`the webhook` is `without uvicorn`; install what it needs with `pip install 'kserve-pvc[webhook]'`" in found.stderr
+    assert (
+        "`the webhook` is `without uvicorn`; install what it needs with `pip install 'kserve-pvc[webhook]'`"
+        in found.stderr
+    )

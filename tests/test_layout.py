@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kserve_pvc import _layout as layout
+from kserve_pvc._format import layout
 
 KEY = "llama-16d8a2f35f654b21"
 GENERATION = "000000000007-0123456789abcdef0123456789abcdef"
@@ -98,7 +98,17 @@ def test_debris_in_a_log_is_no_record(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "7", "0000000000007", "00000000007", "-00000000007", "000000000007\n", "000000000007.tmp", ".nfs00000001", "\u0660" * 12],
+    [
+        "",
+        "7",
+        "0000000000007",
+        "00000000007",
+        "-00000000007",
+        "000000000007\n",
+        "000000000007.tmp",
+        ".nfs00000001",
+        "\u0660" * 12,
+    ],
     ids=ascii,
 )
 def test_debris_among_claims_is_no_claim(name):

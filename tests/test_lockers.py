@@ -96,7 +96,9 @@ def a_lock(root: Path, service: Service):
     place = root / ".kserve-pvc/keys/model-0123456789abcdef"
     place.mkdir(parents=True, exist_ok=True)
     path = place / "lock"
-    lock = outside_lock(store._settings, place.name, holder="pod-1", open_file=lambda: os.open(path, os.O_RDWR | os.O_CREAT))
+    lock = outside_lock(
+        store._settings, place.name, holder="pod-1", open_file=lambda: os.open(path, os.O_RDWR | os.O_CREAT)
+    )
     assert lock is not None
     return lock
 
@@ -342,7 +344,15 @@ def test_a_locker_has_one_spelling(text, stored):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "redis", "redis://", "redis://user:secret@cache", "redis://cache?password=secret", "redis://cache/secret", "redis://cache:99999"]
+    [
+        "",
+        "redis",
+        "redis://",
+        "redis://user:secret@cache",
+        "redis://cache?password=secret",
+        "redis://cache/secret",
+        "redis://cache:99999",
+    ]
     + ["http://cache", "kubernetes://", "kubernetes://Team", "kubernetes://a/b", "lease://", "redis://cache\nsecret"],
 )
 def test_what_is_no_locker_is_refused_without_its_secrets(text):

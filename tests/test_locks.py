@@ -16,14 +16,14 @@ from pathlib import Path
 import attrs
 import pytest
 
-from kserve_pvc._claims import break_claim, is_claimed, newest_epoch, read_claim, start_heart, take_claim
-from kserve_pvc._layout import claim_dir
-from kserve_pvc._record import Beat, decode
-from kserve_pvc._volume import VolumeWriter
+from kserve_pvc._format.layout import claim_dir
+from kserve_pvc._format.records import Beat, decode
+from kserve_pvc._keys.claims import break_claim, find_live_downloader, newest_epoch, read_claim, start_heart, take_claim
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.locks.external import ExternalLock
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import RENEW_DEADLINE, Heart, LeaseLostError
 from kserve_pvc.locks.liveness import here, is_provably_dead
-from kserve_pvc.locks.outside import OutsideLock
 
 KEY = "model-0123456789abcdef"
 
@@ -37,8 +37,8 @@ def heart(path: Path, **arguments) -> Heart:
     return Heart(os.open(path, os.O_RDWR | os.O_CREAT), **{"lease_seconds": 0.6, **arguments})
 
 
-def file_lock(open_file: Callable[[], int]) -> OutsideLock:
-    return OutsideLock(partial(grab_file, open_file))
+def file_lock(open_file: Callable[[], int]) -> ExternalLock:
+    return ExternalLock(partial(grab_file, open_file))
 
 
 def read_beat(path: Path) -> Beat:
@@ -144,13 +144,13 @@ def test_a_lock_call_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
         honest(fd, flags)
 
     monkeypatch.setattr(portalocker, "lock", lock)
-    monkeypatch.setattr("kserve_pvc.locks.outside._PATIENCE", 0.05)
+    monkeypatch.setattr("kserve_pvc.locks.external._PATIENCE", 0.05)
     hanging = file_lock(lambda: os.open(path, os.O_RDWR | os.O_CREAT))
     tried = hanging.try_acquire()
     hanging.release()
     go_on.set()
     hanging._attempt.join()
-    monkeypatch.setattr("kserve_pvc.locks.outside._PATIENCE", 5)
+    monkeypatch.setattr("kserve_pvc.locks.external._PATIENCE", 5)
     other = file_lock(lambda: os.open(path, os.O_RDWR))
 
     assert (tried, other.try_acquire()) == (False, True)
@@ -235,7 +235,7 @@ def test_breaking_a_claim_supersedes_and_releases(root):
     break_claim(writer, KEY, uri="s3://b/m", holder=me, lease_seconds=1)
 
     assert newest_epoch(writer, KEY) == 2
-    assert is_claimed(writer, KEY, lease_seconds=1) is None
+    assert find_live_downloader(writer, KEY, lease_seconds=1) is None
 
 
 def test_a_claim_that_could_not_be_written_is_given_back(root, monkeypatch):
@@ -273,5 +273,10 @@ def test_debris_in_place_of_a_claim_shows_no_life(root, debris):
     sign = read_claim(writer, KEY)
 
     assert sign is not None
-    assert (sign.name, sign.holder, sign.is_released, sign.is_dead) == ("000000000003", "an unknown process", False, False)
-    assert is_claimed(writer, KEY, lease_seconds=0.2) is None
+    assert (sign.name, sign.holder, sign.is_released, sign.is_dead) == (
+        "000000000003",
+        "an unknown process",
+        False,
+        False,
+    )
+    assert find_live_downloader(writer, KEY, lease_seconds=0.2) is None

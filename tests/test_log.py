@@ -9,12 +9,12 @@ from pathlib import PurePosixPath
 import pytest
 
 from kserve_pvc import StoreFormatError
-from kserve_pvc import _layout as layout
-from kserve_pvc import _log as log
-from kserve_pvc import _procedures as procedures
-from kserve_pvc._log_writer import LogWriter
-from kserve_pvc._record import Holder, LogEntry, decode, encode, now
-from kserve_pvc._volume import Volume, VolumeWriter
+from kserve_pvc._format import layout
+from kserve_pvc._format.records import Holder, LogEntry, decode, encode, now
+from kserve_pvc._keys import log, procedures
+from kserve_pvc._keys.log_writer import LogWriter
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
 
 KEY = "model-0123456789abcdef"
 HOLDER = Holder(pod="p", node="n", uid=0, pid=1, boot_id="b", pid_namespace="s", started=1)
@@ -43,7 +43,9 @@ def entry(seq: int, kind: str = "commit", nonce: str = "a") -> LogEntry:
 
 def append(writer: VolumeWriter, *, after_seq: int, nonce: str = "a", kind: str = "commit") -> LogEntry | None:
     private = layout.STAGING / f"private-{nonce}" / "record"
-    hand = LogWriter(writer, KEY, lambda wanted: entry(wanted.seq, wanted.type, nonce), private=private, collect=pytest.fail)
+    hand = LogWriter(
+        writer, KEY, lambda wanted: entry(wanted.seq, wanted.type, nonce), private=private, collect=pytest.fail
+    )
     seq = procedures.drive(procedures.append(after_seq, kind), hand.perform)
     return None if seq is None else hand.published[seq]
 

@@ -29,7 +29,7 @@ from model_checker import (
     remove,
 )
 
-from kserve_pvc import _procedures as procedures
+from kserve_pvc._keys import procedures
 
 # How many states are visited of a crowd that is too large to see all; `nox -s soak` visits more.
 MOST_STATES = int(os.environ.get("KSERVE_PVC_TEST_STATES", "40_000"))
@@ -47,7 +47,11 @@ def impatient(monkeypatch):
 NOTHING = World()
 # One model is there, and its writer is gone.
 MODEL = World(
-    log=(Record(1, "commit", "0"),), slots=frozenset({1}), claims=(Claim(1, 9, is_released=True),), files=(Files(9, CLOSED),), seen_log=1
+    log=(Record(1, "commit", "0"),),
+    slots=frozenset({1}),
+    claims=(Claim(1, 9, is_released=True),),
+    files=(Files(9, CLOSED),),
+    seen_log=1,
 )
 # A process was killed while it wrote.
 WRECK = World(claims=(Claim(1, 9),), files=(Files(9, PARTIAL),))
@@ -55,7 +59,13 @@ WRECK = World(claims=(Claim(1, 9),), files=(Files(9, PARTIAL),))
 asks, refreshes = ensure, partial(ensure, refresh=True)
 
 
-def explore(processes, start, *, programs=Programs(), volume=Volume(), silences=0, faults=0, most_states=FEW_STATES) -> Explored:  # noqa: B008
+# As production has them; each mutant below changes one.
+PROGRAMS, VOLUME = Programs(), Volume()
+
+
+def explore(
+    processes, start, *, programs=PROGRAMS, volume=VOLUME, silences=0, faults=0, most_states=FEW_STATES
+) -> Explored:
     checker = Checker([partial(process, programs) for process in processes], volume)
     return checker.explore(start._replace(silences=silences, faults=faults), most_states=most_states)
 
@@ -131,7 +141,8 @@ class EightProcesses(RuleBasedStateMachine):
     def begin(self, start, locks_exclude):
         crowd = [asks, asks, asks, refreshes, read, read, remove, remove]
         self.checker = Checker(
-            [partial(process, Programs()) for process in crowd], Volume(locks_exclude=locks_exclude, most_generations=50)
+            [partial(process, Programs()) for process in crowd],
+            Volume(locks_exclude=locks_exclude, most_generations=50),
         )
         self.state = self.checker.start(start._replace(silences=4, faults=3))
 
@@ -144,7 +155,8 @@ class EightProcesses(RuleBasedStateMachine):
                 STEPS[0] += 1
 
     def teardown(self):
-        # From wherever this led to, good luck ends it: nobody waits for ever, even for processes that do nothing any more.
+        # From wherever this led to, good luck ends it: nobody waits for ever, even for processes that do nothing any
+        # more.
         for who in range(8):
             for _ in range(400):
                 self.state = next((state for _, state in self.checker.steps(self.state, who)), self.state)
@@ -160,7 +172,9 @@ def test_eight_processes():
 
     run_state_machine_as_test(
         EightProcesses,
-        settings=settings(max_examples=count, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)),
+        settings=settings(
+            max_examples=count, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
     )
 
     print(STEPS)
@@ -190,13 +204,27 @@ def remove_without_a_number(newest, generations):
     return "removed"
 
 
-ONCE, FOR_ALL, FOR_ALL_ONCE = Volume(one_fetch=True), Volume(locks_exclude=False), Volume(locks_exclude=False, one_fetch=True)
+ONCE, FOR_ALL, FOR_ALL_ONCE = (
+    Volume(one_fetch=True),
+    Volume(locks_exclude=False),
+    Volume(locks_exclude=False, one_fetch=True),
+)
 # What is wrong, which law it breaks, and where that shows: who acts, from what start, and with what luck.
 MUTANTS = {
     "M1 every claim is granted": ("L6", [asks, asks], NOTHING, {"volume": FOR_ALL_ONCE}),
-    "M2 no second look after the claim": ("L6", [asks, asks], NOTHING, {"programs": Programs(rechecks=False), "volume": ONCE}),
+    "M2 no second look after the claim": (
+        "L6",
+        [asks, asks],
+        NOTHING,
+        {"programs": Programs(rechecks=False), "volume": ONCE},
+    ),
     "M3 looks up by name": ("L6", [asks, asks], NOTHING, {"volume": Volume(one_fetch=True, looks_up_by_name=True)}),
-    "M4 commits before it syncs": ("S1", [asks, asks], NOTHING, {"programs": Programs(fetch=partial(fetch, settles=False))}),
+    "M4 commits before it syncs": (
+        "S1",
+        [asks, asks],
+        NOTHING,
+        {"programs": Programs(fetch=partial(fetch, settles=False))},
+    ),
     "M5 writes into another's files": (
         "S[23]",
         [asks, asks],
@@ -209,7 +237,12 @@ MUTANTS = {
         NOTHING,
         {"programs": Programs(collect_garbage=collect_whatever_is_unnamed), "volume": FOR_ALL},
     ),
-    "M7 does not wait until all see the tombstone": ("S6", [remove, read], MODEL, {"volume": Volume(waits_for_visibility=False)}),
+    "M7 does not wait until all see the tombstone": (
+        "S6",
+        [remove, read],
+        MODEL,
+        {"volume": Volume(waits_for_visibility=False)},
+    ),
     "M8 a reader does not look again": ("S6", [remove, read], MODEL, {"programs": Programs(looks_again=False)}),
     "M9 publishes by replacing": (
         "S4",
@@ -224,9 +257,19 @@ MUTANTS = {
         NOTHING,
         {"programs": Programs(clears_up_at_once=True), "volume": Volume(believes_errors=True), "faults": 1},
     ),
-    "M12 does not hear what close says": ("S1", [asks, asks], NOTHING, {"volume": Volume(reports_close=False), "faults": 1}),
+    "M12 does not hear what close says": (
+        "S1",
+        [asks, asks],
+        NOTHING,
+        {"volume": Volume(reports_close=False), "faults": 1},
+    ),
     "M13 syncs again after an error": ("S1", [asks, asks], NOTHING, {"volume": Volume(syncs_again=True), "faults": 1}),
-    "M14 a tombstone takes no number": ("S4", [remove, refreshes], MODEL, {"programs": Programs(remove=remove_without_a_number)}),
+    "M14 a tombstone takes no number": (
+        "S4",
+        [remove, refreshes],
+        MODEL,
+        {"programs": Programs(remove=remove_without_a_number)},
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kserve_pvc import UnsafePathError
-from kserve_pvc._names import check_collisions, check_name
+from kserve_pvc._format.file_names import check_collisions, check_name
 
 CLIMBS = "a name may not climb with `..`"
 ABSOLUTE = "a name must be relative"
@@ -120,7 +120,8 @@ def test_an_ordinary_name_is_kept_as_it_is(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("\x1b[31mred", "\\x1b[31mred"), ("a\nb", "a\\nb"), ("\u202egnp", "\\u202egnp"), ("\ud800", "\\ud800")]
+    ("name", "shown"),
+    [("\x1b[31mred", "\\x1b[31mred"), ("a\nb", "a\\nb"), ("\u202egnp", "\\u202egnp"), ("\ud800", "\\ud800")],
 )
 def test_a_refused_name_is_shown_escaped(name, shown):
     """
@@ -132,7 +133,9 @@ def test_a_refused_name_is_shown_escaped(name, shown):
     assert str(caught.value) == f"`{shown}` is refused: {INVISIBLE}; nothing was written"
 
 
-_PARTS = st.sampled_from(["..", ".", "", "a", "b.bin", "C:", "\\", "\0", "...", "é", "x" * 255, "x" * 256]) | st.text(max_size=6)
+_PARTS = st.sampled_from(["..", ".", "", "a", "b.bin", "C:", "\\", "\0", "...", "é", "x" * 255, "x" * 256]) | st.text(
+    max_size=6
+)
 
 
 @given(st.lists(_PARTS, max_size=6).map("/".join))
@@ -166,7 +169,9 @@ TWINS = {
 }
 
 
-@pytest.mark.parametrize(("first", "second"), [pair for twins in TWINS.values() for pair in (twins, twins[::-1])], ids=ascii)
+@pytest.mark.parametrize(
+    ("first", "second"), [pair for twins in TWINS.values() for pair in (twins, twins[::-1])], ids=ascii
+)
 def test_names_that_some_volume_stores_as_one_collide(first, second):
     """
     Two names that differ only in case or Unicode form are refused in either order, and the error names both.
@@ -189,11 +194,15 @@ def test_a_path_that_is_given_twice_collides():
     with pytest.raises(UnsafePathError) as caught:
         check_collisions([path, path])
 
-    assert caught.value.fields == {"name": "a", "rule": "it collides with `a` on a volume that ignores case or Unicode form"}
+    assert caught.value.fields == {
+        "name": "a",
+        "rule": "it collides with `a` on a volume that ignores case or Unicode form",
+    }
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "twin"), [("D/a", "d/b", "D"), ("x/caf\u00e9/a", "x/cafe\u0301/b", "x/caf\u00e9"), ("\u212a/a", "k/a/b", "\u212a")]
+    ("first", "second", "twin"),
+    [("D/a", "d/b", "D"), ("x/caf\u00e9/a", "x/cafe\u0301/b", "x/caf\u00e9"), ("\u212a/a", "k/a/b", "\u212a")],
 )
 def test_directories_that_some_volume_stores_as_one_collide(first, second, twin):
     """
@@ -208,7 +217,9 @@ def test_directories_that_some_volume_stores_as_one_collide(first, second, twin)
     }
 
 
-@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("a/b/c/d", "a/b"), ("A", "a/b"), ("a/b", "A")], ids=" ".join)
+@pytest.mark.parametrize(
+    "names", [("a", "a/b"), ("a/b", "a"), ("a/b/c/d", "a/b"), ("A", "a/b"), ("a/b", "A")], ids=" ".join
+)
 def test_a_file_that_is_also_a_directory_collides(names):
     """
     A name that is a file and the directory of another file is refused, whatever the order and case.
@@ -216,7 +227,10 @@ def test_a_file_that_is_also_a_directory_collides(names):
     with pytest.raises(UnsafePathError) as caught:
         check_collisions(map(PurePosixPath, names))
 
-    assert caught.value.fields == {"name": min(names, key=len), "rule": "it is both a file and a directory in the source"}
+    assert caught.value.fields == {
+        "name": min(names, key=len),
+        "rule": "it is both a file and a directory in the source",
+    }
 
 
 @given(st.permutations(["a/b", "a/c", "b/a", "a.b", "ab", "b/b/b", "c/a/b"]))

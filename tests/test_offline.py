@@ -83,7 +83,8 @@ def test_what_is_absent_is_not_found_offline(root, uri, s3, proxy, monkeypatch, 
 
 def test_what_would_ask_the_source_is_refused_offline(root, uri, bundle, s3, proxy, monkeypatch):
     """
-    `resolve`, `plan` of what is absent, `refresh` and `force_download` say that the store is offline, without a request.
+    `resolve`, `plan` of what is absent, `refresh` and `force_download` say that the store is offline, without a
+    request.
     """
     asked = len(proxy.requests)
     monkeypatch.setenv("KSERVE_PVC_OFFLINE", "1")

@@ -10,18 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kserve_pvc._pace import FIRST_STREAMS, Pace
+from kserve_pvc._download.streams import FIRST_STREAMS, StreamLimit
 
 MB = 1_000_000
 
 
 class Line:
     """
-    A transfer on a clock of its own: `rate` says how many bytes a second so many streams bring, `waiting` which share of
-    their time they wait for them.
+    A transfer on a clock of its own: `rate` says how many bytes a second so many streams bring, `waiting` which share
+    of their time they wait for them.
     """
 
-    def __init__(self, pace: Pace, rate: Callable[[int], float], waiting: Callable[[int], float] = lambda streams: 1.0) -> None:
+    def __init__(
+        self, pace: StreamLimit, rate: Callable[[int], float], waiting: Callable[[int], float] = lambda streams: 1.0
+    ) -> None:
         self.pace, self.rate, self.waiting = pace, rate, waiting
         self.now = self.received = self.waited = 0.0
 
@@ -50,7 +52,7 @@ def test_a_limit_for_each_connection_is_met_by_more_of_them(most):
     """
     Where each stream is slow there are soon as many as are allowed, and never more.
     """
-    streams = list(Line(Pace(most), per_stream).run(5))
+    streams = list(Line(StreamLimit(most), per_stream).run(5))
 
     assert (streams[0], streams[-1], max(streams)) == (min(FIRST_STREAMS, most), most, most)
     assert streams == sorted(streams)
@@ -60,7 +62,7 @@ def test_a_full_line_gets_no_more_streams():
     """
     A try that brings nothing is taken back, and repeated only now and then.
     """
-    streams = list(Line(Pace(32), full).run(20))
+    streams = list(Line(StreamLimit(32), full).run(20))
 
     assert set(streams) == {FIRST_STREAMS, 2 * FIRST_STREAMS}
     assert streams.count(2 * FIRST_STREAMS) <= len(streams) / 10
@@ -70,7 +72,7 @@ def test_more_streams_that_bring_less_are_taken_back():
     """
     Where streams hinder each other there are soon as few as before.
     """
-    streams = list(Line(Pace(32), lambda streams: 40 * MB if streams <= FIRST_STREAMS else 20 * MB).run(4))
+    streams = list(Line(StreamLimit(32), lambda streams: 40 * MB if streams <= FIRST_STREAMS else 20 * MB).run(4))
 
     assert (streams[-1], max(streams)) == (FIRST_STREAMS, 2 * FIRST_STREAMS)
 
@@ -79,7 +81,7 @@ def test_a_line_that_becomes_wider_is_used():
     """
     What did not help once is tried again, so that a limit which is gone is found.
     """
-    line = Line(Pace(32), full)
+    line = Line(StreamLimit(32), full)
     for _ in line.run(20):
         pass
     line.rate = per_stream
@@ -92,7 +94,7 @@ def test_streams_that_are_kept_busy_get_no_company(waiting, expected):
     """
     Where hashing and writing are the limit, more streams would only take turns.
     """
-    streams = list(Line(Pace(32), per_stream, waiting=lambda streams: waiting).run(10))
+    streams = list(Line(StreamLimit(32), per_stream, waiting=lambda streams: waiting).run(10))
 
     assert streams[-1] == expected
 
@@ -101,7 +103,7 @@ def test_streams_become_as_many_as_have_to_wait():
     """
     Streams that waited alone and are kept busy together stay as many as they are.
     """
-    streams = list(Line(Pace(32), per_stream, waiting=lambda streams: 1.0 if streams < 16 else 0.1).run(10))
+    streams = list(Line(StreamLimit(32), per_stream, waiting=lambda streams: 1.0 if streams < 16 else 0.1).run(10))
 
     assert streams[-1] == 16
 
@@ -110,14 +112,14 @@ def test_nothing_received_is_no_reason_for_more():
     """
     As long as no byte has come there is nothing to judge by.
     """
-    assert set(Line(Pace(32), lambda streams: 0.0).run(10)) == {FIRST_STREAMS}
+    assert set(Line(StreamLimit(32), lambda streams: 0.0).run(10)) == {FIRST_STREAMS}
 
 
 def test_a_look_too_early_judges_nothing():
     """
     Whoever looks twice within a window is told when it is over.
     """
-    pace = Pace(32)
+    pace = StreamLimit(32)
     pace.look(0.0, 0, 0.0)
 
     assert [pace.look(0.1, 5 * MB, 0.1), pace.streams] == [pytest.approx(0.15), FIRST_STREAMS]
@@ -127,7 +129,7 @@ def test_too_much_halves_the_streams_rests_and_recovers():
     """
     After a refusal there are half as many, for a while no more, and in the end as many as before.
     """
-    line = Line(Pace(32), per_stream)
+    line = Line(StreamLimit(32), per_stream)
     for _ in line.run(5):
         pass
     line.pace.congested(line.now, 1.0)
@@ -140,7 +142,7 @@ def test_one_storm_is_answered_once():
     """
     Refusals of many streams at the same time count like one, later ones again.
     """
-    pace = Pace(32)
+    pace = StreamLimit(32)
     line = Line(pace, per_stream)
     for _ in line.run(5):
         pass
@@ -156,7 +158,7 @@ def test_a_source_that_asks_for_long_is_left_alone_for_long():
     """
     The rest lasts as long as the pause that the source wants.
     """
-    line = Line(Pace(32), per_stream)
+    line = Line(StreamLimit(32), per_stream)
     for _ in line.run(5):
         pass
     line.pace.congested(line.now, 30.0)
@@ -168,7 +170,7 @@ def test_one_stream_is_always_left():
     """
     However often a source refuses, somebody goes on asking.
     """
-    pace = Pace(32)
+    pace = StreamLimit(32)
     for hour in range(20):
         pace.congested(hour * 3600.0, 1.0)
 
@@ -189,7 +191,7 @@ def test_the_number_of_streams_keeps_its_bounds(most, steps):
     """
     Whatever is seen, there are never more streams than allowed nor fewer than one, and the next look is soon.
     """
-    pace, now, received, waited = Pace(most), 0.0, 0, 0.0
+    pace, now, received, waited = StreamLimit(most), 0.0, 0, 0.0
     for what, seconds, size, more in steps:
         if what == "look":
             now, received, waited = now + seconds, received + size, waited + more

@@ -26,7 +26,13 @@ SIZE = sum(map(len, FILES.values()))
 ACT = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
-from kserve_pvc import _claims, _download, _progress, _removal, _transfer, _verify, _volume
+from kserve_pvc._download import download as _download
+from kserve_pvc._download import transfer as _transfer
+from kserve_pvc._keys import removal as _removal
+from kserve_pvc._keys import claims as _claims
+from kserve_pvc._volume import verify as _verify
+from kserve_pvc._volume import writing as _volume
+from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes
 uid, gid, groups, umask, act, root, uri = sys.argv[1:]
@@ -63,7 +69,9 @@ class User:
     def does(self, act: str, root: Path, source: Path, before: Sequence[str] = ()) -> str:
         groups = ",".join(map(str, self.groups))
         arguments = [str(self.uid), str(self.gid), groups, self.umask, act, str(root), f"file://{source}"]
-        done = subprocess.run([*before, sys.executable, "-I", "-c", ACT, *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [*before, sys.executable, "-I", "-c", ACT, *arguments], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode in (0, -9), done.stderr
         return done.stdout.strip()
 
@@ -153,7 +161,16 @@ def test_nobody_changes_what_is_not_his(shared, place):
     first.does("die", root, place / "two")
     of_first = {path: path.stat().st_mode for path in root.rglob("*")}
     log = place / "calls.log"
-    tracing = [strace, "-f", "-y", "-qq", "-o", str(log), "-e", "trace=chmod,fchmod,fchmodat,chown,fchown,fchownat,lchown"]
+    tracing = [
+        strace,
+        "-f",
+        "-y",
+        "-qq",
+        "-o",
+        str(log),
+        "-e",
+        "trace=chmod,fchmod,fchmodat,chown,fchown,fchownat,lchown",
+    ]
 
     said = second.does("ensure", root, place / "two", tracing)
 
@@ -182,7 +199,11 @@ def test_a_set_gid_bit_is_inherited_by_every_directory(place):
         # What a server with `root_squash` makes of root, on an export that belongs to root.
         ((0, 0, 0o755), User(65534, 65534), ["uid 65534", "gid 65534", "uid 0", "gid 0", "mode 0755", "fsGroup"]),
         ((0, 2000, 0o2775), User(1001, 1001), ["uid 1001", "gid 1001", "gid 2000", "mode 2775", "fsGroup"]),
-        ((1001, 1001, 0o700), User(1002, 1002), ["uid 1002", "gid 1002", "uid 1001", "gid 1001", "mode 0700", "fsGroup"]),
+        (
+            (1001, 1001, 0o700),
+            User(1002, 1002),
+            ["uid 1002", "gid 1002", "uid 1001", "gid 1001", "mode 0700", "fsGroup"],
+        ),
     ],
     ids=["root-squash", "not in the fsGroup", "closed"],
 )
@@ -207,7 +228,10 @@ def test_who_may_only_read_is_refused_and_still_reads(place):
     User(1001, 1001).does("ensure", root, place / "one")
     other = User(65534, 65534)
 
-    said = [other.does(act, root, place / name) for act, name in (("get", "one"), ("ensure", "one"), ("ensure", "two"), ("remove", "one"))]
+    said = [
+        other.does(act, root, place / name)
+        for act, name in (("get", "one"), ("ensure", "one"), ("ensure", "two"), ("remove", "one"))
+    ]
 
     assert said[:2] == [f"present {SIZE}"] * 2
     assert [line.split()[0] for line in said[2:]] == ["ReadOnlyStoreError"] * 2

@@ -1,5 +1,6 @@
 """
-A power cut at any moment of a download, a refresh, a takeover or a removal, on a volume that keeps only what was synced.
+A power cut at any moment of a download, a refresh, a takeover or a removal, on a volume that keeps only what was
+synced.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ CUTS = int(os.environ.get("KSERVE_PVC_TEST_CUTS", "320"))
 # Each argument is a step. A mark is made after each, outside the volume.
 STEPS = """
 import os, sys
-from kserve_pvc import ModelStore, _volume
+from kserve_pvc import ModelStore
+from kserve_pvc._volume import writing as _volume
 from kserve_pvc.backends.file import FileBackend
 root, uri, marks, *steps = sys.argv[1:]
 open_store = lambda: ModelStore(root, mode="rw", lease_seconds=1, backends={"file": FileBackend}, part_bytes=4096)
 for step in steps:
     if step == "die":
         # What many writers leave together of which each was killed between making a directory and making it durable.
-        _volume._sync_directory = lambda fd: None
+        _volume.sync_directory = lambda fd: None
         honest = _volume.VolumeWriter.publish
         def publish(self, place, *rest):
             return os.kill(os.getpid(), 9) if place.parent.name == "log" else honest(self, place, *rest)
@@ -121,7 +123,11 @@ def scene(request, tmp_path, tool) -> Scene:
     if request.param == "remove":
         subprocess.run(run(root, source, marks, "ensure"), check=True)
     if request.param == "takeover":
-        command = ["sh", "-c", f"{shlex.join(run(root, source, marks, 'die'))}; {shlex.join(run(root, source, marks, 'ensure'))}"]
+        command = [
+            "sh",
+            "-c",
+            f"{shlex.join(run(root, source, marks, 'die'))}; {shlex.join(run(root, source, marks, 'ensure'))}",
+        ]
     recording = record(strace, command, root, marks, scratch)
     after = {"remove": None} if request.param == "remove" else {"ensure": old}
     return Scene(recording=recording, uri=uri, allowed=(None, old), after=after, newest=old)
@@ -179,7 +185,8 @@ def judge_many(scene: Scene, count: int, memory: Path) -> list[str]:
 @pytest.mark.parametrize("scene", SCENES, indirect=True)
 def test_a_power_cut_leaves_the_old_state_or_the_whole_model(scene, memory, request):
     """
-    After every prefix, with any part of what was not synced gone, a reader finds old or new, and what was returned stays.
+    After every prefix, with any part of what was not synced gone, a reader finds old or new, and what was returned
+    stays.
     """
     said = judge_many(scene, CUTS // len(SCENES), memory)
 

@@ -1,8 +1,8 @@
 """
 What a volume is found to be able to do, and what follows from it.
 
-No file system that folds names, forgets links or lies about directories can be mounted everywhere, so some tests replace
-single calls of `Scratch`; they say so.
+No file system that folds names, forgets links or lies about directories can be mounted everywhere, so some tests
+replace single calls of `Scratch`; they say so.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from trees import read_tree, write_files
 from volumes import LOCAL, CannotStartError
 
 from kserve_pvc import ModelStore, Profile, ReadOnlyStoreError, StoreRootError, UnsafePathError
-from kserve_pvc import _profile as profiles
-from kserve_pvc._profile import check_names, describe, probe_here
-from kserve_pvc._volume import Scratch, Volume, VolumeWriter
+from kserve_pvc._volume import profile as profiles
+from kserve_pvc._volume.profile import check_names, describe, probe_here
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.scratch import Scratch
+from kserve_pvc._volume.writing import VolumeWriter
 
 HONEST = {
     **dict.fromkeys(("mkdir", "create", "link", "rename"), "refuses"),
@@ -140,7 +142,13 @@ def test_what_breaks_a_store_is_an_obstacle(flaw, reason):
 
 @pytest.mark.parametrize(
     "flaw",
-    [{"link": "unsupported"}, {"rename": "unsupported"}, {"syncs_directories": False}, {"flock": "unsupported"}, {"folds_case": True}],
+    [
+        {"link": "unsupported"},
+        {"rename": "unsupported"},
+        {"syncs_directories": False},
+        {"flock": "unsupported"},
+        {"folds_case": True},
+    ],
 )
 def test_what_has_a_fallback_is_no_obstacle(flaw):
     """
@@ -153,11 +161,17 @@ def test_what_has_a_fallback_is_no_obstacle(flaw):
 
 def test_no_store_is_created_where_directories_do_not_exclude(root, monkeypatch):
     """
-    A volume that lets everybody make the same directory is refused, and no store is made. The call is replaced, as no such one is at hand.
+    A volume that lets everybody make the same directory is refused, and no store is made. The call is replaced, as no
+    such one is at hand.
     """
-    monkeypatch.setattr(Scratch, "make_directory", lambda scratch, name: Path(f"/proc/self/fd/{scratch.fd}/{name}").mkdir(exist_ok=True))
+    monkeypatch.setattr(
+        Scratch, "make_directory", lambda scratch, name: Path(f"/proc/self/fd/{scratch.fd}/{name}").mkdir(exist_ok=True)
+    )
 
-    with pytest.raises(StoreRootError, match="making a directory that is there succeeds; use another volume, and see `kserve-pvc doctor`"):
+    with pytest.raises(
+        StoreRootError,
+        match="making a directory that is there succeeds; use another volume, and see `kserve-pvc doctor`",
+    ):
         ModelStore(root, mode="rw")
 
     assert [path.name for path in root.rglob("*")] == [".kserve-pvc", "trash"]
@@ -193,7 +207,7 @@ def test_a_trash_that_is_emptied_meanwhile_costs_a_second_try(root, monkeypatch)
 KILLED = """
 import os, signal, sys
 from kserve_pvc import ModelStore
-from kserve_pvc._volume import Scratch
+from kserve_pvc._volume.scratch import Scratch
 Scratch.sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 ModelStore(sys.argv[1], mode="rw")
 """
@@ -225,7 +239,12 @@ def test_only_a_creation_measures(root, source, monkeypatch):
     assert got == ["downloaded", "present"]
 
 
-ODD = {'ab:c*d?"e<f>g|h.bin': b"odd", "\u00e9t\u00e9/\u65e5\u672c.bin": b"letters", "n" * 255: b"long", "e\u0301.bin": b"composed"}
+ODD = {
+    'ab:c*d?"e<f>g|h.bin': b"odd",
+    "\u00e9t\u00e9/\u65e5\u672c.bin": b"letters",
+    "n" * 255: b"long",
+    "e\u0301.bin": b"composed",
+}
 
 
 def test_a_volume_that_keeps_odd_names_gets_them(root, tmp_path):
@@ -257,9 +276,12 @@ def other_spelling(scratch: Scratch, name: str, data: bytes, real: Callable[...,
         (other_spelling, "\u00e9.bin", "this volume keeps such a name in another spelling"),
     ],
 )
-def test_a_name_that_a_volume_does_not_keep_is_refused_before_it_is_written(root, tmp_path, monkeypatch, write, name, rule):
+def test_a_name_that_a_volume_does_not_keep_is_refused_before_it_is_written(
+    root, tmp_path, monkeypatch, write, name, rule
+):
     """
-    A model with a name that this volume refuses or changes is refused by that name. The call is replaced, as no such volume is at hand.
+    A model with a name that this volume refuses or changes is refused by that name. The call is replaced, as no such
+    volume is at hand.
     """
     write_files(tmp_path / "source", {name: b"bytes", "plain.bin": b"bytes"})
     store = ModelStore(root, mode="rw")
@@ -275,7 +297,8 @@ def test_a_name_that_a_volume_does_not_keep_is_refused_before_it_is_written(root
 
 def test_the_longest_name_is_found(root, monkeypatch):
     """
-    How long a name may be is measured where a volume takes shorter ones. The call is replaced, as no such volume is at hand.
+    How long a name may be is measured where a volume takes shorter ones. The call is replaced, as no such volume is at
+    hand.
     """
     real = Scratch.write
     monkeypatch.setattr(Scratch, "write", lambda scratch, name, data: too_long(scratch, name, data, real))

@@ -11,8 +11,8 @@ import termios
 import pytest
 from fsspec.callbacks import Callback
 
-from kserve_pvc._events import Adopted, Finished, Received, Retried, Started, TookOver, Waiting
-from kserve_pvc._progress import Lines, amount, describe, make_listener
+from kserve_pvc._show.events import Adopted, Finished, Received, Retried, Started, TookOver, Waiting
+from kserve_pvc._show.progress import Lines, amount, describe, make_listener
 
 REF = "s3://bucket/llama"
 MIB = 2**20
@@ -225,7 +225,9 @@ HOSTILE = "\x1b[31mred\r\n\u202e"
         Started(ref=HOSTILE, bytes_total=1, files=1),
         Adopted(ref=HOSTILE, size_bytes=1),
         Received(ref=HOSTILE, size_bytes=1),
-        Waiting(ref=HOSTILE, holder=HOSTILE, since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0),
+        Waiting(
+            ref=HOSTILE, holder=HOSTILE, since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0
+        ),
         TookOver(ref=HOSTILE, holder=HOSTILE, reason="gone"),
         Retried(ref=HOSTILE, reason=HOSTILE, delay=1),
         Finished(ref=HOSTILE, status="waited"),
@@ -309,14 +311,23 @@ def test_a_callback_hears_of_every_byte(progress):
     callback = Callback()
 
     with make_listener(progress, callback, io.StringIO()) as tell:
-        for event in (WAITING, STARTED, Adopted(ref=REF, size_bytes=30 * MIB), received(60 * MIB), RETRIED, received(10 * MIB)):
+        for event in (
+            WAITING,
+            STARTED,
+            Adopted(ref=REF, size_bytes=30 * MIB),
+            received(60 * MIB),
+            RETRIED,
+            received(10 * MIB),
+        ):
             tell(event)
 
     assert (callback.size, callback.value) == (100 * MIB, 100 * MIB)
 
 
 @pytest.mark.parametrize(
-    ("progress", "stream"), [(None, Terminal()), (True, Terminal()), (True, io.StringIO())], ids=["found", "asked", "insisted"]
+    ("progress", "stream"),
+    [(None, Terminal()), (True, Terminal()), (True, io.StringIO())],
+    ids=["found", "asked", "insisted"],
 )
 def test_a_terminal_gets_a_bar(progress, stream):
     """
@@ -361,7 +372,11 @@ def test_a_bar_steers_no_terminal():
     stream = Terminal()
 
     with make_listener(None, None, stream) as tell:
-        tell(Waiting(ref=REF, holder=HOSTILE, since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0))
+        tell(
+            Waiting(
+                ref=REF, holder=HOSTILE, since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0
+            )
+        )
 
     assert "waiting for \\x1b[31mred\\r\\n\\u202e" in stream.getvalue()
     assert "\x1b[31m" not in stream.getvalue()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kserve_pvc._protocol import (
+from kserve_pvc._download.protocol import (
     MAX_SPOILED_ATTEMPTS,
     Action,
     Claimed,
@@ -62,7 +62,13 @@ def play(*events: Event, rules: Rules = RULES) -> list[tuple[Action, ...]]:
 
 
 def look(
-    now: float = 0.0, *, epoch: int | None = None, sign: bytes = b"", released: bool = False, dead: bool = False, seq: int = 0
+    now: float = 0.0,
+    *,
+    epoch: int | None = None,
+    sign: bytes = b"",
+    released: bool = False,
+    dead: bool = False,
+    seq: int = 0,
 ) -> Looked:
     """
     A look that finds no model, and perhaps a claim.
@@ -128,7 +134,8 @@ def test_what_is_published_follows_the_record_seen_under_the_claim():
 )
 def test_the_first_look_tells_whether_to_wait(seen, answer):
     """
-    A key that nobody claims, or whose holder has let go or provably died, is claimed at once; any other holder is waited for.
+    A key that nobody claims, or whose holder has let go or provably died, is claimed at once; any other holder is
+    waited for.
     """
     assert play(seen) == [answer]
 
@@ -155,7 +162,8 @@ def test_a_changing_sign_of_life_is_never_taken_over():
 
 def test_an_unchanged_sign_of_life_is_taken_over_after_the_lease():
     """
-    A claim is dead once its sign has not changed for the whole lease on the observer's own clock, and not a moment before.
+    A claim is dead once its sign has not changed for the whole lease on the observer's own clock, and not a moment
+    before.
     """
     seen = [look(now, epoch=4, sign=b"a") for now in (1000.0, 1015.0, 1029.999, 1030.0)]
 
@@ -165,13 +173,19 @@ def test_an_unchanged_sign_of_life_is_taken_over_after_the_lease():
     assert answers[3] == claim(5, SILENT)
 
 
-@pytest.mark.parametrize("changed", [look(29, epoch=4, sign=b"b"), look(29, epoch=5, sign=b"a"), look(29)], ids=["sign", "number", "gone"])
+@pytest.mark.parametrize(
+    "changed", [look(29, epoch=4, sign=b"b"), look(29, epoch=5, sign=b"a"), look(29)], ids=["sign", "number", "gone"]
+)
 def test_each_change_starts_the_lease_anew(changed):
     """
     A new sign, a new number or a claim that came back all count as life.
     """
     answers = play(
-        look(0, epoch=4, sign=b"a"), changed, Claimed(now=29, won=False), look(30, epoch=5, sign=b"b"), look(58.9, epoch=5, sign=b"b")
+        look(0, epoch=4, sign=b"a"),
+        changed,
+        Claimed(now=29, won=False),
+        look(30, epoch=5, sign=b"b"),
+        look(58.9, epoch=5, sign=b"b"),
     )
 
     assert [type(actions[-1]) for actions in answers[-2:]] == [Pause, Pause]
@@ -371,7 +385,9 @@ def test_a_pause_is_bounded_on_every_side(lease, timeout, start, share):
         assert 0 < action.seconds <= min(1.0, lease / 4, max(left, 0.001))
 
 
-@pytest.mark.parametrize(("waited", "pause"), [(0.0, 0.05), (0.2, 0.05), (2.0, 0.1), (10.0, 0.5), (20.0, 1.0), (3000.0, 1.0)])
+@pytest.mark.parametrize(
+    ("waited", "pause"), [(0.0, 0.05), (0.2, 0.05), (2.0, 0.1), (10.0, 0.5), (20.0, 1.0), (3000.0, 1.0)]
+)
 def test_a_pause_is_a_twentieth_of_the_wait(waited, pause):
     """
     The last waiter is ready within 5 % of the download it waited for, and a short download costs no long pause.
@@ -381,7 +397,9 @@ def test_a_pause_is_a_twentieth_of_the_wait(waited, pause):
     assert actions == (Pause(seconds=pytest.approx(pause)),)
 
 
-@pytest.mark.parametrize(("lease", "timeout", "pause"), [(0.4, 3600, 0.1), (LEASE, 20.25, 0.25), (LEASE, 20.0001, 0.001)])
+@pytest.mark.parametrize(
+    ("lease", "timeout", "pause"), [(0.4, 3600, 0.1), (LEASE, 20.25, 0.25), (LEASE, 20.0001, 0.001)]
+)
 def test_a_pause_ends_before_lease_and_timeout(lease, timeout, pause):
     """
     A short lease is looked at four times, and the last pause ends with the time to wait.
@@ -419,7 +437,13 @@ def test_a_lock_that_is_not_granted_is_waited_for():
 
     answers = play(*events, found(501), rules=FLOCK)
 
-    assert answers == [(TryLock(),), WAIT, (Look(),), *[(TryLock(),), (Pause(seconds=1.0),), (Look(),)] * 2, (Return(status="waited"),)]
+    assert answers == [
+        (TryLock(),),
+        WAIT,
+        (Look(),),
+        *[(TryLock(),), (Pause(seconds=1.0),), (Look(),)] * 2,
+        (Return(status="waited"),),
+    ]
 
 
 @pytest.mark.parametrize("seen", [look(epoch=6, released=True), look(epoch=6, dead=True)], ids=["released", "dead"])
@@ -432,8 +456,8 @@ def test_a_granted_lock_of_one_who_is_gone_takes_the_next_number(seen):
 
 def test_a_granted_lock_of_a_silent_holder_takes_the_next_number_after_a_third_of_the_lease():
     """
-    A holder that beats six times a lease has missed two beats once its sign stood still for a third of it: then the lock
-    is believed, and not a moment before.
+    A holder that beats six times a lease has missed two beats once its sign stood still for a third of it: then the
+    lock is believed, and not a moment before.
     """
     events: list[Event] = []
     for now in (1000.0, 1005.0, 1009.999, 1010.0):
@@ -446,7 +470,9 @@ def test_a_granted_lock_of_a_silent_holder_takes_the_next_number_after_a_third_o
     assert answers[7] == claim(7, FREE_LOCK)
 
 
-@pytest.mark.parametrize("seen", [look(epoch=6, released=True), look(epoch=6, dead=True), look()], ids=["released", "dead", "nobody"])
+@pytest.mark.parametrize(
+    "seen", [look(epoch=6, released=True), look(epoch=6, dead=True), look()], ids=["released", "dead", "nobody"]
+)
 def test_a_lock_that_is_held_is_stronger_than_a_claim_that_is_free(seen):
     """
     Where a lock decides, whoever does not get it waits, even if no claim stands in the way.
@@ -513,7 +539,11 @@ def test_waiting_for_a_lock_ends_with_the_timeout():
     rules = Rules(lease_seconds=LEASE, timeout=10, lock_decides=True)
 
     answers = play(
-        look(0, epoch=1, sign=b"a"), Locked(now=1, granted=False), look(9, epoch=1, sign=b"a"), Locked(now=12, granted=False), rules=rules
+        look(0, epoch=1, sign=b"a"),
+        Locked(now=1, granted=False),
+        look(9, epoch=1, sign=b"a"),
+        Locked(now=12, granted=False),
+        rules=rules,
     )
 
     assert answers[-1] == (GiveUp(reason="timeout", waited=12.0, idle=12.0),)
@@ -532,7 +562,12 @@ def test_a_lock_that_is_granted_beside_a_beating_holder_is_not_believed():
     """
     Where locks do nothing, whoever beats is alive: a granted lock takes over only from a sign that stood still.
     """
-    beating = [look(0, epoch=1, sign=b"a"), Locked(now=0, granted=True), look(9, epoch=1, sign=b"b"), Locked(now=9, granted=True)]
+    beating = [
+        look(0, epoch=1, sign=b"a"),
+        Locked(now=0, granted=True),
+        look(9, epoch=1, sign=b"b"),
+        Locked(now=9, granted=True),
+    ]
     silent = [look(20, epoch=1, sign=b"b"), Locked(now=20, granted=True)]
 
     answers = play(*beating, *silent, rules=FLOCK)
@@ -717,7 +752,9 @@ class Volume:
             assert self.now <= deadline, "it takes longer than a lease and a few looks"
             for caller in running:
                 self.run(caller)
-            self.advance(max(0.0, min((caller.wakes for caller in running if caller.is_running), default=self.now) - self.now))
+            self.advance(
+                max(0.0, min((caller.wakes for caller in running if caller.is_running), default=self.now) - self.now)
+            )
 
     @property
     def outcomes(self) -> list[str | None]:
@@ -760,7 +797,8 @@ deciding = pytest.mark.parametrize("lock_decides", [False, True], ids=["lease", 
 @given(schedule=st.lists(ordinary, max_size=60), shows_death=st.booleans())
 def test_without_faults_exactly_one_caller_fetches(lock_decides, schedule, shows_death):
     """
-    In whatever order four callers take their steps and however slow each of them is, one fetches once and all get the model.
+    In whatever order four callers take their steps and however slow each of them is, one fetches once and all get the
+    model.
     """
     volume = Volume(Rules(lease_seconds=LEASE, timeout=math.inf, lock_decides=lock_decides), shows_death=shows_death)
     for _ in range(4):

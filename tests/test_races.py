@@ -25,7 +25,9 @@ ROUNDS = int(os.environ.get("KSERVE_PVC_TEST_ROUNDS", "50"))
 PAUSES = int(os.environ.get("KSERVE_PVC_TEST_PAUSES", "5"))
 
 
-def race(root: Path, uri: str, arguments: dict[str, Any], writers: int, act: Any = actors.ensure) -> list[tuple[Any, ...]]:
+def race(
+    root: Path, uri: str, arguments: dict[str, Any], writers: int, act: Any = actors.ensure
+) -> list[tuple[Any, ...]]:
     """
     Let several processes ask for one model at the same moment.
     """

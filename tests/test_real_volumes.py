@@ -1,9 +1,9 @@
 """
 Several nodes on real volumes, with honest locks and with lying ones, watched by processes that know what is right.
 
-`KSERVE_PVC_TEST_NODES`, `KSERVE_PVC_TEST_PER_NODE` and `KSERVE_PVC_TEST_VOLUME_ROUNDS` ask for more than the few of a normal
-run, as `nox -s soak` does, and `KSERVE_PVC_TEST_LEASE_SECONDS` for a longer lease where nodes are slow. `KSERVE_PVC_TEST_FIGURES`
-names a file that gets what was measured, a line of JSON for each test.
+`KSERVE_PVC_TEST_NODES`, `KSERVE_PVC_TEST_PER_NODE` and `KSERVE_PVC_TEST_VOLUME_ROUNDS` ask for more than the few of a
+normal run, as `nox -s soak` does, and `KSERVE_PVC_TEST_LEASE_SECONDS` for a longer lease where nodes are slow.
+`KSERVE_PVC_TEST_FIGURES` names a file that gets what was measured, a line of JSON for each test.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from volumes import LOCAL, MOUNTS, NETWORK, CannotStartError, SharedVolume, fres
 from waiting import until
 
 from kserve_pvc import ModelInUseError, ModelStore
-from kserve_pvc._volume import VolumeWriter
+from kserve_pvc._volume.tree import writing_tree
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.kserve._destination import OURS
 
 NODES = int(os.environ.get("KSERVE_PVC_TEST_NODES", "2"))
@@ -88,7 +89,8 @@ def roots(volume: SharedVolume) -> Sequence[Path]:
 @everywhere
 def test_a_cold_start_on_all_nodes_downloads_once(roots, s3, proxy: CountingProxy, upload, measured):
     """
-    However many processes on however many nodes ask at once, all get the exact model, and the source sends each byte once.
+    However many processes on however many nodes ask at once, all get the exact model, and the source sends each byte
+    once.
     """
     files = model_files(seed=21, big=4_000_000)
     uri, size = upload(files), sum(map(len, files.values()))
@@ -97,7 +99,12 @@ def test_a_cold_start_on_all_nodes_downloads_once(roots, s3, proxy: CountingProx
     with auditing(roots, {uri: digests(files)}) as reports:
         outcomes = nodes.all_at_once(nodes.ensure, roots, uri, s3, PER_NODE)
     ready, statuses = sorted(got.ready_at for got in outcomes), Counter(got.status for got in outcomes)
-    measured(processes=len(outcomes), nodes=NODES, times_sent=proxy.body_bytes() / size, last_after_first_seconds=ready[-1] - ready[0])
+    measured(
+        processes=len(outcomes),
+        nodes=NODES,
+        times_sent=proxy.body_bytes() / size,
+        last_after_first_seconds=ready[-1] - ready[0],
+    )
 
     assert statuses["downloaded"] == 1
     assert set(statuses) <= {"downloaded", "waited", "present"}  # `present` for those that were slow to ask.
@@ -110,13 +117,16 @@ def test_a_cold_start_on_all_nodes_downloads_once(roots, s3, proxy: CountingProx
 @everywhere
 def test_numbers_in_directories_that_all_nodes_make_at_once(roots):
     """
-    Each number is reserved by one process and refused to the others, though no directory above it was there a moment ago.
+    Each number is reserved by one process and refused to the others, though no directory above it was there a moment
+    ago.
     """
     numbers = [f".kserve-pvc/keys/model-{number:016x}/claims/000000000001" for number in range(100)]
     context = actors.context()
     gate, results = context.Barrier(len(roots) * 8), context.Queue()
 
-    processes = [actors.start(nodes.reserve_each, str(root), numbers, results, gate) for root in roots for _ in range(8)]
+    processes = [
+        actors.start(nodes.reserve_each, str(root), numbers, results, gate) for root in roots for _ in range(8)
+    ]
     outcomes = [results.get(timeout=120) for _ in processes]
     actors.run_all(processes)
 
@@ -156,7 +166,8 @@ assert model.status == "present"
 @everywhere
 def test_a_warm_ensure_lists_once_and_reads_once(roots, source, tool, tmp_path, measured):
     """
-    On a node that never saw the model, a hit opens and lists the log, opens the newest record, reads it, and writes nothing.
+    On a node that never saw the model, a hit opens and lists the log, opens the newest record, reads it, and writes
+    nothing.
     """
     uri, log = f"file://{source}", tmp_path / "trace"
     ModelStore(roots[0], mode="rw").ensure(uri, progress=False)
@@ -220,7 +231,8 @@ def test_another_node_takes_over(roots, s3, proxy: CountingProxy, upload, measur
 @between_clients
 def test_a_paused_writer_comes_back_to_nothing(roots, s3, proxy: CountingProxy, upload):
     """
-    A writer that was paused past its lease finds the model published by another node; who hashes all along sees no wrong byte.
+    A writer that was paused past its lease finds the model published by another node; who hashes all along sees no
+    wrong byte.
     """
     for number in range(ROUNDS):
         files = model_files(seed=30 + number, big=3_000_000)
@@ -232,7 +244,9 @@ def test_a_paused_writer_comes_back_to_nothing(roots, s3, proxy: CountingProxy, 
         _pause_and_take_over(here, s3, proxy, uri, digests(files))
 
 
-def _pause_and_take_over(roots: Sequence[Path], s3: dict[str, object], proxy: CountingProxy, uri: str, expected: dict[str, str]) -> None:
+def _pause_and_take_over(
+    roots: Sequence[Path], s3: dict[str, object], proxy: CountingProxy, uri: str, expected: dict[str, str]
+) -> None:
     ModelStore(roots[0], mode="rw", lease_seconds=LEASE_SECONDS)
     results, before = actors.context().Queue(), proxy.body_bytes()
     proxy.limit_bytes_per_second = 2_000_000
@@ -279,11 +293,14 @@ def test_with_all_locks_lying_nobody_sees_a_mix(roots, source, tmp_path):
     assert seen_without_a_flaw(reports) <= returned
 
 
-@pytest.mark.timeout(300)  # A server of NFS that was just started answers no lock for 90 s, which is waited for up to a lease.
+@pytest.mark.timeout(
+    300
+)  # A server of NFS that was just started answers no lock for 90 s, which is waited for up to a lease.
 @between_clients
 def test_an_init_container_goes_on_where_one_on_another_node_was_killed(roots):
     """
-    Without a store, in a directory of the volume: a model of the hub is there exactly, and after that nobody asks for its bytes.
+    Without a store, in a directory of the volume: a model of the hub is there exactly, and after that nobody asks for
+    its bytes.
     """
     files = {f"part-{number:02}.safetensors": os.urandom(200_000) for number in range(20)} | {"config.json": b"{}"}
     places = [root / "served" for root in roots]
@@ -406,10 +423,10 @@ def test_a_volume_that_refuses_another_name_for_a_file_is_not_full(roots):
     A file that cannot get a second, or a hundredth, name is left to be copied, whatever the volume calls that.
     """
     writer, one, two = VolumeWriter(roots[0]), PurePosixPath("models/one"), PurePosixPath("models/two")
-    with writer.writing_tree(one) as tree:
+    with writing_tree(writer, one) as tree:
         tree.finish(tree.create(PurePosixPath("file")), PurePosixPath("file"), is_large=True)
 
-    with writer.writing_tree(two) as tree:
+    with writing_tree(writer, two) as tree:
         linked = {f"{number}" for number in range(100) if tree.link(one / "file", PurePosixPath(f"{number}"))}
 
     assert set(os.listdir(roots[-1] / two)) == linked

@@ -13,16 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kserve_pvc import FileEntry, StoreFormatError
-from kserve_pvc._codec import decode, encode
-from kserve_pvc._entry import Holder, LogEntry, StoreSettings, decode_settings, encode_settings, now
-from kserve_pvc._record import BEAT_BYTES, Beat, Claim, Manifest, PartNote, ReaderLease, encode_beat
+from kserve_pvc._format.codec import decode, encode
+from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, decode_settings, encode_settings, now
+from kserve_pvc._format.records import BEAT_BYTES, Beat, Claim, Manifest, PartNote, ReaderLease, encode_beat
 
 KEY = "llama-16d8a2f35f654b21"
 NONCE = "0123456789abcdef0123456789abcdef"
 GENERATION = f"000000000007-{NONCE}"
 SHA256 = hashlib.sha256(b"").hexdigest()
 MOMENT = datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=UTC)
-HOLDER = Holder(pod="server-0", node="node-a", uid=1000, pid=17, boot_id="b007", pid_namespace="pid:[4026531836]", started=4711)
+HOLDER = Holder(
+    pod="server-0", node="node-a", uid=1000, pid=17, boot_id="b007", pid_namespace="pid:[4026531836]", started=4711
+)
 ENTRY = LogEntry(
     type="commit",
     seq=3,
@@ -45,7 +47,10 @@ MANIFEST = Manifest(
     key=KEY,
     generation=GENERATION,
     version="v1",
-    files=(FileEntry(path="config.json", size_bytes=0, sha256=SHA256, token="t1"), FileEntry(path="w/a.bin", size_bytes=70)),
+    files=(
+        FileEntry(path="config.json", size_bytes=0, sha256=SHA256, token="t1"),
+        FileEntry(path="w/a.bin", size_bytes=70),
+    ),
 )
 CLAIM = Claim(epoch=7, nonce=NONCE, uri="s3://bucket/llama", holder=HOLDER, claimed_at=MOMENT)
 BEAT = Beat(count=5, released=True, bytes_done=10, bytes_total=70, bytes_per_second=3)
@@ -83,7 +88,9 @@ def names(count: int) -> st.SearchStrategy[str]:
     """
     Paths that no volume confuses with each other, because each part begins with its own number.
     """
-    tail = st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs", "Zl", "Zp"), exclude_characters="/\\:"), max_size=20)
+    tail = st.text(
+        st.characters(exclude_categories=("Cc", "Cf", "Cs", "Zl", "Zp"), exclude_characters="/\\:"), max_size=20
+    )
     part = st.tuples(st.integers(100, 100 + count), tail).map(lambda pair: f"{pair[0]}{pair[1]}".rstrip(". "))
     return st.lists(part, min_size=1, max_size=4).map("/".join)
 
@@ -95,7 +102,11 @@ sha256s = st.binary(min_size=32, max_size=32).map(bytes.hex)
 nonces = st.binary(min_size=16, max_size=16).map(bytes.hex)
 numbers = st.integers(1, 10**12 - 1)
 generations = st.builds("{:012d}-{}".format, numbers, nonces)
-keys = st.builds("{}-{}".format, st.from_regex(r"[a-z0-9._-]{1,40}", fullmatch=True), st.binary(min_size=8, max_size=8).map(bytes.hex))
+keys = st.builds(
+    "{}-{}".format,
+    st.from_regex(r"[a-z0-9._-]{1,40}", fullmatch=True),
+    st.binary(min_size=8, max_size=8).map(bytes.hex),
+)
 zones = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 moments = st.datetimes(timezones=zones)
 holders = st.builds(
@@ -213,7 +224,12 @@ def test_no_changed_byte_goes_unnoticed():
     A log record of which any one byte was replaced by any other is refused.
     """
     data = encode(ENTRY).rstrip(b"\n")
-    changed = (data[:i] + bytes([other]) + data[i + 1 :] for i, byte in enumerate(data) for other in range(256) if other != byte)
+    changed = (
+        data[:i] + bytes([other]) + data[i + 1 :]
+        for i, byte in enumerate(data)
+        for other in range(256)
+        if other != byte
+    )
 
     accepted = [wrong for wrong in changed if is_accepted(wrong)]
 
@@ -340,10 +356,14 @@ def test_nesting_at_the_edge_of_what_can_be_parsed_is_refused():
     assert reasons <= {"its checksum does not match, so it was cut short or changed", "it is not JSON"}
 
 
-REQUIRED = [(record, field.name) for record in RECORDS for field in attrs.fields(type(record)) if field.default is attrs.NOTHING]
+REQUIRED = [
+    (record, field.name) for record in RECORDS for field in attrs.fields(type(record)) if field.default is attrs.NOTHING
+]
 
 
-@pytest.mark.parametrize(("record", "name"), REQUIRED, ids=lambda value: value if isinstance(value, str) else type(value).__name__)
+@pytest.mark.parametrize(
+    ("record", "name"), REQUIRED, ids=lambda value: value if isinstance(value, str) else type(value).__name__
+)
 def test_a_missing_field_makes_a_record_unusable(record, name):
     """
     A record without one of its fields is refused, although its checksum matches.
@@ -384,26 +404,64 @@ WRONG = [
     (
         ENTRY,
         "key",
-        ["", "../../etc-16d8a2f35f654b21", "a/b-16d8a2f35f654b21", "llama-16D8A2F35F654B21", "llama", KEY + "\n", KEY + "/..", 1, None],
+        [
+            "",
+            "../../etc-16d8a2f35f654b21",
+            "a/b-16d8a2f35f654b21",
+            "llama-16D8A2F35F654B21",
+            "llama",
+            KEY + "\n",
+            KEY + "/..",
+            1,
+            None,
+        ],
     ),
     (ENTRY, "uri", [None, 1, ["s3://b"], {}]),
     (ENTRY, "revision", [1, [], {}, False]),
     (ENTRY, "allow_patterns", [1, [1], ["a", None], [["a"]], True, "abc", {"x": 1}]),
     (ENTRY, "ignore_patterns", [None, 1, [1], [None], "abc", "", {}, {"x": 1}]),
-    (ENTRY, "generation", ["", "..", "../../etc", f"7-{NONCE}", GENERATION.upper(), GENERATION + "/..", GENERATION + "\n", 7, None]),
+    (
+        ENTRY,
+        "generation",
+        ["", "..", "../../etc", f"7-{NONCE}", GENERATION.upper(), GENERATION + "/..", GENERATION + "\n", 7, None],
+    ),
     (ENTRY, "version", [None, 1, []]),
     (ENTRY, "files", [-1, 1.5, "2", None, [], {}, True, 2**63]),
     (ENTRY, "size_bytes", [-1, 1.5, "70", None, False, 2**63, 10**4000]),
-    (ENTRY, "manifest_sha256", ["", SHA256.upper(), SHA256[:-1], SHA256 + "0", "../" + SHA256[3:], SHA256 + "\n", None, 0]),
+    (
+        ENTRY,
+        "manifest_sha256",
+        ["", SHA256.upper(), SHA256[:-1], SHA256 + "0", "../" + SHA256[3:], SHA256 + "\n", None, 0],
+    ),
     (ENTRY, "digest", [None, 1, "", "md5", "SHA256", "sha256\n"]),
     (ENTRY, "policy", [None, 1, ["allow"], "", "deny", "allow\n"]),
     (ENTRY, "created_at", ["", "yesterday", "2026-02-03T04:05:06", "2026-02-03T04:05:06+99:00", 0, None, []]),
-    (ENTRY, "writer", [None, "me", [], {}, *({**attrs.asdict(HOLDER), "pid": pid} for pid in ("1", True, 2**63, -(2**63) - 1))]),
+    (
+        ENTRY,
+        "writer",
+        [None, "me", [], {}, *({**attrs.asdict(HOLDER), "pid": pid} for pid in ("1", True, 2**63, -(2**63) - 1))],
+    ),
     (ENTRY, "writer", [{**attrs.asdict(HOLDER), "surprise": 1}]),
     (MANIFEST, "key", ["../x-16d8a2f35f654b21", None]),
     (MANIFEST, "generation", ["../../etc", None]),
     (MANIFEST, "version", [None, 1]),
-    (MANIFEST, "files", [None, 1, [1], ["config.json"], [None], [[]], [{}], {"config.json": 1}, {}, "", [{"path": None, "size_bytes": 1}]]),
+    (
+        MANIFEST,
+        "files",
+        [
+            None,
+            1,
+            [1],
+            ["config.json"],
+            [None],
+            [[]],
+            [{}],
+            {"config.json": 1},
+            {},
+            "",
+            [{"path": None, "size_bytes": 1}],
+        ],
+    ),
     (CLAIM, "epoch", [0, -1, 1.0, "1", None, True, 10**12]),
     (CLAIM, "nonce", ["", "../..", NONCE.upper(), NONCE + "0", None]),
     (CLAIM, "holder", [None, "me", {}, [HOLDER.pod]]),
@@ -432,7 +490,8 @@ WRONG = [
 )
 def test_a_field_of_a_wrong_type_or_form_makes_a_record_unusable(record, name, value):
     """
-    A record is refused for one field that cannot be what it should, although its checksum matches, and the error stays readable.
+    A record is refused for one field that cannot be what it should, although its checksum matches, and the error stays
+    readable.
     """
     reason = refusal(type(record), signed({**body_of(record), name: value}))
 
@@ -473,7 +532,9 @@ def test_a_manifest_never_names_a_file_outside_its_generation(path):
     assert reason.isprintable()
 
 
-@pytest.mark.parametrize("paths", [("a", "a"), ("A", "a"), ("caf\u00e9", "cafe\u0301"), ("a", "a/b"), ("D/a", "d/b")], ids=ascii)
+@pytest.mark.parametrize(
+    "paths", [("a", "a"), ("A", "a"), ("caf\u00e9", "cafe\u0301"), ("a", "a/b"), ("D/a", "d/b")], ids=ascii
+)
 def test_a_manifest_never_names_two_files_that_may_be_one(paths):
     """
     A manifest with colliding paths is refused, although its checksum matches.
@@ -520,13 +581,25 @@ def test_one_kind_of_record_is_never_taken_for_another(record):
 
     reasons = [refusal(other, encode(record)) for other in others]
 
-    assert [reason.startswith(f"it is not a valid {other.__name__}: ") for reason, other in zip(reasons, others, strict=True)] == [True] * 5
+    assert [
+        reason.startswith(f"it is not a valid {other.__name__}: ")
+        for reason, other in zip(reasons, others, strict=True)
+    ] == [True] * 5
 
 
 counters = st.integers(0, 2**50)
 
 
-@given(st.builds(Beat, count=counters, released=st.booleans(), bytes_done=counters, bytes_total=counters, bytes_per_second=counters))
+@given(
+    st.builds(
+        Beat,
+        count=counters,
+        released=st.booleans(),
+        bytes_done=counters,
+        bytes_total=counters,
+        bytes_per_second=counters,
+    )
+)
 def test_every_beat_has_the_same_size(beat):
     """
     A beat has exactly `BEAT_BYTES` bytes, so that it replaces the one before it in a single write.
@@ -560,7 +633,13 @@ def test_a_torn_beat_is_refused():
 
 
 @given(
-    st.builds(StoreSettings, store_id=nonces, locker=texts, lease_seconds=st.floats(0.1, 3600) | st.integers(1, 3600), created_at=moments)
+    st.builds(
+        StoreSettings,
+        store_id=nonces,
+        locker=texts,
+        lease_seconds=st.floats(0.1, 3600) | st.integers(1, 3600),
+        created_at=moments,
+    )
 )
 def test_settings_are_read_back_as_they_were_written(settings):
     """
@@ -671,7 +750,11 @@ def test_damaged_settings_are_refused(data):
 
 @pytest.mark.parametrize(
     ("type", "name", "is_present"),
-    [("commit", "000000000003.commit", True), ("restore", "000000000003.restore", True), ("tombstone", "000000000003.tombstone", False)],
+    [
+        ("commit", "000000000003.commit", True),
+        ("restore", "000000000003.restore", True),
+        ("tombstone", "000000000003.tombstone", False),
+    ],
 )
 def test_a_log_entry_says_what_it_is_called_and_whether_the_model_is_there(type, name, is_present):
     """
@@ -714,4 +797,6 @@ def test_paths_of_records_are_posix_paths():
     """
     Paths are turned into pure paths when a record is built, from a text as well as from a path.
     """
-    assert [FileEntry(path=path, size_bytes=0).path for path in ("a/b", PurePosixPath("a/b"))] == [PurePosixPath("a/b")] * 2
+    assert [FileEntry(path=path, size_bytes=0).path for path in ("a/b", PurePosixPath("a/b"))] == [
+        PurePosixPath("a/b")
+    ] * 2

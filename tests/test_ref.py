@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kserve_pvc import InvalidURIError, ModelRef, PolicyError
-from kserve_pvc._codec import KEY
-from kserve_pvc._ref import parse_ref, redact
+from kserve_pvc._format.codec import KEY
+from kserve_pvc._source.ref import parse_ref, redact
 from kserve_pvc.errors import printable
 
 URI = "s3://bucket/llama-3-8b"
@@ -21,9 +21,16 @@ def test_parsing_keeps_the_spelling():
     """
     A ref repeats the URI and revision exactly, and puts patterns in order.
     """
-    ref = parse_ref("hf://org/Name:main", revision="v1", allow_patterns=["*.safetensors", "*.json", "*.json"], ignore_patterns="onnx/")
+    ref = parse_ref(
+        "hf://org/Name:main",
+        revision="v1",
+        allow_patterns=["*.safetensors", "*.json", "*.json"],
+        ignore_patterns="onnx/",
+    )
 
-    assert ref == ModelRef(uri="hf://org/Name:main", revision="v1", allow_patterns=("*.json", "*.safetensors"), ignore_patterns=("onnx/*",))
+    assert ref == ModelRef(
+        uri="hf://org/Name:main", revision="v1", allow_patterns=("*.json", "*.safetensors"), ignore_patterns=("onnx/*",)
+    )
     assert (ref.scheme, ref.location, str(ref)) == ("hf", "org/Name:main", "hf://org/Name:main at v1")
 
 
@@ -51,7 +58,9 @@ def test_the_key_of_a_known_ref_never_changes(options, key):
     assert parse_ref("s3://bucket/llama-3-8b", **options).key == key
 
 
-@pytest.mark.parametrize("uri", [URI, URI + "/", "hf://org/name:rev", "gs://b/Ünïcode/m", "file:///", "https://h:8080/a//b", "s3://b/a@b"])
+@pytest.mark.parametrize(
+    "uri", [URI, URI + "/", "hf://org/name:rev", "gs://b/Ünïcode/m", "file:///", "https://h:8080/a//b", "s3://b/a@b"]
+)
 def test_the_key_ends_in_the_storage_key_of_kserve(uri):
     """
     For a plain URI the digits of the key are the first 16 of the SHA-256 of the URI exactly as it is spelled.
@@ -137,7 +146,11 @@ def test_the_slug_shows_a_person_which_model_it_is(uri, slug):
     assert key.rpartition("-")[0] == slug
 
 
-@given(st.text(min_size=1, max_size=60), st.none() | st.text(min_size=1, max_size=8), st.none() | st.lists(st.text(max_size=5), max_size=3))
+@given(
+    st.text(min_size=1, max_size=60),
+    st.none() | st.text(min_size=1, max_size=8),
+    st.none() | st.lists(st.text(max_size=5), max_size=3),
+)
 def test_every_key_is_a_safe_directory_name(location, revision, patterns):
     """
     Whatever is accepted has a key that records accept, and the same request has the same key.
@@ -263,7 +276,8 @@ DIGEST = "sha256=" + "0a" * 32
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_digest_belongs_to_what_is_asked_for(scheme):
     """
-    The fragment that names the expected digest is no secret: it stays in the URI, makes another key, and is not in the slug.
+    The fragment that names the expected digest is no secret: it stays in the URI, makes another key, and is not in the
+    slug.
     """
     ref = parse_ref(f"{scheme}://host/model.tar#{DIGEST}")
 
@@ -272,7 +286,9 @@ def test_a_digest_belongs_to_what_is_asked_for(scheme):
     assert ref.key.startswith("model.tar-")
 
 
-@pytest.mark.parametrize("uri", [f"s3://b/m#{DIGEST}", f"https://h/m#{DIGEST}0", "https://h/m#sha256=zz", f"https://h/m?a=b#{DIGEST}"])
+@pytest.mark.parametrize(
+    "uri", [f"s3://b/m#{DIGEST}", f"https://h/m#{DIGEST}0", "https://h/m#sha256=zz", f"https://h/m?a=b#{DIGEST}"]
+)
 def test_any_other_fragment_is_refused(uri):
     """
     Only a whole digest, in lower case, at an http address is known to be no secret.
@@ -287,7 +303,8 @@ SIGNED = "https://account.blob.core.windows.net/models/llama"
 @pytest.mark.parametrize("uri", [SIGNED, "https://account.z01.blob.storage.azure.net/models/llama"])
 def test_the_signature_of_an_azure_address_is_kept_aside(uri):
     """
-    A shared access signature opens the model and is no part of it: it is neither shown nor stored, and makes no other key.
+    A shared access signature opens the model and is no part of it: it is neither shown nor stored, and makes no other
+    key.
     """
     ref = parse_ref(f"{uri}?sv=2024&sig=SECRET%3D&se=2026")
 
@@ -399,7 +416,8 @@ UNPRINTABLE = "it holds control or unprintable characters"
 )
 def test_what_is_no_uri_is_refused(uri, shown, reason):
     """
-    What cannot be a source URI is refused with the reason, and shown without secrets and without anything that steers a terminal.
+    What cannot be a source URI is refused with the reason, and shown without secrets and without anything that steers a
+    terminal.
     """
     with pytest.raises(InvalidURIError) as caught:
         parse_ref(uri)
@@ -425,11 +443,16 @@ def test_a_revision_that_means_nothing_is_refused(revision):
     with pytest.raises(InvalidURIError) as caught:
         parse_ref(URI, revision=revision)
 
-    assert caught.value.fields == {"uri": URI, "reason": "the revision must be a printable text; leave it out to take the newest"}
+    assert caught.value.fields == {
+        "uri": URI,
+        "reason": "the revision must be a printable text; leave it out to take the newest",
+    }
 
 
 @pytest.mark.parametrize("option", ["allow_patterns", "ignore_patterns"])
-@pytest.mark.parametrize(("patterns", "shown"), [([1], "[1]"), (["*.json", None], "['*.json', None]"), (b"a", "[97]")], ids=str)
+@pytest.mark.parametrize(
+    ("patterns", "shown"), [([1], "[1]"), (["*.json", None], "['*.json', None]"), (b"a", "[97]")], ids=str
+)
 def test_patterns_that_are_no_texts_are_refused(option, patterns, shown):
     """
     A pattern of another type is refused when it is given, not when a file is compared with it.
@@ -462,7 +485,10 @@ def test_patterns_that_are_no_texts_are_refused(option, patterns, shown):
         ("s3:///user:SECRET@bucket/model", "s3:///bucket/model"),
         ("s3://bucket/user:SECRET@other", "s3://bucket/other"),
         ("https://user:12/SECRET@host", "https://user:12/host"),
-        ("GET https://u:SECRET@h/a?t=SECRET failed, see https://h/b?x=SECRET.", "GET https://h/a failed, see https://h/b"),
+        (
+            "GET https://u:SECRET@h/a?t=SECRET failed, see https://h/b?x=SECRET.",
+            "GET https://h/a failed, see https://h/b",
+        ),
         # A secret may hold a quote, so the one that follows it goes too.
         ("'https://h/a?SECRET' and <https://h/b?SECRET>", "'https://h/a and <https://h/b>"),
         ("https://u:p'SECRET@h/a", "https://h/a"),

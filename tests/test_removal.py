@@ -10,9 +10,11 @@ import pytest
 from memory import MemorySource
 
 from kserve_pvc import ModelInUseError, ModelNotFoundError, ModelStore
-from kserve_pvc import _layout as layout
-from kserve_pvc._log import read_all
-from kserve_pvc._volume import Tree, Volume, VolumeWriter
+from kserve_pvc._format import layout
+from kserve_pvc._keys.log import read_all
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.tree import Tree
+from kserve_pvc._volume.writing import VolumeWriter
 
 URI = "s3://bucket/model"
 FILES = {"a.bin": b"a" * 1000, "b.bin": b"b" * 1000}
@@ -48,7 +50,7 @@ def test_a_reader_looks_again_under_its_lease(store, monkeypatch):
     """
     A model that was replaced before the lease could count is let go, and the newer one is held.
     """
-    from kserve_pvc import _claims
+    from kserve_pvc._keys import claims as _claims
 
     first = store.ensure(URI, progress=False)
     honest, newer = _claims.reading, []
@@ -89,7 +91,7 @@ def test_a_reader_that_died_is_waited_out(store, monkeypatch):
     A lease that shows no sign of life holds a model for its term and no longer.
     """
     model = store.ensure(URI, progress=False)
-    monkeypatch.setattr("kserve_pvc._claims.is_provably_dead", lambda holder: False)
+    monkeypatch.setattr("kserve_pvc._keys.claims.is_provably_dead", lambda holder: False)
     place = store.root / layout.lease_dir(model.path.name) / "dead"
     place.mkdir(parents=True)
     (place / "owner").write_bytes(b"of a pod that is no more")
@@ -136,7 +138,7 @@ def test_what_a_removal_left_that_died_half_way_is_collected(store, monkeypatch)
     def die(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kserve_pvc._removal.live_readers", die)
+    monkeypatch.setattr("kserve_pvc._keys.removal.live_readers", die)
     with pytest.raises(KeyboardInterrupt):
         store.remove(URI)
     monkeypatch.undo()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kserve_pvc._retry import ATTEMPTS, delays
+from kserve_pvc._source.retry import ATTEMPTS, delays
 
 
 def test_pauses_double():

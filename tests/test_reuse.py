@@ -14,11 +14,16 @@ from memory import MemorySource
 from trees import digests, read_tree
 
 from kserve_pvc import InsufficientSpaceError, Model, ModelStore
-from kserve_pvc import _layout as layout
+from kserve_pvc._format import layout
 
 URI, OTHER = "s3://bucket/model", "s3://bucket/other"
 BITS = random.Random(31)
-OLD = {"config.json": b"{}", "weights/a.bin": BITS.randbytes(300_000), "weights/b.bin": BITS.randbytes(200_000), "empty": b""}
+OLD = {
+    "config.json": b"{}",
+    "weights/a.bin": BITS.randbytes(300_000),
+    "weights/b.bin": BITS.randbytes(200_000),
+    "empty": b"",
+}
 NEW = {**OLD, "config.json": b'{"new": 1}', "weights/b.bin": BITS.randbytes(200_001)}
 CHANGED = len(NEW["config.json"]) + len(NEW["weights/b.bin"])
 
@@ -42,7 +47,9 @@ def old(store) -> Model:
 
 
 def inodes(model: Model) -> dict[str, int]:
-    return {path.relative_to(model.path).as_posix(): path.stat().st_ino for path in model.path.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(model.path).as_posix(): path.stat().st_ino for path in model.path.rglob("*") if path.is_file()
+    }
 
 
 def shared(one: Model, other: Model) -> set[str]:
@@ -55,7 +62,9 @@ def shared(one: Model, other: Model) -> set[str]:
 def damage(path: Path, change: str) -> None:
     content = path.read_bytes()
     path.chmod(0o644)
-    path.write_bytes({"flipped": bytes([content[0] ^ 1]) + content[1:], "shorter": content[:-1], "longer": content + b"x"}[change])
+    path.write_bytes(
+        {"flipped": bytes([content[0] ^ 1]) + content[1:], "shorter": content[:-1], "longer": content + b"x"}[change]
+    )
 
 
 def test_a_refresh_fetches_what_has_changed(store, source, old):
@@ -135,12 +144,13 @@ def test_a_download_by_force_takes_nothing_that_is_there(store, old):
 @pytest.mark.parametrize(("digest", "room"), [("sha256", 0), ("none", 500_002)])
 def test_a_plan_needs_no_room_for_what_is_linked(root, source, old, monkeypatch, digest, room):
     """
-    Whole files that are there take no room a second time, so they fit on a full volume; without digests they are copied.
+    Whole files that are there take no room a second time, so they fit on a full volume; without digests they are
+    copied.
     """
     store = ModelStore(root, mode="rw", backends={"s3": source}, digest=digest)
-    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: room - 1)
+    monkeypatch.setattr("kserve_pvc._volume.reading.Volume.free_bytes", lambda self: room - 1)
     short = store.plan(URI, revision="v2")
-    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: room)
+    monkeypatch.setattr("kserve_pvc._volume.reading.Volume.free_bytes", lambda self: room)
 
     plan = store.plan(URI, revision="v2")
 
@@ -278,7 +288,7 @@ def test_room_is_asked_for_what_cannot_be_shared(root, source, old, monkeypatch,
     Files that get a second name need no room; without hashing nothing can prove itself, so all of the model does.
     """
     source.models[URI] = NEW
-    monkeypatch.setattr("kserve_pvc._volume.Volume.free_bytes", lambda self: CHANGED)
+    monkeypatch.setattr("kserve_pvc._volume.reading.Volume.free_bytes", lambda self: CHANGED)
     store = ModelStore(root, mode="rw", backends={"s3": source}, digest=digest)
 
     if fits:

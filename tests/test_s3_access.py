@@ -15,9 +15,9 @@ from trees import model_files, read_tree
 from weather import StormyS3, refuse
 
 from kserve_pvc import ModelStore, SettingsError, SourceChangedError, SourceDeniedError, SourceNotFoundError
-from kserve_pvc._ref import parse_ref
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends import s3 as module
-from kserve_pvc.backends._http import HTTPClient
+from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends.s3 import S3Backend
 
 BUCKET = "models"
@@ -53,7 +53,16 @@ def is_plain(options: dict, environ: dict, uri: str = "s3://bucket/model") -> bo
         ({}, IN_ENVIRONMENT),
         ({}, {**IN_ENVIRONMENT, "AWS_SESSION_TOKEN": "session", "AWS_REGION": "eu-west-1"}),
         ({"anon": True}, {}),
-        ({"client_kwargs": {"aws_access_key_id": "AKIA", "aws_secret_access_key": "secret", "region_name": "eu-west-1"}}, {}),
+        (
+            {
+                "client_kwargs": {
+                    "aws_access_key_id": "AKIA",
+                    "aws_secret_access_key": "secret",
+                    "region_name": "eu-west-1",
+                }
+            },
+            {},
+        ),
         ({**KEYS, "client_kwargs": {"verify": False, "endpoint_url": "https://minio.example"}}, {}),
         ({**KEYS, "config_kwargs": {"s3": {"addressing_style": "path"}}}, {}),
         ({**KEYS, "use_listings_cache": False, "etag_is_md5": False}, {}),
@@ -111,7 +120,11 @@ def test_a_configuration_file_is_left_to_the_sdk(home, monkeypatch, name):
     """
     monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", lambda options: None)
     place = home / (".aws/config" if name == "home" else "elsewhere")
-    named = {"home": {}, "AWS_CONFIG_FILE": {"AWS_CONFIG_FILE": str(place)}, "tilde": {"AWS_CONFIG_FILE": "~/elsewhere"}}[name]
+    named = {
+        "home": {},
+        "AWS_CONFIG_FILE": {"AWS_CONFIG_FILE": str(place)},
+        "tilde": {"AWS_CONFIG_FILE": "~/elsewhere"},
+    }[name]
     environ = {"HOME": str(home), **named}
     before = is_plain(KEYS, environ)
     place.parent.mkdir(exist_ok=True)
@@ -132,7 +145,8 @@ def test_a_configuration_file_is_left_to_the_sdk(home, monkeypatch, name):
 )
 def test_a_bucket_with_rules_of_its_own_is_left_to_the_sdk(home, monkeypatch, bucket):
     """
-    Access points, outposts and directory buckets are addressed and signed in other ways; others of the same back end are not.
+    Access points, outposts and directory buckets are addressed and signed in other ways; others of the same back end
+    are not.
     """
     made = []
     monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", lambda options: made.append(1))
@@ -179,7 +193,10 @@ def test_credentials_are_never_mixed(options, environ, who):
         ({"AWS_DEFAULT_REGION": "eu-west-1"}, "s3.eu-west-1.amazonaws.com"),
         ({"AWS_ENDPOINT_URL": "http://all.example"}, "all.example"),
         ({"AWS_ENDPOINT_URL": "http://all.example", "AWS_ENDPOINT_URL_S3": "http://s3.example"}, "s3.example"),
-        ({"AWS_ENDPOINT_URL": "http://all.example", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, "s3.us-east-1.amazonaws.com"),
+        (
+            {"AWS_ENDPOINT_URL": "http://all.example", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"},
+            "s3.us-east-1.amazonaws.com",
+        ),
     ],
 )
 def test_the_endpoint_is_that_of_the_environment(environ, host):
@@ -194,7 +211,8 @@ def test_the_endpoint_is_that_of_the_environment(environ, host):
 
 
 @pytest.mark.parametrize(
-    "url", ["minio.example:9000", "ftp://minio.example", "http://", "http://host:port", "http://[::1", "http://a\u2100b"]
+    "url",
+    ["minio.example:9000", "ftp://minio.example", "http://", "http://host:port", "http://[::1", "http://a\u2100b"],
 )
 def test_an_endpoint_that_is_no_url_is_refused(home, url):
     """
@@ -211,7 +229,9 @@ def botocores(region: str, endpoint: str | None, style: str) -> Any:
     """
     config = Config(signature_version="s3v4", s3={"addressing_style": style})
     names = {"aws_access_key_id": "AKIA", "aws_secret_access_key": "secret"}
-    return botocore.session.Session().create_client("s3", region_name=region, endpoint_url=endpoint, config=config, **names)
+    return botocore.session.Session().create_client(
+        "s3", region_name=region, endpoint_url=endpoint, config=config, **names
+    )
 
 
 KEY = "a b/é+~!'()*&=#%41/\U0001f999.bin"
@@ -219,7 +239,9 @@ KEY = "a b/é+~!'()*&=#%41/\U0001f999.bin"
 
 @pytest.mark.parametrize("bucket", ["bucket", "with.dots", "My_Bucket", "-bucket", "x" * 64])
 @pytest.mark.parametrize("style", ["auto", "virtual", "path"])
-@pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:9000", "http://minio.example:9000", "https://minio.example/base/"])
+@pytest.mark.parametrize(
+    "endpoint", [None, "http://127.0.0.1:9000", "http://minio.example:9000", "https://minio.example/base/"]
+)
 def test_addresses_are_botocores(home, endpoint, style, bucket):
     """
     A bucket stands in the name of the host exactly where botocore puts it there.
@@ -233,13 +255,16 @@ def test_addresses_are_botocores(home, endpoint, style, bucket):
 
     target, _ = backend._access(bucket).request(bucket, KEY, {"If-Match": '"e"'}, renewed=False)
 
-    expected = botocores(region, endpoint, style).generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": KEY})
+    expected = botocores(region, endpoint, style).generate_presigned_url(
+        "get_object", Params={"Bucket": bucket, "Key": KEY}
+    )
     assert f"{target.scheme}://{target.authority}{target.path.partition('?')[0]}" == expected.partition("?")[0]
 
 
 def test_another_region_is_asked_where_the_bucket_is(home, root):
     """
-    A bucket that is said to be elsewhere is asked there, once for all of its objects, and its credentials sign for that region.
+    A bucket that is said to be elsewhere is asked there, once for all of its objects, and its credentials sign for that
+    region.
     """
     with StormyS3() as storm:
         storm.put(BUCKET, "model/a.bin", b"a" * 100)
@@ -257,7 +282,8 @@ def test_another_region_is_asked_where_the_bucket_is(home, root):
 @pytest.mark.parametrize("region", ["us-east-1", "evil.example/", "EU", "eu-west-3"])
 def test_a_region_that_leads_nowhere_is_asked_once(home, region):
     """
-    A server that always points elsewhere, or nowhere, is not followed for ever; what it says is no part of a name of a host.
+    A server that always points elsewhere, or nowhere, is not followed for ever; what it says is no part of a name of a
+    host.
     """
     with StormyS3() as storm:
         storm.script("head", refuse(400, "AuthorizationHeaderMalformed", x_amz_bucket_region=region))
@@ -278,7 +304,9 @@ def through_s3fs(request, home, origin, proxy, monkeypatch) -> dict[str, object]
     if request.param == "option":
         return {"endpoint_url": proxy.endpoint, "key": origin.key, "secret": origin.secret, "default_block_size": 2**20}
     (home / "config").write_text(f"[profile work]\nendpoint_url = {proxy.endpoint}\nregion = us-east-1\n")
-    (home / "credentials").write_text(f"[work]\naws_access_key_id = {origin.key}\naws_secret_access_key = {origin.secret}\n")
+    (home / "credentials").write_text(
+        f"[work]\naws_access_key_id = {origin.key}\naws_secret_access_key = {origin.secret}\n"
+    )
     monkeypatch.setenv("AWS_PROFILE", "work")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(home / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(home / "credentials"))
@@ -318,7 +346,9 @@ def test_both_ways_see_the_same(root, through_s3fs, origin, upload):
     found = [backend.resolve(ref) for backend in (ours, theirs)]
 
     assert found[0] == found[1]
-    assert [[backend.evidence(f) for f in found[0].files] for backend in (ours, theirs)] == [[f.digest for f in found[0].files]] * 2
+    assert [[backend.evidence(f) for f in found[0].files] for backend in (ours, theirs)] == [
+        [f.digest for f in found[0].files]
+    ] * 2
     for backend in (ours, theirs):
         backend.close()
 
@@ -354,12 +384,17 @@ def test_versions_come_through_s3fs(root, through_s3fs, origin):
     client = origin._client
     origin.make_bucket("versioned-s3fs")
     client.put_bucket_versioning(Bucket="versioned-s3fs", VersioningConfiguration={"Status": "Enabled"})
-    first, second = (client.put_object(Bucket="versioned-s3fs", Key="m/w.bin", Body=data)["VersionId"] for data in (b"first", b"second!"))
+    first, second = (
+        client.put_object(Bucket="versioned-s3fs", Key="m/w.bin", Body=data)["VersionId"]
+        for data in (b"first", b"second!")
+    )
     store, uri = ModelStore(root, mode="rw", storage_options=through_s3fs), "s3://versioned-s3fs/m/w.bin"
 
     models = [store.ensure(uri, revision=revision, progress=False) for revision in (first, second, None)]
 
-    assert [read_tree(model.path) for model in models] == [{"w.bin": data} for data in (b"first", b"second!", b"second!")]
+    assert [read_tree(model.path) for model in models] == [
+        {"w.bin": data} for data in (b"first", b"second!", b"second!")
+    ]
     with pytest.raises(SourceNotFoundError):
         store.ensure(uri, revision="no-such-version", progress=False)
 
@@ -385,4 +420,6 @@ def test_nobody_to_be_is_told_through_s3fs(home, root, origin, upload, monkeypat
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
     with pytest.raises(SourceDeniedError, match="AWS_ACCESS_KEY_ID"):
-        ModelStore(root, mode="rw", storage_options={"endpoint_url": origin.endpoint}).ensure(upload(FILES), progress=False)
+        ModelStore(root, mode="rw", storage_options={"endpoint_url": origin.endpoint}).ensure(
+            upload(FILES), progress=False
+        )

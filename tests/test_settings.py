@@ -103,7 +103,22 @@ def test_read_only_mappings_are_enough():
     assert read_settings(environ, annotations) == Settings(store="/data", mode="rw", locker=None, lease_seconds=None)
 
 
-READONLY_VALUES = ["true", "True", "False", "FALSE", "0", "no", "off", "", " false", "false ", "false\n", '"false"', "f", "rw"]
+READONLY_VALUES = [
+    "true",
+    "True",
+    "False",
+    "FALSE",
+    "0",
+    "no",
+    "off",
+    "",
+    " false",
+    "false ",
+    "false\n",
+    '"false"',
+    "f",
+    "rw",
+]
 
 
 @pytest.mark.parametrize("value", READONLY_VALUES, ids=ascii)
@@ -127,7 +142,9 @@ def test_the_exact_value_opens_a_store_for_writing():
     assert read_settings({}, annotations).mode == "rw"
 
 
-@pytest.mark.parametrize("name", ["storage.kserve.io/readOnly", "kserve.io/readonly", "storage.kserve.io/readonly ", "readonly"])
+@pytest.mark.parametrize(
+    "name", ["storage.kserve.io/readOnly", "kserve.io/readonly", "storage.kserve.io/readonly ", "readonly"]
+)
 def test_other_annotations_do_not_count(name):
     """
     An annotation of another name opens nothing.
@@ -166,7 +183,11 @@ def test_seconds_that_are_no_number_are_refused(text):
     with pytest.raises(SettingsError) as caught:
         read_settings({"KSERVE_PVC_LEASE_SECONDS": text}, {})
 
-    assert caught.value.fields == {"name": "KSERVE_PVC_LEASE_SECONDS", "value": text, "remedy": "write a number of seconds"}
+    assert caught.value.fields == {
+        "name": "KSERVE_PVC_LEASE_SECONDS",
+        "value": text,
+        "remedy": "write a number of seconds",
+    }
 
 
 @pytest.fixture
@@ -236,7 +257,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(SettingsError) as caught:
         read_settings({"KSERVE_PVC_ANNOTATIONS": str(tmp_path)})
 
-    assert caught.value.fields == {"name": "KSERVE_PVC_ANNOTATIONS", "value": str(tmp_path), "remedy": "it cannot be read: Is a directory"}
+    assert caught.value.fields == {
+        "name": "KSERVE_PVC_ANNOTATIONS",
+        "value": str(tmp_path),
+        "remedy": "it cannot be read: Is a directory",
+    }
 
 
 def test_given_annotations_spare_the_file(tmp_path):

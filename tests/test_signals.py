@@ -49,7 +49,9 @@ def serve(script: str, root, s3, uri) -> subprocess.Popen[str]:
     command = [sys.executable, "-I", "-c", script, str(root), json.dumps(s3["storage_options"]), uri]
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return subprocess.Popen(command, env=shell.clean_environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=shell.clean_environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def assert_the_rest_is_fetched(root, s3, proxy, uri) -> None:
@@ -206,13 +208,24 @@ print(code, *results)
 
 def test_a_beat_that_hangs_costs_the_claim_and_not_the_model(root, s3, slow, proxy, tool):
     """
-    Row 20: while the volume takes seconds for a beat the holder gives up by its own clock, and another call makes the model.
+    Row 20: while the volume takes seconds for a beat the holder gives up by its own clock, and another call makes the
+    model.
     """
     ModelStore(root, mode="rw", lease_seconds=1)
     script = SERVER + "print('done')"
     # The first sync of each thread takes three leases; a heart's first is its first renewal.
     options = ["-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", "inject=fsync:delay_enter=3000000:when=1"]
-    command = [tool("strace"), *options, sys.executable, "-I", "-c", script, str(root), json.dumps(s3["storage_options"]), slow]
+    command = [
+        tool("strace"),
+        *options,
+        sys.executable,
+        "-I",
+        "-c",
+        script,
+        str(root),
+        json.dumps(s3["storage_options"]),
+        slow,
+    ]
     hanging = subprocess.Popen(command, env=shell.clean_environ(), stdout=subprocess.PIPE, text=True)
     until(lambda: proxy.body_bytes() > 0)
     first = ModelStore(root).locks()[0].epoch

@@ -15,7 +15,7 @@ from botocore.credentials import Credentials as TheirCredentials
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kserve_pvc.backends._sigv4 import Credentials, encode_query, sign
+from kserve_pvc.backends._login.sigv4 import Credentials, encode_query, sign
 
 MOMENT = 1_790_000_000.75
 REGIONS = ["us-east-1", "eu-central-1", "us-gov-west-1", "auto", "garage"]
@@ -26,7 +26,9 @@ VALUES = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1,
 SECRETS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=60)
 
 
-def theirs(method: str, url: str, headers: dict[str, str], credentials: Credentials, region: str, moment: float) -> dict[str, str]:
+def theirs(
+    method: str, url: str, headers: dict[str, str], credentials: Credentials, region: str, moment: float
+) -> dict[str, str]:
     """
     What botocore makes of the same request.
     """
@@ -46,8 +48,12 @@ def theirs(method: str, url: str, headers: dict[str, str], credentials: Credenti
     with pytest.MonkeyPatch.context() as patch:
         for name in ("get_current_datetime", "datetime"):
             if hasattr(auth, name):
-                patch.setattr(auth, name, Frozen if name == "datetime" else lambda remove_tzinfo=True: now.replace(tzinfo=None))
-        auth.S3SigV4Auth(TheirCredentials(credentials.key, credentials.secret, credentials.session_token), "s3", region).add_auth(request)
+                patch.setattr(
+                    auth, name, Frozen if name == "datetime" else lambda remove_tzinfo=True: now.replace(tzinfo=None)
+                )
+        auth.S3SigV4Auth(
+            TheirCredentials(credentials.key, credentials.secret, credentials.session_token), "s3", region
+        ).add_auth(request)
     return {name.lower(): value for name, value in request.headers.items()}
 
 
@@ -55,16 +61,30 @@ def theirs(method: str, url: str, headers: dict[str, str], credentials: Credenti
 @given(
     method=st.sampled_from(["GET", "HEAD"]),
     key=KEYS,
-    query=st.dictionaries(st.sampled_from(["versionId", "prefix", "list-type", "continuation-token", "encoding-type"]), TEXT),
+    query=st.dictionaries(
+        st.sampled_from(["versionId", "prefix", "list-type", "continuation-token", "encoding-type"]), TEXT
+    ),
     headers=st.dictionaries(st.sampled_from(["if-match", "x-amz-checksum-mode", "x-amz-request-payer"]), VALUES),
     secret=SECRETS,
     token=st.none() | SECRETS,
     region=st.sampled_from(REGIONS),
-    host=st.sampled_from(["bucket.s3.eu-central-1.amazonaws.com", "127.0.0.1:9000", "[::1]:9000", "minio.example:8443"]),
+    host=st.sampled_from(
+        ["bucket.s3.eu-central-1.amazonaws.com", "127.0.0.1:9000", "[::1]:9000", "minio.example:8443"]
+    ),
     moment=st.integers(946_684_800, 4_102_444_800),
 )
 @example("GET", "a b/ä+~!'()*&=?#%41//.././x", {}, {}, "s", None, "us-east-1", "127.0.0.1:9000", 1_790_000_000)
-@example("GET", "\U0001f999/e\u0301", {"prefix": "a+b c/ä~", "list-type": "2"}, {}, "s", "t/+=", "eu-central-1", "[::1]:9000", 0)
+@example(
+    "GET",
+    "\U0001f999/e\u0301",
+    {"prefix": "a+b c/ä~", "list-type": "2"},
+    {},
+    "s",
+    "t/+=",
+    "eu-central-1",
+    "[::1]:9000",
+    0,
+)
 def test_signatures_are_botocores(method, key, query, headers, secret, token, region, host, moment):
     """
     Whatever is asked for, by whoever, wherever: what goes over the line is what botocore would have sent.
@@ -108,7 +128,9 @@ def test_a_kept_key_belongs_to_its_day_region_and_secret():
 
     made = [sign("GET", "h", "/k", {}, {}, who, region, moment)["Authorization"] for who, region, moment in requests]
 
-    assert made == [theirs("GET", "http://h/k", {}, who, region, moment)["authorization"] for who, region, moment in requests]
+    assert made == [
+        theirs("GET", "http://h/k", {}, who, region, moment)["authorization"] for who, region, moment in requests
+    ]
     assert len(set(made)) == 8
 
 
@@ -116,7 +138,10 @@ def test_a_stamp_is_that_of_its_second():
     """
     Two requests a second apart carry different dates.
     """
-    stamps = [sign("GET", "h", "/", {}, {}, Credentials("A", "s"), "r", moment)["x-amz-date"] for moment in (0.0, 0.9, 1.0, 86_399.9)]
+    stamps = [
+        sign("GET", "h", "/", {}, {}, Credentials("A", "s"), "r", moment)["x-amz-date"]
+        for moment in (0.0, 0.9, 1.0, 86_399.9)
+    ]
 
     assert stamps == ["19700101T000000Z", "19700101T000000Z", "19700101T000001Z", "19700101T235959Z"]
 

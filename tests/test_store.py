@@ -83,7 +83,9 @@ def on_disk(tmp_path):
     """
     place = tmp_path / "origin"
     write_files(place, FILES)
-    return Source(f"file://{place}", {}, lambda name, data: write_files(place, {name: data}), lambda: shutil.rmtree(place))
+    return Source(
+        f"file://{place}", {}, lambda name, data: write_files(place, {name: data}), lambda: shutil.rmtree(place)
+    )
 
 
 @pytest.fixture(params=["on_s3", "on_disk"])
@@ -113,13 +115,20 @@ def test_ensure_gives_a_complete_directory(root, there):
     assert read_tree(model.path) == FILES
     assert os.fspath(model) == str(model.path)
     assert model.path.is_relative_to(root / "models" / model.key)
-    assert (model.uri, model.status, model.size_bytes, model.files, model.bytes_fetched) == (there.uri, "downloaded", SIZE, 4, SIZE)
+    assert (model.uri, model.status, model.size_bytes, model.files, model.bytes_fetched) == (
+        there.uri,
+        "downloaded",
+        SIZE,
+        4,
+        SIZE,
+    )
     assert model.seconds > 0
 
 
 def test_a_record_says_what_a_model_consists_of(root, there):
     """
-    The record names source, version, writer and time, and every file with its size and digest, in the order of the paths.
+    The record names source, version, writer and time, and every file with its size and digest, in the order of the
+    paths.
     """
     started = datetime.now(UTC)
     store = ModelStore(root, mode="rw", **there.arguments)
@@ -167,7 +176,9 @@ def test_what_is_in_a_store_is_found_without_its_source(root, there):
 
     found = [store.get(there.uri), store.ensure(there.uri), *store.list()]
 
-    assert [(m.path, m.version, m.status, m.record) for m in found] == [(model.path, model.version, "present", model.record)] * 3
+    assert [(m.path, m.version, m.status, m.record) for m in found] == [
+        (model.path, model.version, "present", model.record)
+    ] * 3
     assert there.uri in store
     assert f"{there.uri}/" not in store
 
@@ -176,7 +187,9 @@ def test_an_absent_model_is_named_with_its_store(root, on_disk):
     """
     The error of `get` says which model, which store and what to do.
     """
-    with pytest.raises(ModelNotFoundError, match="`ensure` it from a read-write store, or `import` a bundle of it") as caught:
+    with pytest.raises(
+        ModelNotFoundError, match="`ensure` it from a read-write store, or `import` a bundle of it"
+    ) as caught:
         ModelStore(root).get(on_disk.uri)
 
     assert caught.value.fields == {"ref": on_disk.uri, "root": str(root)}
@@ -195,7 +208,9 @@ def test_an_empty_directory_is_an_empty_store(root):
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [{"local_files_only": True}, {"local_files_only": True, "refresh": True, "force_download": True}])
+@pytest.mark.parametrize(
+    "arguments", [{"local_files_only": True}, {"local_files_only": True, "refresh": True, "force_download": True}]
+)
 def test_local_files_only_never_asks_the_source(root, on_s3, proxy, arguments):
     """
     What is present is returned and what is absent is an error, both without a request.
@@ -322,7 +337,9 @@ def test_resolving_says_what_is_there_and_writes_nothing(root, there):
     """
     found = ModelStore(root, **there.arguments).resolve(there.uri)
 
-    assert {str(f.entry.path): f.entry.size_bytes for f in found.files} == {name: len(data) for name, data in FILES.items()}
+    assert {str(f.entry.path): f.entry.size_bytes for f in found.files} == {
+        name: len(data) for name, data in FILES.items()
+    }
     assert (found.size_bytes, re.fullmatch(r"sha256:[0-9a-f]{64}", found.version) is not None) == (SIZE, True)
     assert list(root.iterdir()) == []
 
@@ -341,10 +358,20 @@ def test_a_plan_says_what_ensure_would_do(root, there):
     newer = store.plan(there.uri, refresh=True)
 
     assert planned == untouched
-    assert (before.action, before.files, before.size_bytes, before.bytes_to_fetch, before.bytes_reusable) == ("download", 4, SIZE, SIZE, 0)
+    assert (before.action, before.files, before.size_bytes, before.bytes_to_fetch, before.bytes_reusable) == (
+        "download",
+        4,
+        SIZE,
+        SIZE,
+        0,
+    )
     assert (before.key, before.version, before.seconds, before.fits) == (model.key, model.version, None, True)
     assert (after.action, after.version, after.bytes_to_fetch, after.seconds) == ("nothing", model.version, 0, 0.0)
-    assert (newer.action, newer.bytes_to_fetch, newer.bytes_reusable) == ("download", len(b"newer"), SIZE - len(FILES["config.json"]))
+    assert (newer.action, newer.bytes_to_fetch, newer.bytes_reusable) == (
+        "download",
+        len(b"newer"),
+        SIZE - len(FILES["config.json"]),
+    )
     assert newer.version != model.version
     assert 0 < before.free_bytes <= shutil.disk_usage(root).total
 
@@ -393,7 +420,10 @@ def test_what_an_unfinished_download_left_is_planned_and_used(root, on_disk):
     plan = store.plan(on_disk.uri)
     model = store.ensure(on_disk.uri, progress=False)
 
-    assert (plan.bytes_reusable, plan.bytes_to_fetch) == (len(FILES["weights/a.bin"]), SIZE - len(FILES["weights/a.bin"]))
+    assert (plan.bytes_reusable, plan.bytes_to_fetch) == (
+        len(FILES["weights/a.bin"]),
+        SIZE - len(FILES["weights/a.bin"]),
+    )
     assert (model.bytes_fetched, read_tree(model.path)) == (plan.bytes_to_fetch, FILES)
 
 
@@ -555,8 +585,14 @@ def make_a_pipe(path) -> None:
 
 NOT_REGULAR = ("weights/b.bin", "type", "it is a link or no regular file")
 DAMAGES = {
-    "missing": (lambda path: (path / "config.json").unlink(), ("config.json", "missing", "it is recorded and not there")),
-    "extra": (lambda path: (path / "weights/.git").write_bytes(b"x"), ("weights/.git", "extra", "it is there and not recorded")),
+    "missing": (
+        lambda path: (path / "config.json").unlink(),
+        ("config.json", "missing", "it is recorded and not there"),
+    ),
+    "extra": (
+        lambda path: (path / "weights/.git").write_bytes(b"x"),
+        ("weights/.git", "extra", "it is there and not recorded"),
+    ),
     "truncated": (
         lambda path: replace(path / "weights/b.bin", FILES["weights/b.bin"][:-1]),
         ("weights/b.bin", "size", "it has 999 bytes instead of 1000"),
@@ -820,7 +856,11 @@ def test_a_model_in_use_is_kept(root, present, holder):
 
     kept = store.get(present.uri)
     assert [f"pid {process.pid}" in reader for reader in caught.value.readers] == [True]
-    assert (kept.path, kept.record.files, store.verify(present.uri, "full").ok) == (present.path, present.record.files, True)
+    assert (kept.path, kept.record.files, store.verify(present.uri, "full").ok) == (
+        present.path,
+        present.record.files,
+        True,
+    )
     assert log_of(root, present.key) == ["000000000001.commit", "000000000002.tombstone", "000000000003.restore"]
     let_go()
     assert leases_in(root) == []
@@ -908,7 +948,8 @@ def slow_pod(root, origin, proxy):
 
 def test_whoever_waited_too_long_is_told_for_whom(root, on_s3, slow_pod):
     """
-    The timeout names pod, node, uid and process of the downloader, how far it is and when it last showed a sign of life.
+    The timeout names pod, node, uid and process of the downloader, how far it is and when it last showed a sign of
+    life.
     """
     store = ModelStore(root, mode="rw", lease_seconds=2, **on_s3.arguments)
     process = slow_pod(on_s3.uri)
@@ -920,7 +961,9 @@ def test_whoever_waited_too_long_is_told_for_whom(root, on_s3, slow_pod):
     assert error.holder == f"pod server-0 on node-a (uid {os.geteuid()}, pid {process.pid})"
     assert (error.ref, error.bytes_total, 0 < error.bytes_done < SIZE) == (on_s3.uri, SIZE, True)
     assert isinstance(error, TimeoutError)
-    assert all(word in str(error) for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "timeout=", "kserve-pvc locks"))
+    assert all(
+        word in str(error) for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "timeout=", "kserve-pvc locks")
+    )
 
 
 def test_locks_show_who_downloads(root, on_s3, slow_pod):
@@ -956,7 +999,8 @@ def test_a_killed_downloader_is_shown_as_dead(root, on_s3, slow_pod):
 @pytest.mark.timeout(120)
 def test_a_broken_claim_lets_another_process_download_at_once(root, on_s3, proxy):
     """
-    Whoever breaks the claim of a stopped process downloads without waiting for its lease, and that process comes to the same model.
+    Whoever breaks the claim of a stopped process downloads without waiting for its lease, and that process comes to the
+    same model.
     """
     store = ModelStore(root, mode="rw", lease_seconds=3600, **on_s3.arguments)
     proxy.limit_bytes_per_second = 50_000
@@ -1045,7 +1089,9 @@ def test_the_environment_opens_a_store_in_the_mode_it_says(root, environ, annota
     assert (store.root, store.mode) == (root, mode)
 
 
-@pytest.mark.parametrize(("line", "mode"), [(f'{READONLY}="false"', "rw"), (f'{READONLY}="true"', "r"), ('a="b"', "r"), (None, "r")])
+@pytest.mark.parametrize(
+    ("line", "mode"), [(f'{READONLY}="false"', "rw"), (f'{READONLY}="true"', "r"), ('a="b"', "r"), (None, "r")]
+)
 def test_the_pods_annotations_are_read_from_a_file(root, tmp_path, line, mode):
     """
     The downward-API file named by `KSERVE_PVC_ANNOTATIONS` counts as annotations do; a missing file says nothing.
@@ -1071,7 +1117,9 @@ def test_a_store_remembers_its_locker_and_lease(root, locker):
         ModelStore(root),
         ModelStore(root, mode="rw"),
         ModelStore(root, mode="rw", locker=locker, lease_seconds=7),
-        ModelStore.from_env(root, environ={"KSERVE_PVC_LOCKER": locker, "KSERVE_PVC_LEASE_SECONDS": "7"}, annotations={}),
+        ModelStore.from_env(
+            root, environ={"KSERVE_PVC_LOCKER": locker, "KSERVE_PVC_LEASE_SECONDS": "7"}, annotations={}
+        ),
     ]
     assert (settings["format"], settings["locker"], settings["lease_seconds"]) == (1, locker, 7)
     assert [store.mode for store in agreeing] == ["r", "rw", "rw", "r"]
@@ -1094,7 +1142,8 @@ def test_the_environment_chooses_the_locker_of_a_new_store(root):
 )
 def test_a_contender_that_disagrees_is_told_so(root, arguments, setting, stored, wanted):
     """
-    Another locker or lease than the store's is refused, with both named, and the store's stays; a reader contends for nothing.
+    Another locker or lease than the store's is refused, with both named, and the store's stays; a reader contends for
+    nothing.
     """
     ModelStore(root, mode="rw", lease_seconds=7)
     before = listing(root)
@@ -1171,10 +1220,22 @@ def test_working_credentials_appear_nowhere(root, on_s3, origin, caplog, capfd):
     store = ModelStore(root, mode="rw", **on_s3.arguments)
     model = store.ensure(on_s3.uri)
 
-    shown = [store, model, model.record, store.list(), store.resolve(on_s3.uri), store.plan(on_s3.uri), store.verify(on_s3.uri, "full")]
+    shown = [
+        store,
+        model,
+        model.record,
+        store.list(),
+        store.resolve(on_s3.uri),
+        store.plan(on_s3.uri),
+        store.verify(on_s3.uri, "full"),
+    ]
     texts = {f"shown {type(value).__name__}": repr(value) for value in shown}
     texts |= {"pickled": repr(pickle.dumps(model)), "logs": caplog.text, "streams": "".join(capfd.readouterr())}
-    texts |= {str(p): p.name + p.read_bytes().decode("latin-1") for p in root.rglob("*") if p.is_file() and ".bin" not in p.name}
+    texts |= {
+        str(p): p.name + p.read_bytes().decode("latin-1")
+        for p in root.rglob("*")
+        if p.is_file() and ".bin" not in p.name
+    }
     leaks = [name for name, text in texts.items() if origin.key in text or origin.secret in text]
     assert leaks == []
     assert any(name.endswith("000000000001.commit") for name in texts)
@@ -1192,14 +1253,20 @@ def test_refused_credentials_appear_nowhere(root, upload, proxy, caplog, capfd):
     with pytest.raises(SourceDeniedError) as caught:
         store.ensure(uri)
 
-    texts = {"error": texts_of(caught.value), "store": repr(store), "logs": caplog.text, "streams": "".join(capfd.readouterr())}
+    texts = {
+        "error": texts_of(caught.value),
+        "store": repr(store),
+        "logs": caplog.text,
+        "streams": "".join(capfd.readouterr()),
+    }
     texts |= {str(p): p.name + p.read_text() for p in root.rglob("*") if p.is_file()}
     assert [name for name, text in texts.items() if any(canary in text for canary in CANARIES)] == []
 
 
 def test_credentials_inside_an_endpoint_appear_nowhere(root):
     """
-    An endpoint with user, password and query, which no client accepts, is repeated neither by the error nor by its causes.
+    An endpoint with user, password and query, which no client accepts, is repeated neither by the error nor by its
+    causes.
     """
     endpoint = f"http://{CANARIES[3]}:{CANARIES[1]}@127.0.0.1:9/?token={CANARIES[2]}"
     options = {"endpoint_url": endpoint, "key": CANARIES[0], "secret": CANARIES[1]}

@@ -18,7 +18,9 @@ from trees import read_tree
 from kserve_pvc import ModelNotFoundError, ModelStore, SourceNotFoundError
 
 URIS = [f"s3://bucket/model-{number}" for number in range(3)]
-CONTENTS = st.dictionaries(st.sampled_from(["config.json", "a/b.bin", "a/c.bin", "empty"]), st.binary(max_size=300), min_size=1, max_size=4)
+CONTENTS = st.dictionaries(
+    st.sampled_from(["config.json", "a/b.bin", "a/c.bin", "empty"]), st.binary(max_size=300), min_size=1, max_size=4
+)
 uris = st.sampled_from(URIS)
 
 

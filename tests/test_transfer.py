@@ -24,11 +24,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until
 
-from kserve_pvc import DigestMismatchError, FileEntry, InsufficientSpaceError, RemoteFile, SourceDeniedError, SourceUnavailableError
-from kserve_pvc import _transfer as module
-from kserve_pvc._record import PartNote
-from kserve_pvc._transfer import Destination, Donor, Transfer, Tuning
-from kserve_pvc._volume import copy_range, write_all
+from kserve_pvc import (
+    DigestMismatchError,
+    FileEntry,
+    InsufficientSpaceError,
+    RemoteFile,
+    SourceDeniedError,
+    SourceUnavailableError,
+)
+from kserve_pvc._download import pieces
+from kserve_pvc._download import transfer as module
+from kserve_pvc._download.adoption import Donor
+from kserve_pvc._download.destination import Destination
+from kserve_pvc._download.transfer import Transfer, Tuning
+from kserve_pvc._format.records import PartNote
+from kserve_pvc._volume.calls import copy_range, write_all
 from kserve_pvc.locks.lease import LeaseLostError
 
 PART = 1000
@@ -52,7 +62,9 @@ class Source:
         self.answers: dict[str, str | None] = {}
         self.on_read: Callable[[str, int], bool | None] = lambda name, offset: True
 
-    def remote(self, name: str, *, sha256: str | None = None, token: str | None = "t", digest: str | None = None) -> RemoteFile:
+    def remote(
+        self, name: str, *, sha256: str | None = None, token: str | None = "t", digest: str | None = None
+    ) -> RemoteFile:
         entry = FileEntry(path=name, size_bytes=len(self.files[name]), sha256=sha256, token=token)
         return RemoteFile(entry=entry, address=name, pin={}, digest=digest)
 
@@ -80,7 +92,9 @@ class Source:
             answer = self.source.on_read(self.name, self.offset)
             if not answer:
                 return 0 if answer is False else None
-            data = self.source.files[self.name][self.offset : min(self.stop, self.offset + min(self.source.piece, len(buffer)))]
+            data = self.source.files[self.name][
+                self.offset : min(self.stop, self.offset + min(self.source.piece, len(buffer)))
+            ]
             buffer[: len(data)] = data
             self.offset += len(data)
             return len(data)
@@ -145,7 +159,9 @@ class Place:
         self.events.append(f"finish {path}")
         os.close(fd)
 
-    def note(self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None) -> None:
+    def note(
+        self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None
+    ) -> None:
         self.events.append(f"note {path}")
         self.notes.append(PartNote(path=path, token=token, start=start, stop=stop, sha256=sha256, crc32=crc32))
 
@@ -183,9 +199,9 @@ def short_ranges(monkeypatch):
     """
     Ranges of a part where they would have 8 MiB at least, and pauses of no length.
     """
-    monkeypatch.setattr(module, "_SHORTEST_RANGE", PART)
-    monkeypatch.setattr(module, "_TRICKLE_BYTES", 50)
-    monkeypatch.setattr(module, "delays", lambda _random: iter([0.0] * 4))
+    monkeypatch.setattr(module, "SHORTEST_RANGE", PART)
+    monkeypatch.setattr(module, "TRICKLE_BYTES", 50)
+    monkeypatch.setattr(pieces, "delays", lambda _random: iter([0.0] * 4))
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +252,9 @@ def transfer(
     chosen = Tuning(**{"part_bytes": PART, "max_workers": workers, **tuning})
     where = destination or place.destination()
     said = recorder or Recorder()
-    return Transfer(uri="s3://bucket/model", backend=source, destination=where, donors=offered, observer=said, tuning=chosen)
+    return Transfer(
+        uri="s3://bucket/model", backend=source, destination=where, donors=offered, observer=said, tuning=chosen
+    )
 
 
 def run(source: Source, place: Place, *args: object, **options: object) -> Mapping[PurePosixPath, FileEntry]:
@@ -259,7 +277,11 @@ def is_true(note: PartNote, data: bytes) -> bool:
     Whether a note says of some content what is so.
     """
     piece = data[note.start : note.stop]
-    return note.sha256 in (None, sha256(piece)) and note.crc32 in (None, zlib.crc32(piece)) and len(piece) == note.stop - note.start
+    return (
+        note.sha256 in (None, sha256(piece))
+        and note.crc32 in (None, zlib.crc32(piece))
+        and len(piece) == note.stop - note.start
+    )
 
 
 def test_files_arrive_whole_and_are_noted_part_by_part(place):
@@ -270,9 +292,13 @@ def test_files_arrive_whole_and_are_noted_part_by_part(place):
 
     entries = run(source, place, recorder, workers=1)
 
-    assert {str(path): (e.sha256, e.token) for path, e in entries.items()} == {n: (sha256(data), "t") for n, data in source.files.items()}
+    assert {str(path): (e.sha256, e.token) for path, e in entries.items()} == {
+        n: (sha256(data), "t") for n, data in source.files.items()
+    }
     assert place.content() == source.files
-    assert [(str(n.path), n.start, n.stop, n.sha256 == sha256(source.files[str(n.path)][: n.stop])) for n in place.notes] == [
+    assert [
+        (str(n.path), n.start, n.stop, n.sha256 == sha256(source.files[str(n.path)][: n.stop])) for n in place.notes
+    ] == [
         ("a.bin", 0, PART, True),
         ("a.bin", 0, 2 * PART, True),
         ("a.bin", 0, 3 * PART, True),
@@ -286,16 +312,23 @@ def test_files_arrive_whole_and_are_noted_part_by_part(place):
 @pytest.mark.parametrize("workers", [1, 2, 4, 16])
 def test_ranges_of_several_streams_make_the_same_file(place, digest, workers):
     """
-    However many streams fetch a file, in whichever order, its bytes, digest and notes are true, and no byte is asked for twice.
+    However many streams fetch a file, in whichever order, its bytes, digest and notes are true, and no byte is asked
+    for twice.
     """
-    files = {"big": random.Random(2).randbytes(40 * PART + 1), "odd": random.Random(3).randbytes(7 * PART - 1), "empty": b""}
+    files = {
+        "big": random.Random(2).randbytes(40 * PART + 1),
+        "odd": random.Random(3).randbytes(7 * PART - 1),
+        "empty": b"",
+    }
     source, recorder = Source(files), Recorder()
     source.on_read = lambda name, offset: time.sleep(random.random() / 2000) or True
 
     entries = run(source, place, recorder, workers=workers, digest=digest)
 
     assert place.content() == files
-    assert {str(path): e.sha256 for path, e in entries.items()} == {n: sha256(d) if digest == "sha256" else None for n, d in files.items()}
+    assert {str(path): e.sha256 for path, e in entries.items()} == {
+        n: sha256(d) if digest == "sha256" else None for n, d in files.items()
+    }
     assert all(is_true(note, files[str(note.path)]) for note in place.notes)
     asked = [offset for name, start, stop in source.ranges if name == "big" for offset in range(start, stop)]
     assert sorted(asked) == list(range(len(files["big"])))
@@ -434,7 +467,9 @@ def test_what_a_dead_writer_left_is_not_fetched_again(place, dead):
     assert source.ranges == [("a.bin", 2 * PART, 3 * PART)]
 
 
-@pytest.mark.parametrize(("position", "adopted"), [(0, 0), (PART - 1, 0), (PART, PART), (2 * PART - 1, PART), (2 * PART, 2 * PART)])
+@pytest.mark.parametrize(
+    ("position", "adopted"), [(0, 0), (PART - 1, 0), (PART, PART), (2 * PART - 1, PART), (2 * PART, 2 * PART)]
+)
 def test_only_bytes_that_prove_themselves_are_taken_over(place, dead, position, adopted):
     """
     A byte that changed after it was noted ends the takeover at the part before it.
@@ -458,7 +493,9 @@ def test_nothing_is_taken_over_of_other_content(place, dead, token, digest):
     """
     source, recorder = Source({"a.bin": DATA}), Recorder()
 
-    transfer(source, place, recorder, {"a.bin": [donor(dead, "a.bin", place)]}, digest=digest).run([[source.remote("a.bin", token=token)]])
+    transfer(source, place, recorder, {"a.bin": [donor(dead, "a.bin", place)]}, digest=digest).run(
+        [[source.remote("a.bin", token=token)]]
+    )
 
     assert recorder.adopted_bytes == 0
     assert place.content() == {"a.bin": DATA}
@@ -466,7 +503,8 @@ def test_nothing_is_taken_over_of_other_content(place, dead, token, digest):
 
 @pytest.mark.parametrize("digest", ["sha256", "none"])
 @pytest.mark.parametrize(
-    "ruin", [Path.unlink, lambda path: path.write_bytes(DATA[: PART + 1]), lambda path: (path.unlink(), path.symlink_to("/"))]
+    "ruin",
+    [Path.unlink, lambda path: path.write_bytes(DATA[: PART + 1]), lambda path: (path.unlink(), path.symlink_to("/"))],
 )
 def test_a_donor_that_is_gone_or_cut_short_costs_a_fetch(place, dead, ruin, digest):
     """
@@ -499,7 +537,10 @@ def test_a_hole_in_what_was_left_is_fetched(place, dead):
     A beginning and a range further on are taken over, and only what lies between is asked for.
     """
     (dead.directory / "a.bin").write_bytes(DATA)
-    notes = [note("a.bin", 0, PART, sha256=sha256(DATA[:PART])), note("a.bin", 2 * PART, 3 * PART, crc32=zlib.crc32(DATA[2 * PART :]))]
+    notes = [
+        note("a.bin", 0, PART, sha256=sha256(DATA[:PART])),
+        note("a.bin", 2 * PART, 3 * PART, crc32=zlib.crc32(DATA[2 * PART :])),
+    ]
     source, recorder = Source({"a.bin": DATA}), Recorder()
 
     entries = run(source, place, recorder, {"a.bin": [donor(dead, "a.bin", place, notes)]})
@@ -521,7 +562,13 @@ def test_bytes_without_a_digest_are_for_those_who_want_none(place, dead, digest,
     (dead.directory / "a.bin").write_bytes(DATA)
     source, recorder = Source({"a.bin": DATA}), Recorder()
 
-    run(source, place, recorder, {"a.bin": [donor(dead, "a.bin", place, [note("a.bin", PART, 3 * PART)])]}, digest=digest)
+    run(
+        source,
+        place,
+        recorder,
+        {"a.bin": [donor(dead, "a.bin", place, [note("a.bin", PART, 3 * PART)])]},
+        digest=digest,
+    )
 
     assert (recorder.adopted_bytes, place.content()) == (adopted, {"a.bin": DATA})
 
@@ -543,10 +590,11 @@ LEFT = st.lists(
 @given(left=LEFT, workers=st.sampled_from([1, 4]), order=st.randoms(use_true_random=False), links=st.booleans())
 def test_whatever_was_left_the_file_is_exact(left, workers, order, links):
     """
-    From any donors with any overlapping notes and any damage the same bytes come out, and each is either taken over or fetched.
+    From any donors with any overlapping notes and any damage the same bytes come out, and each is either taken over or
+    fetched.
     """
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SHORTEST_RANGE", 10)
+        patch.setattr(module, "SHORTEST_RANGE", 10)
         place, found = Place(Path(directory, "new")), []
         for number, (ranges, damage, length) in enumerate(left):
             content = bytearray(CONTENT)
@@ -555,7 +603,9 @@ def test_whatever_was_left_the_file_is_exact(left, workers, order, links):
             (dead := Place(Path(directory, str(number)))).directory.joinpath("f").write_bytes(content[:length])
             notes = [noted(start, stop, kind) for (start, stop), kind in ranges]
             order.shuffle(notes)
-            found.append(donor(dead, "f", place, notes) if links else donor(dead, "f", place, notes, link=lambda path: False))
+            found.append(
+                donor(dead, "f", place, notes) if links else donor(dead, "f", place, notes, link=lambda path: False)
+            )
         source, recorder = Source({"f": CONTENT}, piece=7), Recorder()
         entries = run(source, place, recorder, {"f": found}, workers=workers, part_bytes=10)
 
@@ -590,8 +640,15 @@ def test_a_whole_file_gets_a_second_name(place, dead):
     entries = run(source, place, recorder, {"a.bin": [donor(dead, "a.bin", place, [whole(dead)])]})
 
     assert (place.directory / "a.bin").samefile(dead.directory / "a.bin")
-    assert entries[PurePosixPath("a.bin")] == FileEntry(path="a.bin", size_bytes=3 * PART, token="t", sha256=sha256(DATA))
-    assert (recorder.adopted_bytes, recorder.received_bytes, source.ranges, place.events) == (3 * PART, 0, [], ["note a.bin"])
+    assert entries[PurePosixPath("a.bin")] == FileEntry(
+        path="a.bin", size_bytes=3 * PART, token="t", sha256=sha256(DATA)
+    )
+    assert (recorder.adopted_bytes, recorder.received_bytes, source.ranges, place.events) == (
+        3 * PART,
+        0,
+        [],
+        ["note a.bin"],
+    )
 
 
 def flip(path: Path, position: int) -> None:
@@ -628,14 +685,17 @@ def test_a_file_that_does_not_prove_itself_is_never_shared(place, dead, ruin):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_what_was_left_gives_way_to_what_the_source_vouches_for(place, dead, kind, workers):
     """
-    Bytes that are as their writer noted, and still not what the source has, cost a fetch of the whole file and no failure.
+    Bytes that are as their writer noted, and still not what the source has, cost a fetch of the whole file and no
+    failure.
     """
     left = bytes([DATA[0] ^ 1]) + DATA[1 : 2 * PART]
     (dead.directory / "a.bin").write_bytes(left)
     offered = donor(dead, "a.bin", place, [note("a.bin", 0, 2 * PART, sha256=sha256(left))])
     source = Source({"a.bin": DATA})
 
-    entries = transfer(source, place, None, {"a.bin": [offered]}, workers).run([[source.remote("a.bin", digest=KINDS[kind])]])
+    entries = transfer(source, place, None, {"a.bin": [offered]}, workers).run(
+        [[source.remote("a.bin", digest=KINDS[kind])]]
+    )
 
     assert place.content() == {"a.bin": DATA}
     found = entries[PurePosixPath("a.bin")]
@@ -650,7 +710,9 @@ def test_a_source_that_contradicts_itself_fails_after_one_more_fetch(place, dead
     source = Source({"a.bin": DATA})
 
     with pytest.raises(DigestMismatchError):
-        transfer(source, place, None, {"a.bin": [donor(dead, "a.bin", place)]}, workers).run([[source.remote("a.bin", sha256="0" * 64)]])
+        transfer(source, place, None, {"a.bin": [donor(dead, "a.bin", place)]}, workers).run(
+            [[source.remote("a.bin", sha256="0" * 64)]]
+        )
 
     assert sum(stop - start for _, start, stop in source.ranges) == 4 * PART
 
@@ -699,7 +761,9 @@ def test_a_store_that_does_not_hash_shares_nothing(place, dead):
     Without digests nothing proves that a file of somebody else is whole, so it is copied.
     """
     recorder = Recorder()
-    run(Source({"a.bin": DATA}), place, recorder, {"a.bin": [donor(dead, "a.bin", place, [whole(dead)])]}, digest="none")
+    run(
+        Source({"a.bin": DATA}), place, recorder, {"a.bin": [donor(dead, "a.bin", place, [whole(dead)])]}, digest="none"
+    )
 
     assert (place.directory / "a.bin").stat().st_nlink == 1
     assert (place.content(), recorder.adopted_bytes) == ({"a.bin": DATA}, 3 * PART)
@@ -721,7 +785,12 @@ def test_a_connection_that_breaks_goes_on_at_the_next_byte(place):
     run(source, place, recorder)
 
     assert place.content() == {"a.bin": DATA}
-    assert source.ranges == [("a.bin", 0, PART), ("a.bin", PART, 2 * PART), ("a.bin", 1500, 2 * PART), ("a.bin", 2 * PART, 3 * PART)]
+    assert source.ranges == [
+        ("a.bin", 0, PART),
+        ("a.bin", PART, 2 * PART),
+        ("a.bin", 1500, 2 * PART),
+        ("a.bin", 2 * PART, 3 * PART),
+    ]
     assert (recorder.received_bytes, recorder.retries) == (len(DATA), 1)
 
 
@@ -902,7 +971,7 @@ def test_a_busy_source_is_asked_as_long_as_time_is_left(place):
 
     source.on_read = busy
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Tries, "__init__", hasty)
+        patch.setattr(module.Tries, "__init__", hasty)
         run(source, place, recorder)
 
     assert (place.content(), recorder.retries) == ({"a.bin": DATA[:500]}, 6)
@@ -931,7 +1000,9 @@ def test_the_deadline_bounds_what_a_busy_source_may_ask_for(place, asked, least)
 
 @pytest.mark.parametrize("step", ["bytes", "evidence"])
 @pytest.mark.parametrize(
-    "error", [SourceDeniedError("a", "expired"), SourceUnavailableError("a", "moved", is_final=True)], ids=["denied", "final"]
+    "error",
+    [SourceDeniedError("a", "expired"), SourceUnavailableError("a", "moved", is_final=True)],
+    ids=["denied", "final"],
 )
 def test_errors_that_no_retry_cures_are_not_retried(place, error, step, monkeypatch):
     """
@@ -980,7 +1051,9 @@ def test_what_the_source_vouches_for_is_compared(place, kind, digest, workers):
     A digest of the listing is compared, whatever the store itself hashes, and the record says which it was.
     """
     source = Source({"a.bin": DATA})
-    entries = transfer(source, place, workers=workers, digest=digest).run([[source.remote("a.bin", digest=KINDS[kind])]])
+    entries = transfer(source, place, workers=workers, digest=digest).run(
+        [[source.remote("a.bin", digest=KINDS[kind])]]
+    )
 
     # A store that does not hash has no SHA-256 to compare with.
     expected = None if (kind, digest) == ("sha256", "none") else KINDS[kind]
@@ -990,7 +1063,8 @@ def test_what_the_source_vouches_for_is_compared(place, kind, digest, workers):
 
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize(
-    ("kind", "digest"), [("sha256", "sha256"), ("md5", "sha256"), ("crc32", "sha256"), ("md5", "none"), ("crc32", "none")]
+    ("kind", "digest"),
+    [("sha256", "sha256"), ("md5", "sha256"), ("crc32", "sha256"), ("md5", "none"), ("crc32", "none")],
 )
 @pytest.mark.parametrize("size", [500, 3 * PART], ids=["small", "parts"])
 def test_bytes_that_contradict_the_source_fail_the_model(place, kind, digest, workers, size):
@@ -1103,7 +1177,11 @@ def test_a_failure_ends_those_who_only_wait(place):
     """
     A stream that waits for a silent source, and one that pauses for a busy one, stop at once when another fails.
     """
-    source, recorder, began = Source({"busy": DATA, "silent": DATA, "denied": DATA[:PART]}), Recorder(), time.monotonic()
+    source, recorder, began = (
+        Source({"busy": DATA, "silent": DATA, "denied": DATA[:PART]}),
+        Recorder(),
+        time.monotonic(),
+    )
 
     def act(name: str, offset: int) -> bool | None:
         until(lambda: len({name for name, _, _ in source.ranges}) == 3, 10)
@@ -1342,7 +1420,9 @@ def test_what_was_asked_for_before_its_turn_is_let_go_of_after_a_failure(place, 
         transfer(source, place, workers=4).run([source.all()])
 
     assert source.open == 0
-    assert sorted(e for e in place.events if e.startswith("finish")) == [f"finish {n}" for n in sorted(source.files) if n < name]
+    assert sorted(e for e in place.events if e.startswith("finish")) == [
+        f"finish {n}" for n in sorted(source.files) if n < name
+    ]
 
 
 def test_a_request_that_fails_before_its_turn_is_made_again(place):

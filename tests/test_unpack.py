@@ -19,10 +19,16 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from kserve_pvc import DigestMismatchError, PolicyError, UnsafePathError
-from kserve_pvc._source import UnpackLimits
-from kserve_pvc._unpack import _HARMLESS_BYTES, _load_zstd, check_readable, is_archive, unpack
+from kserve_pvc._archive.members import _HARMLESS_BYTES
+from kserve_pvc._archive.unpack import _load_zstd, check_readable, is_archive, unpack
+from kserve_pvc._source.contract import UnpackLimits
 
-FILES = {"config.json": b'{"layers": 2}', "empty": b"", "weights/a b.bin": random.Random(5).randbytes(700_001), "weights/é.txt": b"x" * 513}
+FILES = {
+    "config.json": b'{"layers": 2}',
+    "empty": b"",
+    "weights/a b.bin": random.Random(5).randbytes(700_001),
+    "weights/é.txt": b"x" * 513,
+}
 
 
 def zst(data: bytes) -> bytes:
@@ -82,7 +88,9 @@ def zip_info(name: str, **fields: object) -> zipfile.ZipInfo:
     return info
 
 
-def read(data: bytes, name: str, selects: Callable[[object], bool] = lambda path: True, **limits: object) -> dict[str, bytes]:
+def read(
+    data: bytes, name: str, selects: Callable[[object], bool] = lambda path: True, **limits: object
+) -> dict[str, bytes]:
     """
     Everything an archive yields.
     """
@@ -139,7 +147,10 @@ def test_one_compressed_file_yields_itself(coding):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        *((f"m{ending}", True) for ending in (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst", ".gz", ".xz", ".zst", ".TAR.GZ")),
+        *(
+            (f"m{ending}", True)
+            for ending in (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst", ".gz", ".xz", ".zst", ".TAR.GZ")
+        ),
         *((name, False) for name in (".zip", ".tar.gz", "m.bin", "m.zip.bin", "gz", "m.tar.bz2", "m.pt")),
     ],
 )
@@ -156,14 +167,18 @@ def test_long_names_come_whole():
     """
     name = f"{'d' * 90}/{'é' * 60}/{'f' * 80}"
 
-    assert [read(tar((name, b"1"), form=form), "m.tar") for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)] == [{name: b"1"}] * 2
+    assert [read(tar((name, b"1"), form=form), "m.tar") for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)] == [
+        {name: b"1"}
+    ] * 2
 
 
 def test_the_prefix_of_a_tar_of_the_working_directory_says_nothing():
     """
     `./config.json` is `config.json`, and `./` is the model's directory.
     """
-    assert read(tar(header(".", tarfile.DIRTYPE), header("./", tarfile.DIRTYPE), ("./a/b", b"1")), "m.tar") == {"a/b": b"1"}
+    assert read(tar(header(".", tarfile.DIRTYPE), header("./", tarfile.DIRTYPE), ("./a/b", b"1")), "m.tar") == {
+        "a/b": b"1"
+    }
 
 
 def test_only_what_is_wanted_is_yielded():
@@ -172,14 +187,30 @@ def test_only_what_is_wanted_is_yielded():
     """
     members = list(FILES.items())
 
-    wanted = [read(data, name, lambda path: str(path) == "empty") for data, name in ((tar(*members), "m.tar"), (zipped(*members), "m.zip"))]
+    wanted = [
+        read(data, name, lambda path: str(path) == "empty")
+        for data, name in ((tar(*members), "m.tar"), (zipped(*members), "m.zip"))
+    ]
 
     assert wanted == [{"empty": b""}] * 2
     with pytest.raises(UnsafePathError):
         read(tar(("../x", b"")), "m.tar", lambda path: False)
 
 
-HOSTILE_NAMES = ["../x", "a/../../x", "/etc/x", "a//b", "a/./b", "a\\..\\x", "C:x", "a\nb", "a\u202eb", "a.", "n" * 256, "d/" * 600 + "x"]
+HOSTILE_NAMES = [
+    "../x",
+    "a/../../x",
+    "/etc/x",
+    "a//b",
+    "a/./b",
+    "a\\..\\x",
+    "C:x",
+    "a\nb",
+    "a\u202eb",
+    "a.",
+    "n" * 256,
+    "d/" * 600 + "x",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
@@ -265,12 +296,14 @@ def test_a_link_with_a_long_target_is_refused():
     """
     link = header("planted", tarfile.SYMTYPE, linkname="../" * 80 + "etc/passwd")
 
-    assert [refused(tar(link, form=f), "m.tar", UnsafePathError)[:17] for f in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)] == [
-        "`m.tar: planted` "
-    ] * 2
+    assert [
+        refused(tar(link, form=f), "m.tar", UnsafePathError)[:17] for f in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)
+    ] == ["`m.tar: planted` "] * 2
 
 
-@pytest.mark.parametrize(("kind", "what"), [(stat.S_IFLNK, "a link"), (stat.S_IFCHR, "no regular file"), (stat.S_IFIFO, "no regular file")])
+@pytest.mark.parametrize(
+    ("kind", "what"), [(stat.S_IFLNK, "a link"), (stat.S_IFCHR, "no regular file"), (stat.S_IFIFO, "no regular file")]
+)
 def test_only_regular_files_come_out_of_a_zip(kind, what):
     """
     Links, devices and pipes, which a zip marks by their mode, are refused by name.
@@ -429,7 +462,8 @@ def test_a_tar_that_lies_in_its_headers_is_refused(data, kind, says):
 @pytest.mark.parametrize("name", ["bomb.gz", "bomb.xz", "bomb.zst", "bomb.tar.gz", "bomb.zip"])
 def test_a_bomb_stops_at_the_limit(name):
     """
-    What grows beyond its ratio ends there. No more memory is used than the window that the format asks for, 8 MiB for xz.
+    What grows beyond its ratio ends there. No more memory is used than the window that the format asks for, 8 MiB for
+    xz.
     """
     zeros = bytes(40_000_000)
     content = tar(("zeros", zeros)) if ".tar" in name else zeros
@@ -439,7 +473,9 @@ def test_a_bomb_stops_at_the_limit(name):
     came = []
 
     def unpack_all() -> None:
-        for member in unpack(io.BytesIO(data), name, UnpackLimits(), selects=lambda path: True, make_room=lambda size: None):
+        for member in unpack(
+            io.BytesIO(data), name, UnpackLimits(), selects=lambda path: True, make_room=lambda size: None
+        ):
             came.extend(len(piece) for piece in member.pieces)
 
     tracemalloc.start()
@@ -490,7 +526,9 @@ def test_room_is_asked_for():
     """
     members, rooms = [("a", b"x" * 10), ("b", b"y" * 20), ("c", b"z" * 30)], []
     for data, name in ((zipped(*members), "m.zip"), (tar(*members), "m.tar")):
-        for member in unpack(io.BytesIO(data), name, UnpackLimits(), selects=lambda path: path.name != "b", make_room=rooms.append):
+        for member in unpack(
+            io.BytesIO(data), name, UnpackLimits(), selects=lambda path: path.name != "b", make_room=rooms.append
+        ):
             b"".join(member.pieces)
 
     assert rooms == [40, 10, 30]
@@ -515,7 +553,7 @@ def test_a_missing_package_is_named(monkeypatch):
     def missing() -> None:
         raise ImportError("No module named 'backports.zstd'")
 
-    monkeypatch.setattr("kserve_pvc._unpack._load_zstd", missing)
+    monkeypatch.setattr("kserve_pvc._archive.unpack._load_zstd", missing)
 
     with pytest.raises(PolicyError, match=r"pip install 'kserve-pvc\[http\]'"):
         check_readable("m.tar.zst")

@@ -10,8 +10,8 @@ from pathlib import PurePosixPath
 import pytest
 
 from kserve_pvc import FileEntry, ModelStore, Problem, UnsafePathError, Verification
-from kserve_pvc._record import FoundFile
-from kserve_pvc._verify import compare, sha256_of
+from kserve_pvc._format.records import FoundFile
+from kserve_pvc._volume.verify import compare, sha256_of
 
 FILES = {"config.json": b"{}", "empty": b"", "w/a.bin": b"weights" * 1000}
 
@@ -129,7 +129,9 @@ def test_a_changed_byte_is_found_by_reading(model):
 
     quick, full = ([*compare(EXPECTED, LYING, opener(model), level)] for level in ("size", "full"))
 
-    detail = f"its sha256 is {hashlib.sha256(changed).hexdigest()} instead of {hashlib.sha256(FILES['w/a.bin']).hexdigest()}"
+    detail = (
+        f"its sha256 is {hashlib.sha256(changed).hexdigest()} instead of {hashlib.sha256(FILES['w/a.bin']).hexdigest()}"
+    )
     assert (quick, full) == ([], [Problem(path="w/a.bin", kind="digest", detail=detail)])
 
 
@@ -145,7 +147,12 @@ def test_a_file_without_a_recorded_digest_is_never_called_intact(model):
 
 
 @pytest.mark.parametrize(
-    "error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), UnsafePathError("config.json", "it is a link")]
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        OSError(5, "Input/output error"),
+        UnsafePathError("config.json", "it is a link"),
+    ],
 )
 def test_a_file_that_cannot_be_read_does_not_end_the_comparison(model, error):
     """
@@ -209,7 +216,8 @@ def test_a_verification_is_as_good_as_its_problems(problems, ok):
 
 def test_what_was_never_hashed_is_not_vouched_for(root, tmp_path):
     """
-    A model fetched with hashing off is well at level size; at level full each file is told as one that nobody can judge.
+    A model fetched with hashing off is well at level size; at level full each file is told as one that nobody can
+    judge.
     """
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.bin").write_bytes(b"weights")

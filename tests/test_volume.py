@@ -13,8 +13,14 @@ from threading import Barrier, Thread
 
 import pytest
 
-from kserve_pvc import StoreFormatError, StoreRootError, UnsafePathError, VolumeError, _volume
-from kserve_pvc._volume import Mount, Tree, Volume, VolumeWriter, allocate, copy_range, mount_of, write_all
+from kserve_pvc import StoreFormatError, StoreRootError, UnsafePathError, VolumeError
+from kserve_pvc._volume import calls
+from kserve_pvc._volume import tree as tree_module
+from kserve_pvc._volume.calls import allocate, copy_range, write_all
+from kserve_pvc._volume.mount import Mount, mount_of
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.tree import Tree, writing_tree
+from kserve_pvc._volume.writing import VolumeWriter
 
 PLACE = PurePosixPath(".kserve-pvc/keys/k/log/000000000001.commit")
 PRIVATE = PurePosixPath(".kserve-pvc/staging/g/record")
@@ -175,7 +181,7 @@ def test_a_directory_that_is_only_just_being_made_is_listed(root, unsettled, mon
     monkeypatch.setattr(os, "listdir", listdir)
     unsettled(errno.ESTALE, 3)
 
-    names = Volume(root).names(PurePosixPath("a"))
+    names = Volume(root).list_names(PurePosixPath("a"))
     monkeypatch.undo()
 
     assert names == ["b"]
@@ -270,7 +276,7 @@ def test_finished_files_cannot_be_opened_for_writing_by_mode(root):
     root.chmod(0o775)
     old = os.umask(0o077)
     try:
-        with VolumeWriter(root).writing_tree(GENERATION) as tree:
+        with writing_tree(VolumeWriter(root), GENERATION) as tree:
             tree.finish(tree.create(PurePosixPath("below/file")), PurePosixPath("below/file"), False)
     finally:
         os.umask(old)
@@ -283,10 +289,10 @@ def test_a_tree_of_many_directories_holds_few_descriptors(root, monkeypatch, not
     """
     Directories are kept open up to a number, and all files are where they belong.
     """
-    monkeypatch.setattr(_volume, "_MOST_DIRECTORIES", 5)
+    monkeypatch.setattr(tree_module, "_MOST_DIRECTORIES", 5)
     before = len(os.listdir("/proc/self/fd"))
 
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         for number in range(100):
             path = PurePosixPath(f"{number % 20}/deep/{number}")
             fd = tree.create(path)
@@ -315,7 +321,7 @@ def test_a_tree_is_entered_by_many_threads(root, nothing_is_left_open):
         except BaseException as error:
             failed.append(error)
 
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         threads = [Thread(target=act, args=(number, tree)) for number in range(8)]
         for thread in threads:
             thread.start()
@@ -335,9 +341,11 @@ def test_a_link_that_was_planted_leads_a_tree_nowhere(root, tmp_path, planted, n
     outside.mkdir()
     place = root / GENERATION
     place.mkdir(parents=True)
-    (place / ("below" if planted == "directory" else "file")).symlink_to(outside if planted == "directory" else outside / "file")
+    (place / ("below" if planted == "directory" else "file")).symlink_to(
+        outside if planted == "directory" else outside / "file"
+    )
 
-    with VolumeWriter(root).writing_tree(GENERATION) as tree, pytest.raises((UnsafePathError, VolumeError)):
+    with writing_tree(VolumeWriter(root), GENERATION) as tree, pytest.raises((UnsafePathError, VolumeError)):
         tree.create(PurePosixPath("below/file" if planted == "directory" else "file"))
 
     assert list(outside.iterdir()) == []
@@ -347,7 +355,7 @@ def test_a_file_is_created_once(root):
     """
     What is there already is never opened for writing.
     """
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         os.close(tree.create(PurePosixPath("file")))
         with pytest.raises(VolumeError):
             tree.create(PurePosixPath("file"))
@@ -356,17 +364,17 @@ def test_a_file_is_created_once(root):
 @pytest.mark.parametrize("at_once", ["many", "few", "never"])
 def test_a_tree_is_durable_when_it_ends_well(root, monkeypatch, at_once):
     """
-    Where one sync reaches the medium it is made once for many files, else every file and directory is synced; a tree that failed
-    needs none.
+    Where one sync reaches the medium it is made once for many files, else every file and directory is synced; a tree
+    that failed needs none.
     """
-    monkeypatch.setattr(_volume, "_MOST_SYNCED_ALONE", 0 if at_once == "many" else 1)
+    monkeypatch.setattr(tree_module, "_MOST_SYNCED_ALONE", 0 if at_once == "many" else 1)
     synced, honest = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), honest(fd)))
-    monkeypatch.setattr(_volume, "_call", lambda name, *arguments: synced.append(name))
+    monkeypatch.setattr(tree_module, "call_libc", lambda name, *arguments: synced.append(name))
     writer, path = VolumeWriter(root), PurePosixPath("below/file")
 
     def write(place: PurePosixPath, error: Exception | None = None) -> set[str]:
-        with suppress(ZeroDivisionError), writer.writing_tree(place) as tree:
+        with suppress(ZeroDivisionError), writing_tree(writer, place) as tree:
             tree._syncs_at_once = at_once != "never"
             tree.finish(tree.create(path), path, False)
             if at_once != "never":
@@ -411,8 +419,8 @@ def test_an_error_of_the_sync_fails_the_tree(root, monkeypatch, nothing_is_left_
     def fail(name, *arguments):
         raise OSError(errno.EIO, "lost")
 
-    monkeypatch.setattr(_volume, "_call", fail)
-    monkeypatch.setattr(_volume, "_MOST_SYNCED_ALONE", 0)
+    monkeypatch.setattr(tree_module, "call_libc", fail)
+    monkeypatch.setattr(tree_module, "_MOST_SYNCED_ALONE", 0)
     tree = in_a_tree(root)
     tree._syncs_at_once = True
     tree.finish(tree.create(PurePosixPath("small")), PurePosixPath("small"), False)
@@ -428,7 +436,7 @@ def test_a_file_gets_a_second_name_in_a_tree(root, nothing_is_left_open):
     """
     (root / "models/k/old/below").mkdir(parents=True)
     (root / "models/k/old/below/file").write_text("content")
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         said = tree.link(PurePosixPath("models/k/old/below/file"), PurePosixPath("deep/down/file"))
 
     assert said is True
@@ -443,7 +451,7 @@ def test_a_file_with_a_second_name_is_made_durable(root, monkeypatch):
     (root / "old/file").write_text("content")
     synced = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         tree._syncs_at_once = True
         tree.link(PurePosixPath("old/file"), PurePosixPath("file"))
 
@@ -454,7 +462,7 @@ def test_a_file_that_is_gone_gets_no_second_name(root, nothing_is_left_open):
     """
     What was collected meanwhile is no error.
     """
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         assert tree.link(PurePosixPath("models/k/old/file"), PurePosixPath("file")) is False
 
 
@@ -469,7 +477,7 @@ def test_a_volume_without_links_says_so(root, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", link)
-    with VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with writing_tree(VolumeWriter(root), GENERATION) as tree:
         assert tree.link(PurePosixPath("old"), PurePosixPath("file")) is False
         code = errno.EIO
         with pytest.raises(OSError, match="Input/output"):
@@ -490,7 +498,7 @@ def test_no_second_name_is_given_through_a_link(root, tmp_path, planted, nothing
         (root / "models/k/old").mkdir()
         (root / "models/k/old/file").symlink_to(tmp_path / "outside/file")
 
-    with suppress(OSError, ValueError), VolumeWriter(root).writing_tree(GENERATION) as tree:
+    with suppress(OSError, ValueError), writing_tree(VolumeWriter(root), GENERATION) as tree:
         tree.link(PurePosixPath("models/k/old/file"), PurePosixPath("file"))
 
     found = root / GENERATION / "file"
@@ -509,7 +517,9 @@ def test_room_is_reserved_without_a_byte(root):
     assert found.st_size == 0
 
 
-@pytest.mark.parametrize(("code", "is_told"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False), (errno.EIO, False)])
+@pytest.mark.parametrize(
+    ("code", "is_told"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False), (errno.EIO, False)]
+)
 def test_only_a_full_volume_fails_a_reservation(root, monkeypatch, code, is_told):
     """
     A volume that cannot reserve is written without; one that is full says so at once.
@@ -518,8 +528,11 @@ def test_only_a_full_volume_fails_a_reservation(root, monkeypatch, code, is_told
     def call(name, *arguments):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(_volume, "_call", call)
-    with open(root / "file", "w+b") as file, pytest.raises(OSError, match=os.strerror(code)) if is_told else nullcontext():
+    monkeypatch.setattr(calls, "call_libc", call)
+    with (
+        open(root / "file", "w+b") as file,
+        pytest.raises(OSError, match=os.strerror(code)) if is_told else nullcontext(),
+    ):
         allocate(file.fileno(), 1)
 
 
@@ -552,7 +565,7 @@ def way(request, monkeypatch):
 
     if request.param != "kernel":
         monkeypatch.setattr(os, "copy_file_range", copy)
-    monkeypatch.setattr(_volume, "_PIECE_BYTES", 11)
+    monkeypatch.setattr(calls, "_PIECE_BYTES", 11)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 100), (0, 0), (1, 99), (37, 38), (100, 100)])
@@ -629,7 +642,7 @@ def test_what_is_not_there_reads_as_none_and_lists_as_empty(root):
     volume = Volume(root)
 
     assert volume.read(PurePosixPath("a/b"), 10) is None
-    assert volume.names(PurePosixPath("a/b")) == []
+    assert volume.list_names(PurePosixPath("a/b")) == []
     assert list(volume.tree(PurePosixPath("a/b"))) == []
 
 
@@ -708,7 +721,9 @@ def test_the_trash_keeps_what_is_young(root):
     assert not (root / trashed).exists()
 
 
-@pytest.mark.parametrize(("name", "reason"), [("missing", "does not exist"), ("file", "not a directory"), ("nul\0", "does not exist")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("missing", "does not exist"), ("file", "not a directory"), ("nul\0", "does not exist")]
+)
 def test_a_root_that_cannot_be_one_is_refused(tmp_path, name, reason):
     """
     A missing root is an error and is not created: it usually means that the volume is not mounted.
@@ -770,4 +785,4 @@ def test_a_directory_that_a_node_believes_missing_is_looked_for_again(root, monk
 
     monkeypatch.setattr(os, "listdir", forgetful)
 
-    assert Volume(root).names(PurePosixPath("log")) == ["1"]
+    assert Volume(root).list_names(PurePosixPath("log")) == ["1"]

@@ -34,10 +34,10 @@ from kserve_pvc import (
     SourceNotFoundError,
     SourceUnavailableError,
     StoreFormatError,
-    _cli,
 )
-from kserve_pvc._events import Finished, Retried, Waiting
-from kserve_pvc._progress import make_listener
+from kserve_pvc._cli import verbs
+from kserve_pvc._show.events import Finished, Retried, Waiting
+from kserve_pvc._show.progress import make_listener
 
 CATALOGUE = {name: model_files(seed=seed, big=200_000) for seed, name in enumerate(("tiny", "small", "large"), 70)}
 SIZES = {name: sum(map(len, files.values())) for name, files in CATALOGUE.items()}
@@ -172,7 +172,13 @@ def test_a_model_named_twice_is_fetched_once(root, buckets, s3, proxy, executor)
     However it is spelled as an item, one model has one result, which carries the place where it was named first.
     """
     uri = buckets["tiny"]
-    items = [buckets["small"], uri, ModelRef(uri=uri), {"uri": uri}, {"uri": uri, "revision": None, "ignore_patterns": []}]
+    items = [
+        buckets["small"],
+        uri,
+        ModelRef(uri=uri),
+        {"uri": uri},
+        {"uri": uri, "revision": None, "ignore_patterns": []},
+    ]
 
     results = list(ModelStore(root, mode="rw", **s3).warm(items, executor, progress=False))
 
@@ -189,7 +195,11 @@ def test_items_choose_parts_of_models(store, uris):
 
     results = list(store.warm(items, progress=False))
 
-    assert [sorted(read_tree(w.model.path)) for w in results] == [["config.json"], ["config.json", "empty"], sorted(CATALOGUE["tiny"])]
+    assert [sorted(read_tree(w.model.path)) for w in results] == [
+        ["config.json"],
+        ["config.json", "empty"],
+        sorted(CATALOGUE["tiny"]),
+    ]
     assert store.get(uri, allow_patterns="*.json").key == results[0].model.key == results[0].ref.key
 
 
@@ -208,7 +218,8 @@ def test_items_choose_parts_of_models(store, uris):
 )
 def test_what_is_no_list_of_models_is_refused(store, items):
     """
-    A single URI, a word that no item has, and anything else are mistakes of the caller and are told before anything begins.
+    A single URI, a word that no item has, and anything else are mistakes of the caller and are told before anything
+    begins.
     """
     with pytest.raises(SettingsError, match="items"):
         store.warm(items)
@@ -258,7 +269,11 @@ def test_refreshing_asks_every_source(store, uris, tmp_path):
 
     after = by_uri(store.warm(uris.values(), refresh=True, progress=False))
 
-    assert {name: after[uri].model.status for name, uri in uris.items()} == {"tiny": "present", "small": "downloaded", "large": "present"}
+    assert {name: after[uri].model.status for name, uri in uris.items()} == {
+        "tiny": "present",
+        "small": "downloaded",
+        "large": "present",
+    }
     assert after[uris["small"]].model.version != before[uris["small"]].model.version
 
 
@@ -309,7 +324,8 @@ def test_closing_cancels_what_has_not_begun(root):
 @pytest.fixture
 def two_at_work(root):
     """
-    A store with one quick source and two that come to a halt in their first range: until both are there, and until let go.
+    A store with one quick source and two that come to a halt in their first range: until both are there, and until let
+    go.
     """
     at_work, let_go = threading.Barrier(3, timeout=30), threading.Event()
 
@@ -318,13 +334,17 @@ def two_at_work(root):
             at_work.wait()
             let_go.wait(30)
 
-    slow = {f"slow{n}": Interfering(FakeBackend({"a": b"a" * 5, "b": b"b" * 5}), before_range=wait).factory for n in range(2)}
+    slow = {
+        f"slow{n}": Interfering(FakeBackend({"a": b"a" * 5, "b": b"b" * 5}), before_range=wait).factory
+        for n in range(2)
+    }
     return ModelStore(root, mode="rw", backends={**slow, "quick": FakeBackend({"a": b"a"}).factory}), at_work, let_go
 
 
 def test_an_interruption_stops_what_runs(two_at_work):
     """
-    An exception raised in the iterator ends the downloads of other threads at their next step, and their claims are given back.
+    An exception raised in the iterator ends the downloads of other threads at their next step, and their claims are
+    given back.
     """
     store, at_work, let_go = two_at_work
 
@@ -391,12 +411,12 @@ def test_an_interruption_between_results_stops_what_runs(two_at_work, monkeypatc
         at_work.wait()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_cli, "_threads", Pool)
-    monkeypatch.setattr(_cli, "_tell_warmed", interrupt)
+    monkeypatch.setattr(verbs, "_threads", Pool)
+    monkeypatch.setattr(verbs, "show_warmed", interrupt)
     arguments = argparse.Namespace(workers=3, refresh=False, timeout=60.0, max_workers=4, quiet=True)
 
     with pytest.raises(KeyboardInterrupt):
-        _cli._warm_all(store, ["slow0://x/y", "slow1://x/y", "quick://x/y"], arguments)
+        verbs._warm_all(store, ["slow0://x/y", "slow1://x/y", "quick://x/y"], arguments)
 
     assert [model.uri for model in store.list()] == ["quick://x/y"]
     assert store.locks() == []
@@ -418,7 +438,8 @@ def test_a_store_and_its_results_travel(root, uris, s3):
 
 def test_what_other_processes_found_is_remembered(root, uris):
     """
-    When the record of a model that another process found is deleted, this process does not believe that there never was one.
+    When the record of a model that another process found is deleted, this process does not believe that there never was
+    one.
     """
     store = ModelStore(root, mode="rw")
     with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
@@ -434,10 +455,15 @@ def test_what_cannot_travel_is_refused_by_name(root, uris, what):
     """
     Processes cannot be given a back end that pickle cannot send, nor a callback; the error says what to use instead.
     """
-    store = ModelStore(root, mode="rw", backends={"fake": lambda options: FakeBackend({})} if what == "backends" else None)
+    store = ModelStore(
+        root, mode="rw", backends={"fake": lambda options: FakeBackend({})} if what == "backends" else None
+    )
     callback = Callback() if what == "callback" else None
 
-    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool, pytest.raises(SettingsError, match="ThreadPoolExecutor"):
+    with (
+        ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool,
+        pytest.raises(SettingsError, match="ThreadPoolExecutor"),
+    ):
         list(store.warm(uris.values(), pool, callback=callback, progress=False))
 
 
@@ -484,13 +510,17 @@ if __name__ == "__main__":
         timeout=60,
     )
 
-    announced = [f"kserve-pvc: downloading {uri}: 4 files, {SIZES[name] / 1024:.1f} KiB" for name, uri in buckets.items()]
+    announced = [
+        f"kserve-pvc: downloading {uri}: 4 files, {SIZES[name] / 1024:.1f} KiB" for name, uri in buckets.items()
+    ]
     finished = [f"kserve-pvc: {uri}: downloaded" for uri in buckets.values()]
     assert result.stdout == "[True, True, True]\n"
     assert sorted(result.stderr.splitlines()) == sorted(announced + finished)
 
 
-WAITING = Waiting(ref="s3://b/m", holder="pod a", since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0)
+WAITING = Waiting(
+    ref="s3://b/m", holder="pod a", since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0
+)
 
 
 def test_events_that_name_no_model_are_named_among_several():
@@ -500,7 +530,11 @@ def test_events_that_name_no_model_are_named_among_several():
     alone, among = io.StringIO(), io.StringIO()
     for stream, names_model in ((alone, False), (among, True)):
         with make_listener(None, None, stream, names_model=names_model) as tell:
-            for event in (WAITING, Retried(ref="s3://b/m", reason="503", delay=0), Finished(ref="s3://b/m", status="waited")):
+            for event in (
+                WAITING,
+                Retried(ref="s3://b/m", reason="503", delay=0),
+                Finished(ref="s3://b/m", status="waited"),
+            ):
                 tell(event)
 
     named = [line.startswith("kserve-pvc: s3://b/m: ") for line in among.getvalue().splitlines()]
@@ -539,7 +573,10 @@ def test_two_bars_have_a_line_each():
             return True
 
     stream = Terminal()
-    with make_listener(None, None, stream, names_model=True) as one, make_listener(None, None, stream, names_model=True) as other:
+    with (
+        make_listener(None, None, stream, names_model=True) as one,
+        make_listener(None, None, stream, names_model=True) as other,
+    ):
         one(attrs.evolve(WAITING, ref="s3://b/one"))
         other(attrs.evolve(WAITING, ref="s3://b/other"))
 
@@ -658,7 +695,12 @@ def test_wrong_usage_of_warm_ends_with_two(root, tmp_path, arguments, lines, tol
 
     result = shell.kserve_pvc(root, "warm", *(name if word == "CATALOGUE" else word for word in arguments))
 
-    assert (result.returncode, told in result.stderr, "canary" in result.stderr, "Traceback" in result.stderr) == (2, True, False, False)
+    assert (result.returncode, told in result.stderr, "canary" in result.stderr, "Traceback" in result.stderr) == (
+        2,
+        True,
+        False,
+        False,
+    )
     assert ModelStore(root).list() == []
 
 

@@ -65,7 +65,16 @@ PATIENT, HASTY = 30.0, 0.6
 MAX_REQUESTS = 100
 REMEDY = re.compile(r"\b(call again|check|ask|name|set|write|remove)\b")
 SECRETS = (StormyS3.secret, StormyS3.token, "proxy-password", "leaked-signature", "Signature=", "AWS4-HMAC")
-VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+VARIABLES = (
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+    "AWS_CA_BUNDLE",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "SSL_CERT_FILE",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +102,19 @@ def fill(server: StormyS3, files=FILES, **arguments) -> None:
 
 
 def make_store(root, server: StormyS3, *, patience: float = PATIENT, **arguments) -> ModelStore:
-    settings = {"storage_options": server.options, "part_bytes": PART_BYTES, "stall_seconds": 0.3, "retry_seconds": patience}
+    settings = {
+        "storage_options": server.options,
+        "part_bytes": PART_BYTES,
+        "stall_seconds": 0.3,
+        "retry_seconds": patience,
+    }
     return ModelStore(root, mode="rw", **{**settings, **arguments})
 
 
 def check_failure(failure: StoreError, store: ModelStore, server: StormyS3, *, uri: str = URI, files=FILES) -> None:
     """
-    Check all that holds after any failure: what is said, what is not said, what is visible, and that it is not for ever.
+    Check all that holds after any failure: what is said, what is not said, what is visible, and that it is not for
+    ever.
     """
     said = "".join(traceback.format_exception(failure)) + repr(failure) + repr(failure.fields)
     assert [secret for secret in SECRETS if secret in said] == []
@@ -131,7 +146,9 @@ def with_headers(**headers: str | None):
     """
     The answer with some headers changed, or without them.
     """
-    return changed(lambda answer: answer.headers.update({name.replace("_", "-"): value for name, value in headers.items()}))
+    return changed(
+        lambda answer: answer.headers.update({name.replace("_", "-"): value for name, value in headers.items()})
+    )
 
 
 def shifted(answer: Answer) -> None:
@@ -323,10 +340,15 @@ def test_what_arrived_is_never_asked_for_again(root, storm, act, digest):
     model = make_store(root, storm, digest=digest).ensure(URI, progress=False)
 
     broken = [r for r in storm.requests if r.key.endswith(BIG) and r.body_bytes == 8_000]
-    taken_over = [next(r for r in storm.requests if r.number > b.number and r.range and r.range[0] == b.range[0] + 8_000) for b in broken]
+    taken_over = [
+        next(r for r in storm.requests if r.number > b.number and r.range and r.range[0] == b.range[0] + 8_000)
+        for b in broken
+    ]
     assert read_tree(model.path) == FILES
     assert sum(r.body_bytes for r in storm.requests if r.kind == "get") == sum(map(len, FILES.values()))
-    assert [(len(broken), r.connection != b.connection) for b, r in zip(broken, taken_over, strict=True)] == [(6, True)] * 6
+    assert [(len(broken), r.connection != b.connection) for b, r in zip(broken, taken_over, strict=True)] == [
+        (6, True)
+    ] * 6
 
 
 HARMLESS = {
@@ -357,7 +379,8 @@ def test_unusual_answers_are_understood(root, storm, act):
 @pytest.mark.parametrize("act", [served_once, deaf_to_the_second])
 def test_a_connection_that_the_server_has_closed_is_no_failure(root, storm, act):
     """
-    A kept connection that turns out to be closed is replaced: each range is answered once, and nobody waits or counts it.
+    A kept connection that turns out to be closed is replaced: each range is answered once, and nobody waits or counts
+    it.
     """
     storm.script("get", act)
 
@@ -447,7 +470,10 @@ LASTING = {
     "204": (refuse(204, "NoContent", body=b""), SourceUnavailableError),
     "other-range": (changed(shifted), SourceUnavailableError),
     "other-size": (changed(of_another_size), (SourceUnavailableError, SourceChangedError)),
-    "many-ranges": (with_headers(Content_Type="multipart/byteranges; boundary=x", Content_Range=None), SourceUnavailableError),
+    "many-ranges": (
+        with_headers(Content_Type="multipart/byteranges; boundary=x", Content_Range=None),
+        SourceUnavailableError,
+    ),
     "403": (refuse(403, "AccessDenied"), SourceDeniedError),
     "403-expired": (refuse(403, "ExpiredToken"), SourceDeniedError),
     "400-expired": (refuse(400, "ExpiredToken"), SourceDeniedError),
@@ -458,7 +484,8 @@ LASTING = {
 @pytest.mark.parametrize(("act", "expected"), LASTING.values(), ids=LASTING)
 def test_weather_that_stays_is_one_typed_error(root, storm, act, expected):
     """
-    A source that stays broken from its second range on ends the call with one error, after a bounded number of requests.
+    A source that stays broken from its second range on ends the call with one error, after a bounded number of
+    requests.
     """
     storm.script("get", act, skip=1, key=BIG)
     store = make_store(root, storm, patience=HASTY)
@@ -466,7 +493,8 @@ def test_weather_that_stays_is_one_typed_error(root, storm, act, expected):
     with pytest.raises(expected) as caught:
         store.ensure(URI, progress=False)
 
-    # Whatever does not end is not read for long: a head has a limit, and what follows it waits in the buffers of the network.
+    # Whatever does not end is not read for long: a head has a limit, and what follows it waits in the buffers of the
+    # network.
     assert max(r.sent_bytes for r in storm.requests) < 32 * 2**20
     check_failure(caught.value, store, storm)
 
@@ -479,7 +507,12 @@ def test_weather_passes_for_signed_urls_too(root, storm, name):
     act, times = PASSING[name]
     storm.script("get", act, times=times, key=BIG)
 
-    assert read_tree(make_store(root, storm, storage_options={**storm.options, **ONLY_S3FS}).ensure(URI, progress=False).path) == FILES
+    assert (
+        read_tree(
+            make_store(root, storm, storage_options={**storm.options, **ONLY_S3FS}).ensure(URI, progress=False).path
+        )
+        == FILES
+    )
 
 
 @pytest.mark.parametrize("name", ["silent-in-body", "garbage", "403-expired", "400-expired", "other-range"])
@@ -530,7 +563,9 @@ def test_no_range_is_asked_for_before_retry_after(root, storm, status):
     refused = [r for r in storm.requests if r.status == status]
     again = [next(r for r in storm.requests if r.number > one.number and same_range(r, one)) for one in refused]
     assert (read_tree(model.path), len(refused)) == (FILES, 2)
-    assert [one for one, next_one in zip(refused, again, strict=True) if next_one.arrived_at < one.answered_at + 1.0] == []
+    assert [
+        one for one, next_one in zip(refused, again, strict=True) if next_one.arrived_at < one.answered_at + 1.0
+    ] == []
 
 
 def test_retry_after_may_be_a_date(root, storm):
@@ -620,7 +655,9 @@ def cut_and_then(event):
     return act
 
 
-@pytest.mark.parametrize(("pins", "digest"), [(True, "sha256"), (False, "none")], ids=["if-match", "no-if-match-no-digest"])
+@pytest.mark.parametrize(
+    ("pins", "digest"), [(True, "sha256"), (False, "none")], ids=["if-match", "no-if-match-no-digest"]
+)
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("change", ["replaced", "grown", "deleted"])
 def test_an_object_that_changes_is_never_mixed(root, storm, change, moment, pins, digest):
@@ -630,7 +667,11 @@ def test_an_object_that_changes_is_never_mixed(root, storm, change, moment, pins
     """
     newer = {"replaced": NEWER, "grown": NEWER + b"more"}.get(change)
     key = f"llama/{BIG}"
-    event = (lambda: storm.delete(BUCKET, key)) if newer is None else (lambda: storm.put(BUCKET, key, newer, etag=multipart_etag(newer)))
+    event = (
+        (lambda: storm.delete(BUCKET, key))
+        if newer is None
+        else (lambda: storm.put(BUCKET, key, newer, etag=multipart_etag(newer)))
+    )
     storm.pins = pins
     MOMENTS[moment](storm, event)
     store = make_store(root, storm, digest=digest)
@@ -656,7 +697,12 @@ def test_a_large_object_that_changes_is_never_mixed(root, storm, change):
     with pytest.raises(SourceChangedError) as caught:
         store.ensure(URI, progress=False)
 
-    check_failure(caught.value, store, storm, files={name: data for name, data in FILES.items() if change != "deleted" or name != BIG})
+    check_failure(
+        caught.value,
+        store,
+        storm,
+        files={name: data for name, data in FILES.items() if change != "deleted" or name != BIG},
+    )
 
 
 def test_a_denial_in_between_is_never_a_hole(root, storm):
@@ -694,7 +740,9 @@ def test_no_redirect_is_followed(root, storm, connected, kind, status, place):
     host = ELSEWHERE if place == "another host" else HERE
     with StormyS3(host=host) as elsewhere:
         fill(elsewhere)
-        base = {"metadata": "http://169.254.169.254/latest/meta-data", "file": "file:///etc/passwd"}.get(place, elsewhere.endpoint)
+        base = {"metadata": "http://169.254.169.254/latest/meta-data", "file": "file:///etc/passwd"}.get(
+            place, elsewhere.endpoint
+        )
         act = refuse(status, "TemporaryRedirect", Location=f"{base}/{BUCKET}/llama?X-Amz-Signature=leaked-signature")
         storm.script(kind, act, key=BIG if kind == "get" else "")
         store = make_store(root, storm, patience=HASTY)
@@ -712,7 +760,10 @@ SMALL = "llama/config.json"
 
 
 def listed(
-    *keys: str, size: object = len(FILES["config.json"]), etag: str = f'"{multipart_etag(FILES["config.json"])}"', more: str = ""
+    *keys: str,
+    size: object = len(FILES["config.json"]),
+    etag: str = f'"{multipart_etag(FILES["config.json"])}"',
+    more: str = "",
 ) -> str:
     """
     The inside of a listing, with what comes after it.
@@ -722,7 +773,9 @@ def listed(
     return found + rest
 
 
-LAUGHS = "<!DOCTYPE l [<!ENTITY a0 'ha'>" + "".join(f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 11)) + "]>"
+LAUGHS = (
+    "<!DOCTYPE l [<!ENTITY a0 'ha'>" + "".join(f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 11)) + "]>"
+)
 AGAIN = "<NextContinuationToken>again</NextContinuationToken>"
 LISTINGS = {
     "cut-off": listing_of(listed(SMALL)).body[:-30],
@@ -749,7 +802,8 @@ LISTINGS = {
 @pytest.mark.parametrize("body", LISTINGS.values(), ids=LISTINGS)
 def test_a_listing_that_makes_no_sense_is_refused(root, storm, connected, body):
     """
-    A listing that is cut off, lies, repeats itself or has entities is refused; nothing is expanded, opened or loaded for it.
+    A listing that is cut off, lies, repeats itself or has entities is refused; nothing is expanded, opened or loaded
+    for it.
     """
     storm.script("list", refuse(200, "", body=body))
     store = make_store(root, storm, patience=HASTY)
@@ -765,7 +819,8 @@ def test_a_listing_that_makes_no_sense_is_refused(root, storm, connected, body):
 @pytest.mark.parametrize("size", [19, 10**15, 10**30])
 def test_a_listing_with_a_false_size_is_refused(root, storm, size):
     """
-    A size that is not that of the object is found out, however large it is said to be; no file is longer or shorter than listed.
+    A size that is not that of the object is found out, however large it is said to be; no file is longer or shorter
+    than listed.
     """
     storm.script("list", refuse(200, "", body=listing_of(listed(SMALL, size=size)).body))
     store = make_store(root, storm, patience=HASTY)
@@ -773,7 +828,11 @@ def test_a_listing_with_a_false_size_is_refused(root, storm, size):
     with pytest.raises((SourceUnavailableError, SourceChangedError, InsufficientSpaceError)) as caught:
         store.ensure(URI, progress=False)
 
-    assert (REMEDY.search(str(caught.value)) is not None, store.list(), len(storm.requests) <= MAX_REQUESTS) == (True, [], True)
+    assert (REMEDY.search(str(caught.value)) is not None, store.list(), len(storm.requests) <= MAX_REQUESTS) == (
+        True,
+        [],
+        True,
+    )
     storm.clear()
     assert read_tree(store.ensure(URI, progress=False).path) == FILES
 
@@ -784,13 +843,19 @@ def test_a_listing_with_names_that_leave_their_place_is_refused(root, storm, nam
     """
     A name that would leave the model, in whichever spelling, is refused before anything is written.
     """
-    key = f"llama/{name}" if spelling == "plain" else "llama/" + "".join(f"%{byte:02x}" for byte in name.replace("&#10;", "\n").encode())
+    key = (
+        f"llama/{name}"
+        if spelling == "plain"
+        else "llama/" + "".join(f"%{byte:02x}" for byte in name.replace("&#10;", "\n").encode())
+    )
     coding = "" if spelling == "plain" else "<EncodingType>url</EncodingType>"
     answer = refuse(200, "", body=listing_of(coding + listed(key)).body)
 
     def act(exchange) -> None:
         # A server spells names in this way only for those who ask for it.
-        (answer if spelling == "plain" or "encoding-type" in exchange.request.query else refuse(404, "NoSuchBucket"))(exchange)
+        (answer if spelling == "plain" or "encoding-type" in exchange.request.query else refuse(404, "NoSuchBucket"))(
+            exchange
+        )
 
     storm.script("list", act)
     store = make_store(root, storm, patience=HASTY)
@@ -842,7 +907,8 @@ def tls(authority):
 @pytest.mark.parametrize("case", ["unknown authority", "another host", "expired"])
 def test_a_certificate_that_proves_nothing_is_named_at_once(root, monkeypatch, authority, tls, case):
     """
-    Who cannot prove to be the endpoint gets no request; the error speaks of the certificate, and nothing is tried again.
+    Who cannot prove to be the endpoint gets no request; the error speaks of the certificate, and nothing is tried
+    again.
     """
     context = {
         "another host": lambda: authority.context("other", "DNS:elsewhere.invalid"),
@@ -921,7 +987,11 @@ def far(request, monkeypatch, authority, tls):
     with StormyS3(tls=tls if request.param == "https" else None) as storm:
         fill(storm)
         port = storm.address[1]
-        yield storm, {**storm.options, "endpoint_url": f"{request.param}://{UNKNOWN_HOST}:{port}"}, f"{request.param}_proxy"
+        yield (
+            storm,
+            {**storm.options, "endpoint_url": f"{request.param}://{UNKNOWN_HOST}:{port}"},
+            f"{request.param}_proxy",
+        )
 
 
 @pytest.mark.parametrize("login", ["", "user:proxy-password", "us%40er:proxy-password%2F%3A"])

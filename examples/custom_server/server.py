@@ -1,5 +1,6 @@
 """
-A KServe predictor that takes its model from a shared volume: `MODEL_URI=s3://bucket/model python server.py --model_name linear`.
+A KServe predictor that takes its model from a shared volume: `MODEL_URI=s3://bucket/model python server.py --model_name
+linear`.
 
 The store is the one of the environment: `KSERVE_PVC_STORE`, and `KSERVE_PVC_MODE=rw` or the pod's annotation.
 """

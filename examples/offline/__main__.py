@@ -97,7 +97,9 @@ def connected(place: Path, files: Mapping[str, bytes]) -> tuple[Carried, list[Pr
     (partial,) = place.glob("line.tar.*.partial")
     say(f"  export    killed with SIGKILL: {amount(partial.stat().st_size)} are there, under a private name")
     exported = json.loads(_run([*COMMAND, "--store", str(store), "--json", "-q", "export", URI, str(file)], _environ()))
-    say(f"  export    wrote the other {amount(exported['bytes_written'])}; {file.name} has {amount(exported['size_bytes'])}")
+    say(
+        f"  export    wrote the other {amount(exported['bytes_written'])}; {file.name} has {amount(exported['size_bytes'])}"
+    )
     say(f"  digest    {exported['sha256']}, told by another way than the file")
     carried = Carried(file=file, sha256=exported["sha256"], size_bytes=exported["size_bytes"])
     goes_on = killed and 0 < exported["bytes_written"] < 0.6 * exported["size_bytes"]
@@ -124,13 +126,21 @@ def isolated(place: Path, carried: Carried, files: Mapping[str, bytes]) -> list[
         else "  network   `unshare --net` is not allowed here: only the ban counts"
     )
     killed = _kill_half_way("import", store, carried.file, alone)
-    refused = subprocess.run([*command, "ensure", URI], check=False, env=environ, capture_output=True, text=True, timeout=PATIENCE)
+    refused = subprocess.run(
+        [*command, "ensure", URI], check=False, env=environ, capture_output=True, text=True, timeout=PATIENCE
+    )
     say(f"  import    killed with SIGKILL; ensure ends with {refused.returncode}: {refused.stderr.strip()}")
-    imported = json.loads(_run([*command, "--json", "-q", "import", str(carried.file), "--sha256", carried.sha256], environ))
-    say(f"  import    {imported['status']}: read {amount(imported['bytes_fetched'])} of {amount(imported['size_bytes'])}")
+    imported = json.loads(
+        _run([*command, "--json", "-q", "import", str(carried.file), "--sha256", carried.sha256], environ)
+    )
+    say(
+        f"  import    {imported['status']}: read {amount(imported['bytes_fetched'])} of {amount(imported['size_bytes'])}"
+    )
     with _serving(alone, store, place / "server.sock", environ) as seen:
         answer = _ask(place / "server.sock", {"x": 3})
-    say(f"  server    found the model {seen['status']}, sees interfaces {seen['interfaces']} and routes {seen['routes']}")
+    say(
+        f"  server    found the model {seen['status']}, sees interfaces {seen['interfaces']} and routes {seen['routes']}"
+    )
     say(f"  request   {{'x': 3}} -> {answer}")
     again = place / "again.tar"
     _run([*command, "-q", "export", URI, str(again)], environ)
@@ -142,10 +152,15 @@ def isolated(place: Path, carried: Carried, files: Mapping[str, bytes]) -> list[
         ),
         Promise(
             text="what is served is what was uploaded",
-            holds=_digests(Path(imported["path"])) == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+            holds=_digests(Path(imported["path"]))
+            == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
             measured=f"{plural(len(files), 'file')} compared by SHA-256",
         ),
-        Promise(text="the model server answers", holds=answer == {"y": 7} and seen["status"] == "present", measured=json.dumps(answer)),
+        Promise(
+            text="the model server answers",
+            holds=answer == {"y": 7} and seen["status"] == "present",
+            measured=json.dumps(answer),
+        ),
         Promise(
             text="there is no network it could have used",
             holds=not alone or (seen["routes"] == 0 and seen["interfaces"] in (["lo"], [])),
@@ -190,7 +205,9 @@ def _alone() -> list[str]:
 
 
 @contextmanager
-def _serving(alone: Sequence[str], store: Path, address: Path, environ: Mapping[str, str]) -> Iterator[dict[str, object]]:
+def _serving(
+    alone: Sequence[str], store: Path, address: Path, environ: Mapping[str, str]
+) -> Iterator[dict[str, object]]:
     """A model server, and what it says of itself once it listens."""
     command = [*alone, sys.executable, str(HERE / "server.py"), str(store), URI, str(address)]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:

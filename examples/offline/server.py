@@ -1,8 +1,8 @@
 """
 A model server in miniature for a machine without a network: `python server.py STORE URI SOCKET`.
 
-It finds its model on the volume, loads it, says what it sees of the network, and answers `{"x": 3}` with `{"y": 7}` over HTTP
-on a socket of the file system.
+It finds its model on the volume, loads it, says what it sees of the network, and answers `{"x": 3}` with `{"y": 7}`
+over HTTP on a socket of the file system.
 """
 
 from __future__ import annotations

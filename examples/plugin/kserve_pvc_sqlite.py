@@ -1,9 +1,9 @@
 """
 `sqlite:///srv/models.db/llama-3-8b`: models in SQLite files.
 
-One file that is easily copied and backed up holds many models. A file of a model is a row, cut into chunks, since a value in SQLite
-has at most a gigabyte. A row is never changed: who replaces a file makes another row, whose number was never used before. So
-the number pins the content.
+One file that is easily copied and backed up holds many models. A file of a model is a row, cut into chunks, since a
+value in SQLite has at most a gigabyte. A row is never changed: who replaces a file makes another row, whose number was
+never used before. So the number pins the content.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kserve_pvc import (
     SourceDeniedError,
     SourceNotFoundError,
     SourceUnavailableError,
-    resolved,
+    order_listing,
 )
 
 CHUNK_BYTES = 1024 * 1024
@@ -59,7 +59,7 @@ class SQLiteBackend:
             rows = connection.execute(query, (prefix, len(prefix) + 1, f"{prefix}/")).fetchall()
         # One file of exactly that name, or those below it; there may be both.
         single = [row for row in rows if row[1] == prefix]
-        return resolved(ref, (_file(database, prefix, row) for row in single or rows))
+        return order_listing(ref, (_file(database, prefix, row) for row in single or rows))
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_Reader]:
@@ -122,8 +122,12 @@ def put(database: Path, name: str, data: bytes) -> None:
     with closing(sqlite3.connect(database, timeout=30.0)) as connection, connection:
         _delete(connection, name)
         digest = hashlib.sha256(data).hexdigest()
-        row = connection.execute("INSERT INTO files (name, size, sha256) VALUES (?, ?, ?)", (name, len(data), digest)).lastrowid
-        chunks = ((row, start // CHUNK_BYTES, data[start : start + CHUNK_BYTES]) for start in range(0, len(data), CHUNK_BYTES))
+        row = connection.execute(
+            "INSERT INTO files (name, size, sha256) VALUES (?, ?, ?)", (name, len(data), digest)
+        ).lastrowid
+        chunks = (
+            (row, start // CHUNK_BYTES, data[start : start + CHUNK_BYTES]) for start in range(0, len(data), CHUNK_BYTES)
+        )
         connection.executemany("INSERT INTO chunks (file, number, data) VALUES (?, ?, ?)", chunks)
 
 
@@ -153,9 +157,12 @@ def _split(ref: ModelRef) -> tuple[Path, str]:
 def _file(database: Path, prefix: str, row: tuple[int, str, int, str]) -> RemoteFile:
     number, name, size, sha256 = row
     inside = name.rpartition("/")[2] if name == prefix else name[len(prefix) + 1 :]
-    # What a database says is as little to be trusted as what a server says: the entry checks names, and the store the digest.
+    # What a database says is as little to be trusted as what a server says: the entry checks names, and the store the
+    # digest.
     entry = FileEntry(path=inside, size_bytes=size, sha256=sha256, token=str(number))
-    return RemoteFile(entry=entry, address=f"sqlite://{database}/{name}", pin={"database": str(database), "id": str(number)})
+    return RemoteFile(
+        entry=entry, address=f"sqlite://{database}/{name}", pin={"database": str(database), "id": str(number)}
+    )
 
 
 def _meaning(where: str, error: sqlite3.DatabaseError) -> SourceUnavailableError | SourceDeniedError:

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import Backend, BackendFactory
+from kserve_pvc._source.contract import Backend, BackendFactory
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import UnknownSchemeError
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
         _find(scheme)
 
 
-def options_for(ref: ModelRef, options: Mapping[str, Any], factories: Mapping[str, BackendFactory]) -> Mapping[str, Any]:
+def options_for(
+    ref: ModelRef, options: Mapping[str, Any], factories: Mapping[str, BackendFactory]
+) -> Mapping[str, Any]:
     """
     Choose the options of one scheme, where they are given by scheme: a secret for one service is not for any other.
     """
@@ -98,7 +100,9 @@ def _load(point: EntryPoint) -> BackendFactory:
             factory: BackendFactory = point.load()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # Whatever a foreign module does when it is imported, exiting too, this scheme cannot be served.
+    except (
+        BaseException
+    ) as error:  # Whatever a foreign module does when it is imported, exiting too, this scheme cannot be served.
         raise UnknownSchemeError(point.name, _how_to_install(point.name, error)) from error
     return factory
 
@@ -128,9 +132,13 @@ def _find(scheme: str) -> EntryPoint:
     # Reading the metadata of all distributions takes longer than a whole warm hit, which never comes here.
     from importlib.metadata import entry_points
 
-    found = {(point.dist.name if point.dist else "?", point.value): point for point in entry_points(group=GROUP, name=scheme)}
+    found = {
+        (point.dist.name if point.dist else "?", point.value): point for point in entry_points(group=GROUP, name=scheme)
+    }
     if not found:
-        raise UnknownSchemeError(scheme, f"installed back ends serve {_installed()}; a plug-in adds others by an entry point of `{GROUP}`")
+        raise UnknownSchemeError(
+            scheme, f"installed back ends serve {_installed()}; a plug-in adds others by an entry point of `{GROUP}`"
+        )
     if len(found) > 1:
         claimants = " and ".join(f"`{name}`" for name, _ in sorted(found))
         raise UnknownSchemeError(scheme, f"{claimants} both claim it; uninstall one, or choose with `backends=`")

@@ -1,15 +1,15 @@
 """
 CRC32C, which object stores vouch for and the standard library does not have.
 
-Computed by google-crc32c where that is installed, as it is with the extra `gs`: in pure Python it would take longer than
-the download.
+Computed by google-crc32c where that is installed, as it is with the extra `gs`: in pure Python it would take longer
+than the download.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from kserve_pvc._source import Checksum
+from kserve_pvc._source.contract import Checksum
 
 _PIECE_BYTES = 64 * 1024
 
@@ -33,7 +33,8 @@ class _CRC32C:
         self._value = value
 
     def update(self, piece: memoryview) -> None:
-        # It takes nothing that could change meanwhile, so it gets copies, small enough to stay in the processor's cache.
+        # It takes nothing that could change meanwhile, so it gets copies, small enough to stay in the processor's
+        # cache.
         for start in range(0, len(piece), _PIECE_BYTES):
             self._value = self._extend(self._value, bytes(piece[start : start + _PIECE_BYTES]))
 

@@ -17,8 +17,8 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
-from kserve_pvc.backends._direct import RefusedError
-from kserve_pvc.backends._http import Target, target_of
+from kserve_pvc.backends._http.target import Target, target_of
+from kserve_pvc.backends._ranges import RefusedError
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
 _SIGNED_SECONDS = 3600
@@ -36,7 +36,9 @@ class S3fsAccess:
     def __init__(self, options: Mapping[str, Any]) -> None:
         # botocore would sign URLs by the older rules, which newer regions and encrypted objects refuse.
         config = {**_PATIENCE, "signature_version": "s3v4", **options.get("config_kwargs", {})}
-        self._fs = S3FileSystem(**{"use_listings_cache": False, **options, "config_kwargs": config, "skip_instance_cache": True})
+        self._fs = S3FileSystem(
+            **{"use_listings_cache": False, **options, "config_kwargs": config, "skip_instance_cache": True}
+        )
         # botocore's three tries are enough.
         self._fs.retries = 1
         self._signed: dict[tuple[str, str, str], tuple[float, Target]] = {}
@@ -59,7 +61,9 @@ class S3fsAccess:
             page = newer
             yield items
 
-    def request(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> tuple[Target, Mapping[str, str]]:
+    def request(
+        self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool
+    ) -> tuple[Target, Mapping[str, str]]:
         is_version = "VersionId" in pin
         pinned = {"VersionId": pin["VersionId"]} if is_version else {"IfMatch": pin["If-Match"]}
         name = (bucket, key, next(iter(pinned.values())))

@@ -1,9 +1,9 @@
 """
 Azure Blob Storage: `az://`, `abfs://`, `abfss://`, and the `https` addresses of accounts that KServe knows.
 
-Listing and bytes come by plain HTTP requests, the bytes pinned with If-Match and straight into the caller's buffer. Azure's SDK
-is only asked for tokens. With an account's key a container is signed for and not a range, so that one signature is enough for
-all its blobs.
+Listing and bytes come by plain HTTP requests, the bytes pinned with If-Match and straight into the caller's buffer.
+Azure's SDK is only asked for tokens. With an account's key a container is signed for and not a range, so that one
+signature is enough for all its blobs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ from urllib.parse import quote, unquote, urlencode
 
 import attrs
 
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef, redact
-from kserve_pvc._source import RemoteFile, Resolved, resolved
-from kserve_pvc.backends._azure_login import Signature, Token, TokenError, find_login, read_signature
-from kserve_pvc.backends._direct import Reader, RefusedError, ask_patiently, from_base64, read_refusal, retry_after, unavailable
-from kserve_pvc.backends._http import HTTPClient, HTTPError, Target
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
+from kserve_pvc._source.ref import ModelRef, redact
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target
+from kserve_pvc.backends._login.azure import Signature, Token, TokenError, find_login, read_signature
+from kserve_pvc.backends._ranges import (
+    Reader,
+    RefusedError,
+    ask_patiently,
+    from_base64,
+    read_refusal,
+    retry_after,
+    unavailable,
+)
 from kserve_pvc.backends._xml import is_size, parse_xml
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -96,7 +105,8 @@ class _Place:
 
 class AzureBackend:
     """
-    Models in a container of a storage account: `az://container/prefix` is a directory, `az://container/blob` a single file.
+    Models in a container of a storage account: `az://container/prefix` is a directory, `az://container/blob` a single
+    file.
 
     A prefix never brings its siblings: `az://c/m/model` means `m/model/…`, not `m/model-v2/…`. Empty blobs are files;
     blobs that stand for directories are left out. `revision` is the version id of one blob.
@@ -117,7 +127,7 @@ class AzureBackend:
         self._retry_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        return resolved(ref, chain.from_iterable(self.pages(ref)))
+        return order_listing(ref, chain.from_iterable(self.pages(ref)))
 
     def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
         place = self._place(ref)
@@ -140,7 +150,9 @@ class AzureBackend:
         host = host.replace(".dfs.", ".blob.", 1) or self._login.host or ""
         example = _EXAMPLES.get(ref.scheme, _EXAMPLES["az"])
         if not host:
-            raise InvalidURIError(ref.uri, f"it names no account; set AZURE_STORAGE_ACCOUNT_NAME, or write `{_EXAMPLES['abfss']}`")
+            raise InvalidURIError(
+                ref.uri, f"it names no account; set AZURE_STORAGE_ACCOUNT_NAME, or write `{_EXAMPLES['abfss']}`"
+            )
         if not _HOST.fullmatch(host):
             raise InvalidURIError(ref.uri, f"its host is no storage account; write `{example}`")
         if not _CONTAINER.fullmatch(container):
@@ -172,7 +184,9 @@ class AzureBackend:
         size, etag = headers.get("content-length", ""), headers.get("etag")
         if not is_size(size) or not etag:
             raise RefusedError("its answer has no length or no ETag, so it is no blob service")
-        blob = Blob(name=place.name, size_bytes=int(size), etag=etag, md5=headers.get("content-md5"), is_directory=False)
+        blob = Blob(
+            name=place.name, size_bytes=int(size), etag=etag, md5=headers.get("content-md5"), is_directory=False
+        )
         return self._file(place, place.name.rpartition("/")[2], blob, ref.revision)
 
     def _below(self, place: _Place, ref: ModelRef, prefix: str) -> Iterator[Sequence[RemoteFile]]:
@@ -186,7 +200,13 @@ class AzureBackend:
             yield files
 
     def _listing(self, place: _Place, prefix: str) -> Iterator[list[Blob]]:
-        query = {"restype": "container", "comp": "list", "include": "metadata", "prefix": prefix, "maxresults": str(_PAGE_BLOBS)}
+        query = {
+            "restype": "container",
+            "comp": "list",
+            "include": "metadata",
+            "prefix": prefix,
+            "maxresults": str(_PAGE_BLOBS),
+        }
         markers: set[str] = set()
         while True:
             _, body = self._ask("GET", place, query)
@@ -249,10 +269,14 @@ class AzureBackend:
         given = [a for a in self._signatures if f"{place.address}/".startswith(f"{a.rstrip('/')}/")]
         return endpoint, self._signatures[max(given, key=len)] if given else credential
 
-    def _authorized(self, place: _Place, query: Mapping[str, str], *, renewed: bool = False) -> tuple[Target, dict[str, str]]:
+    def _authorized(
+        self, place: _Place, query: Mapping[str, str], *, renewed: bool = False
+    ) -> tuple[Target, dict[str, str]]:
         endpoint, credential = self._reach(place)
         account = place.host.partition(".")[0]
-        signed, headers = credential.authorize(account, place.container, is_sealed=endpoint.scheme == "https", renewed=renewed)
+        signed, headers = credential.authorize(
+            account, place.container, is_sealed=endpoint.scheme == "https", renewed=renewed
+        )
         name = "" if "comp" in query else f"/{quote(place.name, safe='/~')}"
         whole = "&".join(part for part in (urlencode(query, quote_via=quote), signed) if part)
         path = f"{endpoint.path.rstrip('/')}/{place.container}{name}"

@@ -13,10 +13,10 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc._names import check_name
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import RemoteFile, Resolved, resolved
+from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import (
     InvalidURIError,
     SourceChangedError,
@@ -33,8 +33,8 @@ class FileBackend:
     """
     Copies a file or directory of the local file system. Only regular files; links are refused, not followed.
 
-    Content is pinned by device, inode, size and the times of its last change. Two changes within one tick of the kernel's
-    clock, and some made through memory maps, look like one. Copy from directories that nobody edits meanwhile.
+    Content is pinned by device, inode, size and the times of its last change. Two changes within one tick of the
+    kernel's clock, and some made through memory maps, look like one. Copy from directories that nobody edits meanwhile.
     """
 
     options: Mapping[str, Any] = attrs.field(repr=False)
@@ -48,7 +48,7 @@ class FileBackend:
         if ".." in root.parts:
             raise UnsafePathError(ref.location, "a path may not climb with `..`")
         try:
-            return resolved(ref, _list(root))
+            return order_listing(ref, _list(root))
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
@@ -104,7 +104,9 @@ def _file(path: Path, inside: PurePosixPath, found: os.stat_result) -> RemoteFil
     if not stat.S_ISREG(found.st_mode):
         raise UnsafePathError(str(path), "only regular files are copied; links and devices are refused")
     token = _token(found)
-    return RemoteFile(entry=FileEntry(path=inside, size_bytes=found.st_size, token=token), address=str(path), pin={"inode": token})
+    return RemoteFile(
+        entry=FileEntry(path=inside, size_bytes=found.st_size, token=token), address=str(path), pin={"inode": token}
+    )
 
 
 def _token(found: os.stat_result) -> str:
@@ -124,4 +126,8 @@ def _translate(where: str, error: OSError) -> StoreError:
     reason = error.strerror or str(error)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return SourceNotFoundError(where, reason)
-    return SourceDeniedError(where, reason) if isinstance(error, PermissionError) else SourceUnavailableError(where, reason)
+    return (
+        SourceDeniedError(where, reason)
+        if isinstance(error, PermissionError)
+        else SourceUnavailableError(where, reason)
+    )

@@ -2,8 +2,8 @@
 `fsspec+<protocol>://`: whatever fsspec can read and nobody here has a back end for, such as `sftp`, `webhdfs` or `smb`.
 
 Only `ls`, `find`, `info` and `cat_file` of a file system are called, which write nothing. Its own downloads (`get`) are
-not used: some of them make a file of the right size before it has its bytes. How well a version is pinned depends on what the
-protocol says about a file.
+not used: some of them make a file of the right size before it has its bytes. How well a version is pinned depends on
+what the protocol says about a file.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fsspec import AbstractFileSystem as FileSystem
 from fsspec import get_filesystem_class
 from fsspec.asyn import AsyncFileSystem
 
-from kserve_pvc._names import check_name
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef, redact
-from kserve_pvc._source import MAX_FILES, RemoteFile, Resolved, resolved
+from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import MAX_FILES, RemoteFile, Resolved, order_listing
+from kserve_pvc._source.ref import ModelRef, redact
 from kserve_pvc.backends import _BUILT_IN
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -42,19 +42,61 @@ PIECE_BYTES = 4 * 1024 * 1024
 # These fetch all of a file for any part of it, so that each part is best asked for once.
 _WHOLE = {"data", "gist", "git", "github", "jlab", "jupyter", "libarchive"}
 # These read through another file system: from anywhere at all, or by way of copies that nobody checks.
-_WRAPPERS = {"async_wrapper", "asyncwrapper", "blockcache", "cached", "dask", "dir", "filecache", "generic", "reference", "simplecache"}
+_WRAPPERS = {
+    "async_wrapper",
+    "asyncwrapper",
+    "blockcache",
+    "cached",
+    "dask",
+    "dir",
+    "filecache",
+    "generic",
+    "reference",
+    "simplecache",
+}
 # What names content, or a version of it.
-_STRONG = {"etag", "e_tag", "checksum", "sha256", "sha", "hex", "hexsha", "md5", "md5hash", "content_md5", "generation", "version"} | {
+_STRONG = {
+    "etag",
+    "e_tag",
+    "checksum",
+    "sha256",
+    "sha",
+    "hex",
+    "hexsha",
+    "md5",
+    "md5hash",
+    "content_md5",
+    "generation",
+    "version",
+} | {
     "version_id",
     "versionid",
 }
-# What changes with it, as far as clocks can tell. `time` is none of them: where it is said, it is the time of the last read.
-_WEAK = {"mtime", "modified", "lastmodified", "last_modified", "modify", "modificationtime", "updated", "created", "crc"} | {
+# What changes with it, as far as clocks can tell. `time` is none of them: where it is said, it is the time of the last
+# read.
+_WEAK = {
+    "mtime",
+    "modified",
+    "lastmodified",
+    "last_modified",
+    "modify",
+    "modificationtime",
+    "updated",
+    "created",
+    "crc",
+} | {
     "ino",
     "fileid",
     "unique",
 }
-_DENIED = {"AuthenticationException", "AuthenticationError", "LogonFailure", "AccessDenied", "Unauthorized", "Forbidden"}
+_DENIED = {
+    "AuthenticationException",
+    "AuthenticationError",
+    "LogonFailure",
+    "AccessDenied",
+    "Unauthorized",
+    "Forbidden",
+}
 # Never secret, and needed to understand what an error says.
 _PLAIN_OPTIONS = {"host", "port", "endpoint_url"}
 _URL = "url"
@@ -66,13 +108,13 @@ class FsspecBackend:
     """
     Models on any file system of fsspec: `fsspec+sftp://host/models/llama` is a directory, or one file.
 
-    Files are pinned by what the file system says about them: an ETag, a checksum or a version if there is one, else times
-    and inode. That is compared again after the last byte of every range; nothing makes the server itself refuse, as an
-    If-Match would.
+    Files are pinned by what the file system says about them: an ETag, a checksum or a version if there is one, else
+    times and inode. That is compared again after the last byte of every range; nothing makes the server itself refuse,
+    as an If-Match would.
 
     Args:
-        options: Arguments of the file system. They are used for every host that a URI names, so a URI may not name another
-            host than they do.
+        options: Arguments of the file system. They are used for every host that a URI names, so a URI may not name
+            another host than they do.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -84,12 +126,14 @@ class FsspecBackend:
 
     def resolve(self, ref: ModelRef) -> Resolved:
         if ref.revision is not None:
-            raise InvalidURIError(ref.uri, "a revision means nothing here; some file systems take one among the `storage_options`")
+            raise InvalidURIError(
+                ref.uri, "a revision means nothing here; some file systems take one among the `storage_options`"
+            )
         if "::" in ref.location:
             raise InvalidURIError(ref.uri, "it is a chain of URLs; name one protocol")
         if ".." in ref.location.split("/"):
             raise UnsafePathError(ref.location, "a path may not climb with `..`")
-        return resolved(ref, self._list(ref))
+        return order_listing(ref, self._list(ref))
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> _Reader:
         return _Reader(self, file, start, stop)
@@ -124,15 +168,17 @@ class FsspecBackend:
                     return
                 for info in self._below(ref, fs, path):
                     if info["name"] == path:
-                        raise SourceNotFoundError(ref.uri, "it is a file and no directory; leave out the slash at its end")
+                        raise SourceNotFoundError(
+                            ref.uri, "it is a file and no directory; leave out the slash at its end"
+                        )
                     yield _file(ref, url, info, _inside(ref, path, info["name"]))
 
     def _below(self, ref: ModelRef, fs: FileSystem, path: str) -> Iterator[Mapping[str, Any]]:
         """
         What lies below a directory, each with what the file system says about it.
 
-        Where `find` is what fsspec brings for all, the tree is walked here: that one leaves out whatever it fails to list
-        and says nothing, even if it is asked to.
+        Where `find` is what fsspec brings for all, the tree is walked here: that one leaves out whatever it fails to
+        list and says nothing, even if it is asked to.
         """
         if _has_own_find(fs):
             yield from self._call(ref.uri, lambda: fs.find(path, detail=True)).values()
@@ -181,7 +227,9 @@ class FsspecBackend:
         if len(data) != stop - start:
             # Whoever sends more than was asked for knows no ranges, and will not learn it.
             is_final = len(data) > stop - start
-            raise SourceUnavailableError(where, f"it was asked for {stop - start} bytes and sent {len(data)}", is_final=is_final)
+            raise SourceUnavailableError(
+                where, f"it was asked for {stop - start} bytes and sent {len(data)}", is_final=is_final
+            )
         return data
 
     @contextmanager
@@ -199,11 +247,18 @@ class FsspecBackend:
         status = getattr(error, "status", getattr(getattr(error, "response", None), "status_code", None))
         names = {kind.__name__ for kind in type(error).__mro__}
         # FTP says 530 if nobody has logged in, and 550 for all else that it refuses.
-        if isinstance(error, PermissionError) or status in (401, 403) or names & _DENIED or ("error_perm" in names and "530" in reason):
+        if (
+            isinstance(error, PermissionError)
+            or status in (401, 403)
+            or names & _DENIED
+            or ("error_perm" in names and "530" in reason)
+        ):
             return SourceDeniedError(uri, reason)
         if isinstance(error, FileNotFoundError | NotADirectoryError) or status == 404:
             return changed or SourceNotFoundError(uri, reason)
-        is_bug = isinstance(error, TypeError | ValueError | AttributeError | NotImplementedError) and not isinstance(error, OSError)
+        is_bug = isinstance(error, TypeError | ValueError | AttributeError | NotImplementedError) and not isinstance(
+            error, OSError
+        )
         return SourceUnavailableError(uri, reason, is_final=is_bug)
 
     def _redacted(self, text: str) -> str:
@@ -230,7 +285,9 @@ class _Reader:
             self._call = self._ask()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # A call cannot be broken off. Nearly all are over soon; one that hangs is left to itself.
         call, self._call, self._piece = self._call, None, memoryview(b"")
         if call is not None:
@@ -295,7 +352,8 @@ class _Call:
 @attrs.define(eq=False)
 class _Site:
     """
-    The file systems of one URL. Those that are asynchronous inside serve all threads; of the others, each call has its own.
+    The file systems of one URL. Those that are asynchronous inside serve all threads; of the others, each call has its
+    own.
     """
 
     kind: type[FileSystem]
@@ -307,7 +365,8 @@ class _Site:
     @contextmanager
     def borrowed(self) -> Iterator[FileSystem]:
         """
-        One that nobody else uses meanwhile. After an error it is not used again: nobody knows what its connection is at.
+        One that nobody else uses meanwhile. After an error it is not used again: nobody knows what its connection is
+        at.
         """
         if self.kind.async_impl:
             yield self._shared()
@@ -358,7 +417,9 @@ def _make_site(url: str, options: Mapping[str, Any]) -> _Site:
     if not protocol:
         raise InvalidURIError(PREFIX + url, "it names no protocol; write `fsspec+sftp://host/path` or the like")
     if protocol in _BUILT_IN:
-        raise InvalidURIError(PREFIX + url, f"write `{url}`: `{protocol}` has a back end of its own, which pins what it reads")
+        raise InvalidURIError(
+            PREFIX + url, f"write `{url}`: `{protocol}` has a back end of its own, which pins what it reads"
+        )
     if protocol in _WRAPPERS:
         raise PolicyError(PREFIX + url, f"`{protocol}` reads through another file system; name that one")
     try:
@@ -371,7 +432,9 @@ def _make_site(url: str, options: Mapping[str, Any]) -> _Site:
     named = kind._get_kwargs_from_urls(url)
     for option, value in named.items():
         if option in options and str(options[option]) != str(value):
-            raise InvalidURIError(PREFIX + url, f"it says `{option}` is `{value}`, and the `storage_options` say otherwise")
+            raise InvalidURIError(
+                PREFIX + url, f"it says `{option}` is `{value}`, and the `storage_options` say otherwise"
+            )
     return _Site(kind, {**named, **options})
 
 
@@ -396,7 +459,9 @@ def _file(ref: ModelRef, url: str, info: Mapping[str, Any], name: str) -> Remote
         raise SourceUnavailableError(ref.uri, f"it does not say how long `{name}` is", is_final=True)
     said = _identity(info)
     token = " ".join(f"{field}={text}" for field, text in sorted(said.items())) or None
-    return RemoteFile(entry=FileEntry(path=name, size_bytes=size, token=token), address=info["name"], pin={**said, _URL: url})
+    return RemoteFile(
+        entry=FileEntry(path=name, size_bytes=size, token=token), address=info["name"], pin={**said, _URL: url}
+    )
 
 
 def _identity(info: Mapping[str, Any]) -> Mapping[str, str]:

@@ -1,8 +1,9 @@
 """
 `gs://`: Google Cloud Storage.
 
-Listing and bytes come by plain HTTP requests of the JSON API, the bytes pinned by their generation and straight into the
-caller's buffer. Google's own library is only asked who we are, and not even that where nobody or a given token asks.
+Listing and bytes come by plain HTTP requests of the JSON API, the bytes pinned by their generation and straight into
+the caller's buffer. Google's own library is only asked who we are, and not even that where nobody or a given token
+asks.
 """
 
 from __future__ import annotations
@@ -20,13 +21,22 @@ from urllib.parse import quote, urlencode
 
 import attrs
 
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import RemoteFile, Resolved, resolved
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._crc32c import make_checksum
-from kserve_pvc.backends._direct import Reader, RefusedError, ask_patiently, from_base64, read_refusal, retry_after, unavailable
-from kserve_pvc.backends._google_login import LoginError, find_endpoint, find_login, hide
-from kserve_pvc.backends._http import HTTPClient, HTTPError, Target
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target
+from kserve_pvc.backends._login.google import LoginError, find_endpoint, find_login, hide
+from kserve_pvc.backends._ranges import (
+    Reader,
+    RefusedError,
+    ask_patiently,
+    from_base64,
+    read_refusal,
+    retry_after,
+    unavailable,
+)
 from kserve_pvc.errors import (
     InvalidURIError,
     PolicyError,
@@ -43,7 +53,8 @@ _BUSY = {"rateLimitExceeded", "userRateLimitExceeded"}
 _MAX_PAGE_BYTES = 16 * 1024 * 1024
 # As many as the service lists at once.
 _PAGE_OBJECTS = 1000
-# An MD5 costs more than fetching and hashing together, so where it is all there is, it is compared only if that is soon done.
+# An MD5 costs more than fetching and hashing together, so where it is all there is, it is compared only if that is soon
+# done.
 _MAX_MD5_BYTES = 16 * 1024 * 1024
 _MAX_SAID = 500
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
@@ -53,9 +64,26 @@ _FIELDS = "name,size,generation,crc32c,md5Hash,contentEncoding"
 _NO_VERSION = "there is no such version; the revision of a gs URI is the generation of one object"
 # Arguments of `gcsfs.GCSFileSystem` that count here, and those that say nothing about what a file holds.
 _OPTIONS = {"endpoint_url", "project", "requester_pays", "token"}
-_IDLE_OPTIONS = {
-    *("access", "asynchronous", "batch_size", "block_size", "cache_timeout", "check_connection", "consistency", "default_location"),
-    *("listings_expiry_time", "loop", "max_paths", "requests_timeout", "secure_serialize", "skip_instance_cache", "timeout"),
+_IGNORED_OPTIONS = {
+    *(
+        "access",
+        "asynchronous",
+        "batch_size",
+        "block_size",
+        "cache_timeout",
+        "check_connection",
+        "consistency",
+        "default_location",
+    ),
+    *(
+        "listings_expiry_time",
+        "loop",
+        "max_paths",
+        "requests_timeout",
+        "secure_serialize",
+        "skip_instance_cache",
+        "timeout",
+    ),
     *("use_listings_cache", "version_aware"),
 }
 
@@ -77,13 +105,15 @@ class GSBackend:
     """
     Models in a bucket of Google Cloud Storage: `gs://bucket/prefix` is a directory, `gs://bucket/object` a single file.
 
-    A prefix never brings its siblings: `gs://b/m/model` means `m/model/…`, not `m/model-v2/…`. Empty objects are files; those
-    whose names end in `/` and that hold nothing are markers of directories. `revision` is the generation of one object.
+    A prefix never brings its siblings: `gs://b/m/model` means `m/model/…`, not `m/model-v2/…`. Empty objects are files;
+    those whose names end in `/` and that hold nothing are markers of directories. `revision` is the generation of one
+    object.
 
     Args:
-        options: Arguments of `gcsfs.GCSFileSystem`: `token`, `endpoint_url`, `project`, `requester_pays`. Without `token` the
-            default credentials count, and where there are none, nobody in particular asks.
-        environ: Where the endpoint, proxies and certificates are looked up. google-auth has only the environment of the process.
+        options: Arguments of `gcsfs.GCSFileSystem`: `token`, `endpoint_url`, `project`, `requester_pays`. Without
+            `token` the default credentials count, and where there are none, nobody in particular asks.
+        environ: Where the endpoint, proxies and certificates are looked up. google-auth has only the environment of the
+            process.
     """
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
@@ -97,7 +127,7 @@ class GSBackend:
         self._retry_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        return resolved(ref, chain.from_iterable(self.pages(ref)))
+        return order_listing(ref, chain.from_iterable(self.pages(ref)))
 
     def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
         bucket, name = _place(ref)
@@ -115,7 +145,8 @@ class GSBackend:
         try:
             found = parse_object(_parse(self._ask(_object_path(bucket, name), query)))
         except RefusedError as refusal:
-            # Without the right to list, the service answers 403 for what is not there: the listing then tells what it is.
+            # Without the right to list, the service answers 403 for what is not there: the listing then tells what it
+            # is.
             if refusal.status == 404 or (_is_denied(refusal) and ref.revision is None):
                 return None
             raise
@@ -150,8 +181,12 @@ class GSBackend:
         entry = FileEntry(path=name, size_bytes=found.size_bytes, token=found.generation)
         if found.is_compressed and ref.selects(entry.path):
             rule = "it is stored with `Content-Encoding: gzip`, so its size and checksum are not those of what it holds"
-            raise PolicyError(f"gs://{bucket}/{found.name}", f"{rule}; upload it without, or leave it out with `ignore_patterns`")
-        return RemoteFile(entry=entry, address=f"{bucket}/{found.name}", pin={"generation": found.generation}, digest=found.digest)
+            raise PolicyError(
+                f"gs://{bucket}/{found.name}", f"{rule}; upload it without, or leave it out with `ignore_patterns`"
+            )
+        return RemoteFile(
+            entry=entry, address=f"{bucket}/{found.name}", pin={"generation": found.generation}, digest=found.digest
+        )
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Reader:
         return Reader(self._client, self, file, f"gs://{file.address}", start, stop)
@@ -188,7 +223,8 @@ class GSBackend:
 
     def evidence(self, file: RemoteFile) -> str | None:
         """
-        What the listing says: the service computes it itself when an object is uploaded, and keeps it with the generation.
+        What the listing says: the service computes it itself when an object is uploaded, and keeps it with the
+            generation.
         """
         return file.digest
 
@@ -223,7 +259,9 @@ class GSBackend:
         except RefusedError as refusal:
             raise self._meaning(refusal, uri) from None
         except LoginError as error:
-            raise (SourceDeniedError if error.is_denied else SourceUnavailableError)(uri, f"no token: {error}") from None
+            raise (SourceDeniedError if error.is_denied else SourceUnavailableError)(
+                uri, f"no token: {error}"
+            ) from None
         except HTTPError as error:
             raise SourceUnavailableError(uri, str(error), is_final=error.is_final) from error
 
@@ -235,7 +273,7 @@ class GSBackend:
             return SourceDeniedError(uri, f"{reason}; {hint}" if hint else reason)
         if refusal.status == 404:
             return SourceNotFoundError(uri, reason)
-        is_final = 300 <= refusal.status < 500 and not refusal.is_passing
+        is_final = 300 <= refusal.status < 500 and not refusal.is_transient
         return SourceUnavailableError(uri, reason, retry_after=refusal.busy, is_final=is_final)
 
 
@@ -245,10 +283,14 @@ def _with_fsspec(options: Mapping[str, Any], environ: Mapping[str, str]) -> Mapp
         from fsspec.config import set_conf_env
 
         found: dict[str, dict[str, Any]] = {}
-        set_conf_env(found, {name: value for name, value in environ.items() if name.startswith(("FSSPEC_GS", "FSSPEC_GCS"))})
+        set_conf_env(
+            found, {name: value for name, value in environ.items() if name.startswith(("FSSPEC_GS", "FSSPEC_GCS"))}
+        )
         options = {**found.get("gcs", {}), **found.get("gs", {}), **options}
-    if unknown := sorted(set(options) - _OPTIONS - _IDLE_OPTIONS):
-        raise SettingsError("storage_options", ", ".join(unknown), f"write {', '.join(f'`{name}`' for name in sorted(_OPTIONS))}")
+    if unknown := sorted(set(options) - _OPTIONS - _IGNORED_OPTIONS):
+        raise SettingsError(
+            "storage_options", ", ".join(unknown), f"write {', '.join(f'`{name}`' for name in sorted(_OPTIONS))}"
+        )
     return options
 
 
@@ -259,7 +301,9 @@ def _payer(options: Mapping[str, Any]) -> str:
         return ""
     payer = options.get("project") if payer is True else payer
     if not isinstance(payer, str) or not payer:
-        raise SettingsError("requester_pays", str(options["requester_pays"]), "name the project that pays, here or as `project`")
+        raise SettingsError(
+            "requester_pays", str(options["requester_pays"]), "name the project that pays, here or as `project`"
+        )
     return payer
 
 

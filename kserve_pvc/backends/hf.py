@@ -2,9 +2,9 @@
 `hf://`: models on the Hugging Face Hub, or on what answers as the Hub does.
 
 A revision is turned into a commit first, and every later request names that commit. Names, sizes and digests come from
-the commit's tree: the SHA-256 of what is in large file storage, the id of the git blob for all else, so that every byte is
-compared with one of the two. Bytes come by plain HTTP ranges from wherever the hub sends us, and the token goes to the hub
-alone.
+the commit's tree: the SHA-256 of what is in large file storage, the id of the git blob for all else, so that every byte
+is compared with one of the two. Bytes come by plain HTTP ranges from wherever the hub sends us, and the token goes to
+the hub alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,12 +23,14 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import attrs
 
-from kserve_pvc._names import check_name
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import Checksum, RemoteFile, Resolved, resolved
-from kserve_pvc.backends._direct import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
-from kserve_pvc.backends._http import MOMENT, HTTPClient, HTTPError, Target, target_of
+from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import Checksum, RemoteFile, Resolved, order_listing
+from kserve_pvc._source.ref import ModelRef
+from kserve_pvc.backends._hf_addresses import Addresses
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
 from kserve_pvc.errors import (
     InvalidURIError,
     SettingsError,
@@ -59,7 +59,6 @@ _MAX_BLOB_SIZE = 10**9
 _BLOB = "gitblob"
 # How long an address is used that does not say when it ends, and at the most.
 _ADDRESS_SECONDS, _MAX_ADDRESS_SECONDS = 600.0, 3600.0
-_MAX_ADDRESSES = 1024
 
 
 @attrs.frozen
@@ -73,8 +72,8 @@ class _Wish:
 
 class HFBackend:
     """
-    Models on the Hugging Face Hub: `hf://org/name`, `hf://org/name:revision` or `hf://org/name@revision`, each with a path
-    behind it that names a directory or one file.
+    Models on the Hugging Face Hub: `hf://org/name`, `hf://org/name:revision` or `hf://org/name@revision`, each with a
+    path behind it that names a directory or one file.
 
     Args:
         options: `token` (a text; False for none; True for the one of the environment even if that is switched off),
@@ -87,14 +86,14 @@ class HFBackend:
         self._token = _token(options, environ)
         self._is_offline = any(_is_true(environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
         self.client = HTTPClient(environ=environ, ca_bundle=options.get("verify"))
-        self.addresses = _Addresses()
+        self.addresses = Addresses()
         self._retry_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:
         wish = _parse(ref)
         self._check_online(ref.uri)
         repository, commit = self._pinned(ref, wish)
-        return resolved(ref, self._files(ref, repository, commit, wish.path), version=commit)
+        return order_listing(ref, self._files(ref, repository, commit, wish.path), version=commit)
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> _Range:
         self._check_online(f"hf://{file.address}")
@@ -105,7 +104,11 @@ class HFBackend:
         What makes the id of a git blob: a SHA-1 over its length, which is part of the name, and its bytes.
         """
         size = name.removeprefix(_BLOB)
-        return None if size == name or not size.isdigit() else hashlib.sha1(b"blob %d\0" % int(size), usedforsecurity=False)
+        return (
+            None
+            if size == name or not size.isdigit()
+            else hashlib.sha1(b"blob %d\0" % int(size), usedforsecurity=False)
+        )
 
     def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
         """
@@ -148,10 +151,14 @@ class HFBackend:
         """
         code, words = headers.get("x-error-code", ""), headers.get("x-error-message", "")
         if status == 429:
-            return SourceUnavailableError(uri, "it answered 429", retry_after=max(retry_after(headers), _used_up(headers)))
+            return SourceUnavailableError(
+                uri, "it answered 429", retry_after=max(retry_after(headers), _used_up(headers))
+            )
         if code == "GatedRepo":
             who = "no token was given" if self._token is None else "the account of the token has no access"
-            return SourceDeniedError(uri, f"the model is gated and {who}; ask for access on the model's page, and give a token (HF_TOKEN)")
+            return SourceDeniedError(
+                uri, f"the model is gated and {who}; ask for access on the model's page, and give a token (HF_TOKEN)"
+            )
         if status == 401 and self._token is not None and words.startswith("Invalid credentials"):
             return SourceDeniedError(uri, "the token is wrong or has expired; set HF_TOKEN to a valid one")
         if words.startswith("Access to this resource is disabled"):
@@ -202,7 +209,9 @@ class HFBackend:
                 name = entry["path"][len(inside) + 1 :] if inside else entry["path"]
                 yield _remote_file(ref.uri, repository, commit, entry, name)
 
-    def _tree(self, uri: str, repository: str, commit: str, directory: str, *, is_recursive: bool) -> Iterator[dict[str, Any]]:
+    def _tree(
+        self, uri: str, repository: str, commit: str, directory: str, *, is_recursive: bool
+    ) -> Iterator[dict[str, Any]]:
         """Every file and directory below one, or in it, page by page."""
         path = f"/api/models/{repository}/tree/{commit}" + (f"/{quote(directory, safe='')}" if directory else "")
         query: Mapping[str, str] = {"recursive": str(is_recursive).lower(), "expand": "false"}
@@ -241,7 +250,11 @@ class HFBackend:
             with self.client.open("GET", target, self.headers(target)) as answer:
                 headers = answer.headers
                 if answer.status == 200:
-                    return 200, headers, answer.read(_MAX_ANSWER_BYTES, time.monotonic() + 2 * self.client.answer_seconds)
+                    return (
+                        200,
+                        headers,
+                        answer.read(_MAX_ANSWER_BYTES, time.monotonic() + 2 * self.client.answer_seconds),
+                    )
                 body = read_refusal(answer)
             if answer.status not in _REDIRECTS or "location" not in headers:
                 return answer.status, headers, body
@@ -253,7 +266,8 @@ class HFBackend:
 
 class _MovedError(Exception):
     """
-    The bytes are elsewhere: where `headers` say, or, if they say nothing, where the hub will say when it is asked again.
+    The bytes are elsewhere: where `headers` say, or, if they say nothing, where the hub will say when it is asked
+    again.
     """
 
     def __init__(self, headers: Mapping[str, str]) -> None:
@@ -290,7 +304,9 @@ class _Range:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         reader, self._reader = self._reader, None
         if self._is_asking:
             self._is_asking = False
@@ -383,85 +399,31 @@ class _Range:
     def _check_promise(self, headers: Mapping[str, str]) -> None:
         """Compare what the hub says about the bytes that it points to with what was listed."""
         entry = self._file.entry
-        listed = {"x-repo-commit": self._file.pin["commit"], "x-linked-size": str(entry.size_bytes), "x-linked-etag": entry.sha256}
+        listed = {
+            "x-repo-commit": self._file.pin["commit"],
+            "x-linked-size": str(entry.size_bytes),
+            "x-linked-etag": entry.sha256,
+        }
         for name, value in listed.items():
             if value is not None and headers.get(name, value).removeprefix("W/").strip('"') != value:
                 raise SourceChangedError(self._where, str(entry.path))
 
 
-@attrs.define(eq=False)
-class _Address:
-    target: Target | None = None
-    good_until: float = 0.0
-    is_asked_for: bool = False
-
-
-class _Addresses:
-    """
-    Where files were found to be, for as long as that is good, and who is asking. Used by all streams.
-    """
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[str, _Address] = OrderedDict()
-        self._guard = threading.Condition()
-
-    def take(self, name: str) -> tuple[Target | None, bool]:
-        """
-        The address of a file; or True: ask, and say what came of it; or, after a moment, neither: another one is asking.
-        """
-        with self._guard:
-            if (address := self._entry(name)).is_asked_for:
-                self._guard.wait_for(lambda: not self._entry(name).is_asked_for, MOMENT)
-                address = self._entry(name)
-            if address.is_asked_for:
-                return None, False
-            if address.target is not None and time.monotonic() < address.good_until:
-                return address.target, False
-            address.target, address.is_asked_for = None, True
-            return None, True
-
-    def found(self, name: str, target: Target, seconds: float) -> None:
-        """
-        Remember an address for some seconds.
-        """
-        with self._guard:
-            address = self._entry(name)
-            address.target, address.good_until, address.is_asked_for = target, time.monotonic() + seconds, False
-            self._guard.notify_all()
-
-    def give_up(self, name: str) -> None:
-        """
-        Let another one ask.
-        """
-        with self._guard:
-            self._entry(name).is_asked_for = False
-            self._guard.notify_all()
-
-    def forget(self, name: str, target: Target) -> None:
-        """
-        Do not use an address again. One that somebody has learnt since stays.
-        """
-        with self._guard:
-            if (address := self._entry(name)).target == target:
-                address.target = None
-
-    def _entry(self, name: str) -> _Address:
-        address = self._known.setdefault(name, _Address())
-        self._known.move_to_end(name)
-        if len(self._known) > _MAX_ADDRESSES:
-            self._known.popitem(last=False)
-        return address
-
-
 def _parse(ref: ModelRef) -> _Wish:
     match = _LOCATION.fullmatch(ref.location)
     if match is None or not _is_repository(match[1]):
-        raise InvalidURIError(ref.uri, "it names no model; write `hf://org/name`, `hf://org/name:revision` or `hf://org/name/directory`")
+        raise InvalidURIError(
+            ref.uri, "it names no model; write `hf://org/name`, `hf://org/name:revision` or `hf://org/name/directory`"
+        )
     repository, named, path = match[1], match[2], match[3] or ""
     if repository.partition("/")[0] in _OTHER_KINDS:
-        raise InvalidURIError(ref.uri, "only models are served, and without a word for their kind; write `hf://org/name`")
+        raise InvalidURIError(
+            ref.uri, "only models are served, and without a word for their kind; write `hf://org/name`"
+        )
     if named is not None and ref.revision not in (None, named):
-        raise InvalidURIError(ref.uri, f"it names the revision `{named}`, and the argument `{ref.revision}`; leave one out")
+        raise InvalidURIError(
+            ref.uri, f"it names the revision `{named}`, and the argument `{ref.revision}`; leave one out"
+        )
     revision = named or ref.revision or "main"
     if revision.startswith(".") or ".." in revision:
         raise InvalidURIError(ref.uri, "no branch, tag or commit begins with a dot or holds two in a row")
@@ -499,7 +461,11 @@ def _token(options: Mapping[str, Any], environ: Mapping[str, str]) -> str | None
         raise SettingsError("token", f"of type {type(given).__name__}", "give a text, or False for none")
     if given is False or (given is None and _is_true(environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN"))):
         return None
-    token = given if isinstance(given, str) else environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN") or _token_file(environ)
+    token = (
+        given
+        if isinstance(given, str)
+        else environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN") or _token_file(environ)
+    )
     token = token.replace("\r", "").replace("\n", "").strip()
     if not token.isascii() or not token.isprintable() or " " in token:
         raise SettingsError("token", "not shown", "it holds characters that no token has")
@@ -537,7 +503,9 @@ def _checked(uri: str, entry: Any, prefix: str) -> dict[str, Any]:
 
 def _remote_file(uri: str, repository: str, commit: str, entry: Mapping[str, Any], name: str) -> RemoteFile:
     large = entry.get("lfs")
-    size, blob = (large.get("size"), large.get("oid")) if isinstance(large, dict) else (entry.get("size"), entry.get("oid"))
+    size, blob = (
+        (large.get("size"), large.get("oid")) if isinstance(large, dict) else (entry.get("size"), entry.get("oid"))
+    )
     pattern = _SHA256 if isinstance(large, dict) else _COMMIT
     if type(size) is not int or not 0 <= size < _MAX_SIZE or not isinstance(blob, str) or not pattern.fullmatch(blob):
         raise _no_hub(uri, f"its listing gives `{entry['path']}` no size or no digest")

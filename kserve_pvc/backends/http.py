@@ -1,8 +1,9 @@
 """
 `http://` and `https://`: one file, or an archive whose members are the model.
 
-There is nothing to sign and nothing to list, but everything that a URL leads to is somebody else's choice: where it redirects,
-which address a name has, what an archive holds. Redirects are followed here, hop by hop, each to a checked address.
+There is nothing to sign and nothing to list, but everything that a URL leads to is somebody else's choice: where it
+redirects, which address a name has, what an archive holds. Redirects are followed here, hop by hop, each to a checked
+address.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from urllib.parse import quote, unquote
 
 import attrs
 
-from kserve_pvc._names import check_name
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import RangeReader, RemoteFile, Resolved, UnpackLimits, resolved
-from kserve_pvc._unpack import check_readable, is_archive
-from kserve_pvc.backends._direct import Reader, ask_patiently, follow, read_refusal, unavailable
-from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of
+from kserve_pvc._archive.unpack import check_readable, is_archive
+from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, UnpackLimits, order_listing
+from kserve_pvc._source.ref import ModelRef
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, unavailable
 from kserve_pvc.errors import (
     InvalidURIError,
     PolicyError,
@@ -51,8 +53,26 @@ _REPRESENTATION_DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 # What requests are made of: a header of the user's would change which bytes are asked for, or how answers are framed.
 _OWN_HEADERS = {
-    *("accept-encoding", "connection", "content-length", "expect", "host", "if-match", "if-none-match", "if-range", "range"),
-    *("if-modified-since", "if-unmodified-since", "te", "trailer", "transfer-encoding", "upgrade", "proxy-authorization"),
+    *(
+        "accept-encoding",
+        "connection",
+        "content-length",
+        "expect",
+        "host",
+        "if-match",
+        "if-none-match",
+        "if-range",
+        "range",
+    ),
+    *(
+        "if-modified-since",
+        "if-unmodified-since",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "proxy-authorization",
+    ),
 }
 # What lies inside and is not told as such by all versions of Python: what virtual machines of Azure and Oracle learn
 # secrets from, and the local addresses that IPv6 had first.
@@ -77,13 +97,13 @@ class _Place:
 
 class HTTPBackend:
     """
-    Models behind a URL: `https://host/path/weights.bin` is that one file, `https://host/path/model.tar.gz` what the archive
-    holds. `#sha256=<64 hex digits>` says what the fetched file must amount to.
+    Models behind a URL: `https://host/path/weights.bin` is that one file, `https://host/path/model.tar.gz` what the
+    archive holds. `#sha256=<64 hex digits>` says what the fetched file must amount to.
 
     Args:
-        options: `headers` (host to headers, which win over the variable `<host>-headers`), `verify` (a file or directory of
-            certificates, or False), `allow_private` (True, or the hosts that may have private addresses), `unpack` (False
-            keeps archives as they are), and `unpack_limits` (fields of `UnpackLimits`).
+        options: `headers` (host to headers, which win over the variable `<host>-headers`), `verify` (a file or
+            directory of certificates, or False), `allow_private` (True, or the hosts that may have private addresses),
+            `unpack` (False keeps archives as they are), and `unpack_limits` (fields of `UnpackLimits`).
         environ: What stands for the environment of the process.
     """
 
@@ -91,7 +111,9 @@ class HTTPBackend:
         self._given = _given_headers(options.get("headers") or {})
         self._environ = environ
         self._limits = _limits(options.get("unpack_limits") or {}) if options.get("unpack", True) else None
-        self._client = HTTPClient(environ=environ, ca_bundle=options.get("verify"), check_address=_make_check(options, environ))
+        self._client = HTTPClient(
+            environ=environ, ca_bundle=options.get("verify"), check_address=_make_check(options, environ)
+        )
         self._retry_seconds = 300.0
         self._places: dict[str, _Place] = {}
         self._guard = threading.Lock()
@@ -108,7 +130,7 @@ class HTTPBackend:
         place = self._ask(address, name, is_promised=promised is not None)
         with self._guard:
             self._places[address] = place
-        return resolved(ref, [_remote_file(name, address, place, promised[1] if promised else None, limits)])
+        return order_listing(ref, [_remote_file(name, address, place, promised[1] if promised else None, limits)])
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         size = file.entry.size_bytes
@@ -185,7 +207,9 @@ class HTTPBackend:
             if status in _REDIRECTS and "location" in headers:
                 hops += 1
                 if hops > _MAX_HOPS:
-                    raise SourceUnavailableError(address, f"it points elsewhere more than {_MAX_HOPS} times in a row", is_final=True)
+                    raise SourceUnavailableError(
+                        address, f"it points elsewhere more than {_MAX_HOPS} times in a row", is_final=True
+                    )
                 target = follow(address, target, headers["location"])
             elif method == "HEAD" and _says_too_little(status, headers):
                 method = "GET"
@@ -230,7 +254,9 @@ class _Asking:
             self._backend.forget(self._address, self._place)
             return SourceUnavailableError(self._address, f"where it led before answers {status}")
         error = _refused(self._address, status, headers)
-        return SourceChangedError(self._address, str(file.entry.path)) if isinstance(error, SourceNotFoundError) else error
+        return (
+            SourceChangedError(self._address, str(file.entry.path)) if isinstance(error, SourceNotFoundError) else error
+        )
 
 
 class _Rest:
@@ -246,12 +272,15 @@ class _Rest:
         self._reader.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._reader.__exit__(kind, error, trace)
 
     def readinto(self, buffer: memoryview) -> int | None:
         """
-        Fill the start of a buffer with what comes next. None: nothing of it has come for a moment; 0: the answer is over.
+        Fill the start of a buffer with what comes next. None: nothing of it has come for a moment; 0: the answer is
+        over.
         """
         if not self._left:
             return self._reader.readinto(buffer)
@@ -276,7 +305,9 @@ def check_address(host: str, address: str) -> None:
             raise PolicyError(host, rule)
 
 
-def _addresses(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+def _addresses(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     """Where packets may end up: an address of IPv6 may hold one of IPv4."""
     if isinstance(address, ipaddress.IPv4Address):
         return [address]
@@ -307,7 +338,9 @@ def _make_check(options: Mapping[str, Any], environ: Mapping[str, str]) -> Calla
 
 def _given_headers(given: Any) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or not all(isinstance(headers, Mapping) for headers in given.values()):
-        raise SettingsError("headers", "not shown", 'write them by host, as {"models.example.org": {"Authorization": "Bearer …"}}')
+        raise SettingsError(
+            "headers", "not shown", 'write them by host, as {"models.example.org": {"Authorization": "Bearer …"}}'
+        )
     return {str(host).lower(): headers for host, headers in given.items()}
 
 
@@ -315,7 +348,9 @@ def _limits(given: Mapping[str, Any]) -> UnpackLimits:
     known = {field.name for field in attrs.fields(UnpackLimits)}
     for name, value in dict(given).items():
         if name not in known or isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise SettingsError("unpack_limits", f"{name}={value!r}", f"write positive numbers for any of {', '.join(sorted(known))}")
+            raise SettingsError(
+                "unpack_limits", f"{name}={value!r}", f"write positive numbers for any of {', '.join(sorted(known))}"
+            )
     return UnpackLimits(**given)
 
 
@@ -325,7 +360,12 @@ def _checked_headers(name: str, given: Any) -> Mapping[str, str]:
     if not isinstance(given, Mapping):
         raise SettingsError(name, "not shown", remedy)
     for header, value in given.items():
-        if not isinstance(header, str) or not _TOKEN.fullmatch(header) or not isinstance(value, str) or not value.isprintable():
+        if (
+            not isinstance(header, str)
+            or not _TOKEN.fullmatch(header)
+            or not isinstance(value, str)
+            or not value.isprintable()
+        ):
             raise SettingsError(name, "not shown", remedy)
         if header.lower() in _OWN_HEADERS:
             raise SettingsError(name, f"{header}: not shown", "leave this header out; requests have their own")
@@ -349,9 +389,13 @@ def _name(uri: str, address: str) -> str:
     return str(check_name(name))
 
 
-def _remote_file(name: str, address: str, place: _Place, promised: str | None, limits: UnpackLimits | None) -> RemoteFile:
+def _remote_file(
+    name: str, address: str, place: _Place, promised: str | None, limits: UnpackLimits | None
+) -> RemoteFile:
     is_strong = place.etag is not None and not place.etag.startswith("W/")
-    token = place.etag.strip('"') if is_strong and place.etag else " ".join(t for t in (place.etag, place.modified) if t)
+    token = (
+        place.etag.strip('"') if is_strong and place.etag else " ".join(t for t in (place.etag, place.modified) if t)
+    )
     pin = {}
     if is_strong and place.etag:
         pin["If-Match"] = place.etag
@@ -372,17 +416,26 @@ def _says_too_little(status: int, headers: Mapping[str, str]) -> bool:
     if status == 429 or (status >= 500 and status != 501):
         return False
     length = headers.get("content-length", "0")
-    return status != 200 or not _LENGTH.fullmatch(length) or not int(length) or headers.get("accept-ranges", "").lower() != "bytes"
+    return (
+        status != 200
+        or not _LENGTH.fullmatch(length)
+        or not int(length)
+        or headers.get("accept-ranges", "").lower() != "bytes"
+    )
 
 
-def _place(address: str, target: Target, method: str, status: int, headers: Mapping[str, str], name: str | None) -> _Place:
+def _place(
+    address: str, target: Target, method: str, status: int, headers: Mapping[str, str], name: str | None
+) -> _Place:
     found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
     size = found[1] if found and status in (206, 416) else headers.get("content-length", "") if status == 200 else ""
     if status not in (200, 206) and not (status == 416 and size == "0"):
         raise _refused(address, status, headers) or unavailable(address, status, headers)
     if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
         coding = headers["content-encoding"][:40]
-        raise PolicyError(address, f"its server sends it as `{coding}` without being asked, so its bytes are not those of the file")
+        raise PolicyError(
+            address, f"its server sends it as `{coding}` without being asked, so its bytes are not those of the file"
+        )
     if not _LENGTH.fullmatch(size):
         rule = "its server does not say how long it is, so nothing tells a whole file from a part of it; serve it with Content-Length"
         raise PolicyError(address, rule)

@@ -1,8 +1,8 @@
 """
 `pvc://claim/path`: models on another volume that is mounted into this pod too.
 
-KServe names volumes by their claim. Where a claim is mounted only the pod's specification says, so it has to be told here:
-by the option `claims`, or by `KSERVE_PVC_CLAIMS=claim=/mnt/one,other=/mnt/two`.
+KServe names volumes by their claim. Where a claim is mounted only the pod's specification says, so it has to be told
+here: by the option `claims`, or by `KSERVE_PVC_CLAIMS=claim=/mnt/one,other=/mnt/two`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import RangeReader, RemoteFile, Resolved, resolved
+from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, order_listing
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends.file import FileBackend
 from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
 
@@ -47,14 +47,16 @@ class PvcBackend:
         claim, _, path = ref.location.partition("/")
         if claim not in self._claims:
             known = ", ".join(f"`{name}`" for name in sorted(self._claims)) or "none"
-            raise InvalidURIError(ref.uri, f"the claim `{claim}` is not mounted here; known are {known}; name others in `{CLAIMS}`")
+            raise InvalidURIError(
+                ref.uri, f"the claim `{claim}` is not mounted here; known are {known}; name others in `{CLAIMS}`"
+            )
         root = Path(os.path.realpath(self._claims[claim]))
         # An alias such as `latest` is the claim's own business, as long as it stays inside.
         place = Path(os.path.realpath(root / path.lstrip("/")))
         if ".." in path.split("/") or not place.is_relative_to(root):
             raise UnsafePathError(ref.location, "it leads out of the claim")
         found = self._files.resolve(attrs.evolve(ref, uri=f"file://{place}"))
-        return resolved(ref, found.files, version=found.version)
+        return order_listing(ref, found.files, version=found.version)
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[RangeReader]:

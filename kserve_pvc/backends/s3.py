@@ -22,13 +22,22 @@ from urllib.parse import quote, unquote_plus
 
 import attrs
 
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef, redact
-from kserve_pvc._source import RemoteFile, Resolved, resolved
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
+from kserve_pvc._source.ref import ModelRef, redact
 from kserve_pvc.backends._crc32c import make_checksum
-from kserve_pvc.backends._direct import Reader, RefusedError, ask_patiently, from_base64, read_refusal, retry_after, unavailable
-from kserve_pvc.backends._http import HTTPClient, HTTPError, Target, target_of
-from kserve_pvc.backends._sigv4 import Credentials, encode_query, sign
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._login.sigv4 import Credentials, encode_query, sign
+from kserve_pvc.backends._ranges import (
+    Reader,
+    RefusedError,
+    ask_patiently,
+    from_base64,
+    read_refusal,
+    retry_after,
+    unavailable,
+)
 from kserve_pvc.backends._xml import is_size, parse_xml
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -40,7 +49,16 @@ from kserve_pvc.errors import (
     StoreError,
 )
 
-DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403", "AccountProblem"}
+DENIED = {
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "401",
+    "403",
+    "AccountProblem",
+}
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
 _BUSY = {"SlowDown", "TooManyRequests", "RequestLimitExceeded", "Throttling", "429", "503", "ServiceUnavailable"}
@@ -53,8 +71,24 @@ _PLAIN_BUCKET = re.compile(r"(?!.*--)[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 # A bucket that can be part of a host's name, and a host that can have none in front.
 _HOST_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _ADDRESS = re.compile(r"[0-9.]+|.*:.*")
-_PLAIN_OPTIONS = {"key", "secret", "token", "anon", "endpoint_url", "client_kwargs", "config_kwargs", "use_listings_cache"}
-_PLAIN_CLIENT = {"endpoint_url", "region_name", "verify", "aws_access_key_id", "aws_secret_access_key", "aws_session_token"}
+_PLAIN_OPTIONS = {
+    "key",
+    "secret",
+    "token",
+    "anon",
+    "endpoint_url",
+    "client_kwargs",
+    "config_kwargs",
+    "use_listings_cache",
+}
+_PLAIN_CLIENT = {
+    "endpoint_url",
+    "region_name",
+    "verify",
+    "aws_access_key_id",
+    "aws_secret_access_key",
+    "aws_session_token",
+}
 # Any of these in the environment changes what botocore or fsspec would do in ways that only they know.
 _SDK_VARIABLES = (
     "AWS_PROFILE",
@@ -77,7 +111,9 @@ class Access(Protocol):
     def pages(self, bucket: str, prefix: str) -> Iterator[list[tuple[str, int, str]]]:
         """Key, size and ETag of all objects below a prefix, page by page. Raises `RefusedError`."""
 
-    def request(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> tuple[Target, Mapping[str, str]]:
+    def request(
+        self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool
+    ) -> tuple[Target, Mapping[str, str]]:
         """The address and headers of a GET. Raises `RefusedError`."""
 
 
@@ -115,7 +151,7 @@ class S3Backend:
         return self._sdk
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        return resolved(ref, chain.from_iterable(self.pages(ref)))
+        return order_listing(ref, chain.from_iterable(self.pages(ref)))
 
     def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
         bucket, _, key = ref.location.partition("/")
@@ -127,7 +163,9 @@ class S3Backend:
                 yield [single]
                 return
             if ref.revision is not None:
-                raise SourceNotFoundError(str(ref), "there is no such version; the revision of an S3 URI is the VersionId of one object")
+                raise SourceNotFoundError(
+                    str(ref), "there is no such version; the revision of an S3 URI is the VersionId of one object"
+                )
             yield from self._below(access, ref, bucket, key.rstrip("/") + "/" if key.strip("/") else "")
 
     def _single(self, access: Access, ref: ModelRef, bucket: str, key: str) -> RemoteFile | None:
@@ -160,7 +198,9 @@ class S3Backend:
         pin = {"VersionId": version} if version else {"If-Match": etag}
         digest = _MD5.fullmatch(etag) if self._etag_is_md5 and size <= _MAX_MD5_BYTES else None
         entry = FileEntry(path=name, size_bytes=size, token=version or etag.strip('"'))
-        return RemoteFile(entry=entry, address=f"{bucket}/{key}", pin=pin, digest=f"md5:{digest[1]}" if digest else None)
+        return RemoteFile(
+            entry=entry, address=f"{bucket}/{key}", pin=pin, digest=f"md5:{digest[1]}" if digest else None
+        )
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Reader:
         return Reader(self._client, self, file, f"s3://{file.address}", start, stop)
@@ -197,8 +237,8 @@ class S3Backend:
         """
         Ask for a checksum of a whole object that the service vouches for, as `name:hex`.
 
-        That is its SHA-256, CRC32 or CRC32C if it was uploaded with one, else its ETag where that is an MD5: not after a
-        multipart upload, and not where S3 encrypts with keys of its own service or of the customer.
+        That is its SHA-256, CRC32 or CRC32C if it was uploaded with one, else its ETag where that is an MD5: not after
+        a multipart upload, and not where S3 encrypts with keys of its own service or of the customer.
         """
         bucket, _, key = file.address.partition("/")
         gone = SourceChangedError(f"s3://{file.address}", str(file.entry.path))
@@ -213,7 +253,9 @@ class S3Backend:
             for name in ("sha256", "crc32", "crc32c") if make_checksum("crc32c") else ("sha256", "crc32"):
                 if (digest := from_base64(head.get(f"x-amz-checksum-{name}", ""))) is not None:
                     return f"{name}:{digest}"
-        is_plain = head.get("x-amz-server-side-encryption", "AES256") == "AES256" and not any("customer" in name for name in head)
+        is_plain = head.get("x-amz-server-side-encryption", "AES256") == "AES256" and not any(
+            "customer" in name for name in head
+        )
         return file.digest if is_plain else None
 
 
@@ -258,7 +300,9 @@ class _PlainAccess:
             tokens.add(token)
             query = {**query, "continuation-token": token}
 
-    def request(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> tuple[Target, Mapping[str, str]]:
+    def request(
+        self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool
+    ) -> tuple[Target, Mapping[str, str]]:
         del renewed  # These credentials are all there are.
         query = {"versionId": pin["VersionId"]} if "VersionId" in pin else {}
         return self._signed("GET", bucket, key, query, {} if query else {"if-match": pin["If-Match"]})
@@ -269,7 +313,12 @@ class _PlainAccess:
         region = self._regions.get(bucket, self.region)
         path = f"/{quote(key, safe='/~')}"
         scheme, host, port, base = self.endpoint or Target("https", f"s3.{region}.amazonaws.com", 443, "")
-        if self.is_virtual and _HOST_BUCKET.fullmatch(bucket) and ("." not in bucket or scheme == "http") and not _ADDRESS.fullmatch(host):
+        if (
+            self.is_virtual
+            and _HOST_BUCKET.fullmatch(bucket)
+            and ("." not in bucket or scheme == "http")
+            and not _ADDRESS.fullmatch(host)
+        ):
             host = f"{bucket}.{host}"
         else:
             path = f"/{bucket}{path if key else ''}"
@@ -294,7 +343,12 @@ class _PlainAccess:
                 return answer.headers, answer.read(_MAX_PAGE_BYTES, time.monotonic() + 2 * self.client.answer_seconds)
             refusal = _refusal(answer.status, answer.headers, read_refusal(answer))
         region = answer.header("x-amz-bucket-region")
-        if region and bucket not in self._regions and region != self.region and re.fullmatch(r"[a-z0-9-]{1,40}", region):
+        if (
+            region
+            and bucket not in self._regions
+            and region != self.region
+            and re.fullmatch(r"[a-z0-9-]{1,40}", region)
+        ):
             self._regions[bucket] = region  # Said by S3 itself, at whatever status; asked there once.
             return self._ask_once(method, bucket, key, query, headers)
         raise refusal
@@ -304,13 +358,24 @@ def _plain_access(options: Mapping[str, Any], environ: Mapping[str, str], client
     """Decide whether what is configured is simple enough to be asked without an SDK."""
     arguments, config = options.get("client_kwargs", {}), options.get("config_kwargs", {})
     addressing = config.get("s3", {}).get("addressing_style", "auto")
-    known = (options, _PLAIN_OPTIONS), (arguments, _PLAIN_CLIENT), (config, {"s3"}), (config.get("s3", {}), {"addressing_style"})
+    known = (
+        (options, _PLAIN_OPTIONS),
+        (arguments, _PLAIN_CLIENT),
+        (config, {"s3"}),
+        (config.get("s3", {}), {"addressing_style"}),
+    )
     if any(set(given) - plain for given, plain in known):
         return None
-    if any(environ.get(name) for name in _SDK_VARIABLES) or any(name.startswith("FSSPEC_") for name in environ) or _has_files(environ):
+    if (
+        any(environ.get(name) for name in _SDK_VARIABLES)
+        or any(name.startswith("FSSPEC_") for name in environ)
+        or _has_files(environ)
+    ):
         return None
     names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-    key, secret, token = (options.get(short) or arguments.get(name) for short, name in zip(("key", "secret", "token"), names, strict=True))
+    key, secret, token = (
+        options.get(short) or arguments.get(name) for short, name in zip(("key", "secret", "token"), names, strict=True)
+    )
     if not key and not secret:
         key, secret, token = (environ.get(name.upper()) for name in names)
     if not options.get("anon") and not (key and secret):
@@ -318,7 +383,9 @@ def _plain_access(options: Mapping[str, Any], environ: Mapping[str, str], client
     url = options.get("endpoint_url") or arguments.get("endpoint_url")
     if not url and environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
         url = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
-    region = arguments.get("region_name") or environ.get("AWS_DEFAULT_REGION") or environ.get("AWS_REGION") or "us-east-1"
+    region = (
+        arguments.get("region_name") or environ.get("AWS_DEFAULT_REGION") or environ.get("AWS_REGION") or "us-east-1"
+    )
     if not url and region.startswith(_OTHER_PARTITIONS):
         return None
     try:
@@ -333,7 +400,10 @@ def _plain_access(options: Mapping[str, Any], environ: Mapping[str, str], client
 
 def _has_files(environ: Mapping[str, str]) -> bool:
     """Whether AWS's files are there, which may say anything about endpoints, regions and proxies."""
-    places = environ.get("AWS_CONFIG_FILE") or "~/.aws/config", environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
+    places = (
+        environ.get("AWS_CONFIG_FILE") or "~/.aws/config",
+        environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials",
+    )
     # Not `Path.expanduser`, which fails for a home that nobody has.
     return any(Path(os.path.expanduser(place)).exists() for place in places)  # noqa: PTH111
 

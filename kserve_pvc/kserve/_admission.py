@@ -1,8 +1,8 @@
 """
 The decision about one AdmissionReview, as a function: what Kubernetes asks goes in, what it is answered comes out.
 
-The namespace is that of the request, which the API server vouches for; what the pod says of itself counts for nothing. Nothing
-is stored or asked elsewhere, so a dry run needs no exception.
+The namespace is that of the request, which the API server vouches for; what the pod says of itself counts for nothing.
+Nothing is stored or asked elsewhere, so a dry run needs no exception.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import attrs
 
 from kserve_pvc.errors import StoreError, printable
-from kserve_pvc.kserve._objects import Manifest
+from kserve_pvc.kserve._manifest_tools import Manifest
 from kserve_pvc.kserve._pods import Admitted, admit
 from kserve_pvc.kserve._policy import Policy
 
@@ -58,7 +58,8 @@ def read_review(body: bytes) -> Manifest:
     Read an AdmissionReview and believe nothing of it but that it is one.
 
     Raises:
-        BadReviewError: It is no JSON, nests too deeply, holds too much, has a field twice, is of another kind or version, or lacks a part.
+        BadReviewError: It is no JSON, nests too deeply, holds too much, has a field twice, is of another kind or
+            version, or lacks a part.
     """
     if sum(map(body.count, (b"[", b"{", b","))) > MAX_VALUES:
         raise BadReviewError(f"the body holds more than {MAX_VALUES} values")
@@ -66,7 +67,11 @@ def read_review(body: bytes) -> Manifest:
         review = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BadReviewError(f"the body is no JSON that can be read ({type(error).__name__})") from None
-    if not isinstance(review, dict) or review.get("kind") != "AdmissionReview" or review.get("apiVersion") not in _VERSIONS:
+    if (
+        not isinstance(review, dict)
+        or review.get("kind") != "AdmissionReview"
+        or review.get("apiVersion") not in _VERSIONS
+    ):
         raise BadReviewError(f"send an AdmissionReview of {' or '.join(_VERSIONS)}")
     if not _is_shallow(review):
         raise BadReviewError(f"the body nests deeper than {MAX_DEPTH}")
@@ -91,7 +96,9 @@ def decide(review: Manifest, policy: Policy) -> Decision:
         admitted = admit(request.get("object"), policy, namespace=namespace)
     except StoreError as error:
         return _denied(review, 403 if isinstance(error, PermissionError) else 400, str(error))
-    operations = [operation for operation in patch(request["object"], admitted.pod) if operation["path"].startswith(place)]
+    operations = [
+        operation for operation in patch(request["object"], admitted.pod) if operation["path"].startswith(place)
+    ]
     return _decision(review, "mutated" if operations else "unchanged", admitted=admitted, operations=operations)
 
 
@@ -139,7 +146,9 @@ def _decision(
 def _denied(review: Manifest, code: int, reason: str) -> Decision:
     reason = _shortened(reason, _MAX_REASON)
     status = {"code": code, "reason": "Forbidden" if code == 403 else "BadRequest", "message": f"kserve-pvc: {reason}"}
-    return _answer(review, {"uid": review["request"]["uid"], "allowed": False, "status": status}, "denied", {"reason": reason})
+    return _answer(
+        review, {"uid": review["request"]["uid"], "allowed": False, "status": status}, "denied", {"reason": reason}
+    )
 
 
 def _answer(review: Manifest, response: Manifest, outcome: str, facts: dict[str, Any]) -> Decision:
@@ -177,15 +186,21 @@ def _shortened(text: str, length: int = _MAX_WARNING) -> str:
 
 def _place(request: Manifest) -> str | None:
     """
-    What of a pod may be changed: all of one that is created, and the containers that are added to one for debugging, which
-    could mount its volumes anew; nothing of whatever else is asked about.
+    What of a pod may be changed: all of one that is created, and the containers that are added to one for debugging,
+    which could mount its volumes anew; nothing of whatever else is asked about.
     """
     kind = request.get("kind")
-    if not isinstance(kind, dict) or (kind.get("group") or "", kind.get("version"), kind.get("kind")) != ("", "v1", "Pod"):
+    if not isinstance(kind, dict) or (kind.get("group") or "", kind.get("version"), kind.get("kind")) != (
+        "",
+        "v1",
+        "Pod",
+    ):
         return None
     places = {("CREATE", ""): "", ("UPDATE", "ephemeralcontainers"): "/spec/ephemeralContainers"}
     operation, sub_resource = request.get("operation"), request.get("subResource") or ""
-    return places.get((operation, sub_resource)) if isinstance(operation, str) and isinstance(sub_resource, str) else None
+    return (
+        places.get((operation, sub_resource)) if isinstance(operation, str) and isinstance(sub_resource, str) else None
+    )
 
 
 def _is_shallow(document: object) -> bool:

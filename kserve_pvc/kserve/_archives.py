@@ -1,7 +1,8 @@
 """
 Archives where KServe unpacks them: a model that is one `.tar`, `.tar.gz`, `.tgz`, `.tar.xz` or `.zip` is what it holds.
 
-The store itself unpacks what it fetches over HTTP and keeps archives of other sources as they are. This is for those others.
+The store itself unpacks what it fetches over HTTP and keeps archives of other sources as they are. This is for those
+others.
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc._ref import ModelRef
-from kserve_pvc._source import Backend, BackendFactory, RemoteFile, Resolved, UnpackLimits
+from kserve_pvc._source.contract import (
+    ABILITIES,
+    Backend,
+    BackendFactory,
+    RemoteFile,
+    Resolved,
+    SupportsPages,
+    UnpackLimits,
+)
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends import make_backend
 from kserve_pvc.errors import PolicyError
 
@@ -39,7 +48,7 @@ def unpacking() -> Mapping[str, BackendFactory]:
 
 def _make(scheme: str, options: Mapping[str, Any]) -> Backend:
     backend = make_backend(scheme, {}, options)
-    made: Backend = _Listing(backend) if hasattr(backend, "pages") else _Whole(backend)
+    made: Backend = _Listing(backend, backend) if isinstance(backend, SupportsPages) else _Whole(backend)
     return made
 
 
@@ -50,9 +59,9 @@ class _Whole:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+        for name in ABILITIES:
+            if name != "pages" and hasattr(backend, name):
+                setattr(self, name, getattr(backend, name))
 
     def resolve(self, ref: ModelRef) -> Resolved:
         found = self._backend.resolve(attrs.evolve(ref, allow_patterns=None, ignore_patterns=()))
@@ -70,8 +79,12 @@ class _Listing(_Whole):
     The same, page by page.
     """
 
+    def __init__(self, backend: Backend, lister: SupportsPages) -> None:
+        super().__init__(backend)
+        self._lister = lister
+
     def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
-        pages = self._backend.pages(ref)  # type: ignore[attr-defined]
+        pages = self._lister.pages(ref)
         first: list[RemoteFile] = []
         for page in pages:
             first += page

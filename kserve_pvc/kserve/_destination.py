@@ -1,9 +1,10 @@
 """
-A directory that a model server reads and that belongs to one model: an `emptyDir`, or the directory that a Job is given.
+A directory that a model server reads and that belongs to one model: an `emptyDir`, or the directory that a Job is
+given.
 
-It may be a mount point, which has no siblings and cannot be renamed. So files are prepared in one directory of ours inside of
-it and renamed into place one by one. The record goes last: with it everything is there, without it nothing is believed.
-What is removed is only what an earlier record or plan of ours names; strangers stay.
+It may be a mount point, which has no siblings and cannot be renamed. So files are prepared in one directory of ours
+inside of it and renamed into place one by one. The record goes last: with it everything is there, without it nothing is
+believed. What is removed is only what an earlier record or plan of ours names; strangers stay.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from typing import Any, Literal, TypeVar
 import attrs
 from attrs.validators import instance_of
 
-from kserve_pvc import _layout as layout
-from kserve_pvc._buffers import make_buffer
-from kserve_pvc._claims import is_claimed, newest_epoch, start_heart, take_claim
-from kserve_pvc._codec import build, decode, encode, text
-from kserve_pvc._names import check_collisions, check_name
-from kserve_pvc._record import MAX_MANIFEST_BYTES, FileEntry, Holder
-from kserve_pvc._volume import VolumeWriter, allocate, copy_range, delete_tree, mount_of
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import build, decode, encode, text
+from kserve_pvc._format.file_names import check_collisions, check_name
+from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder
+from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heart, take_claim
+from kserve_pvc._volume.buffers import make_buffer
+from kserve_pvc._volume.calls import allocate, copy_range, delete_tree
+from kserve_pvc._volume.mount import mount_of
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
+from kserve_pvc.locks.external import ExternalLock
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import LeaseLostError
-from kserve_pvc.locks.outside import OutsideLock
 
 OURS = PurePosixPath(".kserve-pvc-initialize")
 WORK = OURS / "work"
@@ -48,7 +51,16 @@ _T = TypeVar("_T")
 
 # What a volume answers that cannot do it, or not between these two places.
 _CANNOT = {
-    *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL),
+    *(
+        errno.EXDEV,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EMLINK,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+        errno.ENOSYS,
+        errno.EINVAL,
+    ),
     *(errno.ENOTTY, errno.EBADF, errno.ETXTBSY),
 }
 
@@ -120,7 +132,7 @@ class Destination(VolumeWriter):
     def __init__(self, place: str | os.PathLike[str]) -> None:
         _make(Path(place))
         super().__init__(place)
-        self._file_mode = 0o644 | (self._directory_mode & 0o020)
+        self.file_mode = 0o644 | (self._directory_mode & 0o020)
 
     def record(self) -> Contents | None:
         """
@@ -134,7 +146,7 @@ class Destination(VolumeWriter):
 
     def _is_there(self, file: FileEntry) -> bool:
         try:
-            with self._parent(file.path) as parent:
+            with self.open_parent(file.path) as parent:
                 found = os.stat(file.path.name, dir_fd=parent, follow_symlinks=False)
         except (OSError, UnsafePathError):
             return False
@@ -164,13 +176,14 @@ class Destination(VolumeWriter):
             LockTimeoutError: Another process that lives is writing here.
         """
         with ExitStack() as stack:
-            # Between nodes the kernel's lock may be granted to all, or stay with a node that is gone: signs of life decide alone.
+            # Between nodes the kernel's lock may be granted to all, or stay with a node that is gone: signs of life
+            # decide alone.
             is_alone = not mount_of(self.root).is_network and self._grabbed(stack, lease_seconds)
             yield _nothing if is_alone else stack.enter_context(self._claimed(holder, lease_seconds))
 
     def _grabbed(self, stack: ExitStack, patience: float) -> bool:
         """Whether the kernel's lock is held, which ends with its holder. False if there is none to be had, or no answer in time."""
-        lock = OutsideLock(partial(grab_file, partial(self.open_shared, _LOCK)))
+        lock = ExternalLock(partial(grab_file, partial(self.open_shared, _LOCK)))
         stack.callback(lock.release)
         answer = lock.try_acquire(patience, unanswered=None)
         if answer is False:
@@ -181,7 +194,7 @@ class Destination(VolumeWriter):
     def _claimed(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:
         self.make_directory(OURS)
         claims = VolumeWriter(self.absolute(OURS))
-        if (other := is_claimed(claims, _KEY, lease_seconds=lease_seconds)) is not None:
+        if (other := find_live_downloader(claims, _KEY, lease_seconds=lease_seconds)) is not None:
             raise self._taken(other)
         epoch = newest_epoch(claims, _KEY) + 1
         if take_claim(claims, _KEY, epoch, uri="file://", holder=holder) is None:
@@ -209,7 +222,8 @@ class Destination(VolumeWriter):
 
     def fill(self, contents: Contents, bring: Callable[[FileEntry], None], check: Callable[[], None]) -> None:
         """
-        Put these files here and remove others of ours. Whatever happens meanwhile, doing it again comes to the same end.
+        Put these files here and remove others of ours. Whatever happens meanwhile, doing it again comes to the same
+        end.
 
         Args:
             bring: Puts one file into its place.
@@ -224,7 +238,7 @@ class Destination(VolumeWriter):
         for file in contents.files:
             check()
             bring(file)
-        with self._translated("syncing", PurePosixPath()):
+        with self.translated("syncing", PurePosixPath()):
             self._sync_directories(wanted)
         check()
         self._put(_RECORD, encode(contents))
@@ -239,20 +253,22 @@ class Destination(VolumeWriter):
     def _known(self) -> set[PurePosixPath]:
         """Every file that an earlier call has put here, or may have."""
         record, plan = self._read(Contents, _RECORD), self._read(_Plan, _PLAN)
-        return {file.path for file in (record.files if record else ())} | {PurePosixPath(path) for path in (plan.paths if plan else ())}
+        return {file.path for file in (record.files if record else ())} | {
+            PurePosixPath(path) for path in (plan.paths if plan else ())
+        }
 
     def _plan(self, paths: Iterable[PurePosixPath]) -> None:
         # First what may be here from now on, then that the old record holds no longer.
         self._put(_PLAN, encode(_Plan(paths=tuple(map(str, sorted(paths))))))
         self.drop(_RECORD)
-        with self._translated("syncing", OURS):
+        with self.translated("syncing", OURS):
             self._sync_directory(OURS)
 
     def _put(self, place: PurePosixPath, data: bytes) -> None:
         self.drop(_NEXT)
         self.write_private(_NEXT, data)
         self._rename(_NEXT, place)
-        with self._translated("syncing", place):
+        with self.translated("syncing", place):
             self._sync_directory(place.parent)
 
     def drop(self, place: PurePosixPath) -> None:
@@ -261,16 +277,16 @@ class Destination(VolumeWriter):
         """
         if place.parts[0] != OURS.name or len(place.parts) < 2:
             raise UnsafePathError(str(place), "only what the initializer has made is deleted")
-        with self._translated("deleting", place), suppress(FileNotFoundError), self._parent(place) as parent:
+        with self.translated("deleting", place), suppress(FileNotFoundError), self.open_parent(place) as parent:
             delete_tree(parent, place.name)
 
     def _remove(self, path: PurePosixPath) -> None:
         """Remove a file that an earlier call has put here, and the directories that become empty."""
-        with self._translated("removing", path), suppress(FileNotFoundError, UnsafePathError):
-            with self._parent(path) as parent, suppress(IsADirectoryError):
+        with self.translated("removing", path), suppress(FileNotFoundError, UnsafePathError):
+            with self.open_parent(path) as parent, suppress(IsADirectoryError):
                 os.unlink(path.name, dir_fd=parent)
             for above in path.parents[:-1]:
-                with self._parent(above) as parent:
+                with self.open_parent(above) as parent:
                     try:
                         os.rmdir(above.name, dir_fd=parent)
                     except OSError:
@@ -285,7 +301,7 @@ class Destination(VolumeWriter):
         """
         try:
             with self.open_file(source) as fd:
-                self._set_open_mode(fd, self._file_mode)
+                self.set_open_mode(fd, self.file_mode)
         except FileNotFoundError:
             return self._is_moved(file)
         self._rename(source, file.path)
@@ -307,7 +323,7 @@ class Destination(VolumeWriter):
         """
         self.drop(_NEXT)
         for way in ways:
-            with self._translated(f"making a {way} of `{source}`", file.path):
+            with self.translated(f"making a {way} of `{source}`", file.path):
                 if self._take(source, file, way):
                     self._rename(_NEXT, file.path)
                     return way
@@ -326,7 +342,7 @@ class Destination(VolumeWriter):
 
     def _made(self, make: Callable[[int], None]) -> bool:
         try:
-            with self._parent(_NEXT) as parent:
+            with self.open_parent(_NEXT) as parent:
                 make(parent)
         except OSError as error:
             if error.errno not in _CANNOT:
@@ -354,10 +370,10 @@ class Destination(VolumeWriter):
         return True
 
     def _rename(self, source: PurePosixPath, path: PurePosixPath) -> None:
-        with self._translated("renaming", path):
-            fd = self._ensure_directory(path.parent)
+        with self.translated("renaming", path):
+            fd = self.ensure_directory(path.parent)
             try:
-                with self._parent(source) as parent:
+                with self.open_parent(source) as parent:
                     _rename_into(parent, source.name, fd, path)
             finally:
                 os.close(fd)
@@ -382,7 +398,9 @@ def _rename_into(source: int, name: str, target: int, path: PurePosixPath) -> No
         try:
             os.rmdir(path.name, dir_fd=target)
         except OSError as error:
-            raise UnsafePathError(str(path), "a directory with files of others stands where it belongs; empty it") from error
+            raise UnsafePathError(
+                str(path), "a directory with files of others stands where it belongs; empty it"
+            ) from error
         os.rename(name, path.name, src_dir_fd=source, dst_dir_fd=target)
 
 

@@ -1,7 +1,8 @@
 """
 The storage initializer: puts models where KServe says, from a store that its pods share if there is one.
 
-It takes what KServe gives its own initializer, pairs of a source and a directory, and is told everything else by its environment.
+It takes what KServe gives its own initializer, pairs of a source and a directory, and is told everything else by its
+environment.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from typing import NoReturn
 
 import attrs
 
-from kserve_pvc import _layout as layout
-from kserve_pvc._aliases import settle_view
-from kserve_pvc._profile import NETWORK_LEASE_SECONDS
-from kserve_pvc._record import FileEntry
-from kserve_pvc._ref import ModelRef, parse_ref, redact
+from kserve_pvc._format import layout
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._keys.aliases import settle_view
+from kserve_pvc._model import Model
 from kserve_pvc._settings import pod_and_node
-from kserve_pvc._store import Model, ModelStore
-from kserve_pvc._volume import VolumeWriter
+from kserve_pvc._source.ref import ModelRef, parse_ref, redact
+from kserve_pvc._store import ModelStore
+from kserve_pvc._volume.profile import NETWORK_LEASE_SECONDS
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     DigestMismatchError,
     InvalidURIError,
@@ -44,7 +46,7 @@ from kserve_pvc.errors import (
 )
 from kserve_pvc.kserve._archives import is_archive, unpacking
 from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source
-from kserve_pvc.kserve._variables import Variables, read_variables, trust_bundle
+from kserve_pvc.kserve._environment import Variables, read_variables, trust_bundle
 from kserve_pvc.locks.liveness import here
 
 _USAGE = "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]"
@@ -117,7 +119,9 @@ def fill_all(pairs: Sequence[tuple[str, str]], variables: Variables) -> None:
         StoreError: One could not be put there. Those before it are.
     """
     if variables.digest is not None and len(pairs) != 1:
-        raise SettingsError("VERIFICATION_DIGEST", variables.digest, "it is for one source; name the digests of several by `#sha256=`")
+        raise SettingsError(
+            "VERIFICATION_DIGEST", variables.digest, "it is for one source; name the digests of several by `#sha256=`"
+        )
     by_place: dict[str, list[Wanted]] = {}
     for source, place in pairs:
         if not place or ".." in place.split("/") or "\0" in place:
@@ -169,7 +173,9 @@ def read_source(source: str, variables: Variables) -> Wanted:
     if ".." in source.split("://", 1)[-1].split("/"):
         raise InvalidURIError(redact(source), "its path may not climb with `..`")
     if _GIT.fullmatch(source):
-        raise InvalidURIError(redact(source), "git repositories are not fetched; put the files into a bucket, or on Hugging Face")
+        raise InvalidURIError(
+            redact(source), "git repositories are not fetched; put the files into a bucket, or on Hugging Face"
+        )
     if (scheme := source.partition("://")[0]) in _ELSEWHERE:
         raise UnknownSchemeError(scheme, _ELSEWHERE[scheme])
     if source and "://" not in source and Path(source).exists():
@@ -179,7 +185,7 @@ def read_source(source: str, variables: Variables) -> Wanted:
 
 
 def _fill(place: Path, wanted: Sequence[Wanted], variables: Variables) -> None:
-    if _are_there(place, wanted):
+    if _is_own_source(place, wanted):
         _log("INFO", f"{printable(place)} is the source itself, so nothing is copied")
         return
     store = find_store(place, variables)
@@ -194,14 +200,16 @@ def _fill(place: Path, wanted: Sequence[Wanted], variables: Variables) -> None:
         _point_to(store, inside, wanted, models)
 
 
-def _are_there(place: Path, wanted: Sequence[Wanted]) -> bool:
+def _is_own_source(place: Path, wanted: Sequence[Wanted]) -> bool:
     """Whether a local source is its own destination."""
     here = Path(os.path.realpath(place))
     for one in wanted:
         source = Path(os.path.realpath(one.ref.location))
         if one.ref.scheme == "file" and source != here and here.is_relative_to(source):
             raise SettingsError("DEST", str(place), f"it lies inside of its source `{one.shown}`")
-    return len(wanted) == 1 and wanted[0].ref.scheme == "file" and Path(os.path.realpath(wanted[0].ref.location)) == here
+    return (
+        len(wanted) == 1 and wanted[0].ref.scheme == "file" and Path(os.path.realpath(wanted[0].ref.location)) == here
+    )
 
 
 def find_store(place: Path, variables: Variables) -> Path | None:
@@ -239,7 +247,11 @@ def _ensure(store: ModelStore, one: Wanted, variables: Variables) -> Model:
     try:
         return ensure(uri, allow_patterns=ref.allow_patterns, ignore_patterns=ref.ignore_patterns or None)
     except SourceNotFoundError:
-        if not (one.is_filtered and ref.scheme == "s3" and one.is_one_object(file.entry.path for file in store.resolve(uri).files)):
+        if not (
+            one.is_filtered
+            and ref.scheme == "s3"
+            and one.is_one_object(file.entry.path for file in store.resolve(uri).files)
+        ):
             raise
     # As in KServe, patterns choose among files, and an object that is named itself is no choice.
     return ensure(uri)
@@ -324,7 +336,7 @@ def _download(destination: Destination, wanted: Sequence[Wanted], variables: Var
 def _begun(destination: Destination) -> set[str]:
     """The keys of what an earlier run began and did not end."""
     try:
-        return set(destination.names(WORK / layout.KEYS))
+        return set(destination.list_names(WORK / layout.KEYS))
     except StoreError:
         return set()
 
@@ -350,11 +362,15 @@ def _contents(
     for model in models:
         for file in model.record.files:
             files[file.path], origins[file.path] = file, model.path / file.path
-    sources = [Source(key=one.ref.key, uri=model.uri, version=model.version) for one, model in zip(wanted, models, strict=True)]
+    sources = [
+        Source(key=one.ref.key, uri=model.uri, version=model.version) for one, model in zip(wanted, models, strict=True)
+    ]
     return Contents(sources=sources, files=[files[path] for path in sorted(files)], is_linked=is_linked), origins
 
 
-def _move(destination: Destination, wanted: Sequence[Wanted], models: Sequence[Model], check: Callable[[], None]) -> None:
+def _move(
+    destination: Destination, wanted: Sequence[Wanted], models: Sequence[Model], check: Callable[[], None]
+) -> None:
     contents, origins = _contents(wanted, models)
 
     def bring(file: FileEntry) -> None:
@@ -374,7 +390,9 @@ def _copy_into(place: Path, wanted: Sequence[Wanted], models: Sequence[Model], v
     contents, origins = _contents(wanted, models, is_linked=variables.ways == ("symlink",))
     used: set[str] = set()
     with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
-        destination.fill(contents, lambda file: used.add(destination.take(origins[file.path], file, variables.ways)), check)
+        destination.fill(
+            contents, lambda file: used.add(destination.take(origins[file.path], file, variables.ways)), check
+        )
         destination.tidy()
     _log("INFO", f"{printable(place)} holds it by {' and '.join(sorted(used))}")
 
@@ -400,7 +418,7 @@ def _point_to(store: Path, inside: PurePosixPath, wanted: Sequence[Wanted], mode
             _check_name(inside, wanted)
             # To the generation: what a server sees through a mount of the whole store changes only with another start.
             target = os.path.relpath(layout.generation_dir(model.key, model.path.name), inside.parent)
-            if writer.link_target(inside) != target and not writer.point(inside, target):
+            if writer.link_target(inside) != target and not writer.repoint(inside, target):
                 raise _not_named(writer, inside)
 
 
@@ -411,7 +429,11 @@ def _not_named(writer: VolumeWriter, place: PurePosixPath) -> VolumeError:
 
 def _check_name(inside: PurePosixPath, wanted: Sequence[Wanted]) -> None:
     if len(wanted) != 1:
-        raise SettingsError("DEST", str(inside), f"it is one name in a store, for {len(wanted)} sources; give each a directory of its own")
+        raise SettingsError(
+            "DEST",
+            str(inside),
+            f"it is one name in a store, for {len(wanted)} sources; give each a directory of its own",
+        )
     if inside.parts[0] in (layout.META.name, layout.MODELS.name):
         raise SettingsError("DEST", str(inside), "it belongs to the store; name a directory beside `models`")
 

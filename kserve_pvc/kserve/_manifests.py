@@ -1,16 +1,16 @@
 """
 An InferenceService whose downloads go to a shared claim instead of an `emptyDir`.
 
-KServe adds the volume that it downloads into only if there is none of that name. So naming the volume is enough, and KServe
-does the rest, without a webhook of ours.
+KServe adds the volume that it downloads into only if there is none of that name. So naming the volume is enough, and
+KServe does the rest, without a webhook of ours.
 """
 
 from __future__ import annotations
 
 from kserve_pvc._settings import READONLY_ANNOTATION
 from kserve_pvc.errors import SettingsError
-from kserve_pvc.kserve import _objects as objects
-from kserve_pvc.kserve._objects import MODEL_VOLUME, Manifest
+from kserve_pvc.kserve import _manifest_tools as objects
+from kserve_pvc.kserve._manifest_tools import MODEL_VOLUME, Manifest
 from kserve_pvc.kserve._pods import mutate_pod
 from kserve_pvc.kserve._policy import check_claim, check_sub_path
 
@@ -20,11 +20,24 @@ KIND = "InferenceService"
 _API_GROUP = "serving.kserve.io/"
 
 # Predictors from before there was `model`; each is a container with a `storageUri` of its own.
-_FRAMEWORKS = ("sklearn", "xgboost", "tensorflow", "pytorch", "triton", "onnx", "huggingface", "pmml", "lightgbm", "paddle")
+_FRAMEWORKS = (
+    "sklearn",
+    "xgboost",
+    "tensorflow",
+    "pytorch",
+    "triton",
+    "onnx",
+    "huggingface",
+    "pmml",
+    "lightgbm",
+    "paddle",
+)
 _SOURCE_VARIABLE = "STORAGE_URI"
 
 
-def share_volume(inference_service: Manifest, *, claim: str, sub_path: str = "", read_only: bool | None = None) -> Manifest:
+def share_volume(
+    inference_service: Manifest, *, claim: str, sub_path: str = "", read_only: bool | None = None
+) -> Manifest:
     """
     Let an InferenceService download into a claim, which all of its replicas share.
 
@@ -36,8 +49,8 @@ def share_volume(inference_service: Manifest, *, claim: str, sub_path: str = "",
         claim: The PersistentVolumeClaim, in the namespace of the service.
         sub_path: The directory of the claim that the server sees as `/mnt/models`; empty for all of it.
             The storage initializer sees all of the claim, so this needs one that knows that it is given a store.
-        read_only: Whether the server may only read. None leaves it to the annotation `storage.kserve.io/readonly` of the
-            service, which KServe takes for read-write only if it is exactly `"false"`.
+        read_only: Whether the server may only read. None leaves it to the annotation `storage.kserve.io/readonly` of
+            the service, which KServe takes for read-write only if it is exactly `"false"`.
 
     Raises:
         SettingsError: A part is missing, of the wrong kind, or already says something else.
@@ -66,7 +79,9 @@ def obstacle(inference_service: Manifest) -> str | None:
     """
     service = objects.copied(inference_service, KIND)
     if not str(service.get("apiVersion", "")).startswith(_API_GROUP):
-        raise SettingsError("apiVersion", str(service.get("apiVersion", "")), f"give an InferenceService of `{_API_GROUP}v1beta1`")
+        raise SettingsError(
+            "apiVersion", str(service.get("apiVersion", "")), f"give an InferenceService of `{_API_GROUP}v1beta1`"
+        )
     predictor = objects.looked_up(objects.looked_up(service, "spec", ""), "predictor", "spec")
     if not predictor:
         raise SettingsError("spec.predictor", "", "an InferenceService has a predictor")
@@ -103,7 +118,9 @@ def _add_volume(predictor: Manifest, claim: str) -> None:
     if found != claim:
         what = f"claim {found}" if found else "no claim"
         raise SettingsError(
-            f"{place}.volumes[{MODEL_VOLUME}]", what, f"remove this volume, or share the claim that it names, not `{claim}`"
+            f"{place}.volumes[{MODEL_VOLUME}]",
+            what,
+            f"remove this volume, or share the claim that it names, not `{claim}`",
         )
 
 
@@ -115,7 +132,9 @@ def _add_mount(container: Manifest, place: str, sub_path: str, *, read_only: boo
     if sub_path and present.get("subPath") != sub_path:
         found = str(present.get("subPath") or "the whole claim")
         raise SettingsError(
-            f"{place}.volumeMounts[{MODEL_VOLUME}].subPath", found, f"remove this mount, or share its directory, not `{sub_path}`"
+            f"{place}.volumeMounts[{MODEL_VOLUME}].subPath",
+            found,
+            f"remove this mount, or share its directory, not `{sub_path}`",
         )
     if is_explicit and (present.get("readOnly") is True) is not read_only:
         present["readOnly"] = read_only
@@ -132,7 +151,11 @@ def _implementation(predictor: Manifest) -> tuple[str, Manifest] | None:
 def _serving(predictor: Manifest) -> list[tuple[str, Manifest]]:
     """The containers into which KServe mounts a model, each with its place."""
     listed = objects.entries(predictor, "containers", "spec.predictor")
-    found = [("spec.predictor.containers[]", one) for one in listed if one.get("name") in (objects.SERVING, objects.TRANSFORMER)]
+    found = [
+        ("spec.predictor.containers[]", one)
+        for one in listed
+        if one.get("name") in (objects.SERVING, objects.TRANSFORMER)
+    ]
     implementation = _implementation(predictor)
     if implementation is not None:
         return [implementation, *(one for one in found if one[1]["name"] == objects.TRANSFORMER)]
@@ -148,7 +171,11 @@ def _sources(predictor: Manifest) -> list[str]:
     implementation = _implementation(predictor)
     if implementation is not None:
         return [str(implementation[1]["storageUri"])] if implementation[1].get("storageUri") else []
-    variables = [one for _, container in _serving(predictor) for one in objects.entries(container, "env", "spec.predictor.containers[]")]
+    variables = [
+        one
+        for _, container in _serving(predictor)
+        for one in objects.entries(container, "env", "spec.predictor.containers[]")
+    ]
     return [str(one["value"]) for one in variables if one.get("name") == _SOURCE_VARIABLE and one.get("value")]
 
 

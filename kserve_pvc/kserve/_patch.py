@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from kserve_pvc.errors import SettingsError, StoreError
+from kserve_pvc.kserve._manifest_tools import Manifest
 from kserve_pvc.kserve._manifests import KIND, obstacle, share_volume
-from kserve_pvc.kserve._objects import Manifest
 from kserve_pvc.kserve._yaml import read_documents, write_documents
 
 _LIST = "ResourceList"
@@ -58,7 +58,10 @@ def patch(text: str | bytes, sharing: Sharing, *, name: str) -> Patched:
     remarks: list[str] = []
     if not any(_is_service(found) for document in documents for found in _flat(document)):
         raise SettingsError(name, "without an InferenceService", "give the manifest of one")
-    return Patched(text=write_documents(_patched(document, sharing.patch, remarks) for document in documents), remarks=tuple(remarks))
+    return Patched(
+        text=write_documents(_patched(document, sharing.patch, remarks) for document in documents),
+        remarks=tuple(remarks),
+    )
 
 
 def _patch_list(resources: Manifest, sharing: Sharing) -> Patched:
@@ -71,7 +74,10 @@ def _patch_list(resources: Manifest, sharing: Sharing) -> Patched:
         configured = _configured(resources.get("functionConfig") or {}, sharing)
         resources = {**resources, "items": [_patched(item, configured.patch, remarks) for item in items]}
     except StoreError as error:
-        failed = {**resources, "results": [*(resources.get("results") or ()), {"message": str(error), "severity": "error"}]}
+        failed = {
+            **resources,
+            "results": [*(resources.get("results") or ()), {"message": str(error), "severity": "error"}],
+        }
         return Patched(text=write_documents([failed]), remarks=tuple(remarks), error=error)
     return Patched(text=write_documents([resources]), remarks=tuple(remarks))
 
@@ -86,14 +92,18 @@ def _configured(config: object, sharing: Sharing) -> Sharing:
         raise SettingsError(f"functionConfig.{place}", type(fields).__name__, "it must be a mapping")
     for name in fields:
         if name not in ("claim", "subPath", "readOnly"):
-            raise SettingsError(f"functionConfig.{place}.{name}", str(fields[name]), "there are claim, subPath and readOnly")
+            raise SettingsError(
+                f"functionConfig.{place}.{name}", str(fields[name]), "there are claim, subPath and readOnly"
+            )
     read_only = fields.get("readOnly")
     if read_only not in (None, True, False, "true", "false"):
         raise SettingsError(f"functionConfig.{place}.readOnly", str(read_only), "write `true` or `false`")
     return Sharing(
         claim=sharing.claim or fields.get("claim"),
         sub_path=sharing.sub_path if sharing.sub_path is not None else fields.get("subPath"),
-        read_only=sharing.read_only if sharing.read_only is not None or read_only is None else read_only in (True, "true"),
+        read_only=sharing.read_only
+        if sharing.read_only is not None or read_only is None
+        else read_only in (True, "true"),
     )
 
 

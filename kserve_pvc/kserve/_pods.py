@@ -1,9 +1,9 @@
 """
-What happens to a pod: the shared claim takes the place of the `emptyDir` that KServe would make, and no more is granted than
-the policy does.
+What happens to a pod: the shared claim takes the place of the `emptyDir` that KServe would make, and no more is granted
+than the policy does.
 
-KServe decides by names: it leaves alone a volume or a mount whose name it would use itself. So this works before KServe's own
-webhook as well as after it, with the same outcome, and once more changes nothing.
+KServe decides by names: it leaves alone a volume or a mount whose name it would use itself. So this works before
+KServe's own webhook as well as after it, with the same outcome, and once more changes nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import attrs
 
 from kserve_pvc._settings import READONLY_ANNOTATION
 from kserve_pvc.errors import PolicyError, SettingsError, printable
-from kserve_pvc.kserve import _objects as objects
-from kserve_pvc.kserve._objects import MODEL_VOLUME, Manifest
+from kserve_pvc.kserve import _manifest_tools as objects
+from kserve_pvc.kserve._manifest_tools import MODEL_VOLUME, Manifest
 from kserve_pvc.kserve._policy import Policy, Rule, check_claim, check_sub_path
 
 # What the owner of a service may wish: the claim (empty: none, not even a default one), and the directory to be served.
@@ -54,12 +54,15 @@ class _Owner:
         rules = self.rules(claim)
         found = next((rule for rule in rules if rule.covers(sub_path)), None)
         if rules and found is None:
-            raise PolicyError(f"claim {claim}", f"`{sub_path or '/'}` is outside of {_directories(rules)}, which this pod may mount")
+            raise PolicyError(
+                f"claim {claim}", f"`{sub_path or '/'}` is outside of {_directories(rules)}, which this pod may mount"
+            )
         return found
 
     def refuse(self, claim: str) -> None:
         raise PolicyError(
-            f"claim {claim}", f"no rule lets service account `{self.service_account}` of namespace `{self.namespace}` mount it"
+            f"claim {claim}",
+            f"no rule lets service account `{self.service_account}` of namespace `{self.namespace}` mount it",
         )
 
 
@@ -78,7 +81,8 @@ def mutate_pod(pod: Manifest, policy: Policy, *, namespace: str | None = None) -
     """
     Give a pod the claim that it asks for and the policy grants, and take from it what the policy does not grant.
 
-    The pod that is given stays as it is. To do it again, before KServe's own mutation or after it, changes nothing more.
+    The pod that is given stays as it is. To do it again, before KServe's own mutation or after it, changes nothing
+    more.
 
     Args:
         pod: A pod as KServe's controller makes it, or as KServe's webhook leaves it.
@@ -203,7 +207,9 @@ def _claim_of(volume: Manifest) -> str | None:
         return None
     name = source.get("claimName")
     if not isinstance(name, str):
-        raise SettingsError("spec.volumes[].persistentVolumeClaim.claimName", str(name or ""), "name a PersistentVolumeClaim")
+        raise SettingsError(
+            "spec.volumes[].persistentVolumeClaim.claimName", str(name or ""), "name a PersistentVolumeClaim"
+        )
     return name
 
 
@@ -276,9 +282,14 @@ def _confine(spec: Manifest, owner: _Owner, notes: list[str]) -> None:
             _confine_container(kind, container, volume, claim, owner, notes)
 
 
-def _confine_container(kind: str, container: Manifest, volume: Manifest, claim: str, owner: _Owner, notes: list[str]) -> None:
+def _confine_container(
+    kind: str, container: Manifest, volume: Manifest, claim: str, owner: _Owner, notes: list[str]
+) -> None:
     name = container.get("name")
-    if any(device.get("name") == volume.get("name") for device in objects.entries(container, "volumeDevices", "spec.containers[]")):
+    if any(
+        device.get("name") == volume.get("name")
+        for device in objects.entries(container, "volumeDevices", "spec.containers[]")
+    ):
         raise PolicyError(f"claim {claim}", f"container `{name}` would have it as a block device, past its directories")
     is_initializer = kind == "initContainers" and name == objects.INITIALIZER
     # The mount that KServe adds for its initializer, maybe later, stays as it is where the volume itself is read-only.

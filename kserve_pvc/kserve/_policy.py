@@ -1,8 +1,9 @@
 """
 Who may use which claim, and how: the rules of whoever runs the cluster, over the wishes of whoever owns a pod.
 
-A pod's annotations are wishes. What a pod may do follows from where it runs, its namespace and service account, which its
-owner cannot choose freely. A claim that some rule of a namespace names is *governed* there: only who has a rule may mount it.
+A pod's annotations are wishes. What a pod may do follows from where it runs, its namespace and service account, which
+its owner cannot choose freely. A claim that some rule of a namespace names is *governed* there: only who has a rule may
+mount it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any, Literal, get_args
 
 import attrs
 
-from kserve_pvc._names import check_name
+from kserve_pvc._format.file_names import check_name
 from kserve_pvc.errors import PolicyError, SettingsError, UnsafePathError
 
-# read: nobody in the pod writes. download: KServe's storage initializer does. write: whoever asks by annotation does too.
+# read: nobody in the pod writes. download: KServe's storage initializer does. write: whoever asks by annotation does
+# too.
 Access = Literal["read", "download", "write"]
 
 ANY = "*"
@@ -114,7 +116,9 @@ def check_subdomain(value: object, name: str) -> str:
         SettingsError: It is something else.
     """
     if not isinstance(value, str) or len(value) > _MAX_SUBDOMAIN or _SUBDOMAIN.fullmatch(value) is None:
-        raise SettingsError(name, str(value), f"write lower-case letters, digits, `-` and `.`, {_MAX_SUBDOMAIN} characters at most")
+        raise SettingsError(
+            name, str(value), f"write lower-case letters, digits, `-` and `.`, {_MAX_SUBDOMAIN} characters at most"
+        )
     return value
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import attrs
 
 from kserve_pvc.kserve._destination import temporary_directory
+from kserve_pvc.kserve._environment import Variables, read_variables, trust_bundle
 from kserve_pvc.kserve._initialize import fill_all, from_store, read_source
-from kserve_pvc.kserve._variables import Variables, read_variables, trust_bundle
 
 
 class Storage:
@@ -32,8 +32,8 @@ class Storage:
 
         Args:
             uri: As KServe spells it; or a path.
-            out_dir: Without it a path is returned as it is, a model of the store that `KSERVE_PVC_STORE` names where it lies in
-                there, and any other one in a new temporary directory, which is the caller's to delete.
+            out_dir: Without it a path is returned as it is, a model of the store that `KSERVE_PVC_STORE` names where it
+                lies in there, and any other one in a new temporary directory, which is the caller's to delete.
             allow_patterns: Only files that match; else what `STORAGE_ALLOW_PATTERNS` says.
             ignore_patterns: No files that match; else what `STORAGE_IGNORE_PATTERNS` says.
 
@@ -63,8 +63,8 @@ class Storage:
         ignore_patterns: Sequence[str] | None = None,
     ) -> list[str]:
         """
-        Download several models one after the other, each as `download` does, but for those of one directory, which are put
-        there together.
+        Download several models one after the other, each as `download` does, but for those of one directory, which are
+        put there together.
 
         Raises:
             ValueError: There are not as many directories as sources.
@@ -72,7 +72,10 @@ class Storage:
         pairs = list(zip(source_uris, out_dirs, strict=True))
         variables = _variables(allow_patterns, ignore_patterns)
         fill_all([(uri, os.fspath(place)) for uri, place in pairs if place is not None], variables)
-        return [Storage.download(uri, None, allow_patterns, ignore_patterns) if place is None else os.fspath(place) for uri, place in pairs]
+        return [
+            Storage.download(uri, None, allow_patterns, ignore_patterns) if place is None else os.fspath(place)
+            for uri, place in pairs
+        ]
 
 
 def _variables(allow_patterns: Sequence[str] | None, ignore_patterns: Sequence[str] | None) -> Variables:

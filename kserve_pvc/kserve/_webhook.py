@@ -1,8 +1,8 @@
 """
 The server around the decision: TLS, limits, probes, metrics and the audit line.
 
-It holds no state but the policy and the certificate, both of which are read again when their files change. What cannot be read
-then is said on standard error and counted, and what was read before stays in force.
+It holds no state but the policy and the certificate, both of which are read again when their files change. What cannot
+be read then is said on standard error and counted, and what was read before stays in force.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ try:
     from starlette.responses import JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
 except ImportError as error:
-    raise SettingsError("the webhook", f"without {error.name}", "install what it needs with `pip install 'kserve-pvc[webhook]'`") from None
+    raise SettingsError(
+        "the webhook", f"without {error.name}", "install what it needs with `pip install 'kserve-pvc[webhook]'`"
+    ) from None
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -50,7 +52,13 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 def serve(
-    *, policy_file: Path, certificate_file: Path, key_file: Path, host: str, port: int, reload_seconds: float = RELOAD_SECONDS
+    *,
+    policy_file: Path,
+    certificate_file: Path,
+    key_file: Path,
+    host: str,
+    port: int,
+    reload_seconds: float = RELOAD_SECONDS,
 ) -> None:
     """
     Answer until a signal ends it.
@@ -99,14 +107,24 @@ class Webhook:
     def __init__(self, *, policy: Policy) -> None:
         self._policy = policy
         self._metrics = CollectorRegistry()
-        self._decisions = Counter("kserve_pvc_admission_decisions", "Pods that were decided about.", ["decision"], registry=self._metrics)
+        self._decisions = Counter(
+            "kserve_pvc_admission_decisions", "Pods that were decided about.", ["decision"], registry=self._metrics
+        )
         self._refused = Counter(
-            "kserve_pvc_admission_bad_requests", "Requests that were no AdmissionReview.", ["status"], registry=self._metrics
+            "kserve_pvc_admission_bad_requests",
+            "Requests that were no AdmissionReview.",
+            ["status"],
+            registry=self._metrics,
         )
         self._seconds = Histogram(
-            "kserve_pvc_admission_seconds", "From the whole body to the answer.", registry=self._metrics, buckets=_BUCKETS
+            "kserve_pvc_admission_seconds",
+            "From the whole body to the answer.",
+            registry=self._metrics,
+            buckets=_BUCKETS,
         )
-        self._reloads = Counter("kserve_pvc_webhook_reloads", "Files read again.", ["file", "result"], registry=self._metrics)
+        self._reloads = Counter(
+            "kserve_pvc_webhook_reloads", "Files read again.", ["file", "result"], registry=self._metrics
+        )
         for outcome in ("mutated", "unchanged", "ignored", "denied", "error"):
             self._decisions.labels(outcome)
 
@@ -199,7 +217,8 @@ class Watched:
 
     def look(self) -> str | None:
         """
-        Take a change over: `taken`, `failed`, or None if there is none. What failed is tried again when it changes again.
+        Take a change over: `taken`, `failed`, or None if there is none. What failed is tried again when it changes
+            again.
         """
         digest = self._digest()
         if digest == self._seen:
@@ -255,7 +274,9 @@ def tls_context(certificate_file: Path, key_file: Path) -> ssl.SSLContext:
         context.load_cert_chain(certificate_file, key_file, password=_refuse_password)
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
-        raise SettingsError("--tls-cert and --tls-key", f"{certificate_file} and {key_file}", f"they cannot be used: {reason}") from None
+        raise SettingsError(
+            "--tls-cert and --tls-key", f"{certificate_file} and {key_file}", f"they cannot be used: {reason}"
+        ) from None
     return context
 
 
@@ -295,8 +316,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=host == "::")
     except (OSError, OverflowError) as error:
         raise SettingsError("--host and --port", f"{host} and {port}", f"nobody can listen there: {error}") from None
-    # Every accepted connection has it from here: asyncio sets it only where the protocol number is not 0, which it is here, and
-    # the body of an answer would wait 40 ms for the acknowledgement of its headers.
+    # Every accepted connection has it from here: asyncio sets it only where the protocol number is not 0, which it is
+    # here, and the body of an answer would wait 40 ms for the acknowledgement of its headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 

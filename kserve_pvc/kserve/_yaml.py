@@ -1,9 +1,9 @@
 """
 YAML as Kubernetes reads it, in and out.
 
-PyYAML follows YAML 1.1 to the letter: `80:80` is a number to base 60 and `2026-11-22` a date, `1e3` is a text, and of a key
-that is there twice the last one counts. Kubernetes reads the first two as texts and the third as a number, and refuses the
-last. So does this, and what is written means to Kubernetes what was read.
+PyYAML follows YAML 1.1 to the letter: `80:80` is a number to base 60 and `2026-11-22` a date, `1e3` is a text, and of a
+key that is there twice the last one counts. Kubernetes reads the first two as texts and the third as a number, and
+refuses the last. So does this, and what is written means to Kubernetes what was read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from kserve_pvc.errors import SettingsError
 
 _MAX_BYTES = 64 * 1024 * 1024
 _INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0o[0-7_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)")
-_NUMBER = re.compile(r"[-+]?(?:(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)")
+_NUMBER = re.compile(
+    r"[-+]?(?:(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+)
 # What ends a line in YAML 1.1 and not in 1.2, so that it must be escaped to stay what it is.
 _BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
 _TAG = "tag:yaml.org,2002:"
@@ -50,7 +52,13 @@ def write_documents(documents: Iterable[Any]) -> str:
     """
     documents = list(documents)
     several = len(documents) > 1
-    options = {"sort_keys": False, "allow_unicode": True, "width": 1000, "explicit_start": several, "default_flow_style": False}
+    options = {
+        "sort_keys": False,
+        "allow_unicode": True,
+        "width": 1000,
+        "explicit_start": several,
+        "default_flow_style": False,
+    }
     return str(_yaml().dump_all(documents, Dumper=_dumper(), **options))
 
 
@@ -82,7 +90,9 @@ def _loader() -> Any:
 
     replaced = {f"{_TAG}{kind}" for kind in ("timestamp", "int", "float")}
     inherited = yaml.SafeLoader.yaml_implicit_resolvers
-    Loader.yaml_implicit_resolvers = {first: [one for one in found if one[0] not in replaced] for first, found in inherited.items()}
+    Loader.yaml_implicit_resolvers = {
+        first: [one for one in found if one[0] not in replaced] for first, found in inherited.items()
+    }
     # In this order, as an integer is a number too.
     Loader.add_implicit_resolver(f"{_TAG}int", re.compile(f"^(?:{_INTEGER.pattern})$"), list("-+0123456789"))
     Loader.add_implicit_resolver(f"{_TAG}float", re.compile(f"^(?:{_NUMBER.pattern})$"), list("-+0123456789."))
@@ -102,7 +112,8 @@ def _dumper() -> Any:
 
     class Dumper(yaml.SafeDumper):  # type: ignore[misc, name-defined]
         """
-        PyYAML's safe dumper, which puts into quotes all that some reader of YAML would take for a number or a truth value.
+        PyYAML's safe dumper, which puts into quotes all that some reader of YAML would take for a number or a truth
+        value.
         """
 
     def represent(dumper: Any, value: str) -> Any:

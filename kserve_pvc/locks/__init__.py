@@ -13,7 +13,8 @@ LOCKERS: tuple[str, ...] = ("lease", "flock", "redis://HOST:PORT/DB", "kubernete
 
 class NoLockError(Exception):
     """
-    No lock is to be had: the volume has none, or the service that keeps them does not answer. Not an error of the caller's.
+    No lock is to be had: the volume has none, or the service that keeps them does not answer. Not an error of the
+    caller's.
     """
 
 

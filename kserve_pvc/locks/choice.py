@@ -12,13 +12,15 @@ from pathlib import Path
 
 import attrs
 
-from kserve_pvc._entry import StoreSettings
+from kserve_pvc._format.log_entry import StoreSettings
 from kserve_pvc.errors import SettingsError
 from kserve_pvc.locks import LOCKERS, Grab
-from kserve_pvc.locks.outside import OutsideLock
+from kserve_pvc.locks.external import ExternalLock
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_REDIS = re.compile(r"(rediss?)://(\[[0-9a-f:.]+\]|[a-z0-9][a-z0-9._-]*)(?::([0-9]{1,5}))?(?:/([0-9]{1,4})?)?", re.ASCII | re.IGNORECASE)
+_REDIS = re.compile(
+    r"(rediss?)://(\[[0-9a-f:.]+\]|[a-z0-9][a-z0-9._-]*)(?::([0-9]{1,5}))?(?:/([0-9]{1,4})?)?", re.ASCII | re.IGNORECASE
+)
 _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 
@@ -57,7 +59,9 @@ def parse_locker(text: str) -> Choice:
             raise SettingsError("locker", f"{scheme}://…", remedy)
         found = _REDIS.fullmatch(text)
         if found is not None and int(found[3] or 6379) < 65536:
-            return Choice("redis", f"{found[1].lower()}://{found[2].lower()}:{int(found[3] or 6379)}/{int(found[4] or 0)}")
+            return Choice(
+                "redis", f"{found[1].lower()}://{found[2].lower()}:{int(found[3] or 6379)}/{int(found[4] or 0)}"
+            )
     if scheme == "kubernetes" and separator and _NAMESPACE.fullmatch(rest):
         return Choice("kubernetes", rest)
     raise SettingsError("locker", text, f"choose one of {', '.join(LOCKERS)}")
@@ -90,7 +94,9 @@ def check_confirmed(stored: str, said: str | None) -> None:
         raise SettingsError("locker", "", f"the address of a service is not taken from a volume; {remedy}")
 
 
-def outside_lock(settings: StoreSettings, key: str, *, holder: str, open_file: Callable[[], int]) -> OutsideLock | None:
+def outside_lock(
+    settings: StoreSettings, key: str, *, holder: str, open_file: Callable[[], int]
+) -> ExternalLock | None:
     """
     The lock for one model beside its claims; None if the claims are the lock.
 
@@ -114,7 +120,7 @@ def outside_lock(settings: StoreSettings, key: str, *, holder: str, open_file: C
 
         name = f"kserve-pvc-{settings.store_id[:16]}-{key.rpartition('-')[2]}"
         grab = LeaseGrab(namespace=choice.place, name=name, lease_seconds=settings.lease_seconds, holder=holder)
-    return OutsideLock(grab)
+    return ExternalLock(grab)
 
 
 def _own_namespace() -> str:

@@ -1,9 +1,9 @@
 """
 A lock that the Kubernetes API server keeps: a Lease of `coordination.k8s.io`, renewed as client-go renews it.
 
-Source of the rules: the package `leaderelection` of client-go. A Lease that did not change for its duration, on the observer's
-own monotonic clock, is free; no clock of another node counts. Whoever writes with an old `resourceVersion` has lost. As there,
-nothing stops a holder that stood still from going on; that is what records are for.
+Source of the rules: the package `leaderelection` of client-go. A Lease that did not change for its duration, on the
+observer's own monotonic clock, is free; no clock of another node counts. Whoever writes with an old `resourceVersion`
+has lost. As there, nothing stops a holder that stood still from going on; that is what records are for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class LeaseGrab:
     Tries to get one Lease, and renews it for as long as it is held.
     """
 
-    def __init__(self, *, namespace: str, name: str, lease_seconds: float, holder: str, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *, namespace: str, name: str, lease_seconds: float, holder: str, environ: Mapping[str, str] | None = None
+    ) -> None:
         self._namespace = namespace
         self._name = name
         self._lease_seconds = lease_seconds
@@ -104,7 +106,12 @@ class LeaseGrab:
             "renewTime": moment,
             "leaseTransitions": transitions,
         }
-        body: dict[str, Any] = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": self._name}, "spec": spec}
+        body: dict[str, Any] = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": self._name},
+            "spec": spec,
+        }
         try:
             if lease is None:
                 return self._api.create_namespaced_lease(self._namespace, body, _request_timeout=_TIMEOUTS)

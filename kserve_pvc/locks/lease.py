@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 
-from kserve_pvc._record import Beat, encode_beat
+from kserve_pvc._format.records import Beat, encode_beat
 
 # A lease of 30 s is renewed every 5 s and given up by its holder after 20 s, so that holder and observer agree even
 # if their clocks run at rates that differ by half.

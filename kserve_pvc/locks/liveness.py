@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from kserve_pvc._entry import Holder
+from kserve_pvc._format.log_entry import Holder
 
 
 def here(pod: str | None = None, node: str | None = None) -> Holder:

@@ -38,7 +38,9 @@ class RedisGrab:
             import redis
             from portalocker.redis import RedisLock
         except ImportError as error:
-            raise SettingsError("locker", url, f"install what it needs with `pip install 'kserve-pvc[redis]'` ({error})") from error
+            raise SettingsError(
+                "locker", url, f"install what it needs with `pip install 'kserve-pvc[redis]'` ({error})"
+            ) from error
         self._redis: Any = redis
         self._lock_class: Any = RedisLock
 
@@ -51,7 +53,12 @@ class RedisGrab:
             # The lock takes a service that does not answer for a lock that is held.
             connection.ping()
             lock = self._lock_class(
-                self._channel, connection=connection, timeout=0, fail_when_locked=True, interrupt_on_lost=False, self_check_interval=None
+                self._channel,
+                connection=connection,
+                timeout=0,
+                fail_when_locked=True,
+                interrupt_on_lost=False,
+                self_check_interval=None,
             )
             try:
                 lock.acquire()
@@ -59,7 +66,9 @@ class RedisGrab:
                 connection.close()
                 return None
         except (errors.AuthenticationError, errors.NoPermissionError, errors.ResponseError) as error:
-            raise LockServiceError(self._url, _first_words(error), "set KSERVE_PVC_REDIS_USERNAME and KSERVE_PVC_REDIS_PASSWORD") from error
+            raise LockServiceError(
+                self._url, _first_words(error), "set KSERVE_PVC_REDIS_USERNAME and KSERVE_PVC_REDIS_PASSWORD"
+            ) from error
         except (errors.RedisError, OSError) as error:
             raise NoLockError(type(error).__name__) from error
 

@@ -1,8 +1,8 @@
 """
 The conformance suite: a pytest class that reads what it has put into a real service by other means.
 
-Whatever is looked at was put there past the back end under test, and most of it is looked at twice: through the back end
-alone, and through a `ModelStore` that has to end up with exactly the same bytes.
+Whatever is looked at was put there past the back end under test, and most of it is looked at twice: through the back
+end alone, and through a `ModelStore` that has to end up with exactly the same bytes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,25 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import pytest
 
-from kserve_pvc._ref import parse_ref
-from kserve_pvc._source import Backend, BackendFactory, RangeReader, RemoteFile
+from kserve_pvc._source.contract import (
+    ABILITIES,
+    Backend,
+    BackendFactory,
+    RangeReader,
+    RemoteFile,
+    Resolved,
+    SupportsChecksums,
+    SupportsClose,
+    SupportsEvidence,
+    SupportsPages,
+)
+from kserve_pvc._source.ref import ModelRef, parse_ref
 from kserve_pvc._store import ModelStore
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -114,8 +126,8 @@ class Remote(Protocol):
     """
     A service that is really there, reached past the back end under test.
 
-    Paths are relative names with slashes. The first two parts of every path that the suite uses belong to one test, so a
-    service whose models have two names (an organisation and a repository) can take them for those.
+    Paths are relative names with slashes. The first two parts of every path that the suite uses belong to one test, so
+    a service whose models have two names (an organisation and a repository) can take them for those.
     """
 
     @property
@@ -188,7 +200,9 @@ class BackendConformance:
             return
         if "number_of_files" in metafunc.fixturenames:
             marks = [] if cls.many_files else [pytest.mark.skip(reason=f"`{cls.__name__}.many_files` is 0")]
-            metafunc.parametrize("number_of_files", [pytest.param(cls.many_files, marks=marks)], ids=[f"{cls.many_files}-files"])
+            metafunc.parametrize(
+                "number_of_files", [pytest.param(cls.many_files, marks=marks)], ids=[f"{cls.many_files}-files"]
+            )
         for fixture, names in (("odd_name", ODD_NAMES), ("hostile_names", HOSTILE_NAMES)):
             if fixture in metafunc.fixturenames:
                 metafunc.parametrize(fixture, [_named(cls, short, value) for short, value in names.items()])
@@ -219,9 +233,16 @@ class BackendConformance:
     def _make(self, options: Mapping[str, Any]) -> Backend:
         return type(self).backend(options)
 
-    def _store(self, volume: Path, remote: Remote, uri: str, *, backend: Backend | None = None, **arguments: Any) -> ModelStore:
+    def _store(
+        self, volume: Path, remote: Remote, uri: str, *, backend: Backend | None = None, **arguments: Any
+    ) -> ModelStore:
         ref, factory = parse_ref(uri), type(self).backend if backend is None else lambda options: backend
-        chosen = {"storage_options": remote.storage_options, "part_bytes": PART_BYTES, "lease_seconds": _LEASE_SECONDS, **arguments}
+        chosen = {
+            "storage_options": remote.storage_options,
+            "part_bytes": PART_BYTES,
+            "lease_seconds": _LEASE_SECONDS,
+            **arguments,
+        }
         return ModelStore(volume, mode="rw", backends={ref.scheme: factory}, **chosen)
 
     def _need(self, *names: str) -> None:
@@ -249,7 +270,9 @@ class BackendConformance:
 
         found = subject.resolve(parse_ref(uri))
 
-        assert [(str(f.entry.path), f.entry.size_bytes) for f in found.files] == [(name, len(data)) for name, data in sorted(FILES.items())]
+        assert [(str(f.entry.path), f.entry.size_bytes) for f in found.files] == [
+            (name, len(data)) for name, data in sorted(FILES.items())
+        ]
         assert found.size_bytes == sum(map(len, FILES.values()))
         assert all(_vouches(subject, f.digest, FILES[str(f.entry.path)]) for f in found.files)
         assert all(f.entry.sha256 in (None, hashlib.sha256(FILES[str(f.entry.path)]).hexdigest()) for f in found.files)
@@ -276,18 +299,30 @@ class BackendConformance:
 
         assert subject.resolve(parse_ref(uri)).version != before
 
+    def test_no_ability_is_misspelled(self, subject: Backend) -> None:
+        """
+        No public method is named nearly as an optional ability, which would then never be called.
+        """
+        methods = {name for name in dir(subject) if not name.startswith("_") and callable(getattr(subject, name))}
+        misspelled = {
+            name: near for name in methods - {*ABILITIES} if (near := get_close_matches(name, ABILITIES, 1, 0.8))
+        }
+
+        assert misspelled == {}
+
     def test_pages_are_the_listing(self, remote: Remote, subject: Backend, place: str) -> None:
         """
         What `pages` yields together is what `resolve` returns.
         """
-        pages = getattr(subject, "pages", None)
-        if pages is None:
+        if not isinstance(subject, SupportsPages):
             pytest.skip("the back end has no `pages`")
         uri = self._offer_all(remote, place, FILES)
 
-        found = [file for page in pages(parse_ref(uri)) for file in page]
+        found = [file for page in subject.pages(parse_ref(uri)) for file in page]
 
-        assert sorted(found, key=lambda f: f.entry.path) == sorted(subject.resolve(parse_ref(uri)).files, key=lambda f: f.entry.path)
+        assert sorted(found, key=lambda f: f.entry.path) == sorted(
+            subject.resolve(parse_ref(uri)).files, key=lambda f: f.entry.path
+        )
 
     def test_a_tree_is_fetched_as_it_is(self, remote: Remote, volume: Path, place: str) -> None:
         """
@@ -298,7 +333,9 @@ class BackendConformance:
         model = self._store(volume, remote, uri).ensure(uri, progress=False)
 
         assert _tree(model.path) == FILES
-        assert {str(f.path): f.sha256 for f in model.record.files} == {n: hashlib.sha256(d).hexdigest() for n, d in FILES.items()}
+        assert {str(f.path): f.sha256 for f in model.record.files} == {
+            n: hashlib.sha256(d).hexdigest() for n, d in FILES.items()
+        }
         assert (model.status, model.bytes_fetched) == ("downloaded", sum(map(len, FILES.values())))
         assert dict(os.environ) == environ
 
@@ -332,7 +369,12 @@ class BackendConformance:
         What begins with the same letters beside the model, or above it, stays out of it.
         """
         uri = self._offer_all(remote, place, FILES)
-        for sibling in (f"{place}-2/config.json", f"{place}2/x/config.json", f"{place[:-1]}/config.json", f"{place}.d/config.json"):
+        for sibling in (
+            f"{place}-2/config.json",
+            f"{place}2/x/config.json",
+            f"{place[:-1]}/config.json",
+            f"{place}.d/config.json",
+        ):
             remote.put(sibling, b"sibling")
 
         model = self._store(volume, remote, uri).ensure(uri, progress=False)
@@ -435,7 +477,9 @@ class BackendConformance:
         if remote.unreachable_options is None:
             pytest.skip("the options cannot say where the service is")
         uri, _ = self._offer(remote, place, _WEIGHTS)
-        store = self._store(volume, remote, uri, storage_options=remote.unreachable_options, stall_seconds=1, retry_seconds=1)
+        store = self._store(
+            volume, remote, uri, storage_options=remote.unreachable_options, stall_seconds=1, retry_seconds=1
+        )
         started = time.monotonic()
 
         with pytest.raises(SourceUnavailableError):
@@ -445,14 +489,25 @@ class BackendConformance:
         assert uri not in store
 
     @pytest.mark.parametrize("buffer_bytes", [1000, 65_536, 2_000_000])
-    def test_a_range_is_exactly_what_was_asked_for(self, remote: Remote, subject: Backend, place: str, buffer_bytes: int) -> None:
+    def test_a_range_is_exactly_what_was_asked_for(
+        self, remote: Remote, subject: Backend, place: str, buffer_bytes: int
+    ) -> None:
         """
         Ranges begin and end where they should, at both ends of a file and between, whatever the buffer.
         """
         uri, _ = self._offer(remote, place, _WEIGHTS)
         size = len(_WEIGHTS)
         (file,) = subject.resolve(parse_ref(uri)).files
-        ranges = [(0, 1), (1, 2), (0, size), (1, size), (size - 1, size), (0, size - 1), (65_535, 65_537), (100_000, 200_000)]
+        ranges = [
+            (0, 1),
+            (1, 2),
+            (0, size),
+            (1, size),
+            (size - 1, size),
+            (0, size - 1),
+            (65_535, 65_537),
+            (100_000, 200_000),
+        ]
 
         found = {(start, stop): _read(subject, file, start, stop, buffer_bytes) for start, stop in ranges}
 
@@ -471,7 +526,9 @@ class BackendConformance:
         assert found == _WEIGHTS[10:1010]
 
     @pytest.mark.parametrize("change", ["replaced", "made-shorter", "made-longer", "deleted"])
-    def test_what_was_listed_is_read_or_nothing(self, remote: Remote, subject: Backend, place: str, change: str) -> None:
+    def test_what_was_listed_is_read_or_nothing(
+        self, remote: Remote, subject: Backend, place: str, change: str
+    ) -> None:
         """
         Every range of an object that has changed since the listing is as it was listed, or `SourceChangedError`.
         """
@@ -486,7 +543,9 @@ class BackendConformance:
             assert _read_or_changed(subject, file, start, stop) in (None, _WEIGHTS[start:stop]), (start, stop)
 
     @pytest.mark.parametrize("change", ["replaced", "deleted"])
-    def test_a_change_inside_a_range_is_not_mixed_in(self, remote: Remote, subject: Backend, place: str, change: str) -> None:
+    def test_a_change_inside_a_range_is_not_mixed_in(
+        self, remote: Remote, subject: Backend, place: str, change: str
+    ) -> None:
         """
         A range whose object changes under the reader goes on as it began, ends early, or is `SourceChangedError`.
         """
@@ -507,9 +566,12 @@ class BackendConformance:
         assert rest in (None, first[len(found) :])
 
     @pytest.mark.parametrize("change", ["replaced", "deleted"])
-    def test_a_change_between_two_ranges_is_not_published(self, remote: Remote, volume: Path, place: str, change: str) -> None:
+    def test_a_change_between_two_ranges_is_not_published(
+        self, remote: Remote, volume: Path, place: str, change: str
+    ) -> None:
         """
-        A download whose object changes half-way ends with `SourceChangedError` and nothing, or with exactly what was listed.
+        A download whose object changes half-way ends with `SourceChangedError` and nothing, or with exactly what was
+        listed.
         """
         self._need("can_pin")
         uri, path = self._offer(remote, place, _WEIGHTS)
@@ -532,13 +594,16 @@ class BackendConformance:
 
     def test_a_big_file_is_fetched_in_ranges(self, remote: Remote, volume: Path, place: str) -> None:
         """
-        Several workers fetch a big file in ranges that touch and do not overlap, and what the source vouches for is true.
+        Several workers fetch a big file in ranges that touch and do not overlap, and what the source vouches for is
+        true.
         """
         data = random.Random(5).randbytes(self.big_bytes)
         uri, _ = self._offer(remote, place, data)
         watched = _Watched(self._make(remote.storage_options))
 
-        model = self._store(volume, remote, uri, backend=watched, part_bytes=1024 * 1024).ensure(uri, progress=False, max_workers=4)
+        model = self._store(volume, remote, uri, backend=watched, part_bytes=1024 * 1024).ensure(
+            uri, progress=False, max_workers=4
+        )
 
         assert hashlib.sha256((model.path / "weights.bin").read_bytes()).digest() == hashlib.sha256(data).digest()
         assert model.bytes_fetched == len(data)
@@ -551,15 +616,16 @@ class BackendConformance:
         """
         A digest that the back end asks the source for is the digest of the bytes.
         """
-        evidence = getattr(subject, "evidence", None)
-        if evidence is None:
+        if not isinstance(subject, SupportsEvidence):
             pytest.skip("the back end has no `evidence`")
         uri, _ = self._offer(remote, place, _WEIGHTS)
         (file,) = subject.resolve(parse_ref(uri)).files
 
-        assert _vouches(subject, evidence(file), _WEIGHTS)
+        assert _vouches(subject, subject.evidence(file), _WEIGHTS)
 
-    def test_many_small_files_are_all_there(self, remote: Remote, volume: Path, place: str, number_of_files: int) -> None:
+    def test_many_small_files_are_all_there(
+        self, remote: Remote, volume: Path, place: str, number_of_files: int
+    ) -> None:
         """
         A model of very many small files is complete and exact, and was listed as what it is.
         """
@@ -593,8 +659,8 @@ class BackendConformance:
 
     def test_giving_up_leaves_nothing_behind(self, remote: Remote, place: str) -> None:
         """
-        Readers that are left in the middle, in order or by an exception, leave neither threads nor descriptors once the back
-        end is closed.
+        Readers that are left in the middle, in order or by an exception, leave neither threads nor descriptors once the
+        back end is closed.
         """
         uri, _ = self._offer(remote, place, _WEIGHTS * 6)
 
@@ -613,7 +679,11 @@ class BackendConformance:
         before = _until_settled()
         give_up(5)
 
-        _until(lambda: all(now <= then for now, then in zip(_resources(), before, strict=True)), f"{before} before", self.patience_seconds)
+        _until(
+            lambda: all(now <= then for now, then in zip(_resources(), before, strict=True)),
+            f"{before} before",
+            self.patience_seconds,
+        )
 
     def test_a_download_that_fails_leaves_no_thread(self, remote: Remote, volume: Path, place: str) -> None:
         """
@@ -673,9 +743,12 @@ class BackendConformance:
         capfd: pytest.CaptureFixture[str],
     ) -> None:
         """
-        What is secret among the options is in no error, traceback, log record, output or `repr`, and nowhere on the volume.
+        What is secret among the options is in no error, traceback, log record, output or `repr`, and nowhere on the
+        volume.
         """
-        options = [o for o in (remote.storage_options, remote.denied_options, remote.unreachable_options) if o is not None]
+        options = [
+            o for o in (remote.storage_options, remote.denied_options, remote.unreachable_options) if o is not None
+        ]
         secrets = sorted({*self.secrets, *(secret for each in options for secret in _secrets(each))})
         if not secrets:
             pytest.skip("no option has a name that sounds secret, and `secrets` names none")
@@ -688,7 +761,9 @@ class BackendConformance:
         _change(remote, path, "replaced")
         shown += self._what_is_shown(volume, remote, uri, remote.storage_options, caplog)
         shown += capfd.readouterr()
-        kept = [p.read_bytes().decode("latin-1") for p in volume.rglob("*") if p.is_file()] + [str(p) for p in volume.rglob("*")]
+        kept = [p.read_bytes().decode("latin-1") for p in volume.rglob("*") if p.is_file()] + [
+            str(p) for p in volume.rglob("*")
+        ]
 
         assert [(secret, text[:200]) for secret in secrets for text in shown + kept if secret in text] == []
 
@@ -701,7 +776,11 @@ class BackendConformance:
         caplog.clear()
         with caplog.at_level(self.log_level):
             try:
-                shown += [repr(store.resolve(uri)), repr(store.ensure(uri, force_download=True)), repr(store.get(uri).record)]
+                shown += [
+                    repr(store.resolve(uri)),
+                    repr(store.ensure(uri, force_download=True)),
+                    repr(store.get(uri).record),
+                ]
             except StoreError as error:
                 facts = json.dumps(error.fields, default=repr)
                 shown += [str(error), repr(error), facts, repr(pickle.dumps(error)), *traceback.format_exception(error)]
@@ -718,10 +797,12 @@ class _Watched:
         self._before_range = before_range
         self._guard = threading.Lock()
         self.ranges: list[tuple[int, int]] = []
+        for name in ABILITIES:
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
 
-    def __getattr__(self, name: str) -> Any:
-        # A store uses further methods if a back end has them.
-        return getattr(self._inner, name)
+    def resolve(self, ref: ModelRef) -> Resolved:
+        return self._inner.resolve(ref)
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         with self._guard:
@@ -738,7 +819,8 @@ def _named(cls: type[BackendConformance], short: str, value: object) -> Any:
 
 
 def _close(backend: Backend) -> None:
-    getattr(backend, "close", lambda: None)()
+    if isinstance(backend, SupportsClose):
+        backend.close()
 
 
 def _change(remote: Remote, path: str, change: str) -> None:
@@ -783,7 +865,7 @@ def _vouches(backend: Backend, digest: str | None, data: bytes) -> bool:
         return hashlib.new(name, data, usedforsecurity=False).hexdigest() == value
     if name == "crc32":
         return f"{zlib.crc32(data):08x}" == value
-    checksum = getattr(backend, "checksum", lambda kind: None)(name)
+    checksum = backend.checksum(name) if isinstance(backend, SupportsChecksums) else None
     if checksum is None:
         return False
     checksum.update(memoryview(data))
@@ -842,7 +924,9 @@ def _child(payload: bytes) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-c", f"from {__name__} import _fetch_and_stop; _fetch_and_stop()"]
     # Where this process finds the package, its child does too.
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ
+    )
     guard = threading.Timer(120, child.kill)
     guard.start()
     try:

@@ -1,8 +1,9 @@
 """
-Run the tests that want a Kubernetes API server, against a real one with etcd: `python tests/apiserver [ARGUMENTS OF PYTEST]`.
+Run the tests that want a Kubernetes API server, against a real one with etcd: `python tests/apiserver [ARGUMENTS OF
+PYTEST]`.
 
-Nothing schedules or runs pods there. The server is built once, from Debian's source package, which takes minutes and the right to
-install packages; then it lies in the user's cache, or where KSERVE_PVC_TEST_APISERVER says.
+Nothing schedules or runs pods there. The server is built once, from Debian's source package, which takes minutes and
+the right to install packages; then it lies in the user's cache, or where KSERVE_PVC_TEST_APISERVER says.
 """
 
 from __future__ import annotations
@@ -64,13 +65,27 @@ def _cluster(place: Path, etcd: str, server: Path) -> Iterator[Path]:
     """A server that answers, and the kubeconfig that leads to it."""
     clients, peers, secure = _free_ports(3)
     data = f"http://127.0.0.1:{clients}"
-    urls = ["--listen-client-urls", data, "--advertise-client-urls", data, "--listen-peer-urls", f"http://127.0.0.1:{peers}"]
+    urls = [
+        "--listen-client-urls",
+        data,
+        "--advertise-client-urls",
+        data,
+        "--listen-peer-urls",
+        f"http://127.0.0.1:{peers}",
+    ]
     # A fresh cluster that is thrown away needs nothing on a disk.
     store = [etcd, "--data-dir", str(place / "etcd"), *urls, "--unsafe-no-fsync", "--log-level", "error"]
-    with _running(store, place / "etcd.log"), _running(_command(place, server, data, secure), place / "apiserver.log") as process:
+    with (
+        _running(store, place / "etcd.log"),
+        _running(_command(place, server, data, secure), place / "apiserver.log") as process,
+    ):
         config = _kubeconfig(place, f"https://127.0.0.1:{secure}")
         _wait(process, f"https://127.0.0.1:{secure}", place)
-        _ask(place, f"https://127.0.0.1:{secure}/api/v1/namespaces", json.dumps({"metadata": {"name": NAMESPACE}}).encode())
+        _ask(
+            place,
+            f"https://127.0.0.1:{secure}/api/v1/namespaces",
+            json.dumps({"metadata": {"name": NAMESPACE}}).encode(),
+        )
         yield config
 
 
@@ -139,7 +154,9 @@ def _is_ready(url: str, place: Path) -> bool:
 def _ask(place: Path, url: str, document: bytes | None = None) -> bytes:
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     request = urllib.request.Request(url, data=document, headers=headers)
-    with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=place / "ca.crt"), timeout=5) as answer:
+    with urllib.request.urlopen(
+        request, context=ssl.create_default_context(cafile=place / "ca.crt"), timeout=5
+    ) as answer:
         return bytes(answer.read())
 
 

@@ -1,5 +1,6 @@
 """
-How the store under `format-v1` was made. It is kept for ever and never made again: it stands for every store of format 1.
+How the store under `format-v1` was made. It is kept for ever and never made again: it stands for every store of format
+1.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from memory import MemorySource
 
 from kserve_pvc import ModelStore
-from kserve_pvc._record import Holder
+from kserve_pvc._format.records import Holder
 from kserve_pvc.locks import liveness
 
 MODELS = {

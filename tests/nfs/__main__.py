@@ -1,8 +1,9 @@
 """
 Run the tests of real volumes on NFS: a real server and two real clients, in a Linux kernel that runs as a process.
 
-`python tests/nfs [--options vers=4.2] [--same-name] [ARGUMENTS OF PYTEST]`. The guest needs no rights of its own beyond those
-to mount its image, and Debian's packages `user-mode-linux`, `nfs-kernel-server`, `nfs-common`, `rpcbind` and `kmod`.
+`python tests/nfs [--options vers=4.2] [--same-name] [ARGUMENTS OF PYTEST]`. The guest needs no rights of its own beyond
+those to mount its image, and Debian's packages `user-mode-linux`, `nfs-kernel-server`, `nfs-common`, `rpcbind` and
+`kmod`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ PROGRAMS = ("linux.uml", "rpc.nfsd", "mount.nfs", "rpcbind", "modprobe", "mkfs.e
 
 def main() -> int:
     options, arguments = _parse()
-    missing = [program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    missing = [
+        program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+    ]
     if missing:
         print(f"skipped: {', '.join(missing)} not installed", file=sys.stderr)
         return 0
@@ -54,7 +57,12 @@ def _prepare(stage: Path, options: argparse.Namespace, arguments: list[str]) -> 
     command = [sys.executable, "-Im", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", *tests, *arguments]
     passed = {name: value for name, value in os.environ.items() if name.startswith("KSERVE_PVC_TEST_")}
     # The guest is several times slower than its host: with less, a holder that lives misses its own beats.
-    exported = {"TMPDIR": "/run/tmp", "KSERVE_PVC_TEST_MOUNTS": "/mnt/node-0:/mnt/node-1", "KSERVE_PVC_TEST_LEASE_SECONDS": "6", **passed}
+    exported = {
+        "TMPDIR": "/run/tmp",
+        "KSERVE_PVC_TEST_MOUNTS": "/mnt/node-0:/mnt/node-1",
+        "KSERVE_PVC_TEST_LEASE_SECONDS": "6",
+        **passed,
+    }
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exported.items()]
     lines += [f"NFS_OPTIONS={options.options}", f"SAME_NAME={'yes' if options.same_name else ''}"]
     lines += [f"PLACE={shlex.quote(str(HERE.parent.parent))}", f"COMMAND=({shlex.join(command)})"]

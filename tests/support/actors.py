@@ -15,8 +15,19 @@ from kserve_pvc import ModelStore, StoreError
 
 # What a download loads only when it needs it.
 _LOADED = (
-    *("kserve_pvc.backends.s3", "kserve_pvc.backends.file", "kserve_pvc._download", "kserve_pvc._transfer"),
-    *("kserve_pvc._progress", "kserve_pvc._profile", "kserve_pvc.locks.flock", "kserve_pvc.locks.lease", "portalocker"),
+    *(
+        "kserve_pvc.backends.s3",
+        "kserve_pvc.backends.file",
+        "kserve_pvc._download.download",
+        "kserve_pvc._download.transfer",
+    ),
+    *(
+        "kserve_pvc._show.progress",
+        "kserve_pvc._volume.profile",
+        "kserve_pvc.locks.flock",
+        "kserve_pvc.locks.lease",
+        "portalocker",
+    ),
 )
 
 
@@ -53,7 +64,9 @@ def run_all(processes: list[ForkServerProcess], timeout: float = 120) -> list[in
     return [process.exitcode for process in processes]
 
 
-def ensure(root: str, uri: str, arguments: Mapping[str, Any], options: Mapping[str, Any], results: Any = None, gate: Any = None) -> None:
+def ensure(
+    root: str, uri: str, arguments: Mapping[str, Any], options: Mapping[str, Any], results: Any = None, gate: Any = None
+) -> None:
     """
     Ask for a model read-write, when the gate opens, and put what came of it into the queue.
     """
@@ -94,7 +107,11 @@ def watch(root: str, expected: Mapping[str, str], gate: Any, stop: Any, results:
         for model in store.list():
             if model.key in read:
                 continue
-            found = {p.relative_to(model.path).as_posix(): sha256(p.read_bytes()).hexdigest() for p in model.path.rglob("*") if p.is_file()}
+            found = {
+                p.relative_to(model.path).as_posix(): sha256(p.read_bytes()).hexdigest()
+                for p in model.path.rglob("*")
+                if p.is_file()
+            }
             read.add(model.key)
             if found != expected:
                 wrong.append((str(model.path), found))
@@ -121,7 +138,7 @@ def _grant_every_claim() -> None:
     """
     from pathlib import PurePosixPath
 
-    from kserve_pvc._volume import VolumeWriter
+    from kserve_pvc._volume.writing import VolumeWriter
 
     honest_reserve, honest_open = VolumeWriter.reserve, VolumeWriter._open_at
 

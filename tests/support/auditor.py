@@ -98,7 +98,10 @@ class Auditor:
                 data = path.read_bytes()
                 body = json.loads(data)
                 announced = body.pop("checksum")
-                if announced == hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest():
+                if (
+                    announced
+                    == hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+                ):
                     break
             if time.monotonic() > deadline:
                 self._complain(f"{path.name} of {key} cannot be read")
@@ -152,7 +155,9 @@ def _hash(path: Path) -> str:
 
 
 def _listed(place: Path) -> Sequence[str]:
-    for above in reversed(place.parents[:4]):  # On NFS, what was not there a moment ago is looked for again only by who does this.
+    for above in reversed(
+        place.parents[:4]
+    ):  # On NFS, what was not there a moment ago is looked for again only by who does this.
         with suppress(OSError):
             os.close(os.open(above, os.O_RDONLY | os.O_DIRECTORY))
     try:

@@ -67,7 +67,16 @@ def find_azurite() -> Path:
 
 
 def _install(place: Path) -> None:
-    command = ["npm", "install", "--prefix", str(place), "--no-audit", "--no-fund", "--ignore-scripts", f"azurite@{VERSION}"]
+    command = [
+        "npm",
+        "install",
+        "--prefix",
+        str(place),
+        "--no-audit",
+        "--no-fund",
+        "--ignore-scripts",
+        f"azurite@{VERSION}",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -113,12 +122,16 @@ class Azurite:
         """
         How a store reaches the account with its key, at another endpoint if one is given.
         """
-        return {"connection_string": f"AccountName={ACCOUNT};AccountKey={key};BlobEndpoint={endpoint or self.endpoint}/{ACCOUNT};"}
+        return {
+            "connection_string": f"AccountName={ACCOUNT};AccountKey={key};BlobEndpoint={endpoint or self.endpoint}/{ACCOUNT};"
+        }
 
     def uri(self, path: str) -> str:
         return f"az://{CONTAINER}/{path}"
 
-    def put(self, path: str, data: bytes, *, container: str = CONTAINER, headers: Mapping[str, str] | None = None) -> None:
+    def put(
+        self, path: str, data: bytes, *, container: str = CONTAINER, headers: Mapping[str, str] | None = None
+    ) -> None:
         """
         Make or replace one blob in one piece, so that the service itself finds its MD5.
         """
@@ -140,9 +153,15 @@ class Azurite:
         self._ask("DELETE", self._path(CONTAINER, path))
 
     def make_container(self, name: str, *, is_public: bool = False) -> None:
-        self._ask("PUT", f"/{ACCOUNT}/{name}?restype=container", headers={"x-ms-blob-public-access": "container"} if is_public else {})
+        self._ask(
+            "PUT",
+            f"/{ACCOUNT}/{name}?restype=container",
+            headers={"x-ms-blob-public-access": "container"} if is_public else {},
+        )
 
-    def signature(self, container: str = CONTAINER, *, permission: str = "rl", seconds: float = 3600, blob: str | None = None) -> str:
+    def signature(
+        self, container: str = CONTAINER, *, permission: str = "rl", seconds: float = 3600, blob: str | None = None
+    ) -> str:
         """
         A shared access signature for a container or a blob, as the account's owner makes it.
         """
@@ -221,7 +240,9 @@ class Azurite:
         deadline = time.monotonic() + self._start_seconds
         while not self._is_ready():
             if self._process.poll() is not None:
-                raise ChildProcessError(f"Azurite ended with {self._process.returncode}:\n{log.read_text(errors='replace')[-2000:]}")
+                raise ChildProcessError(
+                    f"Azurite ended with {self._process.returncode}:\n{log.read_text(errors='replace')[-2000:]}"
+                )
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Azurite was not ready after {self._start_seconds:g} s")
             time.sleep(0.05)

@@ -81,7 +81,9 @@ class GoesOn(Right):
 
 class TakesSiblings(Right):
     def resolve(self, ref: ModelRef) -> Resolved:
-        siblings = [name for name in self._objects if name.startswith(ref.location) and not name.startswith(ref.location + "/")]
+        siblings = [
+            name for name in self._objects if name.startswith(ref.location) and not name.startswith(ref.location + "/")
+        ]
         files = (self._file(name, f"{number}.sibling") for number, name in enumerate(siblings))
         found = super().resolve(ref)
         return attrs.evolve(found, files=(*found.files, *files))
@@ -186,7 +188,8 @@ class ClosesOnce(Right):
 
 class AnotherTokenInEachProcess:
     """
-    Models on this machine, so that another process can read them; what the other has fetched is then unknown to this one.
+    Models on this machine, so that another process can read them; what the other has fetched is then unknown to this
+    one.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -194,7 +197,9 @@ class AnotherTokenInEachProcess:
 
     def resolve(self, ref: ModelRef) -> Resolved:
         found = self._files.resolve(ref)
-        return attrs.evolve(found, files=tuple(self._with_token(f, f"{os.getpid()}-{f.entry.token}") for f in found.files))
+        return attrs.evolve(
+            found, files=tuple(self._with_token(f, f"{os.getpid()}-{f.entry.token}") for f in found.files)
+        )
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         return self._files.open_range(self._with_token(file, file.pin["inode"]), start, stop)

@@ -30,7 +30,9 @@ def kustomizations() -> list[Path]:
     """
     Every directory that can be given to `kubectl apply -k`, which a component alone cannot.
     """
-    return sorted(path.parent for path in PLACE.rglob("kustomization.yaml") if "kind: Component" not in path.read_text())
+    return sorted(
+        path.parent for path in PLACE.rglob("kustomization.yaml") if "kind: Component" not in path.read_text()
+    )
 
 
 def find_kubectl(place: Path) -> Path | None:
@@ -95,7 +97,11 @@ def _closed(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     closed = {name: _closed(value) for name, value in schema.items()}
-    if "properties" in closed and isinstance(closed["properties"], dict) and not closed.get("x-kubernetes-preserve-unknown-fields"):
+    if (
+        "properties" in closed
+        and isinstance(closed["properties"], dict)
+        and not closed.get("x-kubernetes-preserve-unknown-fields")
+    ):
         closed["additionalProperties"] = False
     return closed
 

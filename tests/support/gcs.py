@@ -97,7 +97,9 @@ class FakeGCS:
         Make or replace one object, and return its generation.
         """
         wanted = f"uploadType=media&name={quote(path, safe='')}" + (f"&contentEncoding={encoding}" if encoding else "")
-        said = self._ask("POST", f"/upload/storage/v1/b/{bucket}/o?{wanted}", gzip.compress(data) if encoding == "gzip" else data)
+        said = self._ask(
+            "POST", f"/upload/storage/v1/b/{bucket}/o?{wanted}", gzip.compress(data) if encoding == "gzip" else data
+        )
         return str(json.loads(said)["generation"])
 
     def delete(self, path: str) -> None:
@@ -187,8 +189,9 @@ class FakeGCS:
 
 class Gate:
     """
-    What the emulator does not do: it answers with 401 who has no good token, gives tokens to who has a key, as Google's token
-    service does, and says of whatever request what it was told to say. Everything else it passes on to the emulator.
+    What the emulator does not do: it answers with 401 who has no good token, gives tokens to who has a key, as Google's
+    token service does, and says of whatever request what it was told to say. Everything else it passes on to the
+    emulator.
 
     Every refusal repeats the token that it refuses, as careless servers do.
 
@@ -286,14 +289,24 @@ class Gate:
             return self._describe_machine(path)
         shown = headers.get("authorization", "")
         if self.good is not None and shown.removeprefix("Bearer ") not in self.good:
-            message = f"Invalid Credentials, {shown} is no good: {shown[7:]}, see https://x.invalid/?access_token={shown[7:]}"
-            return 401, {"Content-Type": "application/json"}, json.dumps({"error": {"code": 401, "message": message}}).encode()
+            message = (
+                f"Invalid Credentials, {shown} is no good: {shown[7:]}, see https://x.invalid/?access_token={shown[7:]}"
+            )
+            return (
+                401,
+                {"Content-Type": "application/json"},
+                json.dumps({"error": {"code": 401, "message": message}}).encode(),
+            )
         return None
 
     def _give(self, body: bytes) -> Said:
         self.assertions.append(parse_qs(body.decode()))
         if not self.is_giving:
-            return 400, {"Content-Type": "application/json"}, b'{"error": "invalid_grant", "error_description": "Invalid JWT Signature."}'
+            return (
+                400,
+                {"Content-Type": "application/json"},
+                b'{"error": "invalid_grant", "error_description": "Invalid JWT Signature."}',
+            )
         token = f"ya29.canary-{random.randbytes(12).hex()}"
         self.given.append(token)
         self.good = {*(self.good or ()), token}
@@ -321,7 +334,8 @@ class Gate:
 
 class GuardedGCS(FakeGCS):
     """
-    The emulator behind a gate that lets in who has the token: what refuses, and what is refused, for the conformance suite.
+    The emulator behind a gate that lets in who has the token: what refuses, and what is refused, for the conformance
+    suite.
     """
 
     token = "ya29.canary-good"

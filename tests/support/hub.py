@@ -148,8 +148,8 @@ class Hub:
     """
     The hub and its storage, while the `with` lasts.
 
-    Tokens are `OWNER`, whom every repository knows, `STRANGER`, and any other, which is refused. `requests` holds what was
-    asked, in order. `meddle` sees each request and its honest answer and may return another.
+    Tokens are `OWNER`, whom every repository knows, `STRANGER`, and any other, which is refused. `requests` holds what
+    was asked, in order. `meddle` sees each request and its honest answer and may return another.
 
     Args:
         page: How many entries of a tree one answer holds.
@@ -158,7 +158,9 @@ class Hub:
         is_direct: Whether small files are sent at once, instead of after a redirect on the same host.
     """
 
-    def __init__(self, *, page: int = 1000, large_bytes: int = 10_000, signed_seconds: int = 3600, is_direct: bool = False) -> None:
+    def __init__(
+        self, *, page: int = 1000, large_bytes: int = 10_000, signed_seconds: int = 3600, is_direct: bool = False
+    ) -> None:
         self._page = page
         self._large_bytes = large_bytes
         self.signed_seconds = signed_seconds
@@ -314,12 +316,18 @@ class Hub:
         commit, file = self._found(request, name, revision, path)
         headers = {"X-Repo-Commit": commit, "X-Linked-Size": str(len(file.data)), "Date": formatdate(usegmt=True)}
         if file.is_large:
-            return Answer(status=302, headers={**headers, "X-Linked-Etag": f'"{file.sha256}"', "Location": self._signed(file)})
+            return Answer(
+                status=302, headers={**headers, "X-Linked-Etag": f'"{file.sha256}"', "Location": self._signed(file)}
+            )
         if self._is_direct:
             return self._small(request, name, commit, path)
         query = urlencode({f"/{name}/resolve/{revision}/{path}": "", "etag": f'"{file.blob}"'})
         place = f"/api/resolve-cache/models/{name}/{commit}/{quote(path)}?{query}"
-        return Answer(status=307, headers={**headers, "X-Linked-Etag": f'"{file.blob}"', "Location": place}, body=b"Temporary Redirect")
+        return Answer(
+            status=307,
+            headers={**headers, "X-Linked-Etag": f'"{file.blob}"', "Location": place},
+            body=b"Temporary Redirect",
+        )
 
     def _small(self, request: Request, name: str, commit: str, path: str) -> Answer:
         _, file = self._found(request, name, commit, path)
@@ -328,7 +336,11 @@ class Hub:
     def _signed(self, file: StoredFile) -> str:
         expires = str(int(time.time()) + self.signed_seconds)
         query = urlencode(
-            {"response-content-disposition": "inline; filename=x", "Expires": expires, "Signature": self._sign(file.sha256, expires)}
+            {
+                "response-content-disposition": "inline; filename=x",
+                "Expires": expires,
+                "Signature": self._sign(file.sha256, expires),
+            }
         )
         return f"http://{STORAGE_HOST}:{self._servers[1].server_port}/xet-bridge/{file.sha256}?{query}"
 
@@ -339,7 +351,11 @@ class Hub:
         sha256, expires = request.path.rpartition("/")[2], request.query.get("Expires", "0")
         is_good = hmac.compare_digest(request.query.get("Signature", ""), self._sign(sha256, expires))
         if not is_good or int(expires) < time.time() or request.token is not None:
-            return Answer(status=403, headers={"Content-Type": "application/xml"}, body=b"<Error><Code>AccessDenied</Code></Error>")
+            return Answer(
+                status=403,
+                headers={"Content-Type": "application/xml"},
+                body=b"<Error><Code>AccessDenied</Code></Error>",
+            )
         with self._guard:
             commits = [files for repository in self._repositories.values() for files in repository.commits.values()]
         file = next((f for files in commits for f in files.values() if f.sha256 == sha256), None)
@@ -372,14 +388,23 @@ def _listed(files: Mapping[str, StoredFile], prefix: str, *, is_recursive: bool)
         parents = path[len(prefix) :].split("/")[:-1]
         for depth in range(1, len(parents) + 1 if is_recursive else min(2, len(parents) + 1)):
             directory = prefix + "/".join(parents[:depth])
-            entries[directory] = {"type": "directory", "oid": git_blob(directory.encode()), "size": 0, "path": directory}
+            entries[directory] = {
+                "type": "directory",
+                "oid": git_blob(directory.encode()),
+                "size": 0,
+                "path": directory,
+            }
         if is_recursive or not parents:
             entries[path] = file.entry(path)
     return [entries[path] for path in sorted(entries)]
 
 
 def _json(status: int, document: Any, headers: Mapping[str, str] | None = None) -> Answer:
-    return Answer(status=status, headers={"Content-Type": "application/json", **(headers or {})}, body=json.dumps(document).encode())
+    return Answer(
+        status=status,
+        headers={"Content-Type": "application/json", **(headers or {})},
+        body=json.dumps(document).encode(),
+    )
 
 
 class _Server(ThreadingHTTPServer):
@@ -442,7 +467,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _ranged(request: Request, answer: Answer) -> Answer:
-    if answer.status != 200 or request.range is None or request.method != "GET" or "json" in answer.headers.get("Content-Type", ""):
+    if (
+        answer.status != 200
+        or request.range is None
+        or request.method != "GET"
+        or "json" in answer.headers.get("Content-Type", "")
+    ):
         return answer
     first, _, last = request.range.removeprefix("bytes=").partition("-")
     size = len(answer.body)

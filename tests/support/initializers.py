@@ -25,7 +25,9 @@ PHRASES = ("Copying contents of ", "Successfully copied ", "Model downloaded in 
 Pairs = Sequence[tuple[str, str]]
 
 
-def run_all(python: str, which: str, cases: Mapping[str, Mapping[str, object]], environ: Mapping[str, str]) -> dict[str, dict[str, object]]:
+def run_all(
+    python: str, which: str, cases: Mapping[str, Mapping[str, object]], environ: Mapping[str, str]
+) -> dict[str, dict[str, object]]:
     """
     Run every case, and return its exit code and what it logged.
 
@@ -35,7 +37,9 @@ def run_all(python: str, which: str, cases: Mapping[str, Mapping[str, object]], 
         cases: By name: `pairs` of sources and directories, and `env`.
         environ: All of the environment.
     """
-    done = subprocess.run([python, __file__, which], input=json.dumps(cases), capture_output=True, text=True, env=dict(environ))
+    done = subprocess.run(
+        [python, __file__, which], input=json.dumps(cases), capture_output=True, text=True, env=dict(environ)
+    )
     if done.returncode:
         raise RuntimeError(f"the {which} side ended with {done.returncode}: {done.stderr[-2000:]}")
     found: dict[str, dict[str, object]] = json.loads(done.stdout)
@@ -63,7 +67,8 @@ def _stock() -> Callable[[Pairs], int]:
     configure_logging()
 
     def run(pairs: Pairs) -> int:
-        # The script of KServe's image is not part of the distribution: it hands its arguments on and exits with 1 after an error.
+        # The script of KServe's image is not part of the distribution: it hands its arguments on and exits with 1 after
+        # an error.
         try:
             Storage.download_files([source for source, _ in pairs], [place for _, place in pairs])
         except Exception as error:

@@ -1,8 +1,8 @@
 """
 What KServe's own pod webhook does to volumes, mounts and init containers, written down again as plain rules.
 
-It is a model of the rules, not of the code: only what bears on storage, on dictionaries as they travel in JSON, where empty
-fields are left out. A pod that KServe would refuse raises `RefusedByKServeError`.
+It is a model of the rules, not of the code: only what bears on storage, on dictionaries as they travel in JSON, where
+empty fields are left out. A pod that KServe would refuse raises `RefusedByKServeError`.
 """
 
 from __future__ import annotations

@@ -40,7 +40,19 @@ class Redis:
             pytest.skip("`redis-server` is not installed")
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        self._command = [program, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(place), "--save", "", "--appendonly", "no"]
+        self._command = [
+            program,
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--dir",
+            str(place),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
         self._command += ["--requirepass", self.password]
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
@@ -67,8 +79,9 @@ class Redis:
 
 class LeaseServer(ThreadingHTTPServer):
     """
-    A stand-in for a Kubernetes API server, as none runs in the normal tests: it keeps Leases, and refuses to replace one by
-    a writer that does not know its newest `resourceVersion`. `nox -s apiserver` runs the same tests against a real one.
+    A stand-in for a Kubernetes API server, as none runs in the normal tests: it keeps Leases, and refuses to replace
+    one by a writer that does not know its newest `resourceVersion`. `nox -s apiserver` runs the same tests against a
+    real one.
     """
 
     daemon_threads = True

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kserve_pvc import FileEntry, ModelRef, RemoteFile, Resolved, SourceChangedError, resolved
+from kserve_pvc import FileEntry, ModelRef, RemoteFile, Resolved, SourceChangedError, order_listing
 
 
 class MemorySource:
@@ -27,7 +27,7 @@ class MemorySource:
 
     def resolve(self, ref: ModelRef) -> Resolved:
         files = self.models.get(ref.uri, {})
-        return resolved(ref, [_remote(ref.uri, name, data) for name, data in files.items()])
+        return order_listing(ref, [_remote(ref.uri, name, data) for name, data in files.items()])
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_Reader]:
@@ -51,7 +51,9 @@ class _Reader:
 
 def _remote(uri: str, name: str, data: bytes) -> RemoteFile:
     token = _token(data)
-    return RemoteFile(entry=FileEntry(path=name, size_bytes=len(data), token=token), address=f"{uri}#{name}", pin={"token": token})
+    return RemoteFile(
+        entry=FileEntry(path=name, size_bytes=len(data), token=token), address=f"{uri}#{name}", pin={"token": token}
+    )
 
 
 def _token(data: bytes) -> str:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from attrs import evolve, field, frozen
 
-from kserve_pvc import _procedures as procedures
-from kserve_pvc import _protocol as protocol
+from kserve_pvc._download import protocol
+from kserve_pvc._keys import procedures
 
 LEASE_TICKS = 2
 PATIENCE_TICKS = 3
@@ -222,7 +222,9 @@ def ensure(programs: Programs, refresh: bool = False) -> Program:
                     claim = yield LookAtClaim()
                     if state.phase == "rechecking" and not programs.rechecks:
                         newest, claim = Newest(seq=newest.seq), None
-                    event = protocol.Looked(now=clock, present=newest.is_present and newest.seq > after_seq, seq=newest.seq, claim=claim)
+                    event = protocol.Looked(
+                        now=clock, present=newest.is_present and newest.seq > after_seq, seq=newest.seq, claim=claim
+                    )
                     del newest, claim
                 case protocol.MakeClaim(epoch=epoch):
                     won = yield MakeClaim(epoch)
@@ -417,7 +419,9 @@ def _situation(running: Any) -> Hashable:
     frames = []
     while running is not None and getattr(running, "gi_frame", None) is not None:
         frame = running.gi_frame
-        frames.append((frame.f_code, frame.f_lasti, tuple(sorted((name, repr(value)) for name, value in frame.f_locals.items()))))
+        frames.append(
+            (frame.f_code, frame.f_lasti, tuple(sorted((name, repr(value)) for name, value in frame.f_locals.items())))
+        )
         running = running.gi_yieldfrom
     return tuple(frames)
 
@@ -557,9 +561,11 @@ def _collect(volume: Volume, world: World, who: int, operation: procedures.Colle
     return [(None, _with_files(world, operation.generation, writer=None))]
 
 
-def _await_visibility(volume: Volume, world: World, who: int, _: procedures.AwaitVisibility) -> list[tuple[Hashable, World]]:
-    # Twice the time after which every node sees what is on the volume: in the first half the tombstone becomes known, in the
-    # second the leases of those who looked before that.
+def _await_visibility(
+    volume: Volume, world: World, who: int, _: procedures.AwaitVisibility
+) -> list[tuple[Hashable, World]]:
+    # Twice the time after which every node sees what is on the volume: in the first half the tombstone becomes known,
+    # in the second the leases of those who looked before that.
     if not volume.waits_for_visibility:
         return [(None, world)]
     if world.seen_log < len(world.log):
@@ -567,7 +573,9 @@ def _await_visibility(volume: Volume, world: World, who: int, _: procedures.Awai
     return [(None, world._replace(seen_leases=world.leases))]
 
 
-def _await_readers(volume: Volume, world: World, who: int, operation: procedures.AwaitReaders) -> list[tuple[Hashable, World]]:
+def _await_readers(
+    volume: Volume, world: World, who: int, operation: procedures.AwaitReaders
+) -> list[tuple[Hashable, World]]:
     def any_of(leases: frozenset[tuple[int, str]]) -> bool:
         return any(generation in operation.generations for _, generation in leases)
 
@@ -594,7 +602,9 @@ def _drop_lease(volume: Volume, world: World, who: int, operation: DropLease) ->
     return [(None, world._replace(leases=world.leases - mine, readers=world.readers - mine))]
 
 
-def _list_generations(volume: Volume, world: World, who: int, _: procedures.ListGenerations) -> list[tuple[Hashable, World]]:
+def _list_generations(
+    volume: Volume, world: World, who: int, _: procedures.ListGenerations
+) -> list[tuple[Hashable, World]]:
     return [(tuple(str(n) for n, files in enumerate(world.files) if files.writer is not None), world)]
 
 

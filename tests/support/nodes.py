@@ -15,8 +15,8 @@ import attrs
 from auditor import hash_tree
 
 from kserve_pvc import Diagnosis, ModelStore, StoreError
-from kserve_pvc._doctor import diagnose
-from kserve_pvc._volume import VolumeWriter
+from kserve_pvc._doctor.doctor import diagnose
+from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.locks import liveness
 
 
@@ -47,7 +47,14 @@ def ensure(node: int, root: str, uri: str, arguments: Mapping[str, Any], results
         ready_at = time.monotonic()
         path = model.path.relative_to(root)
         found = hash_tree(model.path)
-        got: Got | str = Got(node=node, status=model.status, path=path, bytes_fetched=model.bytes_fetched, ready_at=ready_at, digests=found)
+        got: Got | str = Got(
+            node=node,
+            status=model.status,
+            path=path,
+            bytes_fetched=model.bytes_fetched,
+            ready_at=ready_at,
+            digests=found,
+        )
     except (StoreError, OSError) as error:
         got = f"on node {node}: {type(error).__name__}: {error}"
     except KeyboardInterrupt:
@@ -70,7 +77,8 @@ def ensure_with_lying_locks(*arguments: Any) -> None:
 
 def reserve_each(root: str, numbers: Sequence[str], results: Any, gate: Any) -> None:
     """
-    Reserve numbers whose directories are not there yet, each when the others do, and put what came of it into the queue.
+    Reserve numbers whose directories are not there yet, each when the others do, and put what came of it into the
+    queue.
     """
     writer = VolumeWriter(root)
     won, failed = [], []
@@ -86,7 +94,9 @@ def reserve_each(root: str, numbers: Sequence[str], results: Any, gate: Any) -> 
     results.join_thread()
 
 
-def all_at_once(act: Callable[..., None], roots: Sequence[Path], uri: str, arguments: Mapping[str, Any], on_each: int) -> Sequence[Got]:
+def all_at_once(
+    act: Callable[..., None], roots: Sequence[Path], uri: str, arguments: Mapping[str, Any], on_each: int
+) -> Sequence[Got]:
     """
     Let so many processes on each node ask for one model at the same moment.
     """
@@ -111,7 +121,9 @@ def examine(root: str, meeting: str | None, results: Any, clock_ahead: float = 0
     real = time.time
     time.time = lambda: real() + clock_ahead
     try:
-        found: Any = diagnose(root, writes=True, holder=liveness.here(), peer=meeting, timeout=30, sample_bytes=4 * 1024 * 1024)
+        found: Any = diagnose(
+            root, writes=True, holder=liveness.here(), peer=meeting, timeout=30, sample_bytes=4 * 1024 * 1024
+        )
     except (StoreError, OSError) as error:
         found = f"{type(error).__name__}: {error}"
     results.put(found)
@@ -126,7 +138,10 @@ def examine_together(roots: Sequence[Path], **arguments: float) -> Sequence[Diag
     queues = [actors.context().Queue() for _ in roots]
     second = (arguments.get("clock_ahead", 0.0),)
     more: Sequence[tuple[float, ...]] = [(), second]
-    processes = [actors.start(examine, str(root), "here", queue, *rest) for root, queue, rest in zip(roots, queues, more, strict=True)]
+    processes = [
+        actors.start(examine, str(root), "here", queue, *rest)
+        for root, queue, rest in zip(roots, queues, more, strict=True)
+    ]
     found = [queue.get(timeout=120) for queue in queues]
     actors.run_all(processes)
     failures = [what for what in found if isinstance(what, str)]

@@ -289,7 +289,11 @@ def _step(call: _Call, image: _Image, root: str, marks: str, new: int) -> Step |
             return Mark(places[0].removeprefix(marks))
         if "O_TRUNC" in call.arguments and places[0].startswith(root):
             raise AssertionError(f"a file is truncated: {places[0]}")
-        if "O_CREAT" not in call.arguments or not places[0].startswith(root) or image.find(places[0].removeprefix(root)) is not None:
+        if (
+            "O_CREAT" not in call.arguments
+            or not places[0].startswith(root)
+            or image.find(places[0].removeprefix(root)) is not None
+        ):
             return None
         return _made(image, places[0].removeprefix(root), new, is_directory=False)
     if call.name == "syncfs":

@@ -22,7 +22,7 @@ import fsspec
 import origin
 from origin import LOOPBACK, SeaweedS3
 
-from kserve_pvc import FileEntry, InvalidURIError, ModelRef, RemoteFile, Resolved, SourceChangedError, resolved
+from kserve_pvc import FileEntry, InvalidURIError, ModelRef, RemoteFile, Resolved, SourceChangedError, order_listing
 
 
 def free_port() -> int:
@@ -172,7 +172,9 @@ class SFTPRemote(_Served):
         self._seconds = itertools.count(int(time.time()) - 1_000_000)
 
     def __enter__(self) -> Self:
-        self.start("-c", _SFTP_SERVER, str(self.directory), *(str(self.storage_options[name]) for name in ("port", "password")))
+        self.start(
+            "-c", _SFTP_SERVER, str(self.directory), *(str(self.storage_options[name]) for name in ("port", "password"))
+        )
         return self
 
     def uri(self, path: str) -> str:
@@ -262,8 +264,12 @@ class MemoryBackend:
     def resolve(self, ref: ModelRef) -> Resolved:
         if ref.revision is not None:
             raise InvalidURIError(ref.uri, "what is in memory has no revisions")
-        names = [name for name in list(self._objects) if name == ref.location or name.startswith(ref.location.rstrip("/") + "/")]
-        return resolved(ref, [self._file(name, self._inside(name, ref.location)) for name in names])
+        names = [
+            name
+            for name in list(self._objects)
+            if name == ref.location or name.startswith(ref.location.rstrip("/") + "/")
+        ]
+        return order_listing(ref, [self._file(name, self._inside(name, ref.location)) for name in names])
 
     def _inside(self, name: str, location: str) -> str:
         return name.rpartition("/")[2] if name == location else name[len(location.rstrip("/")) + 1 :]

@@ -27,7 +27,9 @@ def clean_environ(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(_OURS)} | dict(extra or {})
 
 
-def kserve_pvc(root: Path | str, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def kserve_pvc(
+    root: Path | str, *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """
     Run one verb on a store and wait for its end.
     """
@@ -41,7 +43,9 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> subp
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean_environ(env))
 
 
-def start(root: Path | str, *arguments: str, env: Mapping[str, str] | None = None, **streams: Any) -> subprocess.Popen[str]:
+def start(
+    root: Path | str, *arguments: str, env: Mapping[str, str] | None = None, **streams: Any
+) -> subprocess.Popen[str]:
     """
     Start one verb on a store. It hears interrupts, although what a shell runs in the background, tests too, does not.
     """

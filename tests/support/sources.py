@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kserve_pvc import Backend, FileEntry, ModelRef, RangeReader, RemoteFile, Resolved, resolved
+from kserve_pvc import Backend, FileEntry, ModelRef, RangeReader, RemoteFile, Resolved, order_listing
 
 
 class Reader:
@@ -35,7 +35,11 @@ class FakeBackend:
     """
 
     def __init__(
-        self, files: Mapping[str, bytes], *, sent: Mapping[str, bytes] | None = None, sha256: Mapping[str, str] | None = None
+        self,
+        files: Mapping[str, bytes],
+        *,
+        sent: Mapping[str, bytes] | None = None,
+        sha256: Mapping[str, str] | None = None,
     ) -> None:
         self.files = dict(files)
         self.sent = {**self.files, **(sent or {})}
@@ -44,7 +48,7 @@ class FakeBackend:
 
     def resolve(self, ref: ModelRef) -> Resolved:
         self.calls.append("resolve")
-        return resolved(ref, (self._remote(name, data) for name, data in self.files.items()))
+        return order_listing(ref, (self._remote(name, data) for name, data in self.files.items()))
 
     def _remote(self, name: str, data: bytes) -> RemoteFile:
         token = hashlib.sha256(data).hexdigest()

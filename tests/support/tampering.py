@@ -21,7 +21,11 @@ class TamperingProxy(CountingProxy):
     """
 
     def __init__(
-        self, endpoint: str, *, cuts: tuple[int, ...] = (), rewrite: Callable[[str, bytes], bytes] = lambda asked, answer: answer
+        self,
+        endpoint: str,
+        *,
+        cuts: tuple[int, ...] = (),
+        rewrite: Callable[[str, bytes], bytes] = lambda asked, answer: answer,
     ) -> None:
         super().__init__(endpoint)
         self.cuts = list(cuts)

@@ -1,5 +1,6 @@
 """
-A proxy that takes every host of the internet to one server here, so that an address as clouds have them leads to an emulator.
+A proxy that takes every host of the internet to one server here, so that an address as clouds have them leads to an
+emulator.
 """
 
 from __future__ import annotations

@@ -15,7 +15,12 @@ import shell
 _BECOME = """
 import os, sys
 from kserve_pvc import *
-from kserve_pvc import _claims, _download, _plan, _progress, _removal, _transfer
+from kserve_pvc._download import plan as _plan
+from kserve_pvc._download import download as _download
+from kserve_pvc._download import transfer as _transfer
+from kserve_pvc._keys import removal as _removal
+from kserve_pvc._keys import claims as _claims
+from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes
 

@@ -2,7 +2,8 @@
 Real volumes with several nodes on one machine: each is started on free ports in a directory of its own, and stopped.
 
 A node is a mount of its own where the file system has clients, so that each node has its own caches and its own idea of
-the locks. Where it has none, a node is one more place at which the same file system is mounted. Everything here needs root.
+the locks. Where it has none, a node is one more place at which the same file system is mounted. Everything here needs
+root.
 """
 
 from __future__ import annotations
@@ -62,12 +63,15 @@ class _Stage:
             place.mkdir()
         return places
 
-    def serve(self, program: str, *arguments: str | Path, environ: Mapping[str, str] | None = None, patience: float = 0.0) -> None:
+    def serve(
+        self, program: str, *arguments: str | Path, environ: Mapping[str, str] | None = None, patience: float = 0.0
+    ) -> None:
         """
         Run a server that dies with this process, however that ends, and is stopped with the volume.
 
         Args:
-            patience: For how many seconds to wait for the end that comes by itself, as a client's does once it is unmounted.
+            patience: For how many seconds to wait for the end that comes by itself, as a client's does once it is
+                unmounted.
         """
         # Through a launcher and not with `preexec_fn`, which may deadlock in a process that has threads.
         launcher = [sys.executable, "-I", "-S", origin.__file__, str(os.getpid())]
@@ -83,11 +87,15 @@ class _Stage:
 
     def mounting(self, *mounts: Path, then: str = ":") -> None:
         """
-        Unmount these when the volume stops, or when this process dies before; `then` is a command for what else must end.
+        Unmount these when the volume stops, or when this process dies before; `then` is a command for what else must
+        end.
         """
         script = f'cat >/dev/null; for mount; do umount --lazy "$mount"; done; {then}'
         watch = subprocess.Popen(
-            ["sh", "-c", script, "sh", *map(str, mounts)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            ["sh", "-c", script, "sh", *map(str, mounts)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         self.undo.callback(watch.communicate)
 
@@ -176,7 +184,13 @@ def seaweedfs(nodes: int) -> Iterator[SharedVolume]:
         (data,) = stage.make("data")
         master, volume, filer, s3, admin = origin._free_ports(5)
         here = origin.LOOPBACK
-        ports = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}", f"-admin.port={admin}"]
+        ports = [
+            f"-master.port={master}",
+            f"-volume.port={volume}",
+            f"-filer.port={filer}",
+            f"-s3.port={s3}",
+            f"-admin.port={admin}",
+        ]
         idle = ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         sockets = [f"-s3.localSocket={stage.directory}/s3.sock", f"-filer.localSocket={stage.directory}/filer.sock"]
         home = {"HOME": str(stage.directory), "TMPDIR": str(stage.directory)}
@@ -185,7 +199,15 @@ def seaweedfs(nodes: int) -> Iterator[SharedVolume]:
         until(lambda: origin._is_healthy(s3), 60)
         mounts = stage.make(*(f"node-{number}" for number in range(nodes)))
         for mount in mounts:
-            stage.serve(program, "mount", f"-filer={here}:{filer}", f"-dir={mount}", f"-cacheDir={mount}.cache", environ=home, patience=5)
+            stage.serve(
+                program,
+                "mount",
+                f"-filer={here}:{filer}",
+                f"-dir={mount}",
+                f"-cacheDir={mount}.cache",
+                environ=home,
+                patience=5,
+            )
         stage.mounting(*mounts)
         _await_mounts(stage, mounts)
         yield SharedVolume(name="seaweedfs", mounts=mounts)
@@ -202,7 +224,9 @@ def glusterfs(nodes: int) -> Iterator[SharedVolume]:
         work, brick, _, _ = stage.make("work", "brick", "run", "logs")
         socket = stage.directory / "glusterd.sock"
         (stage.directory / "glusterd.vol").write_text(_glusterd_settings(stage.directory, work, socket))
-        stage.serve(*inside, daemon, "-N", "-f", stage.directory / "glusterd.vol", "-l", stage.directory / "logs" / "glusterd")
+        stage.serve(
+            *inside, daemon, "-N", "-f", stage.directory / "glusterd.vol", "-l", stage.directory / "logs" / "glusterd"
+        )
         ask = partial(_do, *inside, control, "--mode=script", f"--glusterd-sock={socket}")
         until(lambda: _succeeds(ask, "volume", "list"), 30)
         ask("volume", "create", "models", f"{_GLUSTER_ADDRESS}:{brick}", "force")
@@ -298,7 +322,9 @@ def mounted(nodes: int) -> Iterator[SharedVolume]:
 
 # What is shared between real clients, each with caches of its own.
 NETWORK: Mapping[str, Start] = (
-    {"mounted": mounted} if MOUNTS in os.environ else {"juicefs": juicefs, "seaweedfs": seaweedfs, "glusterfs": glusterfs}
+    {"mounted": mounted}
+    if MOUNTS in os.environ
+    else {"juicefs": juicefs, "seaweedfs": seaweedfs, "glusterfs": glusterfs}
 )
 LOCAL: Mapping[str, Start] = (
     {} if MOUNTS in os.environ else {**{kind: partial(loop, kind) for kind in ("ext4", "xfs", "btrfs")}, "tmpfs": tmpfs}

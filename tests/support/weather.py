@@ -35,7 +35,14 @@ UNKNOWN_HOST = "s3.weather.invalid"
 
 _SLICE_BYTES = 64 * 1024
 _MAX_HEAD_BYTES = 64 * 1024
-_REASONS = {200: "OK", 206: "Partial Content", 404: "Not Found", 412: "Precondition Failed", 429: "Too Many Requests", 503: "Slow Down"}
+_REASONS = {
+    200: "OK",
+    206: "Partial Content",
+    404: "Not Found",
+    412: "Precondition Failed",
+    429: "Too Many Requests",
+    503: "Slow Down",
+}
 
 Kind = Literal["list", "head", "get"]
 
@@ -64,8 +71,8 @@ class Request:
     One request as it arrived. `number` counts requests, `connection` connections, `turn` requests on this connection.
 
     `arrived_at` and `answered_at` are seconds of the monotonic clock; the latter is when the answer began. `range` is
-    first byte and first byte not wanted. `status` is None if nothing was answered; `body_bytes` is what was handed to the
-    network.
+    first byte and first byte not wanted. `status` is None if nothing was answered; `body_bytes` is what was handed to
+    the network.
     """
 
     number: int
@@ -143,7 +150,8 @@ class Exchange:
 
     def hang_up(self, *, hard: bool = False) -> None:
         """
-        Close the connection: after what was sent, or `hard` so that what was not read yet is lost. TLS is not told either way.
+        Close the connection: after what was sent, or `hard` so that what was not read yet is lost. TLS is not told
+            either way.
         """
         if hard:
             self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -279,7 +287,9 @@ def first(event: Callable[[], object]) -> Misbehaviour:
 
 def error(status: int, code: str) -> Answer:
     body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>The weather is {code}.</Message></Error>'.encode()
-    return Answer(status=status, headers={"Content-Type": "application/xml", "Content-Length": str(len(body))}, body=body)
+    return Answer(
+        status=status, headers={"Content-Type": "application/xml", "Content-Length": str(len(body))}, body=body
+    )
 
 
 @dataclass(kw_only=True)
@@ -305,8 +315,8 @@ class StormyS3:
     """
     An S3 server on the loopback interface that keeps its objects in memory and does what its script says.
 
-    It serves ListObjectsV2, HEAD and GET with Range and If-Match, to the one identity it knows: a request whose signature
-    is wrong is refused as S3 refuses it, whichever weather was ordered.
+    It serves ListObjectsV2, HEAD and GET with Range and If-Match, to the one identity it knows: a request whose
+    signature is wrong is refused as S3 refuses it, whichever weather was ordered.
 
     Args:
         tls: Speak TLS as this says.
@@ -320,7 +330,13 @@ class StormyS3:
     token = "weather-session-token"
 
     def __init__(
-        self, *, host: str = HERE, tls: ssl.SSLContext | None = None, prefix: str = "", page_keys: int = 1000, pins: bool = True
+        self,
+        *,
+        host: str = HERE,
+        tls: ssl.SSLContext | None = None,
+        prefix: str = "",
+        page_keys: int = 1000,
+        pins: bool = True,
     ) -> None:
         self._host = host
         self._tls = tls
@@ -366,9 +382,12 @@ class StormyS3:
         with self._server.guard:
             return list(self._requests)
 
-    def put(self, bucket: str, key: str, data: bytes, *, etag: str | None = None, checksums: Sequence[str] = ()) -> None:
+    def put(
+        self, bucket: str, key: str, data: bytes, *, etag: str | None = None, checksums: Sequence[str] = ()
+    ) -> None:
         """
-        Store an object. Its ETag is the MD5 of its bytes unless another is given; `checksums` are announced when asked for.
+        Store an object. Its ETag is the MD5 of its bytes unless another is given; `checksums` are announced when asked
+        for.
         """
         made = {"SHA256": hashlib.sha256(data).digest(), "CRC32": struct.pack(">I", zlib.crc32(data))}
         announced = {name: base64.b64encode(made[name]).decode() for name in checksums}
@@ -401,7 +420,9 @@ class StormyS3:
         with self._server.guard:
             self.connections += 1
             number = self.connections
-        with self._server.known(raw if self._tls is None else self._tls.wrap_socket(raw, server_side=True)) as connection:
+        with self._server.known(
+            raw if self._tls is None else self._tls.wrap_socket(raw, server_side=True)
+        ) as connection:
             turn = 0
             with suppress(_HungUpError):
                 while head := _read_head(connection):
@@ -478,10 +499,14 @@ class StormyS3:
     def _listing(self, request: Request) -> Answer:
         prefix, after = request.query.get("prefix", ""), _key_of(request.query.get("continuation-token", ""))
         objects = self.buckets[request.bucket]
-        keys = [key for key in sorted(objects, key=str.encode) if key.startswith(prefix) and key.encode() > after.encode()]
+        keys = [
+            key for key in sorted(objects, key=str.encode) if key.startswith(prefix) and key.encode() > after.encode()
+        ]
         page = keys[: min(self.page_keys, int(request.query.get("max-keys", "1000")))]
         spelled = quote if request.query.get("encoding-type") == "url" else escape
-        parts = [f"<Name>{escape(request.bucket)}</Name><Prefix>{spelled(prefix)}</Prefix><KeyCount>{len(page)}</KeyCount>"]
+        parts = [
+            f"<Name>{escape(request.bucket)}</Name><Prefix>{spelled(prefix)}</Prefix><KeyCount>{len(page)}</KeyCount>"
+        ]
         parts += ["<EncodingType>url</EncodingType>"] if spelled is quote else []
         parts += [_listed(spelled(key), objects[key]) for key in page]
         parts += [f"<IsTruncated>{'true' if len(keys) > len(page) else 'false'}</IsTruncated>"]
@@ -535,7 +560,11 @@ def _read_head(connection: socket.socket) -> bytes:
 def _parse(head: bytes) -> tuple[str, str, dict[str, str]]:
     request, *lines = head.decode("latin-1").rstrip("\r\n").split("\r\n")
     method, target, _ = request.split(" ")
-    return method, target, {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return (
+        method,
+        target,
+        {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)},
+    )
 
 
 def _parse_range(value: str) -> tuple[int, int] | None:
@@ -549,7 +578,10 @@ def _is_signed(request: Request, key: str, secret: str, token: str) -> bool:
     """
     Whether a request carries our signature of version 4, in its headers or in its query.
     """
-    query = [(unquote(n), unquote(v)) for n, _, v in (p.partition("=") for p in urlsplit(request.target).query.split("&") if p)]
+    query = [
+        (unquote(n), unquote(v))
+        for n, _, v in (p.partition("=") for p in urlsplit(request.target).query.split("&") if p)
+    ]
     fields = {name: value for name, value in query if name.startswith("X-Amz-")}
     scheme, _, rest = request.headers.get("authorization", "").partition(" ")
     if scheme == "AWS4-HMAC-SHA256":
@@ -557,7 +589,9 @@ def _is_signed(request: Request, key: str, secret: str, token: str) -> bool:
         credential, names, signature = (parts.get(name, "") for name in ("Credential", "SignedHeaders", "Signature"))
         moment, payload = request.headers.get("x-amz-date", ""), request.headers.get("x-amz-content-sha256", "")
     else:
-        credential, names, signature = (fields.get(f"X-Amz-{name}", "") for name in ("Credential", "SignedHeaders", "Signature"))
+        credential, names, signature = (
+            fields.get(f"X-Amz-{name}", "") for name in ("Credential", "SignedHeaders", "Signature")
+        )
         moment, payload = fields.get("X-Amz-Date", ""), "UNSIGNED-PAYLOAD"
     if token != request.headers.get("x-amz-security-token", fields.get("X-Amz-Security-Token", "")):
         return False
@@ -705,7 +739,9 @@ class ForwardProxy:
 def _passed_on(method: str, target: str, head: bytes) -> bytes:
     """The request for the server itself, the last one on its connection: the answer then ends with it."""
     parts = urlsplit(target)
-    lines = [line for line in head.split(b"\r\n")[1:] if line and not line.lower().startswith((b"proxy-", b"connection:"))]
+    lines = [
+        line for line in head.split(b"\r\n")[1:] if line and not line.lower().startswith((b"proxy-", b"connection:"))
+    ]
     first_line = f"{method} {parts.path}{'?' + parts.query if parts.query else ''} HTTP/1.1".encode()
     return b"\r\n".join([first_line, *lines, b"Connection: close", b"", b""])
 
@@ -733,9 +769,13 @@ class Authority:
             raise FileNotFoundError("openssl")
         self._directory = directory
         self.file = directory / "authority.pem"
-        self._openssl("req", "-x509", *self._new_key("authority"), "-days", "2", "-out", str(self.file), "-subj", "/CN=Weather")
+        self._openssl(
+            "req", "-x509", *self._new_key("authority"), "-days", "2", "-out", str(self.file), "-subj", "/CN=Weather"
+        )
 
-    def context(self, name: str, subjects: str = f"IP:{HERE},DNS:{UNKNOWN_HOST}", *, expired: bool = False) -> ssl.SSLContext:
+    def context(
+        self, name: str, subjects: str = f"IP:{HERE},DNS:{UNKNOWN_HOST}", *, expired: bool = False
+    ) -> ssl.SSLContext:
         """
         A server's side of TLS, with a certificate for these subjects.
         """
@@ -744,7 +784,18 @@ class Authority:
         self._openssl("req", "-new", *self._new_key(name), "-out", str(request), "-subj", f"/CN={name}")
         authority = ["-CA", str(self.file), "-CAkey", str(self._directory / "authority.key"), "-CAcreateserial"]
         days = self._days(expired)
-        self._openssl("x509", "-req", "-in", str(request), *authority, "-extfile", str(extensions), *days, "-out", str(certificate))
+        self._openssl(
+            "x509",
+            "-req",
+            "-in",
+            str(request),
+            *authority,
+            "-extfile",
+            str(extensions),
+            *days,
+            "-out",
+            str(certificate),
+        )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, self._directory / f"{name}.key")
         return context

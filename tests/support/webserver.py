@@ -1,8 +1,8 @@
 """
 A web server of a few lines, over HTTP or TLS, that does with each page what a test wants.
 
-It exists because no real server redirects to a private address, forgets its ranges, lies about a length or changes a file
-at the request that a test names.
+It exists because no real server redirects to a private address, forgets its ranges, lies about a length or changes a
+file at the request that a test names.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class WebServer:
         wants: Headers without which anything that `put` has stored is answered 403.
     """
 
-    def __init__(self, *, host: str = HERE, tls: ssl.SSLContext | None = None, wants: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *, host: str = HERE, tls: ssl.SSLContext | None = None, wants: Mapping[str, str] | None = None
+    ) -> None:
         self._scheme = "https" if tls else "http"
         self._wants = dict(wants or {})
         self.host = host
@@ -115,7 +117,11 @@ class WebServer:
     @property
     def denied_options(self) -> Mapping[str, Any] | None:
         """The same with headers that it refuses, or None if it wants none."""
-        return {"allow_private": True, "headers": {self.host: dict.fromkeys(self._wants, "wrong")}} if self._wants else None
+        return (
+            {"allow_private": True, "headers": {self.host: dict.fromkeys(self._wants, "wrong")}}
+            if self._wants
+            else None
+        )
 
     def uri(self, path: str) -> str:
         return f"{self.endpoint}/{quote(path)}"
@@ -161,7 +167,11 @@ def _handler(server: WebServer) -> type[BaseHTTPRequestHandler]:
         timeout = 30
 
         def do_GET(self) -> None:
-            asked = Asked(method=self.command, path=self.path, headers={name.lower(): value for name, value in self.headers.items()})
+            asked = Asked(
+                method=self.command,
+                path=self.path,
+                headers={name.lower(): value for name, value in self.headers.items()},
+            )
             server.asked.append(asked)
             server.before(asked)
             found = server.pages.get(asked.path) or server.pages.get(unquote(asked.path)) or Page(status=404)
@@ -208,7 +218,9 @@ def _decide(asked: Asked, found: Page) -> tuple[int, dict[str, str], bytes]:
         if found.location is not None:
             headers["Location"] = found.location
         return found.status, {**headers, "Content-Length": str(len(found.data))}, found.data
-    headers |= {name: value for name, value in (("ETag", found.etag), ("Last-Modified", found.modified)) if value is not None}
+    headers |= {
+        name: value for name, value in (("ETag", found.etag), ("Last-Modified", found.modified)) if value is not None
+    }
     if found.checks and asked.headers.get("if-match", found.etag) != found.etag:
         return 412, {"Content-Length": "0"}, b""
     if found.checks and asked.headers.get("if-unmodified-since", found.modified) != found.modified:

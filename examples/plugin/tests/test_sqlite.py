@@ -71,7 +71,9 @@ def test_the_scheme_is_found_by_its_entry_point(store, database):
     """
     Installing the distribution is all it takes.
     """
-    assert [point.dist.name for point in entry_points(group="kserve_pvc.backends", name="sqlite")] == ["kserve-pvc-sqlite"]
+    assert [point.dist.name for point in entry_points(group="kserve_pvc.backends", name="sqlite")] == [
+        "kserve-pvc-sqlite"
+    ]
 
     model = store.ensure(database.uri("tiny"), progress=False)
 

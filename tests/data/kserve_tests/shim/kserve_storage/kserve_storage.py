@@ -1,5 +1,6 @@
 """
-KServe's module of this name. Its tests import two helpers from it that are not public; those that call them are not run.
+KServe's module of this name. Its tests import two helpers from it that are not public; those that call them are not
+run.
 """
 
 from kserve_pvc.kserve import Storage

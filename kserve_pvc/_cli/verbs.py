@@ -1,0 +1,387 @@
+"""
+One function for each verb of the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from kserve_pvc import _defaults as defaults
+from kserve_pvc._cli.output import (
+    describe_identity,
+    describe_model,
+    describe_row,
+    describe_verification,
+    describe_warmed,
+    exit_code,
+    format_age,
+    print_error,
+    print_json,
+    print_model,
+    print_result,
+    print_table,
+    print_verification,
+    say,
+    show_warmed,
+)
+from kserve_pvc._process import this_process
+from kserve_pvc._settings import read_settings
+from kserve_pvc._store import ModelStore
+from kserve_pvc.errors import SettingsError, printable
+
+# As in `_store`, what `path` does not need is imported by the verb that does.
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kserve_pvc._download.warm import Item, Warmed
+    from kserve_pvc._volume.verify import Level
+
+
+def ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
+    model = store.ensure(
+        arguments.uri,
+        **selection(arguments),
+        refresh=arguments.refresh,
+        force_download=arguments.force_download,
+        local_files_only=arguments.local_files_only,
+        timeout=arguments.timeout,
+        max_workers=arguments.max_workers,
+        progress=False if arguments.quiet else None,
+    )
+    document = {**describe_identity(model), "status": model.status, "size_bytes": model.size_bytes}
+    print_result(
+        arguments,
+        {**document, "bytes_fetched": model.bytes_fetched, "seconds": round(model.seconds, 3)},
+        str(model.path),
+    )
+    return 0
+
+
+def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
+    items = [*arguments.uris, *(item for name in arguments.file or () for item in _read_catalogue(name))]
+    if not items and not arguments.file:
+        say("warm: name URIs, or a file of them with `-f`")
+        return 2
+    if arguments.workers < 1:
+        raise SettingsError("--workers", str(arguments.workers), "write 1 or more")
+    done = sorted(_warm_all(store, items, arguments), key=lambda warmed: warmed.index)
+    failures = [warmed.error for warmed in done if warmed.error is not None]
+    if arguments.json:
+        print_json([describe_warmed(warmed) for warmed in done])
+    elif not arguments.quiet:
+        from kserve_pvc._show.units import count
+
+        say(f"{count(len(done), 'model')}, {len(failures) or 'none'} failed")
+    return exit_code(failures[0]) if failures else 0
+
+
+def _warm_all(store: ModelStore, items: Iterable[Item], arguments: argparse.Namespace) -> list[Warmed]:
+    """Warm all, telling of each as it is done, and leave nothing behind that runs."""
+    done = []
+    with _threads(arguments.workers) as executor:
+        results = store.warm(
+            items,
+            executor,
+            refresh=arguments.refresh,
+            timeout=arguments.timeout,
+            max_workers=arguments.max_workers,
+            progress=False if arguments.quiet else None,
+        )
+        try:
+            for warmed in results:
+                done.append(warmed)
+                show_warmed(warmed, arguments)
+        except BaseException as error:
+            # Wherever this thread was when it was interrupted: the others stop, and give their claims back.
+            results.throw(error)
+    return done
+
+
+def _threads(workers: int) -> AbstractContextManager[ThreadPoolExecutor | None]:
+    if workers == 1:
+        return nullcontext()
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(workers, thread_name_prefix="warm")
+
+
+def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
+    """One model a line: its URI, or an object as `warm` takes it. Neither blank lines nor lines that begin with `#` count."""
+    from kserve_pvc._download.warm import wanted
+
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError("--file", name, "it must be text in UTF-8") from error
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line.startswith("{"):
+            place = f"{name}, line {number}"
+            try:
+                item = json.loads(line)
+            except ValueError:  # Without the line, which may hold a secret.
+                raise SettingsError(place, "no JSON object", 'write `{"uri": "…"}` in one line') from None
+            yield wanted(item, place)
+        elif line and not line.startswith("#"):
+            yield line
+
+
+def path(store: ModelStore, arguments: argparse.Namespace) -> int:
+    model = store.get(arguments.uri, **selection(arguments))
+    print_result(arguments, describe_identity(model), str(model.path))
+    return 0
+
+
+def ls(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._show.units import count, format_bytes
+
+    models = store.list()
+    if arguments.json:
+        print_json([describe_row(model) for model in models])
+        return 0
+    print_table(
+        ("URI", "SIZE", "FILES", "CREATED", "KEY"),
+        [
+            (
+                describe_model(m),
+                format_bytes(m.size_bytes),
+                str(m.files),
+                m.created_at.strftime("%Y-%m-%d %H:%M"),
+                m.key,
+            )
+            for m in models
+        ],
+    )
+    if not arguments.quiet:
+        say(f"{count(len(models), 'model')}, {format_bytes(sum(m.size_bytes for m in models))} at {store.root}")
+    return 0
+
+
+def info(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._show.units import count, format_bytes
+
+    model = store.get(arguments.uri, **selection(arguments))
+    record = model.record
+    if arguments.json:
+        print_json({**attrs.asdict(record), "path": model.path})
+        return 0
+    facts = [
+        ("uri", record.uri),
+        ("revision", record.revision or "newest at the time"),
+        ("key", record.key),
+        ("version", record.version),
+        ("path", str(model.path)),
+        ("size", f"{format_bytes(record.size_bytes)} in {count(len(record.files), 'file')}"),
+        ("created", f"{record.created_at.isoformat(timespec='seconds')} by {record.writer}"),
+    ]
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        print(f"{name.ljust(width)}  {printable(value)}")
+    print_table(
+        ("FILE", "SIZE", "SHA256"),
+        [(str(f.path), format_bytes(f.size_bytes), f.sha256 or "unknown") for f in record.files],
+    )
+    return 0
+
+
+def plan(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._show.units import count, format_bytes
+
+    plan = store.plan(arguments.uri, **selection(arguments), refresh=arguments.refresh)
+    if arguments.json:
+        print_json({**attrs.asdict(plan), "fits": plan.fits})
+        return 0
+    if plan.action == "nothing":
+        print(f"nothing to do: {printable(plan.uri)} is present ({format_bytes(plan.size_bytes)})")
+        return 0
+    seconds = "at an unknown rate" if plan.seconds is None else f"in about {plan.seconds:.0f} s"
+    print(
+        f"would fetch {format_bytes(plan.bytes_to_fetch)} of {format_bytes(plan.size_bytes)} in {count(plan.files, 'file')} {seconds}"
+    )
+    print(f"would take over {format_bytes(plan.bytes_reusable)} that is there already")
+    print(f"{format_bytes(plan.free_bytes)} are free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
+    return 0
+
+
+def verify(store: ModelStore, arguments: argparse.Namespace) -> int:
+    level: Level = "full" if arguments.full else "size"
+    if arguments.uri is None and not arguments.all:
+        say("verify: name a URI, or write `--all`")
+        return 2
+    reports = store.verify_all(level) if arguments.all else [store.verify(arguments.uri, level, **selection(arguments))]
+    seen = []
+    for report in reports:
+        seen.append(report)
+        if not arguments.json and not arguments.quiet:
+            print_verification(report)
+    ok = all(report.ok for report in seen)
+    if arguments.json:
+        print_json({"ok": ok, "models": [describe_verification(report) for report in seen]})
+    return 0 if ok else 1
+
+
+def alias(store: ModelStore, arguments: argparse.Namespace) -> int:
+    if arguments.drop is not None:
+        store.drop_alias(arguments.drop)
+    elif arguments.uri is not None:
+        store.alias(arguments.name, arguments.uri, **selection(arguments))
+    elif arguments.name is not None:
+        raise SettingsError("URI", "", f"say which model `{arguments.name}` is to be the name of")
+    aliases = store.aliases()
+    if arguments.json:
+        print_json(dict(aliases))
+    else:
+        print_table(("NAME", "KEY"), list(aliases.items()))
+    return 0
+
+
+def rm(store: ModelStore, arguments: argparse.Namespace) -> int:
+    store.remove(arguments.uri, **selection(arguments), trash_seconds=0.0 if arguments.now else defaults.TRASH_SECONDS)
+    print_result(arguments, {"uri": arguments.uri, "removed": True}, None)
+    return 0
+
+
+def export(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._show.units import count, format_bytes
+
+    to_stdout = arguments.file == "-"
+    if to_stdout and (arguments.json or sys.stdout.isatty()):
+        say(
+            "export: standard output is the bundle, so it can be neither a terminal nor `--json`; redirect it, or name a file"
+        )
+        return 2
+    file = sys.stdout.buffer if to_stdout else arguments.file
+    exported = store.export(arguments.uri, file, **selection(arguments), progress=False if arguments.quiet else None)
+    if arguments.json:
+        print_json(attrs.asdict(exported))
+    elif not arguments.quiet:
+        size = f"{count(exported.files, 'file')}, {format_bytes(exported.size_bytes)}"
+        say(
+            f"{printable(exported.file)} holds {printable(exported.uri)}: {size}; check it with `import --sha256 {exported.sha256}`"
+        )
+    return 0
+
+
+def import_(store: ModelStore, arguments: argparse.Namespace) -> int:
+    if arguments.file == "-":
+        say("import: a bundle is read from any place in it, which a pipe cannot do; write it to a file first")
+        return 2
+    quiet = False if arguments.quiet else None
+    model = store.import_(arguments.file, sha256=arguments.sha256, timeout=arguments.timeout, progress=quiet)
+    print_model(arguments, model)
+    return 0
+
+
+def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._show.units import count, format_bytes
+
+    for uri in arguments.break_claim or ():
+        store.break_lock(uri, **selection(arguments))
+    locks = store.locks()
+    if arguments.json:
+        print_json([attrs.asdict(lock) for lock in locks])
+        return 0
+    rows = [
+        (
+            lock.uri,
+            lock.key,
+            lock.state,
+            lock.holder,
+            lock.since,
+            format_age(lock.age_seconds),
+            f"{format_bytes(lock.bytes_done)} of {format_bytes(lock.bytes_total)}",
+        )
+        for lock in locks
+    ]
+    print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "AGE", "PROGRESS"), rows)
+    if not arguments.quiet:
+        say(f"{count(len(locks), 'claim')} not given back")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from kserve_pvc._doctor.doctor import diagnose
+    from kserve_pvc._doctor.text import tell
+
+    settings = read_settings()
+    if not arguments.timeout >= 0:
+        raise SettingsError("--timeout", str(arguments.timeout), "write a number of seconds, 0 or more")
+    if arguments.peer is not None and not arguments.quiet:
+        say(
+            f"waiting up to {arguments.timeout:.0f} s for `kserve-pvc doctor DIR --peer {printable(arguments.peer)}` on another node"
+        )
+    diagnosis = diagnose(
+        arguments.directory or arguments.store or settings.store,
+        writes=settings.mode != "r",
+        holder=this_process(),
+        peer=arguments.peer,
+        timeout=arguments.timeout,
+    )
+    if arguments.json:
+        print_json({**attrs.asdict(diagnosis), "kind": diagnosis.profile.kind, "ok": diagnosis.ok})
+    else:
+        for line in tell(diagnosis):
+            print(line)
+    return 0 if diagnosis.ok else 1
+
+
+def kserve_patch(arguments: argparse.Namespace) -> int:
+    from kserve_pvc.kserve._patch import Sharing, patch
+
+    read_only = False if arguments.read_write else True if arguments.read_only else None
+    sharing = Sharing(claim=arguments.claim, sub_path=arguments.sub_path, read_only=read_only)
+    patched = patch(
+        _read_input(arguments.file), sharing, name="standard input" if arguments.file == "-" else arguments.file
+    )
+    sys.stdout.write(patched.text)
+    for remark in () if arguments.quiet else patched.remarks:
+        say(printable(remark))
+    if patched.error is not None:
+        print_error(patched.error, "", verbose=arguments.verbose)
+        return 1  # What kustomize expects of a function that failed.
+    return 0
+
+
+def _read_input(name: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+
+
+def webhook(arguments: argparse.Namespace) -> int:
+    from kserve_pvc.kserve._webhook import serve
+
+    serve(
+        policy_file=Path(arguments.policy),
+        certificate_file=Path(arguments.tls_cert),
+        key_file=Path(arguments.tls_key),
+        host=arguments.host,
+        port=arguments.port,
+        reload_seconds=arguments.reload_seconds,
+    )
+    return 0
+
+
+def initialize(arguments: argparse.Namespace) -> int:
+    return run_initializer(arguments.pairs)
+
+
+def run_initializer(pairs: Sequence[str]) -> int:
+    from kserve_pvc.kserve._initialize import main as initialize
+
+    return initialize(pairs)
+
+
+def selection(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": arguments.revision, "allow_patterns": arguments.allow, "ignore_patterns": arguments.ignore}

@@ -1,0 +1,77 @@
+"""
+The journal of finished parts, from which another process resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from pathlib import PurePosixPath
+
+from kserve_pvc._format import layout
+from kserve_pvc._format.records import PartNote, encode
+from kserve_pvc._volume.calls import write_all
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.errors import StoreError
+
+# The note of a range of this length is written at once.
+_GATHERED_BYTES = 8 * 1024 * 1024
+
+
+class Journal:
+    """
+    The notes of one attempt, each a line with its own checksum; several workers note, one file is written.
+    """
+
+    def __init__(self, writer: VolumeWriter, generation: str, part_bytes: int) -> None:
+        self._guard = threading.Lock()
+        self._part_bytes = part_bytes
+        self._notes: list[tuple[PurePosixPath, str, int, int, str | None, int | None]] = []
+        self._unwritten = self._unsynced = self._offset = 0
+        self._writer = writer
+        self._place = layout.journal_file(generation)
+        self._fd = writer.create(self._place)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # A download that is over has no heir; one that failed has. Notes are hints: one that is lost costs a fetch.
+        with suppress(OSError, StoreError):
+            if kind is not None:
+                self._write()
+        with suppress(OSError):
+            os.close(self._fd)
+
+    def note(
+        self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None
+    ) -> None:
+        """
+        Write down what is on the volume, as in `PartNote`. A lost note costs a fetch and never a lie.
+
+        Notes of small files are gathered until together they speak of a part, or of a range long enough to matter:
+        many a download is over before that.
+        """
+        with self._guard:
+            self._notes.append((path, token, start, stop, sha256, crc32))
+            self._unwritten += stop - start
+            if self._unwritten >= self._part_bytes or stop - start >= _GATHERED_BYTES:
+                self._write()
+
+    def _write(self) -> None:
+        data = b"".join(
+            encode(PartNote(path=path, token=token, start=start, stop=stop, sha256=sha256, crc32=crc32))
+            for path, token, start, stop, sha256, crc32 in self._notes
+        )
+        try:
+            write_all(self._fd, data, self._offset)
+            self._offset += len(data)
+            self._unsynced += self._unwritten
+            self._unwritten = 0
+            self._notes.clear()
+            if self._unsynced >= self._part_bytes:
+                os.fdatasync(self._fd)
+                self._unsynced = 0
+        except OSError as error:
+            raise self._writer.failure("writing", self._place, error) from error

@@ -1,0 +1,125 @@
+"""
+What this volume has already of a model that is wanted: complete files of other generations, and what dead writers left.
+
+Nothing of it is believed. A token chooses, and a digest proves when it is taken over.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import attrs
+
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import KEY
+from kserve_pvc._format.records import PartNote, decode
+from kserve_pvc._keys.log import read_log, read_manifest
+from kserve_pvc._source.contract import RemoteFile, Resolved
+from kserve_pvc._source.ref import ModelRef
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.tree import Tree
+from kserve_pvc.errors import StoreFormatError, VolumeError
+
+if TYPE_CHECKING:
+    from kserve_pvc._download.adoption import Donor
+
+_MAX_JOURNAL_BYTES = 64 * 1024 * 1024
+
+
+@attrs.frozen
+class Found:
+    """
+    A file of another generation and what is known to be right in it.
+    """
+
+    volume: Volume
+    place: PurePosixPath
+    notes: tuple[PartNote, ...]
+
+    def donor(self, tree: Tree) -> Donor:
+        from kserve_pvc._download.adoption import Donor
+
+        return Donor(
+            notes=self.notes,
+            open_file=partial(self.volume.open_file, self.place),
+            link=lambda path: tree.link(self.place, path),
+        )
+
+    def has_all(self, file: RemoteFile) -> bool:
+        return any(
+            n.sha256 is not None and n.token == file.entry.token and n.stop == file.entry.size_bytes for n in self.notes
+        )
+
+
+def find_donors(
+    volume: Volume, ref: ModelRef, *, own: str = "", with_complete: bool = True
+) -> Mapping[PurePosixPath, Sequence[Found]]:
+    """
+    Files that may already hold what is wanted: complete ones of the same source first, then what dead writers left,
+    the newest attempt first. Nothing here is believed: tokens choose, digests prove.
+
+    Whoever insists on a download does so because of doubts about what is there: then nothing complete is offered.
+    """
+    donors: dict[PurePosixPath, list[Found]] = defaultdict(list)
+    for key in volume.list_names(layout.KEYS) if with_complete else ():
+        if KEY.fullmatch(key) is None:
+            continue
+        with suppress(StoreFormatError, VolumeError):
+            entry = read_log(volume, key).entry
+            if entry is None or not entry.is_present or entry.uri != ref.uri:
+                continue
+            for file in read_manifest(volume, entry).files:
+                if file.sha256 is not None and file.token is not None:
+                    note = PartNote(path=file.path, token=file.token, stop=file.size_bytes, sha256=file.sha256)
+                    donors[file.path].append(
+                        Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,))
+                    )
+    for generation in reversed(volume.list_names(layout.MODELS / ref.key)):
+        if generation == own or layout.parse_generation(generation) is None:
+            continue
+        for path, notes in _read_journal(volume, generation).items():
+            donors[path].append(Found(volume, layout.generation_dir(ref.key, generation) / path, tuple(notes)))
+    return donors
+
+
+def shared_bytes(donors: Mapping[PurePosixPath, Sequence[Found]], resolved: Resolved) -> int:
+    """
+    How many bytes of a model are in whole files that others have, so that a hard link does for them.
+    """
+    return sum(f.entry.size_bytes for f in resolved.files if any(d.has_all(f) for d in donors.get(f.entry.path, ())))
+
+
+def reusable_bytes(donors: Mapping[PurePosixPath, Sequence[Found]], resolved: Resolved) -> int:
+    """
+    How many bytes of a model need not be fetched, if all that others have of it proves itself.
+    """
+    if not donors:
+        return 0  # What is usual, and a model may have many files.
+    total = 0
+    for file in resolved.files:
+        notes = [note for found in donors.get(file.entry.path, ()) for note in found.notes]
+        ranges = sorted(
+            (n.start, n.stop) for n in notes if n.token == file.entry.token and n.stop <= file.entry.size_bytes
+        )
+        end = 0
+        for start, stop in ranges:
+            total += max(0, stop - max(start, end))
+            end = max(end, stop)
+    return total
+
+
+def _read_journal(volume: Volume, generation: str) -> dict[PurePosixPath, list[PartNote]]:
+    place = layout.journal_file(generation)
+    notes: dict[PurePosixPath, list[PartNote]] = defaultdict(list)
+    with suppress(StoreFormatError, VolumeError):
+        for line in (volume.read(place, _MAX_JOURNAL_BYTES) or b"").splitlines():
+            # The first line that does not check out is the torn end of a killed writer, or forged: nothing after it
+            # counts.
+            note = decode(PartNote, line, str(place))
+            notes[note.path].append(note)
+    return notes

@@ -1,0 +1,206 @@
+"""
+What a store knows beyond the newest entry of a log: the files of a model, and who is at work on it.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+import attrs
+from attrs.validators import and_, instance_of, lt, matches_re, optional
+
+from kserve_pvc._format.codec import GENERATION, KEY, OMITTED, SHA256, build, decode, encode, moment, number, size, text
+from kserve_pvc._format.file_names import check_collisions, check_name
+from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now, to_holder
+
+# Who works with records takes all of them from here; only what a hit loads names `_entry` itself.
+__all__ = [
+    "BEAT_BYTES",
+    "MAX_MANIFEST_BYTES",
+    "Beat",
+    "Claim",
+    "FileEntry",
+    "FoundFile",
+    "Holder",
+    "LogEntry",
+    "Manifest",
+    "PartNote",
+    "ReaderLease",
+    "Record",
+    "StoreSettings",
+    "decode",
+    "encode",
+    "encode_beat",
+    "now",
+]
+
+ACCESS = r"direct(:[A-Za-z0-9._-]{1,64})?|fsspec:[A-Za-z0-9._-]{1,64}"
+MAX_MANIFEST_BYTES = 512 * 1024 * 1024
+BEAT_BYTES = 256
+
+
+def _path(value: str | PurePosixPath) -> PurePosixPath:
+    if isinstance(value, PurePosixPath):
+        check_name(str(value))
+        return value
+    if not isinstance(value, str):
+        raise TypeError("a path must be a text")
+    return check_name(value)
+
+
+@attrs.frozen(kw_only=True)
+class FileEntry:
+    """
+    One file of a model.
+
+    `token` is what the source calls this content (an ETag, a version id); it identifies, but is not a digest.
+    `evidence` is the digest the source vouches for and that the bytes were compared with, as `name:hex`. Without
+    `sha256` the bytes were never hashed, because the store that fetched them was told not to.
+    """
+
+    path: PurePosixPath = attrs.field(converter=_path)
+    size_bytes: int = attrs.field(validator=size)
+    sha256: str | None = attrs.field(default=None, validator=optional(matches_re(SHA256)))
+    token: str | None = attrs.field(default=None, validator=optional(text))
+    evidence: str | None = attrs.field(
+        default=None, metadata=OMITTED, validator=optional(matches_re(r"[a-z0-9]{1,16}:[0-9a-f]{8,128}"))
+    )
+
+    def with_digests(self, sha256: str | None, evidence: str | None) -> FileEntry:
+        """
+        Return this file with the digests of its bytes.
+        """
+        return attrs.evolve(self, sha256=sha256, evidence=evidence)
+
+
+def _files(value: Any) -> tuple[FileEntry, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError("`files` must be a list")
+    return tuple(f if isinstance(f, FileEntry) else build(FileEntry, f) for f in value)
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """
+    Every file of one generation, in the order of their paths.
+
+    `access` is how the source was reached: `direct`, `direct:<package>` or `fsspec:<package>`. Manifests of older
+    versions, and of models that were imported, do not have it.
+    """
+
+    key: str = attrs.field(validator=matches_re(KEY))
+    generation: str = attrs.field(validator=matches_re(GENERATION))
+    version: str = attrs.field(validator=text)
+    files: tuple[FileEntry, ...] = attrs.field(converter=_files)
+    access: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(ACCESS)))
+
+    def __attrs_post_init__(self) -> None:
+        check_collisions(f.path for f in self.files)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(f.size_bytes for f in self.files)
+
+
+@attrs.frozen(kw_only=True)
+class Record:
+    """
+    What a store knows about a model it holds: where it came from and what it consists of.
+
+    `access` is how the source was reached: `direct` by requests of our own, `direct:<package>` by requests of our own
+    that the package's fsspec class authorised, `fsspec:<package>` through that class. None where it is not recorded.
+    """
+
+    uri: str
+    revision: str | None
+    allow_patterns: tuple[str, ...] | None
+    ignore_patterns: tuple[str, ...]
+    key: str
+    version: str
+    generation: str
+    files: tuple[FileEntry, ...]
+    size_bytes: int
+    created_at: datetime
+    writer: Holder
+    access: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Claim:
+    """
+    The wish of one process to download a model; the highest number is the current one.
+    """
+
+    epoch: int = attrs.field(validator=number)
+    nonce: str = attrs.field(validator=matches_re(r"[0-9a-f]{32}"))
+    uri: str = attrs.field(validator=text)
+    holder: Holder = attrs.field(converter=to_holder)
+    claimed_at: datetime = attrs.field(converter=moment)
+
+    @property
+    def generation(self) -> str:
+        return f"{self.epoch:012d}-{self.nonce}"
+
+
+@attrs.frozen(kw_only=True)
+class Beat:
+    """
+    The sign of life of a claim's holder or of a reader. What counts is that it changed, never when it says it did.
+    """
+
+    count: int = attrs.field(validator=size)
+    released: bool = attrs.field(default=False, validator=instance_of(bool))
+    bytes_done: int = attrs.field(default=0, validator=size)
+    bytes_total: int = attrs.field(default=0, validator=size)
+    bytes_per_second: int = attrs.field(default=0, validator=size)
+
+
+@attrs.frozen(kw_only=True)
+class ReaderLease:
+    """
+    A reader's request not to delete a generation while it lives.
+    """
+
+    generation: str = attrs.field(validator=matches_re(GENERATION))
+    holder: Holder = attrs.field(converter=to_holder)
+
+
+@attrs.frozen(kw_only=True)
+class PartNote:
+    """
+    One line of a journal: bytes `start` to `stop` (not included) of `path` are on the volume.
+
+    They are proven by `sha256` if they are the beginning of the file, else by `crc32`. A store that was told not to
+    hash writes neither, and only such a store takes them over.
+    """
+
+    path: PurePosixPath = attrs.field(converter=_path)
+    token: str = attrs.field(validator=text)
+    start: int = attrs.field(default=0, metadata=OMITTED, validator=size)
+    stop: int = attrs.field(validator=size)
+    sha256: str | None = attrs.field(default=None, validator=optional(matches_re(SHA256)))
+    crc32: int | None = attrs.field(default=None, metadata=OMITTED, validator=optional(and_(size, lt(2**32))))
+
+    def __attrs_post_init__(self) -> None:
+        if self.start > self.stop or (self.start and self.sha256 is not None):
+            raise ValueError("a note is about a beginning with `sha256`, or a range with `crc32`")
+
+
+@attrs.frozen(kw_only=True)
+class FoundFile:
+    """
+    What lies in a model's directory. `is_regular` is False for links, devices, pipes and sockets.
+    """
+
+    path: PurePosixPath
+    size_bytes: int
+    is_regular: bool
+
+
+def encode_beat(beat: Beat) -> bytes:
+    """
+    Write a beat down in exactly `BEAT_BYTES`, so that it is replaced in place by a single write.
+    """
+    return encode(beat).rstrip(b"\n").ljust(BEAT_BYTES - 1) + b"\n"

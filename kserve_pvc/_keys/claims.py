@@ -1,0 +1,276 @@
+"""
+Claims of downloaders and leases of readers: who is at work on a key or generation, and whether it still lives.
+
+Both are a directory with two files: one says who holds it, the other is its beat.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
+from typing import Literal, TypeVar
+
+import attrs
+
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode
+from kserve_pvc._format.log_entry import Holder, now
+from kserve_pvc._format.records import BEAT_BYTES, Beat, Claim, ReaderLease, encode_beat
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
+from kserve_pvc.locks.lease import Heart
+from kserve_pvc.locks.liveness import is_provably_dead
+
+# A reader beats this many times slower than a downloader: it lives for days, and only deletion waits for it.
+READER_LEASES = 4
+
+_T = TypeVar("_T")
+
+
+@attrs.frozen(kw_only=True)
+class Sign:
+    """
+    What a claim or lease shows at one moment. `owner` and `beat` are None if they cannot be read.
+    """
+
+    name: str
+    raw: bytes
+    owner: Claim | ReaderLease | None
+    beat: Beat | None
+
+    @property
+    def holder(self) -> str:
+        return "an unknown process" if self.owner is None else str(self.owner.holder)
+
+    @property
+    def is_released(self) -> bool:
+        return self.beat is not None and self.beat.released
+
+    @property
+    def is_dead(self) -> bool:
+        return self.owner is not None and is_provably_dead(self.owner.holder)
+
+
+@attrs.frozen(kw_only=True)
+class LockInfo:
+    """
+    A claim that its holder has not given back. `state` is `dead` if its process provably no longer exists.
+
+    `pod`, `node` and `uid` are empty and -1 where the holder is not known. `age_seconds` compares this node's clock
+    with the holder's when it claimed, so it is for people.
+    """
+
+    uri: str
+    key: str
+    epoch: int
+    holder: str
+    pod: str
+    node: str
+    uid: int
+    since: str
+    age_seconds: float
+    state: Literal["held", "dead"]
+    bytes_done: int
+    bytes_total: int
+    bytes_per_second: int
+
+
+def _read_sign(volume: Volume, place: PurePosixPath, cls: type[Claim] | type[ReaderLease]) -> Sign:
+    with suppress(VolumeError):
+        volume.list_names(
+            place
+        )  # GlusterFS learns by it that a file has changed, which it believes it knows for a second.
+    owner, beat = (
+        _quietly(volume, place / "owner", MAX_RECORD_BYTES),
+        _quietly(volume, place / "beat", BEAT_BYTES, anew=True),
+    )
+    return Sign(name=place.name, raw=owner + beat, owner=_decoded(cls, owner, place), beat=_decoded(Beat, beat, place))
+
+
+def _quietly(volume: Volume, place: PurePosixPath, limit: int, *, anew: bool = False) -> bytes:
+    # Whatever stands there instead shows no sign of life, and is superseded like what a dead process left.
+    with suppress(StoreFormatError, VolumeError):
+        return volume.read(place, limit, anew=anew) or b""
+    return b""
+
+
+def _decoded(cls: type[_T], data: bytes, place: PurePosixPath) -> _T | None:
+    with suppress(StoreFormatError):
+        return decode(cls, data, str(place))
+    return None
+
+
+def newest_epoch(volume: Volume, key: str) -> int:
+    """
+    The number of the current claim of a key, 0 if there is none.
+    """
+    return max(
+        (n for name in volume.list_names(layout.claims_dir(key)) if (n := layout.parse_number(name)) is not None),
+        default=0,
+    )
+
+
+def read_claim(volume: Volume, key: str) -> Sign | None:
+    """
+    Read the current claim of a key. Signs of life are read, never judged by the times of a file.
+    """
+    epoch = newest_epoch(volume, key)
+    return _read_sign(volume, layout.claim_dir(key, epoch), Claim) if epoch else None
+
+
+def read_lock(volume: Volume, key: str) -> LockInfo | None:
+    """
+    Describe the current claim of a key for people; None if there is none, or it has been given back.
+    """
+    sign = read_claim(volume, key)
+    if sign is None or sign.is_released:
+        return None
+    owner = sign.owner if isinstance(sign.owner, Claim) else None
+    beat = sign.beat or Beat(count=0)
+    return LockInfo(
+        uri=owner.uri if owner else "unknown",
+        key=key,
+        epoch=int(sign.name),
+        holder=sign.holder,
+        pod=owner.holder.pod if owner else "",
+        node=owner.holder.node if owner else "",
+        uid=owner.holder.uid if owner else -1,
+        age_seconds=round((now() - owner.claimed_at).total_seconds(), 3) if owner else 0.0,
+        since=owner.claimed_at.isoformat(timespec="seconds") if owner else "unknown",
+        state="dead" if sign.is_dead else "held",
+        bytes_done=beat.bytes_done,
+        bytes_total=beat.bytes_total,
+        bytes_per_second=beat.bytes_per_second,
+    )
+
+
+def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: Holder) -> Claim | None:
+    """
+    Claim a number, or learn that another process has it.
+
+    If the process dies here, the number is a claim without an owner, which is superseded once its lease is over.
+    """
+    if epoch > layout.MAX_NUMBER:
+        raise StoreFormatError(
+            str(layout.claims_dir(key)), f"claim {epoch - 1} in it was made by no writer; delete that forgery"
+        )
+    place = layout.claim_dir(key, epoch)
+    if not writer.reserve(place):
+        return None
+    claim = Claim(epoch=epoch, nonce=secrets.token_hex(16), uri=uri, holder=holder, claimed_at=now())
+    with _given_back_on_failure(writer, place):
+        writer.write_private(place / "owner", encode(claim))
+    with suppress(StoreError):  # Tidying may fail where others hold a file open; the claim is ours all the same.
+        _forget_older(writer, key, epoch)
+    return claim
+
+
+def _forget_older(writer: VolumeWriter, key: str, epoch: int) -> None:
+    # Only the newest counts, and as long as it is there no number comes back. A pod that fails in a loop leaves one,
+    # not all.
+    for name in writer.list_names(layout.claims_dir(key)):
+        number = layout.parse_number(name)
+        if number is not None and number < epoch:
+            writer.throw_away(layout.claim_dir(key, number))
+
+
+@contextmanager
+def _given_back_on_failure(writer: VolumeWriter, place: PurePosixPath) -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        # If the volume still takes one more small file, nobody has to wait for the lease of a claim without a heart.
+        with suppress(StoreError):
+            writer.write_private(place / "beat", encode_beat(Beat(count=1, released=True)))
+        raise
+
+
+def start_heart(
+    writer: VolumeWriter,
+    place: PurePosixPath,
+    *,
+    lease_seconds: float,
+    progress: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0),
+    superseded: Callable[[], bool] = lambda: False,
+) -> Heart:
+    """
+    Show signs of life for a claim or lease of this process until the heart is stopped.
+    """
+    with _given_back_on_failure(writer, place):
+        fd = writer.create(place / "beat")
+    try:
+        return Heart(fd, lease_seconds=lease_seconds, progress=progress, superseded=superseded)
+    except OSError as error:
+        raise writer.failure("writing", place / "beat", error) from error
+
+
+@contextmanager
+def reading(writer: VolumeWriter, generation: str, *, lease_seconds: float, holder: Holder) -> Iterator[None]:
+    """
+    Hold a reader's lease on a generation. It counts only for those who look after it was made, so look again inside.
+    """
+    place = layout.lease_dir(generation) / secrets.token_hex(16)
+    writer.write_private(place / "owner", encode(ReaderLease(generation=generation, holder=holder)))
+    heart = start_heart(writer, place, lease_seconds=lease_seconds * READER_LEASES)
+    try:
+        yield
+    finally:
+        heart.stop()
+        with suppress(StoreError):  # A lease that was given back holds nobody up, wherever its files lie.
+            writer.throw_away(place)
+
+
+def live_readers(volume: Volume, generation: str, *, lease_seconds: float) -> tuple[str, ...]:
+    """
+    Who provably reads a generation now. Waits up to a reader's lease for one that shows no sign of life.
+    """
+    place = layout.lease_dir(generation)
+
+    def look() -> dict[str, Sign]:
+        return {name: _read_sign(volume, place / name, ReaderLease) for name in volume.list_names(place)}
+
+    return _showing_life(look, lease_seconds * READER_LEASES)
+
+
+def find_live_downloader(volume: Volume, key: str, *, lease_seconds: float) -> str | None:
+    """
+    Who provably downloads a key now, or None. Waits up to a lease for a holder that shows no sign of life.
+    """
+
+    def look() -> dict[str, Sign]:
+        sign = read_claim(volume, key)
+        return {} if sign is None else {sign.name: sign}
+
+    return next(iter(_showing_life(look, lease_seconds)), None)
+
+
+def _showing_life(look: Callable[[], dict[str, Sign]], seconds: float) -> tuple[str, ...]:
+    """Watch signs until one changes, or all have let go, died, or stayed unchanged for so many seconds."""
+    first = look()
+    deadline = time.monotonic() + seconds
+    signs = first
+    while any(not (s.is_released or s.is_dead) for s in signs.values()) and time.monotonic() < deadline:
+        time.sleep(min(0.25, seconds / 20))
+        signs = look()
+        live = tuple(
+            s.holder for name, s in signs.items() if not s.is_released and name in first and s.raw != first[name].raw
+        )
+        if live:
+            return live
+    return ()
+
+
+def break_claim(writer: VolumeWriter, key: str, *, uri: str, holder: Holder, lease_seconds: float) -> None:
+    """
+    Supersede whatever claim there is by one that is released at once.
+    """
+    epoch = newest_epoch(writer, key)
+    while True:
+        epoch += 1
+        if take_claim(writer, key, epoch, uri=uri, holder=holder) is not None:
+            break
+    start_heart(writer, layout.claim_dir(key, epoch), lease_seconds=lease_seconds).stop()

@@ -1,0 +1,102 @@
+"""
+Writing to the log of one key: what the procedures ask for, done on a volume.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import PurePosixPath
+
+from kserve_pvc._format.codec import encode
+from kserve_pvc._format.layout import MAX_NUMBER, MODELS, log_dir, parse_generation, parse_number, slot_dir
+from kserve_pvc._format.log_entry import LogEntry
+from kserve_pvc._keys.log import read_all, read_log
+from kserve_pvc._keys.procedures import (
+    Collect,
+    ListGenerations,
+    ListNamed,
+    Operation,
+    Pause,
+    Publish,
+    ReadHighestSlot,
+    ReadNewest,
+    Reserve,
+)
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.errors import StoreFormatError
+
+
+def highest_slot(volume: Volume, key: str) -> int:
+    """
+    The highest number anybody has reserved.
+    """
+    return max((n for name in volume.list_names(slot_dir(key)) if (n := parse_number(name)) is not None), default=0)
+
+
+class LogWriter:
+    """
+    Does for one key what a procedure asks for.
+
+    Args:
+        make: Builds the record that a procedure wants to publish.
+        private: A name in a staging directory that nobody else uses.
+        collect: Throws away what there is of a generation.
+    """
+
+    def __init__(
+        self,
+        writer: VolumeWriter,
+        key: str,
+        make: Callable[[Publish], LogEntry],
+        *,
+        private: PurePosixPath,
+        collect: Callable[[str], None],
+    ) -> None:
+        self._writer = writer
+        self._key = key
+        self._make = make
+        self._private = private
+        self._collect = collect
+        self.published: dict[int, LogEntry] = {}
+
+    def perform(self, operation: Operation) -> object:
+        """
+        Carry out one operation and return its answer.
+
+        Raises:
+            StoreFormatError: The numbers are used up, which takes a forged record, or `ListNamed` met a damaged one.
+        """
+        match operation:
+            case ReadNewest():
+                return read_log(self._writer, self._key)
+            case ReadHighestSlot():
+                return highest_slot(self._writer, self._key)
+            case Reserve(seq):
+                if seq > MAX_NUMBER:
+                    raise StoreFormatError(
+                        str(log_dir(self._key)),
+                        f"it holds a record of number {seq - 1}, which no writer makes; delete that forgery",
+                    )
+                return self._writer.reserve(slot_dir(self._key) / f"{seq:012d}")
+            case Publish():
+                entry = self._make(operation)
+                self.published[entry.seq] = entry
+                return self._writer.publish(log_dir(self._key) / entry.name, encode(entry), self._private)
+            case Pause(seconds):
+                time.sleep(seconds)
+            case ListGenerations():
+                return generations(self._writer, self._key)
+            case ListNamed():
+                return {record.generation for record in read_all(self._writer, self._key)}
+            case Collect(generation):
+                self._collect(generation)
+        return None
+
+
+def generations(volume: Volume, key: str) -> list[str]:
+    """
+    The names of all generations of a key, whatever their state.
+    """
+    return [name for name in volume.list_names(MODELS / key) if parse_generation(name) is not None]

@@ -1,0 +1,227 @@
+"""
+Appending to a key's log, collecting garbage and removing a model, as pure procedures.
+
+Each is a generator: it yields what to do next and is sent what came of it. Nothing here touches a disk or reads a
+clock, so production and the model checker of the tests run the same decisions. `drive` runs one for real.
+
+None of them relies on a lock. They rely on three properties of a volume: of all who make one directory exactly one is
+told that it did, `link` never replaces a file, and a listing shows whatever was finished before it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Sequence
+from typing import Any, Literal, Protocol, TypeVar
+
+import attrs
+
+# How often a writer looks, while it waits for the record of a number that somebody else has reserved.
+LOOKS_FOR_A_RECORD = 20
+LOOK_PAUSE = 0.05
+
+_T = TypeVar("_T")
+
+
+class Newest(Protocol):
+    """The newest record of a log: `seq` is 0 for an empty one."""
+
+    @property
+    def seq(self) -> int: ...
+
+    @property
+    def is_present(self) -> bool: ...
+
+
+@attrs.frozen
+class ReadNewest:
+    """Answer: `Newest`."""
+
+
+@attrs.frozen
+class ReadHighestSlot:
+    """Answer: the highest number that anybody has reserved, 0 for none."""
+
+
+@attrs.frozen
+class Reserve:
+    """Make the directory of a number. Answer: whether it was made by this very call."""
+
+    seq: int
+
+
+@attrs.frozen
+class Publish:
+    """
+    Write a record durably under a number, replacing nothing. Answer: whether what stands there is this record.
+
+    A `tombstone` or `restore` speaks of the same generation as `of`.
+    """
+
+    seq: int
+    type: Literal["commit", "tombstone", "restore"]
+    of: Newest | None = None
+
+
+@attrs.frozen
+class Pause:
+    seconds: float
+
+
+@attrs.frozen
+class ListGenerations:
+    """Answer: the names of all generations of the key, whatever their state."""
+
+
+@attrs.frozen
+class ListNamed:
+    """Answer: the generations that any record names."""
+
+
+@attrs.frozen
+class Collect:
+    """Throw away what there is of a generation."""
+
+    generation: str
+
+
+@attrs.frozen
+class AwaitVisibility:
+    """Wait until every node sees what is on the volume now."""
+
+
+@attrs.frozen
+class AwaitReaders:
+    """Answer: whether somebody is seen to be reading one of these generations, once that can be told."""
+
+    generations: tuple[str, ...]
+
+
+Operation = (
+    ReadNewest
+    | ReadHighestSlot
+    | Reserve
+    | Publish
+    | Pause
+    | ListGenerations
+    | ListNamed
+    | Collect
+    | AwaitVisibility
+    | AwaitReaders
+)
+Procedure = Generator[Operation, Any, _T]
+
+
+def drive(procedure: Procedure[_T], perform: Callable[[Operation], object]) -> _T:
+    """
+    Run a procedure: do what it asks for, and tell it what came of it.
+    """
+    try:
+        operation = next(procedure)
+        while True:
+            operation = procedure.send(perform(operation))
+    except StopIteration as end:
+        result: _T = end.value
+        return result
+
+
+def append(
+    after_seq: int, type: Literal["commit", "tombstone", "restore"], of: Newest | None = None
+) -> Procedure[int | None]:
+    """
+    Append the next record, or learn that somebody else did.
+
+    The order is what makes this safe without any lock: the number is reserved, the log is listed again, the record is
+    published, and the log is listed once more. Whoever published before is respected, whoever reserves later sees
+    ours, and a process that was paused anywhere in between finds a newer record and has lost.
+
+    Returns:
+        The number of the record, or None if the log moved on since `after_seq`. Then it may hold this record below a
+        newer one.
+    """
+    seq = after_seq + 1
+    while not (yield Reserve(seq)):
+        moved_on = yield from _moves_on(after_seq, seq)
+        if moved_on:
+            return None
+        seq += 1  # Whoever took that number died before it wrote, or will lose by what we write now.
+    newest: Newest = yield ReadNewest()
+    if newest.seq > after_seq:
+        return None
+    is_ours: bool = yield Publish(seq, type, of)
+    if not is_ours:
+        return None
+    newest = yield ReadNewest()
+    return seq if newest.seq == seq else None
+
+
+def _moves_on(after_seq: int, taken: int) -> Procedure[bool]:
+    for _ in range(LOOKS_FOR_A_RECORD):
+        newest: Newest = yield ReadNewest()
+        if newest.seq > after_seq:
+            return True
+        highest: int = yield ReadHighestSlot()
+        if highest > taken:
+            break
+        yield Pause(LOOK_PAUSE)
+    return False
+
+
+def collect_garbage(seq: int, begun: Sequence[str]) -> Procedure[None]:
+    """
+    Collect the generations `begun` before our commit `seq` was appended, and that no record names.
+
+    Our own commit is what makes this safe: they were begun on an older record, so whoever still writes them sees a
+    newer one and loses, unless it had reserved a higher number before, which is looked for first. No judgement
+    about who is alive is needed.
+    """
+    highest: int = yield ReadHighestSlot()
+    if highest == seq:
+        yield from collect_unnamed(begun)
+
+
+def collect_unnamed(generations: Sequence[str]) -> Procedure[None]:
+    """
+    Collect those of these generations that no record names. None of them may become a model any more.
+    """
+    named: Collection[str] = yield ListNamed()
+    for generation in generations:
+        if generation not in named:
+            yield Collect(generation)
+
+
+def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["removed", "read"]]:
+    """
+    Remove a model and what else there is of its key: tombstone, wait until every node sees it, look for readers,
+    collect.
+
+    Args:
+        newest: Read after `generations` were listed: what is collected was begun on a record older than the
+            tombstone, and loses.
+
+    Returns:
+        `read` if somebody reads it. Then the tombstone was undone, unless another removal came in between: whoever
+        wrote the tombstone on the model decides alone what becomes of it.
+    """
+    before: Newest | None = newest if newest.is_present else None
+    while True:
+        # Until a tombstone has the highest number that anybody has reserved, also where no commit is: a download that
+        # reserved a number above an earlier one, and was paused, would make a model of bytes about to be collected.
+        seq: int | None = yield from append(newest.seq, "tombstone", before)
+        if seq is not None:
+            highest: int = yield ReadHighestSlot()
+            if highest == seq:
+                break
+        generations = yield ListGenerations()
+        newest = yield ReadNewest()
+        if newest.seq != seq:
+            # What another removal has buried may be collected by now, and is never brought back.
+            before = newest if newest.is_present else None
+    yield AwaitVisibility()
+    is_read: bool = yield AwaitReaders(tuple(generations))
+    if is_read:
+        if before is not None:
+            yield from append(seq, "restore", before)
+        return "read"
+    for generation in generations:
+        yield Collect(generation)
+    return "removed"

@@ -1,0 +1,119 @@
+"""
+Removing a model: gone at once for whoever asks, deleted only when nobody can be reading it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from functools import partial
+from hashlib import sha256
+
+import attrs
+
+from kserve_pvc._format import layout
+from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now
+from kserve_pvc._keys.claims import find_live_downloader, live_readers
+from kserve_pvc._keys.log import LogView, read_log_of
+from kserve_pvc._keys.log_writer import LogWriter, generations
+from kserve_pvc._keys.procedures import AwaitReaders, AwaitVisibility, Operation, Publish, drive, remove
+from kserve_pvc._source.ref import ModelRef
+from kserve_pvc._volume.mount import mount_of
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.errors import ModelInUseError
+
+
+@attrs.frozen
+class Removal:
+    """
+    One removal: tombstone, wait until every node sees it, look for readers, trash, delete.
+
+    If the process dies on the way the model stays gone, and the next removal or download of it collects the rest.
+    """
+
+    writer: VolumeWriter
+    settings: StoreSettings
+    ref: ModelRef
+    holder: Holder
+
+    def run(self, trash_seconds: float) -> bool:
+        """
+        Returns:
+            False if there was nothing to remove.
+
+        Raises:
+            ModelInUseError: Somebody downloads it, or reads it; a tombstone was undone.
+        """
+        try:
+            return self._run()
+        finally:
+            self.writer.empty_trash(trash_seconds)
+
+    def _run(self) -> bool:
+        # Generations first, the log after: what is collected was begun on a record older than the tombstone, and loses.
+        found = generations(self.writer, self.ref.key)
+        view = read_log_of(self.writer, self.ref)
+        if not found and not view.is_present:
+            return False
+        if (
+            downloader := find_live_downloader(self.writer, self.ref.key, lease_seconds=self.settings.lease_seconds)
+        ) is not None:
+            raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
+        staging = layout.staging_dir(f"remove-{secrets.token_hex(16)}")
+        log = LogWriter(
+            self.writer, self.ref.key, partial(self._record, found), private=staging / "record", collect=self._collect
+        )
+        readers: list[str] = []
+
+        def perform(operation: Operation) -> object:
+            match operation:
+                case AwaitVisibility():
+                    time.sleep(mount_of(self.writer.root).visibility_delay)
+                    return None
+                case AwaitReaders(which):
+                    readers.extend(
+                        r
+                        for g in which
+                        for r in live_readers(self.writer, g, lease_seconds=self.settings.lease_seconds)
+                    )
+                    return bool(readers)
+            return log.perform(operation)
+
+        try:
+            if drive(remove(view, found), perform) == "read":
+                raise ModelInUseError(str(self.ref), tuple(readers))
+        finally:
+            self.writer.throw_away(staging)
+        return True
+
+    def _record(self, found: Sequence[str], wanted: Publish) -> LogEntry:
+        before = wanted.of.entry if isinstance(wanted.of, LogView) else None
+        entry = self._nothing(found) if before is None else before
+        return attrs.evolve(entry, type=wanted.type, seq=wanted.seq, created_at=now(), writer=self.holder)
+
+    def _nothing(self, found: Sequence[str]) -> LogEntry:
+        return LogEntry(
+            type="tombstone",
+            seq=1,
+            key=self.ref.key,
+            uri=self.ref.uri,
+            revision=self.ref.revision,
+            allow_patterns=self.ref.allow_patterns,
+            ignore_patterns=self.ref.ignore_patterns,
+            generation=found[-1],
+            version="unfinished",
+            files=0,
+            size_bytes=0,
+            manifest_sha256=sha256(b"").hexdigest(),
+            digest="sha256",
+            policy="allow",
+            created_at=now(),
+            writer=self.holder,
+        )
+
+    def _collect(self, generation: str) -> None:
+        for place in (layout.staging_dir(generation), layout.manifest_file(generation), layout.lease_dir(generation)):
+            self.writer.throw_away(place)
+        # Last, since what is left of a removal is found by it.
+        self.writer.discard(layout.generation_dir(self.ref.key, generation))

@@ -1,0 +1,98 @@
+"""
+Opening a store: arguments checked, settings read, a new store created and agreed on.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import MAX_RECORD_BYTES
+from kserve_pvc._format.log_entry import (
+    MAX_LEASE_SECONDS,
+    MIN_LEASE_SECONDS,
+    StoreSettings,
+    decode_settings,
+    encode_settings,
+    now,
+)
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError
+
+# A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
+# or talks to a source is imported by the method that does it.
+
+
+# What is understood without the module that understands all of them.
+_PLAIN_LOCKERS = ("lease", "flock")
+
+
+def check_arguments(mode: str, locker: str | None, lease_seconds: float | None) -> None:
+    if mode not in ("r", "rw"):
+        raise SettingsError("mode", str(mode), 'write "r" or "rw"')
+    if locker is not None:
+        from kserve_pvc.locks.choice import parse_locker
+
+        parse_locker(locker)
+    if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
+        raise SettingsError(
+            "lease_seconds",
+            str(lease_seconds),
+            f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds",
+        )
+
+
+def check_tuning(part_bytes: int, digest: str, stall_seconds: float, retry_seconds: float) -> None:
+    for name, value in (("part_bytes", part_bytes), ("stall_seconds", stall_seconds), ("retry_seconds", retry_seconds)):
+        if not value > 0:
+            raise SettingsError(name, str(value), "it must be positive")
+    if digest not in ("sha256", "none"):
+        raise SettingsError("digest", str(digest), "write `sha256` or `none`")
+
+
+def read_store_settings(volume: Volume) -> StoreSettings | None:
+    data = volume.read(layout.SETTINGS, MAX_RECORD_BYTES)
+    return None if data is None else decode_settings(data, str(layout.SETTINGS))
+
+
+def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
+    from kserve_pvc._volume.profile import probe_here
+
+    chosen = "lease"
+    if locker is not None:
+        from kserve_pvc.locks.choice import parse_locker, settled
+
+        chosen = str(settled(parse_locker(locker), os.environ))
+    # A volume on which no store can be correct is refused before there is one.
+    default = probe_here(writer).lease_seconds
+    settings = StoreSettings(
+        store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now()
+    )
+    private = layout.staging_dir(f"create-{settings.store_id}")
+    writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
+    writer.throw_away(private)
+    # Another process may have been first: what is there counts, for everybody.
+    return read_store_settings(writer) or settings
+
+
+def check_agreement(volume: Volume, settings: StoreSettings, locker: str | None, lease_seconds: float | None) -> None:
+    if settings.locker not in _PLAIN_LOCKERS or locker not in (None, settings.locker):
+        _check_same_locker(volume, settings.locker, locker)
+    if lease_seconds is not None and lease_seconds != settings.lease_seconds:
+        raise LockerMismatchError(
+            str(volume.root), "lease_seconds", f"{settings.lease_seconds:g}", f"{lease_seconds:g}"
+        )
+
+
+def _check_same_locker(volume: Volume, stored: str, wanted: str | None) -> None:
+    from kserve_pvc.locks.choice import parse_locker
+
+    try:
+        choice = parse_locker(stored)
+    except SettingsError as error:
+        raise StoreFormatError(
+            str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc"
+        ) from error
+    if wanted is not None and not parse_locker(wanted).agrees_with(choice):
+        raise LockerMismatchError(str(volume.root), "locker", stored, wanted)

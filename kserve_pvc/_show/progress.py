@@ -1,0 +1,269 @@
+"""
+Showing a person what happens: bars on a terminal or in a notebook, one line every ten seconds elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, TextIO
+
+from kserve_pvc._show.events import (
+    Adopted,
+    Event,
+    Finished,
+    Listener,
+    Received,
+    Retried,
+    Started,
+    TookOver,
+    Unlocked,
+    Waiting,
+)
+from kserve_pvc._show.units import count, format_bytes
+from kserve_pvc.errors import printable
+
+LINE_SECONDS = 10.0
+
+
+class Callback(Protocol):
+    """
+    What is used of an `fsspec.callbacks.Callback`: sizes in bytes.
+    """
+
+    def set_size(self, size: int) -> None: ...
+
+    def relative_update(self, inc: int = 1) -> None: ...
+
+
+@contextmanager
+def make_listener(
+    progress: bool | None,
+    callback: Callback | None,
+    stream: TextIO | None = None,
+    *,
+    names_model: bool = False,
+    may_draw: bool = True,
+) -> Iterator[Listener]:
+    """
+    Tell a person and a callback what happens, until the context ends.
+
+    Args:
+        progress: None chooses by where stderr goes, True insists on bars, False shows nothing.
+        names_model: Other models are told of at the same time, so each event says which one it is about.
+        may_draw: Without it lines take the place of bars: other processes would draw over them.
+    """
+    stream = stream or sys.stderr
+    listeners: list[Listener] = []
+    bars = None
+    if may_draw and (progress or (progress is None and _is_interactive(stream))):
+        bars = _Bars(stream, names_model)
+        listeners.append(bars)
+    elif progress is not False:
+        listeners.append(Lines(lambda text: print(text, file=stream, flush=True), names_model=names_model))
+    if callback is not None:
+        listeners.append(_for_callback(callback))
+    guard = threading.Lock()
+
+    def tell(event: Event) -> None:
+        with guard:
+            for listener in listeners:
+                listener(event)
+
+    try:
+        yield tell if listeners else _silent
+    finally:
+        if bars is not None:
+            bars.close()
+
+
+def _silent(event: Event) -> None:
+    pass
+
+
+def _is_interactive(stream: TextIO) -> bool:
+    return stream.isatty() or "ipykernel" in sys.modules
+
+
+def _size(stream: TextIO) -> dict[str, int]:
+    # A terminal that nobody told its size is 0 by 0, as with `kubectl exec -t` from a script; tqdm draws nothing on
+    # that.
+    with suppress(OSError, ValueError, AttributeError):
+        found = os.get_terminal_size(stream.fileno())
+        if not (found.columns and found.lines):
+            return {"ncols": found.columns or 80, "nrows": found.lines or 24}
+    return {}
+
+
+def _for_callback(callback: Callback) -> Listener:
+    def tell(event: Event) -> None:
+        if isinstance(event, Started):
+            callback.set_size(event.bytes_total)
+        elif isinstance(event, Adopted | Received):
+            callback.relative_update(event.size_bytes)
+
+    return tell
+
+
+def share(callback: Callback) -> Callable[[], Callback]:
+    """
+    Let several models tell one callback: it hears the sum of their sizes, and from one thread at a time.
+
+    Returns:
+        What makes the part of one model.
+    """
+    guard = threading.Lock()
+    sizes: dict[_Part, int] = {}
+
+    def resize(part: _Part, size: int) -> None:
+        with guard:
+            sizes[part] = size
+            callback.set_size(sum(sizes.values()))
+
+    def update(inc: int) -> None:
+        with guard:
+            callback.relative_update(inc)
+
+    return lambda: _Part(resize, update)
+
+
+class _Part:
+    def __init__(self, resize: Callable[[_Part, int], None], update: Callable[[int], None]) -> None:
+        self._resize = resize
+        self._update = update
+
+    def set_size(self, size: int) -> None:
+        self._resize(self, size)
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._update(inc)
+
+
+class _Bars:
+    def __init__(self, stream: TextIO, names_model: bool) -> None:
+        self._stream = stream
+        self._names_model = names_model
+        self._bar: Any = None
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started(ref=ref, bytes_total=total, activity=activity):
+                self._show(f"{activity} {printable(ref)}", total).n = 0
+            case Adopted(size_bytes=size) | Received(size_bytes=size) if self._bar is not None:
+                self._bar.update(size)
+            case Waiting():
+                bar = self._show(
+                    _named(event, f"waiting for {printable(event.holder)}", self._names_model), event.bytes_total
+                )
+                bar.n = event.bytes_done
+                bar.refresh()
+            case TookOver() | Unlocked() | Retried():
+                self._show("", 0).write(_named(event, describe(event), self._names_model), file=self._stream)
+            case _:
+                self.close()
+
+    def _show(self, description: str, total: int) -> Any:
+        if self._bar is None:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                file=self._stream,
+                leave=False,
+                **_size(self._stream),
+            )
+        if description:
+            self._bar.set_description_str(description, refresh=False)
+            self._bar.total = total or None
+        return self._bar
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class Lines:
+    """
+    One line at each turn of events, and one every ten seconds in between.
+    """
+
+    def __init__(
+        self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic, *, names_model: bool = False
+    ) -> None:
+        self._write = write
+        self._clock = clock
+        self._names_model = names_model
+        self._due: float | None = None
+        self._started = 0.0
+        self._activity = "downloading"
+        self._total = self._done = self._received = 0
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._activity = event.activity
+                self._started, self._total, self._done, self._received = self._clock(), event.bytes_total, 0, 0
+                self._say(describe(event))
+            case Adopted(size_bytes=size) | Received(size_bytes=size):
+                self._done += size
+                self._received += size if isinstance(event, Received) else 0
+                if self._is_due():
+                    self._say(self._rate(event.ref))
+            case Waiting() if not self._is_due():
+                pass
+            case Finished(status="present"):
+                pass
+            case _:
+                self._say(_named(event, describe(event), self._names_model))
+
+    def _is_due(self) -> bool:
+        return self._due is None or self._clock() >= self._due
+
+    def _say(self, text: str) -> None:
+        self._due = self._clock() + LINE_SECONDS
+        self._write(f"kserve-pvc: {text}")
+
+    def _rate(self, ref: str) -> str:
+        seconds = max(self._clock() - self._started, 1e-3)
+        rate = self._received / seconds
+        left = (self._total - self._done) / rate if rate else 0.0
+        return f"{self._activity} {printable(ref)}: {format_bytes(self._done)} of {format_bytes(self._total)}, {format_bytes(rate)}/s, {left:.0f} s left"
+
+
+def _named(event: Event, text: str, names_model: bool) -> str:
+    return f"{printable(event.ref)}: {text}" if names_model and isinstance(event, Waiting | Retried) else text
+
+
+def describe(event: Event) -> str:
+    """
+    Say one event in one line.
+    """
+    match event:
+        case Started():
+            return f"{event.activity} {printable(event.ref)}: {count(event.files, 'file')}, {format_bytes(event.bytes_total)}"
+        case Waiting():
+            return (
+                f"waiting for {printable(event.holder)}, at work since {event.since}: {format_bytes(event.bytes_done)} of "
+                f"{format_bytes(event.bytes_total)}, {format_bytes(event.bytes_per_second)}/s; waited {event.waited:.0f} s, "
+                f"last sign of life {event.idle:.0f} s ago"
+            )
+        case TookOver():
+            return f"taking over {printable(event.ref)} from {printable(event.holder)}: {event.reason}"
+        case Unlocked():
+            return f"the locker {printable(event.locker)} cannot be had now; who downloads {printable(event.ref)} is decided on the volume"
+        case Retried():
+            return f"asking again in {event.delay:.1f} s: {printable(event.reason)}"
+        case Adopted():
+            return f"took over {format_bytes(event.size_bytes)} of {printable(event.ref)} that a dead writer left"
+        case Received():
+            return f"received {format_bytes(event.size_bytes)} of {printable(event.ref)}"
+        case Finished():
+            return f"{printable(event.ref)}: {event.status}"

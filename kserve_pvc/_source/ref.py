@@ -1,0 +1,228 @@
+"""
+What a caller asks for: a source URI, a revision, and which of its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import cached_property, lru_cache
+from pathlib import PurePosixPath
+
+import attrs
+
+from kserve_pvc.errors import InvalidURIError, PolicyError, printable
+
+MAX_URI_BYTES = 2048
+_MAX_SLUG = 40
+_NOT_IN_SLUG = re.compile(r"[^a-z0-9._]+")
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_URL_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"<>]*)")
+_HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:]*)(:[0-9]+)?")
+# A password may hold anything, slashes and question marks included, so its end is the last `@`.
+_USER_INFORMATION = re.compile(r"([^/:]*@)|([^/:]*:(?![0-9]+/).*@)", re.DOTALL)
+# `hf://organization/name@revision`: behind a slash, and with no colon before it, an `@` ends no user information.
+_AT_IN_PATH = re.compile(r"[^/:@]+/[^:]*@[^@]*", re.DOTALL)
+
+# What may follow a `#`: a digest is public, and belongs to what is asked for.
+_DIGEST_FRAGMENT = re.compile(r"sha256=[0-9a-f]{64}")
+# The hosts of Azure accounts, as KServe knows them, whose addresses may bring a shared access signature as their query.
+_AZURE_HOST = re.compile(r"[a-z0-9]+\.(?:blob\.core\.windows\.net|z[0-9]{1,2}\.blob\.storage\.azure\.net)")
+# `abfss://container@account.dfs.core.windows.net`: the one scheme whose `@` is no user information.
+_AZURE_AUTHORITY = re.compile(r"[a-z0-9$-]{3,63}@[a-z0-9]+\.(?:dfs|blob)\.core\.windows\.net")
+
+Patterns = str | Iterable[str] | None
+
+
+@attrs.frozen(slots=False, kw_only=True)
+class ModelRef:
+    """
+    One model as it is asked for; equal refs share one key and one copy in a store.
+
+    `query` is what followed the address of an Azure blob: a signature, which is neither shown nor stored, and which
+    makes no other model.
+    """
+
+    uri: str
+    revision: str | None = None
+    allow_patterns: tuple[str, ...] | None = None
+    ignore_patterns: tuple[str, ...] = ()
+    query: str | None = attrs.field(default=None, repr=False, eq=False)
+
+    @property
+    def scheme(self) -> str:
+        return self.uri.partition("://")[0]
+
+    @property
+    def service(self) -> str:
+        """
+        The name under which the back end is found: the scheme, but `az` for `https` addresses of Azure accounts, and
+        `fsspec` for whatever fsspec serves without a back end of ours.
+        """
+        if self.scheme == "https" and _AZURE_HOST.fullmatch(self.location.partition("/")[0]):
+            return "az"
+        return "fsspec" if self.scheme.startswith("fsspec+") else self.scheme
+
+    @property
+    def location(self) -> str:
+        """
+        What follows the scheme and its slashes.
+        """
+        return self.uri.partition("://")[2]
+
+    @cached_property
+    def key(self) -> str:
+        """
+        The name of this model in a store: `<slug>-<16 hex digits>`.
+
+        For a plain URI the digits are KServe's storage key: the first 16 hex digits of the SHA-256 of the URI exactly
+        as it is spelled. A revision or patterns make another key, since they make another tree.
+        """
+        identity = self.uri
+        if self.revision is not None or self.allow_patterns is not None or self.ignore_patterns:
+            identity = json.dumps([self.uri, self.revision, self.allow_patterns, self.ignore_patterns])
+        return f"{_slug(self.location)}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+    def selects(self, path: PurePosixPath) -> bool:
+        """
+        Whether the patterns let this file through: allowed first, then not ignored, as Hugging Face does it.
+        """
+        name = str(path)
+        if self.allow_patterns is not None and not any(fnmatchcase(name, p) for p in self.allow_patterns):
+            return False
+        return not any(fnmatchcase(name, p) for p in self.ignore_patterns)
+
+    def __str__(self) -> str:
+        return self.uri if self.revision is None else f"{self.uri} at {self.revision}"
+
+
+def parse_ref(
+    uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+) -> ModelRef:
+    """
+    Check what a caller asks for, without touching disk or network.
+
+    Args:
+        uri: As KServe spells it, or an absolute path. The spelling is the identity: a trailing slash makes another
+            model.
+        allow_patterns: Shell patterns over the path inside the model, `*` also matching `/`; one or several.
+        ignore_patterns: The same, applied after `allow_patterns`.
+
+    Raises:
+        InvalidURIError: It is not a URI, or the revision is empty.
+        PolicyError: It carries credentials. They are not repeated in the message.
+    """
+    if type(uri) is str and "?" not in uri and revision is allow_patterns is ignore_patterns is None:
+        return _parse_plain(uri)
+    return _parse(uri, revision, allow_patterns, ignore_patterns)
+
+
+@lru_cache(maxsize=256)
+def _parse_plain(uri: str) -> ModelRef:
+    # Asked for again and again by whoever serves it. What may hold a signature is not kept.
+    return _parse(uri, None, None, None)
+
+
+def _parse(uri: str, revision: str | None, allow_patterns: Patterns, ignore_patterns: Patterns) -> ModelRef:
+    if isinstance(uri, str) and uri.startswith("/"):
+        uri = f"file://{uri}"
+    match = _SCHEME.fullmatch(uri) if isinstance(uri, str) else None
+    if match is None:
+        # No scheme tells where a secret could be: a second colon may be a password's.
+        shown = ":".join(re.split(r"[?#]", str(uri).rpartition("@")[2], maxsplit=1)[0].split(":")[:2])
+        raise InvalidURIError(shown, "it must look like `scheme://location`, for example `s3://bucket/model`")
+    scheme, location = match.groups()
+    address, query = _take_signature(scheme, location)
+    _check_location(scheme, address)
+    uri = f"{scheme}://{address}"
+    if revision is not None and not (isinstance(revision, str) and revision and revision.isprintable()):
+        raise InvalidURIError(uri, "the revision must be a printable text; leave it out to take the newest")
+    return ModelRef(
+        uri=uri,
+        revision=revision,
+        allow_patterns=None if allow_patterns is None else _patterns(allow_patterns),
+        ignore_patterns=_patterns(ignore_patterns),
+        query=query,
+    )
+
+
+def _take_signature(scheme: str, location: str) -> tuple[str, str | None]:
+    """Take the shared access signature off the address of an Azure blob; another query stays, and is refused."""
+    address, _, query = location.partition("?")
+    is_signed = (
+        scheme == "https"
+        and _AZURE_HOST.fullmatch(location.partition("/")[0])
+        and re.search(r"(?:^|&)sig=[^&#]", query)
+    )
+    return (
+        (address, query)
+        if is_signed and "#" not in query and query.isascii() and query.isprintable()
+        else (location, None)
+    )
+
+
+def _check_location(scheme: str, location: str) -> None:
+    def shown() -> str:
+        return f"{scheme}://{_without_secrets(location)}"
+
+    authority, _, path = location.partition("/")
+    if scheme in ("abfs", "abfss") and _AZURE_AUTHORITY.fullmatch(authority):
+        authority = authority.partition("@")[2]
+    has_digest = scheme in ("http", "https") and _DIGEST_FRAGMENT.fullmatch(location.partition("#")[2])
+    # What follows a colon is a port or a password; a password may hold a slash and hide its `@` behind it.
+    if "@" in authority or (not authority and "@" in path) or not _HOST_AND_PORT.fullmatch(authority):
+        raise PolicyError(
+            shown(), "credentials do not belong in a URI; use the provider's environment or `storage_options`"
+        )
+    if "?" in location or ("#" in location and not has_digest):
+        raise PolicyError(
+            shown(), "a query or fragment may carry a signature and would be stored; use `revision=` for a version"
+        )
+    if scheme != scheme.lower():
+        raise InvalidURIError(shown(), f"schemes are lower case; write `{scheme.lower()}://`")
+    if not location.isprintable():
+        raise InvalidURIError(shown(), "it holds control or unprintable characters")
+    if len(location.encode()) > MAX_URI_BYTES:
+        raise InvalidURIError(shown()[:80] + "...", f"it is longer than {MAX_URI_BYTES} bytes")
+
+
+def _without_secrets(location: str) -> str:
+    """Cut a location that is refused down to what can hold no secret, however it is spelled."""
+    location = re.split(r"[?#]", location.rpartition("@")[2], maxsplit=1)[0]
+    authority = location.partition("/")[0]
+    return location if _HOST_AND_PORT.fullmatch(authority) else authority.partition(":")[0]
+
+
+def _patterns(patterns: Patterns) -> tuple[str, ...]:
+    if patterns is None:
+        return ()
+    if not isinstance(patterns, str | Iterable):
+        raise InvalidURIError(repr(patterns), "patterns are one or several texts such as `*.safetensors`")
+    several = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not all(isinstance(pattern, str) for pattern in several):
+        raise InvalidURIError(repr(several), "patterns are texts such as `*.safetensors`")
+    # A pattern that ends in `/` means the whole directory, as in huggingface_hub.
+    return tuple(sorted({p + "*" if p.endswith("/") else p for p in several}))
+
+
+def _slug(location: str) -> str:
+    last = next((part for part in reversed(location.partition("#")[0].split("/")) if part), "")
+    slug = _NOT_IN_SLUG.sub("-", last.lower()).strip("-._")
+    return slug[:_MAX_SLUG].rstrip("-._") or "model"
+
+
+def redact(text: str) -> str:
+    """
+    Remove what may be secret from every URL in a text: the user information, the query and the fragment.
+    """
+
+    def cleaned(match: re.Match[str]) -> str:
+        scheme, rest = match.groups()
+        shown = rest if scheme == "hf://" and _AT_IN_PATH.fullmatch(rest) else _USER_INFORMATION.sub("", rest, count=1)
+        return scheme + re.split(r"[?#]", shown, maxsplit=1)[0]
+
+    return printable(_URL_IN_TEXT.sub(cleaned, text))

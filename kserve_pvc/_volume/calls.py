@@ -1,0 +1,182 @@
+"""
+System calls with the fallbacks that network volumes need.
+
+A call that failed may have been carried out, so its effect is looked for. A descriptor whose `fsync` failed is never
+synced again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import TypeVar
+
+_T = TypeVar("_T")
+# What a file system without the operation answers; the step then takes the next rung or does without.
+UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_REPLACE = 1  # RENAME_NOREPLACE
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a file is as long as what was written to it.
+_COPY_BYTES = 1 << 30
+_PIECE_BYTES = 1024 * 1024
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """
+    Write all of the data at an offset; a short write goes on where it stopped.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def allocate(fd: int, size: int) -> None:
+    """
+    Reserve room for a file, where the volume can: a full volume says so at once, and files lie in one piece.
+
+    `os.posix_fallocate` writes a byte into every block where the volume cannot, so the system call itself is made.
+    """
+    try:
+        call_libc("fallocate", fd, _KEEP_SIZE, 0, size)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+
+
+def has_libc(name: str) -> bool:
+    try:
+        import ctypes
+
+        return hasattr(ctypes.CDLL(None), name)
+    except (ImportError, OSError):  # A Python that was built without it.
+        return False
+
+
+def call_libc(name: str, *arguments: int) -> None:
+    """A system call of Linux that Python does not have."""
+    if not has_libc(name):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    if function(arguments[0], *map(ctypes.c_int64, arguments[1:])) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def rename_no_replace(directory: int, name: str, new: str) -> None:
+    if not has_libc("renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    import ctypes
+
+    function = ctypes.CDLL(None, use_errno=True).renameat2
+    if function(directory, os.fsencode(name), directory, os.fsencode(new), _NO_REPLACE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))  # As the class that belongs to the number, such as FileExistsError.
+
+
+def copy_range(source: int, target: int, start: int, stop: int) -> bool:
+    """
+    Copy a range of one file to the same place of another: as a shared extent, on the server, or byte by byte.
+
+    Returns:
+        False if the source ends before the range does.
+    """
+    while start < stop:
+        try:
+            count = os.copy_file_range(source, target, min(stop - start, _COPY_BYTES), start, start)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED | {errno.EBADF, errno.EOVERFLOW, errno.EIO}:
+                raise
+            count = 0
+        if count == 0:  # Some file systems say so instead of that they cannot.
+            piece = os.pread(source, min(stop - start, _PIECE_BYTES), start)
+            if not piece:
+                return False
+            write_all(target, piece, start)
+            count = len(piece)
+        start += count
+    return True
+
+
+def is_free_for_link(directory: int, name: str) -> bool:
+    # Kubernetes makes an empty directory where a pod mounts a `subPath` that is not there. Nothing is lost with it.
+    with suppress(OSError):
+        os.rmdir(name, dir_fd=directory)
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def dated_name() -> str:
+    """A name nobody else uses, which says to whoever cleans up how old it is."""
+    return f"{int(time.time()):012d}-{os.urandom(8).hex()}"
+
+
+def retry_stale(act: Callable[[], _T], codes: Collection[int] = (errno.ENOENT, errno.ESTALE)) -> _T:
+    """Try again, for a second or so, what failed because a directory on its way is only just being made."""
+    pause = 0.005
+    while True:
+        try:
+            return act()
+        except OSError as error:
+            # GlusterFS says both of a directory that exists, while the node that made it is not done with it.
+            if error.errno not in codes or pause > 1:
+                raise
+        time.sleep(pause)
+        pause *= 2
+
+
+def sync_directory(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED and error.errno != errno.EBADF:
+            raise
+
+
+def sync_below(fd: int) -> None:
+    for name in os.listdir(fd):
+        if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+            child = os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
+            try:
+                sync_below(child)
+            finally:
+                os.close(child)
+    sync_directory(fd)
+
+
+def delete_tree(parent: int, name: str) -> None:
+    """
+    Delete a file, or a directory with all that is in it, below an open directory, following no link.
+    """
+    try:
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=parent)
+    except NotADirectoryError:
+        os.unlink(name, dir_fd=parent)
+        return
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        os.unlink(name, dir_fd=parent)
+        return
+    try:
+        for child in os.listdir(fd):
+            with suppress(FileNotFoundError):
+                delete_tree(fd, child)
+    finally:
+        os.close(fd)
+    try:
+        os.rmdir(name, dir_fd=parent)
+    except OSError as error:
+        # On NFS a file that somebody holds open becomes `.nfs…` instead of going; the trash is emptied again later.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise

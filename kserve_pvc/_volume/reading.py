@@ -1,0 +1,260 @@
+"""
+`Volume`: the reading half of a store's volume. Nothing here changes anything.
+
+Names are looked up by listing or opening, never by `stat`, which a network volume may serve from a cache that is half a
+minute old.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from kserve_pvc._volume.calls import DIRECTORY_FLAGS, NO_SPACE, retry_stale
+from kserve_pvc.errors import (
+    InsufficientSpaceError,
+    ReadOnlyStoreError,
+    StoreFormatError,
+    StoreRootError,
+    UnsafePathError,
+    VolumeError,
+)
+
+if TYPE_CHECKING:
+    from kserve_pvc._format.records import FoundFile
+
+_NO_PERMISSION = {errno.EACCES, errno.EPERM}
+READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+# Paths are joined slower than files are opened, and the same few are asked for again and again.
+@lru_cache(maxsize=256)
+def _joined(root: Path, place: PurePosixPath) -> Path:
+    return root / place
+
+
+class Volume:
+    """
+    The reading half of a store's volume.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        if not os.fspath(root):
+            raise StoreRootError("", "the path is empty, as from a variable that is not set")
+        try:
+            self.root = Path(root).resolve(strict=True)
+        except (OSError, ValueError, RuntimeError) as error:  # A loop of links is a RuntimeError before Python 3.13.
+            raise StoreRootError(
+                os.fspath(root), "it does not exist; mount the volume there, or create the directory"
+            ) from error
+        if not self.root.is_dir():
+            raise StoreRootError(str(self.root), "it is not a directory")
+
+        self._prefix = f"{self.root}/"
+
+    def absolute(self, place: PurePosixPath) -> Path:
+        return _joined(self.root, place)
+
+    def read(self, place: PurePosixPath, limit: int, *, anew: bool = False) -> bytes | None:
+        """
+        Read a small regular file whole, or return None if it is not there.
+
+        Args:
+            anew: Whether the file is rewritten in place, so that what this node has read of it before may have changed.
+
+        Raises:
+            StoreFormatError: It is a link, no regular file, or larger than `limit` bytes.
+        """
+        for _ in range(2):
+            try:
+                fd = os.open(f"{self._prefix}{place}", READ_FLAGS)
+            except OSError as error:
+                if error.errno == errno.ESTALE:
+                    continue
+                if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                    return None
+                if error.errno in (errno.ELOOP, errno.ENXIO):
+                    raise StoreFormatError(str(place), "it is not a regular file") from error
+                raise self.failure("reading", place, error) from error
+            try:
+                if anew:
+                    # Some mounts, such as those of GlusterFS, serve pages that they have read before for a second more.
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                return self._read_open(fd, place, limit)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise self.failure("reading", place, error) from error
+            finally:
+                os.close(fd)
+        return None
+
+    def _read_open(self, fd: int, place: PurePosixPath, limit: int) -> bytes:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise StoreFormatError(str(place), "it is not a regular file")
+        data = b""
+        if found.st_size > limit:
+            raise StoreFormatError(str(place), f"it is larger than {limit} bytes")
+        # Asked for what is there and a byte more: memory for all that may be there costs time too.
+        while len(data) <= limit and (more := os.read(fd, found.st_size + 1)):
+            data += more
+            if len(data) == found.st_size:
+                break  # Nobody appends to a record, so nothing is asked for beyond its end.
+        if len(data) > limit:
+            raise StoreFormatError(str(place), f"it is larger than {limit} bytes")
+        return data
+
+    def link_target(self, place: PurePosixPath) -> str | None:
+        """
+        Where a symbolic link leads; None if there is something else, or nothing. It is read and never followed.
+        """
+        with suppress(OSError), self.open_parent(place) as parent:
+            return os.readlink(place.name, dir_fd=parent)
+        return None
+
+    def list_names(self, place: PurePosixPath) -> list[str]:
+        """
+        List a directory, sorted; empty if it is not there. Listing is fresh on every volume measured, `stat` is not.
+        """
+        try:
+            return sorted(os.listdir(f"{self._prefix}{place}"))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+                return self._names_below(place)
+            raise self.failure("listing", place, error) from error
+
+    def _names_below(self, place: PurePosixPath) -> list[str]:
+        # NFS remembers for half a minute that a name was not there. Opening the directories above makes it look again.
+        try:
+            return retry_stale(lambda: self._listed(place), {errno.ESTALE})
+        except (FileNotFoundError, UnsafePathError):
+            return []
+        except OSError as error:
+            raise self.failure("listing", place, error) from error
+
+    def _listed(self, place: PurePosixPath) -> list[str]:
+        fd = self._open_directory(place)
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
+
+    def free_bytes(self) -> int:
+        """
+        Bytes an unprivileged writer can still use. Some network volumes make this number up.
+        """
+        found = os.statvfs(self.root)
+        return found.f_bavail * found.f_frsize
+
+    def tree(self, place: PurePosixPath) -> Iterator[FoundFile]:
+        """
+        Walk a directory without following links. Directories themselves are not reported; nothing is there if it is
+        not.
+
+        Raises:
+            UnsafePathError: The directory itself is a link.
+        """
+        try:
+            fd = self._open_directory(place)
+            try:
+                yield from self._walk(fd, PurePosixPath())
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self.failure("reading", place, error) from error
+
+    def _walk(self, fd: int, inside: PurePosixPath) -> Iterator[FoundFile]:
+        from kserve_pvc._format.records import FoundFile
+
+        with os.scandir(fd) as entries:
+            names = sorted(entry.name for entry in entries)
+        for name in names:
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):
+                child = os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
+                try:
+                    yield from self._walk(child, inside / name)
+                finally:
+                    os.close(child)
+            else:
+                yield FoundFile(path=inside / name, size_bytes=found.st_size, is_regular=stat.S_ISREG(found.st_mode))
+
+    @contextmanager
+    def open_file(self, place: PurePosixPath) -> Iterator[int]:
+        """
+        Open a regular file for reading; no component below the root may be a link.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            UnsafePathError: A link or something that is no regular file stands in the way.
+        """
+        with self.open_parent(place) as parent:
+            fd = self._open_at(parent, place, READ_FLAGS)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise UnsafePathError(str(place), "it is not a regular file")
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def open_parent(self, place: PurePosixPath) -> Iterator[int]:
+        fd = self._open_directory(place.parent)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _open_directory(self, place: PurePosixPath) -> int:
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for part in place.parts:
+            try:
+                child = self._open_at(fd, PurePosixPath(part), DIRECTORY_FLAGS)
+            finally:
+                os.close(fd)
+            fd = child
+        return fd
+
+    def _open_at(self, parent: int, place: PurePosixPath, flags: int, mode: int = 0o666) -> int:
+        try:
+            return os.open(place.name, flags, mode, dir_fd=parent)
+        except OSError as error:
+            # O_NOFOLLOW answers ELOOP for a link, or ENOTDIR when a directory was asked for.
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise UnsafePathError(
+                    str(place), "a link or file stands where a directory or file of the store belongs"
+                ) from error
+            raise
+
+    def failure(self, operation: str, place: PurePosixPath, error: OSError) -> Exception:
+        """
+        Say what an error of the volume means to the caller.
+        """
+        if error.errno in NO_SPACE:
+            return InsufficientSpaceError(str(self.root), 0, self.free_bytes())
+        is_read = operation in ("reading", "listing")
+        if error.errno == errno.EROFS:
+            remedy = "its volume is mounted read-only; mount it read-write for the process that downloads"
+            return ReadOnlyStoreError(str(self.root), f"write `{place}`", remedy)
+        if error.errno in _NO_PERMISSION and not is_read:
+            remedy = f"{self._who_may('write')}; set `fsGroup`, or give the group write permission"
+            return ReadOnlyStoreError(str(self.root), f"write `{place}`", remedy)
+        reason = os.strerror(error.errno or errno.EIO)
+        if error.errno in _NO_PERMISSION:
+            reason = f"{self._who_may('read')}; set `fsGroup`, or give the group read permission"
+        return VolumeError(str(self.root / place), operation, reason)
+
+    def _who_may(self, act: str) -> str:
+        found = os.stat(self.root)
+        return (
+            f"uid {os.geteuid()} gid {os.getegid()} may not {act} it, below a root of uid {found.st_uid} gid {found.st_gid} "
+            f"mode {stat.S_IMODE(found.st_mode):04o}"
+        )

@@ -1,0 +1,176 @@
+"""
+`Tree`: one new generation being written, file by file, and made durable at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
+
+from kserve_pvc._volume.calls import CREATE_FLAGS, NO_SPACE, UNSUPPORTED, allocate, call_libc, has_libc
+from kserve_pvc._volume.mount import mount_of
+from kserve_pvc._volume.reading import READ_FLAGS
+from kserve_pvc._volume.writing import VolumeWriter
+
+# Where `syncfs` reaches the medium and reports what failed on the way.
+_LOCAL_TYPES = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"}
+_MOST_DIRECTORIES = 256
+_MOST_SYNCED_ALONE = 100
+# Where the other name of a file is lost to the node that wrote it, once another node has linked it and deleted the
+# first.
+_FALSE_LINK_TYPES = {"fuse.seaweedfs"}
+
+
+class Tree:
+    """
+    A directory of model files being written by one process.
+
+    Every directory is entered once. On a local file system small files are made durable together at the end: a few one
+    by one, many by one `syncfs`, which also writes what others have there and so is worth it only for many. Elsewhere,
+    where `syncfs` reaches only this node's kernel, every file is synced when it is finished. All of it is before the
+    commit record, and that is all that durability needs: nobody reads a generation without one.
+    """
+
+    def __init__(self, writer: VolumeWriter, place: PurePosixPath) -> None:
+        self._writer = writer
+        self._place = place
+        self._guard = threading.Lock()
+        self._directories: dict[PurePosixPath, int] = {}
+        # Opened before the first write, so that an error of any write since is reported by `syncfs` on it.
+        self._root = os.open(writer.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        kind = mount_of(writer.root).type
+        self._syncs_at_once = kind in _LOCAL_TYPES
+        # Memory has no pieces to lay out, and reserving it costs as much as writing it.
+        self._allocates = kind != "tmpfs"
+        self._links = kind not in _FALSE_LINK_TYPES
+        self._unsynced: list[PurePosixPath] = []
+
+    def create(self, path: PurePosixPath) -> int:
+        """
+        Create a new file and return its descriptor, open for reading and writing.
+        """
+        try:
+            if (kept := self._directories.get(path.parent)) is not None:  # What most files of a large model find.
+                return os.open(path.name, CREATE_FLAGS, self._writer.file_mode, dir_fd=kept)
+            with self._directory(path.parent) as parent:
+                return os.open(path.name, CREATE_FLAGS, self._writer.file_mode, dir_fd=parent)
+        except OSError as error:
+            raise self._writer.failure("creating", self._place / path, error) from error
+
+    def allocate(self, fd: int, size_bytes: int) -> None:
+        """
+        Reserve room for a large file, and let others of the store's group take over what is there if this process dies.
+        """
+        self._writer.set_open_mode(fd, self._writer.file_mode)
+        if self._allocates:
+            allocate(fd, size_bytes)
+
+    def link(self, existing: PurePosixPath, path: PurePosixPath) -> bool:
+        """
+        Give a file that nobody writes any more a second name in this tree. False: the volume cannot, or it is gone.
+        """
+        if not self._links:
+            return False
+        try:
+            with self._writer.open_parent(existing) as source, self._directory(path.parent) as parent:
+                os.link(existing.name, path.name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            # GlusterFS says that it is full when a file has about fifty names. If it is full, the copy will say so.
+            if error.errno not in UNSUPPORTED | NO_SPACE and error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            return False
+        if self._syncs_at_once:
+            self._unsynced.append(path)  # Whoever wrote it may have died before it was durable.
+        return True
+
+    def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> None:
+        """
+        Make a file immutable and close it. Large files are made durable at once, while others are still being fetched.
+
+        Its descriptor is gone afterwards, well or not. A failed `close` fails the file: a network volume may report a
+        failed write nowhere else.
+        """
+        try:
+            try:
+                with suppress(OSError):  # Object and SMB mounts refuse.
+                    os.fchmod(fd, self._writer.file_mode & 0o444)
+                if is_large or not self._syncs_at_once:
+                    os.fsync(fd)
+                else:
+                    self._unsynced.append(path)
+            except BaseException:
+                with suppress(OSError):
+                    os.close(fd)
+                raise
+            os.close(fd)
+        except OSError as error:
+            raise self._writer.failure("syncing", self._place / path, error) from error
+
+    def remove(self, path: PurePosixPath) -> None:
+        """
+        Take a finished file out of the tree again, which was only needed to make others.
+        """
+        try:
+            with self._directory(path.parent) as parent:
+                os.unlink(path.name, dir_fd=parent)
+        except OSError as error:
+            raise self._writer.failure("removing", self._place / path, error) from error
+        with suppress(ValueError):
+            self._unsynced.remove(path)
+
+    def settle(self) -> None:
+        """
+        Make everything durable that is not yet.
+        """
+        with self._writer.translated("syncing", self._place):
+            if len(self._unsynced) > _MOST_SYNCED_ALONE and has_libc("syncfs"):
+                call_libc("syncfs", self._root)
+                return
+            for path in self._unsynced:
+                with self._directory(path.parent) as parent:
+                    fd = os.open(path.name, READ_FLAGS, dir_fd=parent)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        self._writer.sync_tree(self._place)
+
+    def close(self) -> None:
+        """
+        Let go of all directories.
+        """
+        for fd in (*self._directories.values(), self._root):
+            os.close(fd)
+        self._directories.clear()
+
+    @contextmanager
+    def _directory(self, path: PurePosixPath) -> Iterator[int]:
+        with self._guard:
+            kept = self._directories.get(path)
+            fd = self._writer.ensure_directory(self._place / path) if kept is None else kept
+            # A model of many directories must not use up the descriptors.
+            if kept is None and len(self._directories) < _MOST_DIRECTORIES:
+                kept = self._directories[path] = fd
+        try:
+            yield fd
+        finally:
+            if kept is None:
+                os.close(fd)
+
+
+@contextmanager
+def writing_tree(writer: VolumeWriter, place: PurePosixPath) -> Iterator[Tree]:
+    """
+    Write a new tree of files, made durable when the `with` ends well.
+    """
+    writer.make_directory(place)
+    tree = Tree(writer, place)
+    try:
+        yield tree
+        tree.settle()
+    finally:
+        tree.close()

@@ -1,0 +1,114 @@
+"""
+Does a directory still hold exactly what its manifest says?
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import PurePosixPath
+from typing import Literal
+
+import attrs
+
+from kserve_pvc._format.records import FileEntry, FoundFile
+from kserve_pvc._volume.buffers import make_buffer
+from kserve_pvc.errors import StoreError
+
+Level = Literal["size", "full"]
+Kind = Literal["missing", "extra", "type", "size", "digest", "record", "unreadable"]
+OpenFile = Callable[[PurePosixPath], AbstractContextManager[int]]
+
+_BUFFER_BYTES = 1024 * 1024
+_UNHASHED = "no sha256 of it was recorded, because the store that fetched it was told not to hash"
+
+
+@attrs.frozen(kw_only=True)
+class Problem:
+    """
+    One difference between a model and its record.
+    """
+
+    path: str
+    kind: Kind
+    detail: str
+
+
+@attrs.frozen(kw_only=True)
+class Verification:
+    """
+    The outcome of checking one model: `files` and `bytes` are what was looked at.
+    """
+
+    uri: str
+    level: Level
+    files: int
+    bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def _repr_html_(self) -> str:
+        from kserve_pvc._show.html import show_verification
+
+        return show_verification(
+            self.uri, self.level, self.files, self.bytes, [(p.kind, p.path, p.detail) for p in self.problems]
+        )
+
+
+def compare(
+    expected: Iterable[FileEntry], found: Iterable[FoundFile], open_file: OpenFile, level: Level
+) -> Iterator[Problem]:
+    """
+    Find every difference: missing, unexpected and irregular files, sizes and, at level `full`, digests.
+
+    Args:
+        open_file: Opens one of the expected files for reading, following no link.
+    """
+    lying = {file.path: file for file in found}
+    for entry in expected:
+        file = lying.pop(entry.path, None)
+        if file is None:
+            yield Problem(path=str(entry.path), kind="missing", detail="it is recorded and not there")
+        elif not file.is_regular:
+            yield Problem(path=str(entry.path), kind="type", detail="it is a link or no regular file")
+        elif file.size_bytes != entry.size_bytes:
+            yield Problem(
+                path=str(entry.path),
+                kind="size",
+                detail=f"it has {file.size_bytes} bytes instead of {entry.size_bytes}",
+            )
+        elif level == "full":
+            yield from _compare_digest(entry, open_file)
+    for path in lying:
+        yield Problem(path=str(path), kind="extra", detail="it is there and not recorded")
+
+
+def _compare_digest(entry: FileEntry, open_file: OpenFile) -> Iterator[Problem]:
+    if entry.sha256 is None:
+        # Not to be told from a good one: whoever asks for proof is not told that all is well.
+        yield Problem(path=str(entry.path), kind="digest", detail=_UNHASHED)
+        return
+    try:
+        with open_file(entry.path) as fd:
+            actual = sha256_of(fd)
+    except (OSError, StoreError) as error:
+        yield Problem(path=str(entry.path), kind="unreadable", detail=str(error))
+        return
+    if actual != entry.sha256:
+        yield Problem(path=str(entry.path), kind="digest", detail=f"its sha256 is {actual} instead of {entry.sha256}")
+
+
+def sha256_of(fd: int) -> str:
+    """
+    Digest an open file from its start, through one small buffer.
+    """
+    digest, buffer, offset = hashlib.sha256(), make_buffer(_BUFFER_BYTES), 0
+    while count := os.preadv(fd, [buffer], offset):
+        digest.update(buffer[:count])
+        offset += count
+    return digest.hexdigest()

@@ -1,0 +1,315 @@
+"""
+The only module that creates, renames or deletes anything under a store's root.
+
+`Volume` can only look. `VolumeWriter` adds writing, and a read-only store never constructs one. A writer walks from
+the root by directory descriptors that follow no symbolic link, so a link planted on the volume leads nowhere.
+
+Rules of network volumes that shape this code: names are looked up by listing or opening, never by `stat`, whose
+answer may be half a minute old; a call that failed may have been carried out, so its effect is looked for; a
+descriptor whose `fsync` failed is never synced again.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
+
+from kserve_pvc._format.layout import DOCTOR, LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
+from kserve_pvc._volume.calls import (
+    CREATE_FLAGS,
+    DIRECTORY_FLAGS,
+    UNSUPPORTED,
+    dated_name,
+    delete_tree,
+    is_free_for_link,
+    retry_stale,
+    sync_below,
+    sync_directory,
+    write_all,
+)
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc.errors import InsufficientSpaceError, ReadOnlyStoreError, StoreFormatError, UnsafePathError, VolumeError
+
+
+class VolumeWriter(Volume):
+    """
+    The writing half of a store's volume.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        super().__init__(root)
+        # Whoever may write the root may write the store: the root's permission bits are the store's, whatever the
+        # umask.
+        bits = stat.S_IMODE(os.stat(self.root).st_mode) & 0o777
+        self._directory_mode = bits | 0o700
+        self.file_mode = (bits & 0o666) | 0o600
+
+    @contextmanager
+    def translated(self, operation: str, place: PurePosixPath) -> Iterator[None]:
+        try:
+            yield
+        except (ReadOnlyStoreError, InsufficientSpaceError, VolumeError, UnsafePathError, StoreFormatError):
+            raise
+        except OSError as error:
+            raise self.failure(operation, place, error) from error
+
+    def make_directory(self, place: PurePosixPath) -> None:
+        """
+        Make a directory and what is missing above it, durably.
+        """
+        with self.translated("making a directory", place):
+            os.close(self.ensure_directory(place))
+
+    def ensure_directory(self, place: PurePosixPath) -> int:
+        return retry_stale(lambda: self._make_way(place))
+
+    def _make_way(self, place: PurePosixPath) -> int:
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for part in place.parts:
+            try:
+                child = self._enter_or_make(fd, PurePosixPath(part))
+            finally:
+                os.close(fd)
+            fd = child
+        return fd
+
+    def _enter_or_make(self, parent: int, part: PurePosixPath) -> int:
+        with suppress(FileNotFoundError):
+            return self._open_at(parent, part, DIRECTORY_FLAGS)
+        with suppress(FileExistsError):
+            os.mkdir(part.name, self._directory_mode, dir_fd=parent)
+            self._set_mode(parent, part.name, self._directory_mode)
+            sync_directory(parent)
+        return self._open_at(parent, part, DIRECTORY_FLAGS)
+
+    def _set_mode(self, parent: int, name: str, mode: int) -> None:
+        # Only of what was just made here, and only against a narrow umask; object and SMB mounts refuse.
+        with suppress(OSError):
+            found = stat.S_IMODE(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+            if found & 0o777 != mode:
+                os.chmod(
+                    name, found & 0o7000 | mode, dir_fd=parent
+                )  # The set-gid bit of an `fsGroup` volume is inherited.
+
+    def reserve(self, place: PurePosixPath) -> bool:
+        """
+        Take a number by making its directory; exactly one process gets True.
+
+        `mkdir` excluded on every shared volume that was measured, which holds for neither `O_EXCL` nor `link`.
+        A lost reply makes the winner believe that it lost; the number then stays unused.
+        """
+        with self.translated("reserving a number", place):
+            return retry_stale(lambda: self._reserve(place))
+
+    def _reserve(self, place: PurePosixPath) -> bool:
+        fd = self._make_way(place.parent)
+        try:
+            os.mkdir(place.name, self._directory_mode, dir_fd=fd)
+            self._set_mode(fd, place.name, self._directory_mode)
+            sync_directory(fd)
+        except FileExistsError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def publish(self, place: PurePosixPath, data: bytes, private: PurePosixPath) -> bool:
+        """
+        Make a file exist with all of its content, exclusively and durably, and read it back.
+
+        Readers see all of it or none: it is written and synced under the name `private`, which nobody else uses, and
+        linked into place. Where there are no hard links it is created exclusively in place, and a reader who comes
+        too early refuses the checksum. If the process dies here, `private` is garbage in a staging directory.
+
+        Returns:
+            False if another file is already there.
+
+        Raises:
+            VolumeError: The volume said yes and the file is not there, or said no for reasons of its own.
+        """
+        with self.translated("publishing", place):
+            self.write_private(private, data)
+            self.make_directory(place.parent)
+            # Not only this one: whoever made a directory that is there may have died before it was durable.
+            self._sync_above(place.parent)
+            with self.open_parent(private) as source, self.open_parent(place) as target:
+                self._link_or_create(source, private, target, place, data)
+                with suppress(FileNotFoundError):
+                    os.unlink(private.name, dir_fd=source)
+                sync_directory(target)
+            found = self.read(place, max(len(data), 1) * 2)
+        if found is None:
+            raise VolumeError(
+                str(self.root / place), "publishing", "the volume reported success and the file is not there"
+            )
+        return found == data
+
+    def _link_or_create(
+        self, source: int, private: PurePosixPath, target: int, place: PurePosixPath, data: bytes
+    ) -> None:
+        try:
+            os.link(private.name, place.name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+        except FileExistsError:
+            return
+        except OSError as error:
+            # A network volume may lose the reply of a link that was made: `publish` asks the file, not the errno.
+            if error.errno not in UNSUPPORTED and place.name not in os.listdir(target):
+                raise
+            if place.name in os.listdir(target):
+                return
+            with suppress(FileExistsError):
+                self._write_new(target, place, data)
+
+    def write_private(self, place: PurePosixPath, data: bytes) -> None:
+        """
+        Write a small file under a name that nobody else uses, durably.
+        """
+        with self.translated("writing", place):
+            fd = self.ensure_directory(place.parent)
+            try:
+                self._write_new(fd, place, data)
+                sync_directory(fd)
+            finally:
+                os.close(fd)
+
+    def _write_new(self, parent: int, place: PurePosixPath, data: bytes) -> None:
+        fd = self._open_at(
+            parent, place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, self.file_mode
+        )
+        try:
+            self.set_open_mode(fd, self.file_mode)
+            write_all(fd, data, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def create(self, place: PurePosixPath) -> int:
+        """
+        Create a new file for a single writer and return its descriptor, open for reading and writing.
+        """
+        with self.translated("creating", place):
+            fd = self.ensure_directory(place.parent)
+            try:
+                made = self._open_at(fd, place, CREATE_FLAGS, self.file_mode)
+            finally:
+                os.close(fd)
+            self.set_open_mode(made, self.file_mode)
+            return made
+
+    def open_shared(self, place: PurePosixPath) -> int:
+        """
+        Open a file that several processes lock, creating it if need be. It is never deleted.
+        """
+        with self.translated("opening", place):
+            fd = self.ensure_directory(place.parent)
+            try:
+                made = self._open_at(fd, place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self.file_mode)
+            finally:
+                os.close(fd)
+            self.set_open_mode(made, self.file_mode)
+            return made
+
+    def set_open_mode(self, fd: int, mode: int) -> None:
+        with suppress(OSError):
+            if stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 != mode:
+                os.fchmod(fd, mode)
+
+    def sync_tree(self, place: PurePosixPath) -> None:
+        """
+        Make every directory of a tree durable, deepest first, then the ones above it up to the root.
+        """
+        with self.translated("syncing", place):
+            fd = self._open_directory(place)
+            try:
+                sync_below(fd)
+            finally:
+                os.close(fd)
+            self._sync_above(place)
+
+    def _sync_above(self, place: PurePosixPath) -> None:
+        for above in place.parents:
+            fd = self._open_directory(above)
+            try:
+                sync_directory(fd)
+            finally:
+                os.close(fd)
+
+    def repoint(self, place: PurePosixPath, target: str) -> bool:
+        """
+        Let a symbolic link lead somewhere else, in one step.
+
+        Returns:
+            False if something that is no link stands there, other than an empty directory, or the volume has no links.
+        """
+        made = TRASH / dated_name()  # Where it is found if this process dies here.
+        with self.translated("linking", place):
+            self.make_directory(TRASH)
+            self.make_directory(place.parent)
+            with self.open_parent(made) as source, self.open_parent(place) as directory:
+                if not is_free_for_link(directory, place.name):
+                    return False
+                try:
+                    os.symlink(target, made.name, dir_fd=source)
+                except OSError as error:
+                    if error.errno in UNSUPPORTED:
+                        return False
+                    raise
+                os.rename(made.name, place.name, src_dir_fd=source, dst_dir_fd=directory)
+                sync_directory(directory)
+        return True
+
+    def discard(self, place: PurePosixPath) -> PurePosixPath | None:
+        """
+        Move a tree into the trash, where it stays intact for readers who hold its files open.
+
+        Returns:
+            Its name in the trash, or None if there is no such tree.
+        """
+        if not {MODELS, STAGING, MANIFESTS, LEASES, NAMES} & set(place.parents) and not is_claim(place):
+            raise UnsafePathError(str(place), "only models and what belongs to one generation are ever thrown away")
+        trashed = TRASH / dated_name()
+        with self.translated("moving to the trash", place):
+            self.make_directory(TRASH)
+            try:
+                with self.open_parent(place) as source, self.open_parent(trashed) as target:
+                    os.rename(place.name, trashed.name, src_dir_fd=source, dst_dir_fd=target)
+                    sync_directory(source)
+                    sync_directory(target)
+            except FileNotFoundError:
+                return None
+        return trashed
+
+    def throw_away(self, place: PurePosixPath) -> None:
+        """
+        Discard a tree that nobody can be reading, and delete it at once.
+        """
+        if (trashed := self.discard(place)) is not None:
+            self.delete_trash(trashed)
+
+    def empty_trash(self, older_than: float) -> None:
+        """
+        Delete what has lain in the trash for longer than this many seconds by this node's clock.
+
+        A wrong clock deletes early; that costs only readers without a lease, since all others were waited for.
+        """
+        for name in self.list_names(TRASH):
+            thrown_at = name.partition("-")[0]
+            if thrown_at.isdigit() and time.time() - int(thrown_at) >= older_than:
+                self.delete_trash(TRASH / name)
+
+    def delete_trash(self, place: PurePosixPath) -> None:
+        """
+        Delete a tree in the trash or of a doctor, following no link and tolerating others who delete it too.
+        """
+        if place.parent not in (TRASH, DOCTOR):
+            raise UnsafePathError(str(place), "only the trash is ever deleted, and what a doctor made")
+        with self.translated("deleting", place):
+            try:
+                with self.open_parent(place) as parent:
+                    delete_tree(parent, place.name)
+            except FileNotFoundError:
+                return

@@ -1,0 +1,81 @@
+"""
+The addresses that the hub hands out for files, kept until they expire.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+
+import attrs
+
+from kserve_pvc.backends._http.target import Target
+from kserve_pvc.backends._http.wire import POLL_SECONDS
+
+_MAX_ADDRESSES = 1024
+
+
+@attrs.define(eq=False)
+class _Address:
+    target: Target | None = None
+    good_until: float = 0.0
+    is_asked_for: bool = False
+
+
+class Addresses:
+    """
+    Where files were found to be, for as long as that is good, and who is asking. Used by all streams.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, _Address] = OrderedDict()
+        self._guard = threading.Condition()
+
+    def take(self, name: str) -> tuple[Target | None, bool]:
+        """
+        The address of a file; or True: ask, and say what came of it; or, after a moment, neither: another one is
+        asking.
+        """
+        with self._guard:
+            if (address := self._entry(name)).is_asked_for:
+                self._guard.wait_for(lambda: not self._entry(name).is_asked_for, POLL_SECONDS)
+                address = self._entry(name)
+            if address.is_asked_for:
+                return None, False
+            if address.target is not None and time.monotonic() < address.good_until:
+                return address.target, False
+            address.target, address.is_asked_for = None, True
+            return None, True
+
+    def found(self, name: str, target: Target, seconds: float) -> None:
+        """
+        Remember an address for some seconds.
+        """
+        with self._guard:
+            address = self._entry(name)
+            address.target, address.good_until, address.is_asked_for = target, time.monotonic() + seconds, False
+            self._guard.notify_all()
+
+    def give_up(self, name: str) -> None:
+        """
+        Let another one ask.
+        """
+        with self._guard:
+            self._entry(name).is_asked_for = False
+            self._guard.notify_all()
+
+    def forget(self, name: str, target: Target) -> None:
+        """
+        Do not use an address again. One that somebody has learnt since stays.
+        """
+        with self._guard:
+            if (address := self._entry(name)).target == target:
+                address.target = None
+
+    def _entry(self, name: str) -> _Address:
+        address = self._known.setdefault(name, _Address())
+        self._known.move_to_end(name)
+        if len(self._known) > _MAX_ADDRESSES:
+            self._known.popitem(last=False)
+        return address

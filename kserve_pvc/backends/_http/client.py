@@ -1,0 +1,252 @@
+"""
+A small HTTP/1.1 client that only reads: bodies go straight from the socket into a buffer of the caller.
+
+The clients of the standard library and of the SDKs copy every byte several times, into buffers that are new each time,
+and spend more on the head of an answer than a small file costs. This one receives into the caller's memory with one
+system call for each buffer, keeps connections open, and trusts no answer further than it can see.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from kserve_pvc.backends._http.connection import Connection, Response
+from kserve_pvc.backends._http.dial import (
+    Proxy,
+    basic_authorization,
+    bypasses_proxy,
+    dial,
+    literal_address,
+    open_tunnel,
+)
+from kserve_pvc.backends._http.target import HTTPError, StaleConnectionError, Target
+from kserve_pvc.backends._http.tls import make_context
+from kserve_pvc.backends._http.wire import CONNECT_SECONDS, PlainTransport, TLSTransport
+
+if TYPE_CHECKING:
+    import ssl
+
+# Servers close idle connections after five seconds at the earliest; a younger one is worth trying.
+_MAX_IDLE_SECONDS = 4.0
+# How long a server may think before its answer starts, where the caller does not say.
+_ANSWER_SECONDS = 30.0
+
+
+class HTTPClient:
+    """
+    Connections to servers, kept open between requests and used by any number of threads, each by one at a time.
+
+    `answer_seconds` is how long `open` waits for an answer to begin.
+
+    Args:
+        ca_bundle: File or directory of certificates to trust, False to check none, or None for those of the system.
+        environ: Where `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` are looked up, in either case.
+        check_address: Told the name and every address of a host before one of those very addresses is connected to;
+            raises if it may not be. Behind a proxy it is told only of hosts that are addresses, as the proxy looks up
+            names.
+    """
+
+    def __init__(
+        self,
+        *,
+        environ: Mapping[str, str],
+        ca_bundle: str | bool | None = None,
+        check_address: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self._environ = environ
+        self._ca_bundle = ca_bundle
+        self._check_address = check_address
+        self.answer_seconds = _ANSWER_SECONDS
+        self._idle: dict[tuple[str, str, int], deque[Connection]] = defaultdict(deque)
+        self._guard = threading.Lock()
+        self._context: ssl.SSLContext | None = None
+
+    @contextmanager
+    def open(self, method: str, target: Target, headers: Mapping[str, str]) -> Iterator[Response]:
+        """
+        Send a request, wait for its answer, and give it; its body is read inside the `with`.
+
+        Raises:
+            HTTPError: There is no answer, or none that makes sense.
+        """
+        with self.send(method, target, headers) as exchange:
+            deadline = time.monotonic() + self.answer_seconds
+            while (answer := exchange.answer()) is None:
+                if time.monotonic() > deadline:
+                    raise HTTPError(f"it did not answer within {self.answer_seconds:g} s")
+            yield answer
+
+    def send(self, method: str, target: Target, headers: Mapping[str, str]) -> Exchange:
+        """
+        Send a request and do not wait. Redirects are not followed.
+
+        Raises:
+            HTTPError: There is no connection.
+        """
+        return Exchange(self, method, target, headers)
+
+    def head(self, method: str, target: Target, connection: Connection, headers: Mapping[str, str]) -> bytes:
+        """
+        The head of a request as it goes over a connection.
+        """
+        place = f"http://{target.authority}{target.path}" if connection.is_forwarded else target.path
+        # An answer in another encoding would have other bytes than the range that was asked for.
+        lines = [f"{method} {place} HTTP/1.1", f"Host: {target.authority}", "Accept-Encoding: identity"]
+        if connection.is_forwarded and connection.proxy_password:
+            lines.append(f"Proxy-Authorization: {connection.proxy_password}")
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join(lines)
+        if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
+            raise HTTPError("a header holds a line break", is_final=True)
+        try:
+            return head.encode("latin-1") + b"\r\n\r\n"
+        except UnicodeEncodeError as error:
+            raise HTTPError("a header holds what HTTP cannot carry", is_final=True) from error
+
+    def take(self, target: Target) -> Connection | None:
+        """
+        A connection that was kept, if there is a young one.
+        """
+        with self._guard:
+            idle = self._idle[target.scheme, target.host, target.port]
+            while idle:
+                connection = idle.pop()  # The one used last is the likeliest to be alive.
+                if time.monotonic() - connection.used < _MAX_IDLE_SECONDS and connection.is_quiet():
+                    return connection
+                connection.close()
+        return None
+
+    def give_back(self, target: Target, connection: Connection) -> None:
+        """
+        Keep a connection for the next request to the same place.
+        """
+        connection.used = time.monotonic()
+        with self._guard:
+            self._idle[target.scheme, target.host, target.port].append(connection)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """
+        Close every connection that nobody uses.
+        """
+        with self._guard:
+            for idle in self._idle.values():
+                while idle:
+                    idle.pop().close()
+
+    def connect(self, target: Target) -> Connection:
+        """
+        Make a connection, through a proxy where one is named.
+        """
+        proxy = self._proxy(target)
+        deadline = time.monotonic() + CONNECT_SECONDS
+        if proxy and self._check_address and (literal := literal_address(target.host)):
+            self._check_address(target.host, literal)
+        # Which proxy there is was chosen by whoever runs this.
+        sock = dial(proxy or target, None if proxy else self._check_address)
+        try:
+            password = basic_authorization(proxy) if proxy else ""
+            if target.scheme == "http":
+                return Connection(sock, PlainTransport(sock), is_forwarded=proxy is not None, proxy_password=password)
+            if proxy:
+                open_tunnel(sock, target, password, deadline)
+            sealed = TLSTransport(sock, self._tls(), target.host, deadline)
+            return Connection(sealed.sock, sealed)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _proxy(self, target: Target) -> Proxy | None:
+        url = self._look(f"{target.scheme}_proxy") or self._look("all_proxy")
+        if not url or bypasses_proxy(target, self._look("no_proxy")):
+            return None
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            host, port = parts.hostname, parts.port or 80
+        except ValueError:
+            host, port = None, 0
+        if not host or parts.scheme != "http":
+            raise HTTPError(f"the proxy for {target.scheme} is no `http://host:port`", is_final=True)
+        return Proxy(host, port, unquote(parts.username or ""), unquote(parts.password or ""))
+
+    def _look(self, name: str) -> str:
+        # Whoever runs under CGI gets `HTTP_PROXY` from a header of a request, so there only the lower case counts.
+        is_forged = name == "http_proxy" and "REQUEST_METHOD" in self._environ
+        return self._environ.get(name) or ("" if is_forged else self._environ.get(name.upper(), ""))
+
+    def _tls(self) -> ssl.SSLContext:
+        # Loading the certificates takes longer than a small download: once for all connections.
+        with self._guard:
+            if self._context is None:
+                self._context = make_context(self._ca_bundle, self._environ)
+            return self._context
+
+
+class Exchange:
+    """
+    One request and its answer, on a connection of its own until it is closed.
+
+    A connection whose answer was read to the end is kept for others; any other is closed, since what it still holds
+    answers nobody's question.
+    """
+
+    def __init__(self, client: HTTPClient, method: str, target: Target, headers: Mapping[str, str]) -> None:
+        self._client = client
+        self._method = method
+        self._target = target
+        self._headers = headers
+        self._answer: Response | None = None
+        kept = client.take(target)
+        self._is_kept = kept is not None
+        self._connection = kept or client.connect(target)
+        try:
+            self._send()
+        except StaleConnectionError:
+            self._start_over()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        answer = self._answer
+        if kind is None and answer is not None and answer.is_over and answer.keeps_alive:
+            self._client.give_back(self._target, self._connection)
+        else:
+            self._connection.close()
+
+    def answer(self) -> Response | None:
+        """
+        The head of the answer, or None if it has not come within a moment.
+
+        Raises:
+            HTTPError: There will be none.
+        """
+        if self._answer is None:
+            try:
+                self._answer = self._connection.receive_head(self._method)
+            except StaleConnectionError:
+                self._start_over()
+        return self._answer
+
+    def _send(self) -> None:
+        self._connection.send(self._client.head(self._method, self._target, self._connection, self._headers))
+
+    def _start_over(self) -> None:
+        """A server may close a connection that was kept at any time: then the request goes out once more, on a new one."""
+        self._connection.close()
+        if not self._is_kept:
+            raise  # noqa: PLE0704
+        self._is_kept = False
+        self._connection = self._client.connect(self._target)
+        self._send()

@@ -1,0 +1,111 @@
+"""
+Opening connections: name look-up, address checks, proxies and tunnels.
+"""
+
+from __future__ import annotations
+
+import base64
+import socket
+import struct
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kserve_pvc.backends._http.connection import Connection
+from kserve_pvc.backends._http.target import HTTPError, Target
+from kserve_pvc.backends._http.wire import CONNECT_SECONDS, POLL_SECONDS, PlainTransport
+from kserve_pvc.errors import StoreError
+
+
+class Proxy(NamedTuple):
+    host: str
+    port: int
+    user: str
+    password: str
+
+
+def bypasses_proxy(target: Target, no_proxy: str) -> bool:
+    host = target.host.lower()
+    for name in (n.strip().lower().lstrip(".") for n in no_proxy.split(",")):
+        if name == "*" or (name and (host == name or host.endswith("." + name) or f"{host}:{target.port}" == name)):
+            return True
+    return False
+
+
+def basic_authorization(proxy: Proxy) -> str:
+    if not proxy.user:
+        return ""
+    return "Basic " + base64.b64encode(f"{proxy.user}:{proxy.password}".encode()).decode()
+
+
+def literal_address(host: str) -> str | None:
+    """The address that a host is, in any of the spellings that a resolver takes for one; None for a name."""
+    try:
+        socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+        return host
+    except (OSError, ValueError):
+        pass
+    try:
+        # Also `0x7f000001`, `2130706433` and `127.1`.
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except (OSError, ValueError):
+        return None
+
+
+def _connect_checked(host: str, port: int, check: Callable[[str, str], None]) -> socket.socket:
+    """Look a host up once, and connect to what was checked: a second look could be told something else."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, address in found:
+        check(host, str(address[0]))
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in found:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(CONNECT_SECONDS)
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure or OSError("it has no address")
+
+
+def dial(place: Target | Proxy, check: Callable[[str, str], None] | None = None) -> socket.socket:
+    try:
+        if check is not None:
+            sock = _connect_checked(place.host, place.port, check)
+        else:
+            sock = socket.create_connection((place.host, place.port), timeout=CONNECT_SECONDS)
+    except StoreError:
+        raise
+    except OSError as error:
+        name = (
+            f"the proxy {place.host}:{place.port}"
+            if isinstance(place, Proxy)
+            else f"{place.scheme}://{place.authority}"
+        )
+        raise HTTPError(f"no connection to {name}: {error.strerror or error}") from error
+    except UnicodeError as error:
+        raise HTTPError(f"`{place.host}` is no name of a host", is_final=True) from error
+    sock.settimeout(None)
+    moment = struct.pack("ll", int(POLL_SECONDS), int(POLL_SECONDS % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, moment)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CONNECT_SECONDS), 0))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def open_tunnel(sock: socket.socket, target: Target, password: str, deadline: float) -> None:
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    lines = [f"CONNECT {host}:{target.port} HTTP/1.1", f"Host: {host}:{target.port}"]
+    if password:
+        lines.append(f"Proxy-Authorization: {password}")
+    connection = Connection(sock, PlainTransport(sock))
+    connection.send("\r\n".join([*lines, "", ""]).encode("latin-1"))
+    while (answer := connection.receive_head("CONNECT")) is None:
+        if time.monotonic() > deadline:
+            raise HTTPError("the proxy did not answer CONNECT in time")
+    if answer.status != 200:
+        raise HTTPError(
+            f"the proxy answered {answer.status} to CONNECT", is_final=answer.status in (401, 403, 405, 407)
+        )
