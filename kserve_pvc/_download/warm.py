@@ -95,13 +95,13 @@ def warm(
         )
     if isinstance(items, str | ModelRef | Mapping):
         raise SettingsError("items", type(items).__name__, "give several: a list of URIs")
-    refused, asked = _sorted_out([wanted(item, f"items[{index}]") for index, item in enumerate(items)])
+    refused, asked = _sorted_out([normalize_item(item, f"items[{index}]") for index, item in enumerate(items)])
     listen = _Listening(progress, callback, is_one_of_many=executor is not None)
     tasks = [_Task(index, ref, ensure, listen) for ref, index in asked.items()]
     return _results(refused, tasks, executor, listen.stopped, remember)
 
 
-def wanted(item: object, name: str) -> dict[str, Any]:
+def normalize_item(item: object, name: str) -> dict[str, Any]:
     """
     Take one item apart into the arguments of `ensure` that choose a model.
 
