@@ -21,7 +21,8 @@ TIERS = (
     {"errors", "_defaults"},
     {"_format", "_settings"},
     {"_source", "_show"},
-    {"_volume", "_archive", "locks"},
+    {"_volume", "locks"},
+    {"_archive"},
     {"_keys", "backends"},
     {"_model", "_opening", "_process"},
     {"_download", "_doctor"},
@@ -42,6 +43,7 @@ FOREIGN = {
     "testing": {"pytest"},
     "_show": {"tqdm"},
     "kserve": {"yaml", "starlette", "uvicorn", "prometheus_client"},
+    "_cli": {"shtab"},
 }
 
 # The suite for authors of backends is one class that they inherit, and `ModelStore` is the public interface.
