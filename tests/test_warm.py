@@ -674,7 +674,7 @@ def test_the_first_failure_in_the_list_is_the_exit_code(root, uris, tmp_path, wo
         "error": document[1]["error"],
     }
     assert (document[2]["key"], "canary" in result.stdout + result.stderr) == (None, False)
-    assert sum("SourceNotFound" in line or "nothing to fetch" in line for line in result.stderr.splitlines()) == 1
+    assert sum("SourceNotFound" in line or "nothing found" in line for line in result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
