@@ -19,7 +19,7 @@ PACKAGE = Path(kserve_pvc.__file__).parent
 # The folders are the tiers: a room imports from rooms further down and from itself, never from beside or above.
 TIERS = (
     {"errors", "_defaults"},
-    {"_format", "_settings"},
+    {"_format", "_settings", "_arguments"},
     {"_source", "_show"},
     {"_volume", "locks"},
     {"_archive"},
@@ -449,7 +449,19 @@ LAZY = {
     *("multiprocessing", "concurrent.futures", "subprocess", "ctypes", "secrets", "random", "shutil"),
 }
 # What a hit in the store loads of this package: nothing that writes, downloads, removes, checks, locks or shows.
-HIT = {"_defaults", "_model", "_opening", "_process", "_store", "errors", "_format", "_keys", "_source", "_volume"} | {
+HIT = {
+    "_arguments",
+    "_defaults",
+    "_model",
+    "_opening",
+    "_process",
+    "_store",
+    "errors",
+    "_format",
+    "_keys",
+    "_source",
+    "_volume",
+} | {
     *(
         "_format.codec",
         "_format.layout",
