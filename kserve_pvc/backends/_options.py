@@ -33,7 +33,13 @@ _PROTOCOLS = {
     "file": ("file", "local"),
 }
 # The modules of this package that have `RULES`, by scheme.
-_TABLES = {"s3": "kserve_pvc.backends._s3_settings"}
+_TABLES = {
+    "s3": "kserve_pvc.backends._s3_settings",
+    "gs": "kserve_pvc.backends.gs",
+    "az": "kserve_pvc.backends.azure",
+    "abfs": "kserve_pvc.backends.azure",
+    "abfss": "kserve_pvc.backends.azure",
+}
 # Arguments of every fsspec class that change how objects are cached or awaited, and never which bytes are read.
 NEUTRAL_OPTIONS = frozenset(
     (

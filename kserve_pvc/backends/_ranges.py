@@ -156,7 +156,7 @@ class Reader:
         if answer is None:
             return False
         if answer.status in (200, 206):
-            _check(self._file, self._where, answer, start, stop)
+            check_range(self._file, self._where, answer, start, stop)
             self._answer, self._worked_before = answer, answer.worked
             return True
         body = read_refusal(answer)
@@ -263,7 +263,28 @@ def from_base64(text: object, length: int | None = None) -> str | None:
     return digest.hex() if digest and length in (None, len(digest)) else None
 
 
-def _check(file: RemoteFile, where: str, answer: Response, start: int, stop: int) -> None:
+class Head(Protocol):
+    """
+    Status and headers of a response to a request for a range.
+    """
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def length(self) -> int | None: ...
+
+    def header(self, name: str) -> str | None: ...
+
+
+def check_range(file: RemoteFile, where: str, answer: Head, start: int, stop: int) -> None:
+    """
+    Make sure that a response is for the requested bytes of the pinned content.
+
+    Raises:
+        SourceChangedError: It is of other content.
+        SourceUnavailableError: It is for other bytes.
+    """
     size = file.entry.size_bytes
     etag, pinned = answer.header("etag"), file.pin.get("If-Match")
     # Some servers list without the quotes that they answer with.
