@@ -175,25 +175,6 @@ def sealed_uri(sealed_azurite, here):
     return sealed_azurite.uri(f"{here}/model")
 
 
-def configure(tmp_path, way: str, protocol: str, arguments: dict[str, str]) -> dict[str, str]:
-    """
-    Write arguments into fsspec's configuration in one of its ways, and return the environment for it.
-    """
-    if way == "variables":
-        return {f"FSSPEC_{protocol.upper()}_{name.upper()}": value for name, value in arguments.items()}
-    directory = tmp_path / (".config/fsspec" if way == "file" else "elsewhere")
-    directory.mkdir(parents=True)
-    if way == "file":
-        (directory / "conf.json").write_text(json.dumps({protocol: arguments}))
-        return {}
-    lines = [f"[{protocol}]", *(f"{name} = {value}" for name, value in arguments.items())]
-    (directory / "conf.ini").write_text("\n".join(lines))
-    return {"FSSPEC_CONFIG_DIR": str(directory)}
-
-
-WAYS = pytest.mark.parametrize("way", ["file", "directory", "variables"])
-
-
 def test_plain_settings_of_google_import_no_class(root, gcs, gs_uri):
     """
     An endpoint and a token need neither gcsfs nor fsspec.
@@ -201,19 +182,6 @@ def test_plain_settings_of_google_import_no_class(root, gcs, gs_uri):
     found = compare(root, gs_uri, repr(dict(gcs.storage_options)))
 
     assert found == ("direct", [])
-
-
-@WAYS
-@pytest.mark.parametrize("protocol", ["gs", "gcs"])
-def test_configuration_of_fsspec_counts_for_google(root, tmp_path, gcs, gs_uri, way, protocol):
-    """
-    What fsspec's configuration sets for gcsfs goes through gcsfs: it finds the credentials, and requests are our own.
-    """
-    env = configure(tmp_path, way, protocol, {"endpoint_url": gcs.endpoint, "token": "anon"})
-
-    access, loaded = compare(root, gs_uri, "{}", env=env)
-
-    assert (access, "gcsfs" in loaded) == ("direct:gcsfs", True)
 
 
 def test_an_argument_that_only_gcsfs_knows_goes_through_it(root, gcs, gs_uri):
@@ -293,17 +261,6 @@ def test_a_client_certificate_is_presented(root, tmp_path, gcs, gs_uri, authorit
         access, _ = compare(root, gs_uri, repr({"endpoint_url": sealed.endpoint, "token": "anon"}), env=env)
 
     assert access == "fsspec:gcsfs"
-
-
-@pytest.mark.parametrize("name", ["tokn", "session_kwarg", "endpoint"])
-def test_a_misspelled_option_of_google_is_refused(gcs, name):
-    """
-    gcsfs ignores an argument that it does not know; here it is an error that names the near match and no value.
-    """
-    with pytest.raises(SettingsError, match=r"did you mean `(token|session_kwargs|endpoint_url)`") as caught:
-        GSBackend({**gcs.storage_options, name: "canary"}, {})
-
-    assert "canary" not in str(caught.value)
 
 
 def test_the_session_renews_a_token_that_is_refused(gate, gs_uri, monkeypatch):
@@ -397,19 +354,6 @@ def test_plain_settings_of_azure_import_no_class(root, azurite, az_uri):
     assert found == ("direct", [])
 
 
-@WAYS
-@pytest.mark.parametrize("protocol", ["abfs", "az"])
-def test_configuration_of_fsspec_counts_for_azure(root, tmp_path, azurite, az_uri, way, protocol):
-    """
-    What fsspec's configuration sets for adlfs goes through adlfs: it finds account and key, and requests are our own.
-    """
-    env = configure(tmp_path, way, protocol, dict(azurite.storage_options))
-
-    access, loaded = compare(root, az_uri, "{}", env=env)
-
-    assert (access, "adlfs" in loaded) == ("direct:adlfs", True)
-
-
 def test_an_argument_that_only_adlfs_knows_goes_through_it(root, azurite, az_uri):
     """
     An argument that plain requests do not know imports adlfs, whose key then signs our own requests.
@@ -417,16 +361,6 @@ def test_an_argument_that_only_adlfs_knows_goes_through_it(root, azurite, az_uri
     access, loaded = compare(root, az_uri, repr({**azurite.storage_options, "location_mode": "primary"}))
 
     assert (access, "adlfs" in loaded) == ("direct:adlfs", True)
-
-
-def test_a_misspelled_option_of_azure_is_refused(azurite):
-    """
-    adlfs ignores an argument that it does not know; here it is an error that names the near match and no value.
-    """
-    with pytest.raises(SettingsError, match="did you mean `account_key`") as caught:
-        AzureBackend({**azurite.storage_options, "acount_key": "canary"}, {})
-
-    assert "canary" not in str(caught.value)
 
 
 def jwt() -> str:
