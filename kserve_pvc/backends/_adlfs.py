@@ -25,7 +25,7 @@ from fsspec import get_filesystem_class
 from kserve_pvc._source.contract import RemoteFile
 from kserve_pvc._source.ref import redact
 from kserve_pvc.backends._azure_xml import is_marker, make_object
-from kserve_pvc.backends._class_reader import ClassReader, Future, run
+from kserve_pvc.backends._class_reader import ClassReader, Future, Piece, run
 from kserve_pvc.backends._http.target import HTTPError
 from kserve_pvc.backends._login.azure import Account, Signature, Token, find_endpoint, make_key, read_signature
 from kserve_pvc.backends._login.contract import Anonymous, Authorization, Login, Scope
@@ -118,7 +118,7 @@ class Adlfs:
         """
         client, container = self._client(place)
 
-        async def piece(first: int, last: int) -> bytes:
+        async def piece(first: int, last: int) -> Piece:
             with _translated():
                 async with client.service_client.get_blob_client(container, place.name) as blob:
                     stream = await blob.download_blob(
@@ -135,7 +135,7 @@ class Adlfs:
                 raise HTTPError(f"requested {last - first} bytes and received {len(data)}")
             return data
 
-        def fetch(first: int, last: int, is_renewed: bool) -> Future[bytes]:
+        def fetch(first: int, last: int, is_renewed: bool) -> Future[Piece]:
             del is_renewed  # The SDK renews its credentials itself.
             return asyncio.run_coroutine_threadsafe(piece(first, last), client.loop)
 

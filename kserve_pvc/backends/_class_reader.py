@@ -21,6 +21,7 @@ _POLL_SECONDS = 0.25
 
 _T = TypeVar("_T")
 Future = concurrent.futures.Future
+Piece = bytes | bytearray
 
 
 def run(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
@@ -50,13 +51,13 @@ class ClassReader:
             whether the credentials used before were refused.
     """
 
-    def __init__(self, fetch: Callable[[int, int, bool], Future[bytes]], start: int, stop: int) -> None:
+    def __init__(self, fetch: Callable[[int, int, bool], Future[Piece]], start: int, stop: int) -> None:
         self._fetch = fetch
         self._position = start
         self._stop = stop
         self._is_renewed = False
         self._piece = memoryview(b"")
-        self._future: Future[bytes] | None = None
+        self._future: Future[Piece] | None = None
 
     def __enter__(self) -> ClassReader:
         if self._position < self._stop:
@@ -86,10 +87,11 @@ class ClassReader:
                 return None
         count = min(len(buffer), len(self._piece))
         buffer[:count] = self._piece[:count]
-        self._piece = self._piece[count:]
+        # An empty slice would keep the whole piece while the next one is fetched.
+        self._piece = self._piece[count:] or memoryview(b"")
         return count
 
-    def _request(self) -> Future[bytes]:
+    def _request(self) -> Future[Piece]:
         stop = min(self._stop, self._position + PIECE_BYTES)
         self._future = self._fetch(self._position, stop, self._is_renewed)
         return self._future

@@ -24,7 +24,7 @@ from google.auth.exceptions import GoogleAuthError
 from yarl import URL
 
 from kserve_pvc._source.contract import RemoteFile
-from kserve_pvc.backends._class_reader import ClassReader, Future, run
+from kserve_pvc.backends._class_reader import ClassReader, Future, Piece, run
 from kserve_pvc.backends._google_json import read_error
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
@@ -108,10 +108,10 @@ class Gcsfs:
         """
         status, headers, body = run(self._fs.loop, self._fetch(*request, max_bytes), seconds)
         if status != 200:
-            raise read_error(status, headers, body)
+            raise read_error(status, headers, bytes(body))
         if len(body) > max_bytes:
             raise HTTPError(f"response is longer than {max_bytes} bytes", is_final=True)
-        return headers, body
+        return headers, bytes(body)
 
     def read(self, file: RemoteFile, make: Callable[[bool], Request], start: int, stop: int) -> ClassReader:
         """
@@ -121,18 +121,18 @@ class Gcsfs:
             make: Makes the request that reads the pinned object; takes whether credentials are renewed.
         """
 
-        def fetch(first: int, last: int, is_renewed: bool) -> Future[bytes]:
+        def fetch(first: int, last: int, is_renewed: bool) -> Future[Piece]:
             work = self._fetch_piece(file, make(is_renewed), first, last)
             return asyncio.run_coroutine_threadsafe(work, self._fs.loop)
 
         return ClassReader(fetch, start, stop)
 
-    async def _fetch_piece(self, file: RemoteFile, request: Request, start: int, stop: int) -> bytes:
+    async def _fetch_piece(self, file: RemoteFile, request: Request, start: int, stop: int) -> Piece:
         target, headers = request
         headers = {**headers, "Range": f"bytes={start}-{stop - 1}"}
         status, received, body = await self._fetch(target, headers, max(stop - start, _MAX_ERROR_BYTES))
         if status not in (200, 206):
-            raise read_error(status, received, body)
+            raise read_error(status, received, bytes(body))
         check_range(file, f"gs://{file.address}", _Head(status, received), start, stop)
         if len(body) != stop - start:
             raise HTTPError(f"requested {stop - start} bytes and received {len(body)}")
@@ -140,7 +140,7 @@ class Gcsfs:
 
     async def _fetch(
         self, target: Target, headers: Mapping[str, str], max_bytes: int
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    ) -> tuple[int, Mapping[str, str], Piece]:
         """Send a GET, and return its status, headers by lower-case name, and the body as far as `max_bytes` + 1."""
         url = URL(f"{target.scheme}://{target.authority}{target.path}", encoded=True)
         sent = {"Accept-Encoding": "identity", **headers}
@@ -153,7 +153,8 @@ class Gcsfs:
                 body = bytearray()
                 while len(body) <= max_bytes and (data := await response.content.read(max_bytes + 1 - len(body))):
                     body += data
-                return response.status, {n.lower(): v for n, v in response.headers.items()}, bytes(body)
+                # Not copied into `bytes`: a download holds a piece for each of its streams.
+                return response.status, {n.lower(): v for n, v in response.headers.items()}, body
 
     def close(self) -> None:
         """
