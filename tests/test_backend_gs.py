@@ -647,7 +647,7 @@ def test_an_answer_for_another_range_is_refused(gcs, put, rewrite):
     with TamperingProxy(gcs.endpoint, rewrite=rewrite) as proxy:
         backend = GSBackend(through(proxy), {})
         (file,) = backend.resolve(parse_ref(f"{uri}/weights/a.bin")).files
-        with pytest.raises(SourceUnavailableError, match="it was asked for `bytes 0-349999/700000` and answered"):
+        with pytest.raises(SourceUnavailableError, match="requested `bytes 0-349999/700000`, received"):
             read(backend, file, 0, 350_000)
 
 
@@ -709,7 +709,7 @@ def test_a_busy_service_says_how_long_it_wants_to_be_left_alone(open_gate):
             refused(400, "Bucket is a requester pays bucket but no user project provided.", "required")[2],
             "no user project provided",
         ),
-        (301, b"", "points elsewhere, where credentials are never sent"),
+        (301, b"", "redirect, and credentials are never sent elsewhere"),
         (200, b"<html>Log in</html>", "its answer is no JSON"),
         (200, b"[]", "its answer is no JSON"),
         (200, b"[" * 100_000, "its answer is no JSON"),
