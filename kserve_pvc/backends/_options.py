@@ -33,7 +33,13 @@ _PROTOCOLS = {
     "file": ("file", "local"),
 }
 # The modules of this package that have `RULES`, by scheme.
-_TABLES = {"s3": "kserve_pvc.backends._s3_settings"}
+_TABLES = {
+    "file": "kserve_pvc.backends.file",
+    "hf": "kserve_pvc.backends.hf",
+    "http": "kserve_pvc.backends.http",
+    "https": "kserve_pvc.backends.http",
+    "s3": "kserve_pvc.backends._s3_settings",
+}
 # Arguments of every fsspec class that change how objects are cached or awaited, and never which bytes are read.
 NEUTRAL_OPTIONS = frozenset(
     (
