@@ -156,7 +156,7 @@ class Reader:
         if response is None:
             return False
         if response.status in (200, 206):
-            _check(self._file, self._where, response, start, stop)
+            check_range(self._file, self._where, response, start, stop)
             self._response, self._worked_before = response, response.worked
             return True
         body = read_refusal(response)
@@ -267,7 +267,28 @@ def from_base64(text: object, length: int | None = None) -> str | None:
     return digest.hex() if digest and length in (None, len(digest)) else None
 
 
-def _check(file: RemoteFile, where: str, response: Response, start: int, stop: int) -> None:
+class Head(Protocol):
+    """
+    Status and headers of a response to a request for a range.
+    """
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def length(self) -> int | None: ...
+
+    def header(self, name: str) -> str | None: ...
+
+
+def check_range(file: RemoteFile, where: str, response: Head, start: int, stop: int) -> None:
+    """
+    Make sure that a response is for the requested bytes of the pinned content.
+
+    Raises:
+        SourceChangedError: It is of other content.
+        SourceUnavailableError: It is for other bytes.
+    """
     size = file.entry.size_bytes
     etag, pinned = response.header("etag"), file.pin.get("If-Match")
     # Some servers list without the quotes that their responses have.
