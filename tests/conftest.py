@@ -17,6 +17,8 @@ from origin import CountingProxy, SeaweedS3
 from trees import model_files, write_files
 
 BUCKET = "models"
+# Read when gcsfs is imported: emulators do not have the gRPC service that it asks about the layout of a bucket.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 @pytest.fixture(scope="session")

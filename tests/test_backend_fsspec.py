@@ -218,7 +218,7 @@ def test_a_missing_package_is_named():
     """
     A protocol that needs another package says which.
     """
-    with pytest.raises(UnknownSchemeError, match=r"no usable back ?end for `sftp://`; .*paramiko"):
+    with pytest.raises(UnknownSchemeError, match=r"no backend for `sftp://`; .*paramiko"):
         FsspecBackend({}).resolve(parse_ref("fsspec+sftp://host/model"))
 
 

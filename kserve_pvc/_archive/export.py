@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ from kserve_pvc._archive.bundle_bytes import BLOCK, BundlePlan, bundle_length, b
 from kserve_pvc._archive.bundle_manifest import BundleManifest
 from kserve_pvc._format.codec import encode
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._show.events import Adopted, Finished, Listener, Received, Started
+from kserve_pvc._show.events import BytesAdopted, BytesReceived, CallFinished, Listener, Subject, TransferStarted
 from kserve_pvc.errors import InsufficientSpaceError, SettingsError, StoreError, VolumeError
 
 OpenFile = Callable[[PurePosixPath], AbstractContextManager[int]]
@@ -51,6 +52,7 @@ def export_bundle(
     file: str | os.PathLike[str] | BinaryIO,
     *,
     root: Path,
+    subject: Subject,
     listener: Listener,
 ) -> Exported:
     """
@@ -69,18 +71,27 @@ def export_bundle(
         InsufficientSpaceError: The bundle does not fit where it should be.
         SettingsError: It would lie in the store, or something that is no regular file is there.
     """
+    started = time.monotonic()
     target = _check_place(Path(file), root) if isinstance(file, str | os.PathLike) else file
     plan = plan_bundle(manifest, encode(manifest))
     listener(
-        Started(ref=str(manifest.ref), bytes_total=manifest.size_bytes, files=len(manifest.files), activity="exporting")
+        TransferStarted(**subject, bytes_total=manifest.size_bytes, files=len(manifest.files), activity="exporting")
     )
-    export = _Export(plan, open_file, listener)
+    export = _Export(plan, open_file, subject, listener)
     if isinstance(target, Path):
         _export_to_file(export, target)
     else:
         export.write(_Stream(target))
         target.flush()
-    listener(Finished(ref=str(manifest.ref), status="exported"))
+    listener(
+        CallFinished(
+            **subject,
+            status="exported",
+            size_bytes=manifest.size_bytes,
+            bytes_fetched=0,
+            seconds=time.monotonic() - started,
+        )
+    )
     return Exported(
         uri=manifest.uri,
         key=manifest.key,
@@ -109,7 +120,7 @@ def _check_place(file: Path, root: Path) -> Path:
 def _export_to_file(export: _Export, file: Path) -> None:
     plan = export.plan
     if _is_written(plan, file):
-        export.listener(Adopted(ref=export.ref, size_bytes=plan.manifest.size_bytes))
+        export.listener(BytesAdopted(**export.subject, size_bytes=plan.manifest.size_bytes))
         return
     partial = file.with_name(f"{file.name}.{plan.sha256[:16]}.partial")
     with _writing(partial):
@@ -253,9 +264,9 @@ class _Export:
     One writing of a bundle. What is there already and right is read and not written.
     """
 
-    def __init__(self, plan: BundlePlan, open_file: OpenFile, listener: Listener) -> None:
+    def __init__(self, plan: BundlePlan, open_file: OpenFile, subject: Subject, listener: Listener) -> None:
         self.plan = plan
-        self.ref = str(plan.manifest.ref)
+        self.subject = subject
         self.listener = listener
         self.written = 0
         self._open_file = open_file
@@ -289,7 +300,7 @@ class _Export:
     def _hash(self, target: _Target, at: int, stop: int, update: Callable[[memoryview], None]) -> None:
         while at < stop and (count := target.read(at, self._buffer[: min(BUFFER_BYTES, stop - at)])):
             update(self._buffer[:count])
-            self.listener(Adopted(ref=self.ref, size_bytes=count))
+            self.listener(BytesAdopted(**self.subject, size_bytes=count))
             at += count
 
     def _copy(
@@ -305,7 +316,7 @@ class _Export:
                     raise _damaged(file, "it is shorter than recorded")
                 update(self._buffer[:count])
                 self._put(target, at + start, self._buffer[:count])
-                self.listener(Received(ref=self.ref, size_bytes=count))
+                self.listener(BytesReceived(**self.subject, size_bytes=count))
                 start += count
 
     @contextmanager

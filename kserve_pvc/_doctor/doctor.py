@@ -263,8 +263,10 @@ def _read_all(scratch: Scratch, flags: int, size: int) -> float:
 
 def _failed(what: str, error: StoreError) -> Finding:
     if isinstance(error, ReadOnlyStoreError):
-        rule, remedy = "a process that downloads writes here", error.remedy
-        return Finding(what="not-writable", level="change", measured=f"cannot {error.wish}", rule=rule, remedy=remedy)
+        rule, remedy = "a process that downloads writes here", error.hint
+        return Finding(
+            what="not-writable", level="change", measured=f"cannot {error.operation}", rule=rule, remedy=remedy
+        )
     if isinstance(error, InsufficientSpaceError):
         measured = f"a write did not fit, and {format_bytes(error.free_bytes)} are said to be free"
         remedy = "remove a model with `kserve-pvc rm`, or enlarge the volume or its quota"

@@ -174,7 +174,9 @@ class MetadataRequests:
             if response.status == 200:
                 deadline = time.monotonic() + 2 * self.client.answer_seconds
                 return response.headers, response.read(MAX_PAGE_BYTES, deadline)
-            raise self.refused(response.status, response.headers, read_refusal(response))
+            refusal = self.refused(response.status, response.headers, read_refusal(response))
+        # Outside, so that the connection is kept.
+        raise refusal
 
 
 class ObjectStore:

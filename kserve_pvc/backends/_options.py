@@ -34,11 +34,15 @@ _PROTOCOLS = {
 }
 # The modules of this package that have `RULES`, by scheme.
 _TABLES = {
-    "s3": "kserve_pvc.backends._s3_settings",
-    "gs": "kserve_pvc.backends.gs",
-    "az": "kserve_pvc.backends.azure",
     "abfs": "kserve_pvc.backends.azure",
     "abfss": "kserve_pvc.backends.azure",
+    "az": "kserve_pvc.backends.azure",
+    "file": "kserve_pvc.backends.file",
+    "gs": "kserve_pvc.backends.gs",
+    "hf": "kserve_pvc.backends.hf",
+    "http": "kserve_pvc.backends.http",
+    "https": "kserve_pvc.backends.http",
+    "s3": "kserve_pvc.backends._s3_settings",
 }
 # Arguments of every fsspec class that change how objects are cached or awaited, and never which bytes are read.
 NEUTRAL_OPTIONS = frozenset(

@@ -20,10 +20,10 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._fsspec.calls import Call
 from kserve_pvc.backends._fsspec.failures import Failures
 from kserve_pvc.backends._fsspec.filesystems import FileSystems, HandedIn, MadeHere, package_of
+from kserve_pvc.backends._fsspec.guard import guarded
 from kserve_pvc.backends._fsspec.listing import URI, URL, Listing
 from kserve_pvc.backends._fsspec.reading import Reader, piece_bytes_of, read_piece
 from kserve_pvc.backends._fsspec.spelling import spell
-from kserve_pvc.backends._fsspec.web import guarded
 from kserve_pvc.errors import SourceUnavailableError
 
 _LIMITS = UnpackLimits()
@@ -52,7 +52,7 @@ class FsspecBackend:
         limits: UnpackLimits | None = _LIMITS,
     ) -> None:
         self._filesystems = filesystems or MadeHere(options, _prepare)
-        self._failures = Failures([dict(options), self._filesystems.secrets])
+        self._failures = Failures(self._filesystems.secrets)
         self._limits = limits
         self._call_seconds = 300.0
 
@@ -108,7 +108,7 @@ def through_instance(fs: FileSystem, options: Mapping[str, Any]) -> FsspecBacken
     Raises:
         SettingsError: It cannot be used from here.
     """
-    from kserve_pvc.backends.http import unpack_limits
+    from kserve_pvc.backends._web_settings import unpack_limits
 
     return FsspecBackend({}, HandedIn(fs), limits=unpack_limits(options))
 

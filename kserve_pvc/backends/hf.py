@@ -20,13 +20,14 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import Checksum, RemoteFile, Resolved, order_listing
+from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._hf_addresses import ADDRESS_SECONDS, Addresses, lifetime
 from kserve_pvc.backends._hf_names import HubLocation, is_repository, parse_location, repository_and_path
 from kserve_pvc.backends._hf_settings import find_endpoint, find_token, is_true
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
+from kserve_pvc.backends._options import Rule, configured_options, options_beyond
 from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
 from kserve_pvc.errors import (
     SourceChangedError,
@@ -48,6 +49,47 @@ _MAX_PAGES = 2_000
 _MAX_SIZE = 10**15
 _MAX_BLOB_SIZE = 10**9
 _BLOB = "gitblob"
+
+_OWN_OPTIONS = {"endpoint", "token", "verify"}
+RULES = (
+    Rule(configured_options, "is set in fsspec's configuration"),
+    Rule(options_beyond(_OWN_OPTIONS), "is an argument of huggingface_hub's HfFileSystem"),
+)
+
+
+def hf_backend(options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Backend:
+    """
+    Make the backend for `hf://`: our own, or huggingface_hub's `HfFileSystem` where an option is one of its arguments.
+
+    Raises:
+        SettingsError: An option is unknown, or has no meaning for the class.
+    """
+    from kserve_pvc.backends._through_class import choose
+
+    def load() -> list[Any]:
+        from huggingface_hub import HfFileSystem
+
+        return [HfFileSystem]
+
+    return choose(
+        "hf",
+        options,
+        environ,
+        rules=RULES,
+        own=_OWN_OPTIONS,
+        load=load,
+        direct=lambda given: HFBackend(given, environ),
+        through=_through_class,
+    )
+
+
+def _through_class(arguments: Mapping[str, Any]) -> Backend:
+    from kserve_pvc.backends.fsspec_ import FsspecBackend
+
+    if "verify" in arguments:
+        hint = "HfFileSystem has no such argument; name certificates in SSL_CERT_FILE, or give no other option"
+        raise SettingsError("verify", "not shown", hint)
+    return FsspecBackend(arguments)
 
 
 class HFBackend:
@@ -78,6 +120,10 @@ class HFBackend:
     def open_range(self, file: RemoteFile, start: int, stop: int) -> _Range:
         self._check_online(f"hf://{file.address}")
         return _Range(self, file, start, stop)
+
+    def access(self, ref: ModelRef) -> str:
+        del ref
+        return "direct"
 
     def checksum(self, name: str) -> Checksum | None:
         """

@@ -9,7 +9,6 @@ address.
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import threading
@@ -17,29 +16,26 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import attrs
 
-from kserve_pvc._archive.unpack import check_readable, is_archive
-from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, UnpackLimits, order_listing
+from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._options import Rule, configured_options, options_beyond
 from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, unavailable
+from kserve_pvc.backends._web_settings import OWN_OPTIONS, Headers, WebFile, parse_file, unpack_limits
 from kserve_pvc.errors import (
-    InvalidURIError,
     PolicyError,
-    SettingsError,
     SourceChangedError,
     SourceDeniedError,
     SourceNotFoundError,
     SourceUnavailableError,
     StoreError,
-    UnsafePathError,
 )
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -47,33 +43,45 @@ _MAX_HOPS = 5
 _MAX_ONE_BYTE_ANSWER = 1024
 _CONTENT_RANGE = re.compile(r"bytes (?:0-0|\*)/([0-9]{1,18})")
 _LENGTH = re.compile(r"[0-9]{1,18}")
-_SHA256_FRAGMENT = re.compile(r"sha256=([0-9a-f]{64})")
 _REPRESENTATION_DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):")
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# What requests are made of: a header of the user's would change which bytes are asked for, or how answers are framed.
-_OWN_HEADERS = {
-    *(
-        "accept-encoding",
-        "connection",
-        "content-length",
-        "expect",
-        "host",
-        "if-match",
-        "if-none-match",
-        "if-range",
-        "range",
-    ),
-    *(
-        "if-modified-since",
-        "if-unmodified-since",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "proxy-authorization",
-    ),
-}
 _PATH_SAFE = "%/:=&~+!$,;'@()*[]"
+RULES = (
+    Rule(configured_options, "is set in fsspec's configuration"),
+    Rule(options_beyond(OWN_OPTIONS), "is an argument of fsspec's HTTPFileSystem"),
+)
+
+
+def http_backend(options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Backend:
+    """
+    Make the backend for `http://` and `https://`: our own, or fsspec's `HTTPFileSystem` where an option is one of its
+    arguments.
+
+    Raises:
+        SettingsError: An option is unknown.
+    """
+    from kserve_pvc.backends._through_class import choose
+
+    def load() -> list[Any]:
+        from aiohttp import ClientSession
+        from fsspec.implementations.http import HTTPFileSystem
+
+        return [HTTPFileSystem, ClientSession._request]
+
+    def through(arguments: Mapping[str, Any]) -> Backend:
+        from kserve_pvc.backends._fsspec.web import web_backend
+
+        return web_backend(arguments, options, environ)
+
+    return choose(
+        "https",
+        options,
+        environ,
+        rules=RULES,
+        own=OWN_OPTIONS,
+        load=load,
+        direct=lambda given: HTTPBackend(given, environ),
+        through=through,
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -90,41 +98,6 @@ class _Place:
     in_ranges: bool
 
 
-@attrs.frozen(kw_only=True)
-class WebFile:
-    """
-    What a URI names: an address, the name of the file, what its bytes must amount to, and how it is unpacked.
-    """
-
-    address: str
-    name: str
-    sha256: str | None
-    limits: UnpackLimits | None
-
-
-def parse_file(ref: ModelRef, limits: UnpackLimits | None) -> WebFile:
-    """
-    Take the URL of a file apart.
-
-    Args:
-        limits: For what an archive may become; None keeps archives as they are.
-
-    Raises:
-        InvalidURIError: It names a directory, or a revision is given.
-        UnsafePathError: The name cannot be kept.
-        PolicyError: It is an archive that needs a package to be unpacked.
-    """
-    if ref.revision is not None:
-        raise InvalidURIError(ref.uri, "a URL has no revisions; pin its content with `#sha256=<64 hex digits>`")
-    address, _, fragment = ref.uri.partition("#")
-    name = _name(ref.uri, address)
-    limits = limits if is_archive(name) else None
-    if limits is not None:
-        check_readable(name)
-    promised = _SHA256_FRAGMENT.fullmatch(fragment)
-    return WebFile(address=address, name=name, sha256=promised[1] if promised else None, limits=limits)
-
-
 class HTTPBackend:
     """
     Models behind a URL: `https://host/path/weights.bin` is that one file, `https://host/path/model.tar.gz` what the
@@ -138,8 +111,7 @@ class HTTPBackend:
     """
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
-        self._given = _given_headers(options.get("headers") or {})
-        self._environ = environ
+        self._headers = Headers(options, environ)
         self._limits = unpack_limits(options)
         self._client = HTTPClient(
             environ=environ, ca_bundle=options.get("verify"), check_address=make_address_check(options, environ)
@@ -154,6 +126,10 @@ class HTTPBackend:
         with self._guard:
             self._places[file.address] = place
         return order_listing(ref, [_remote_file(file, place)])
+
+    def access(self, ref: ModelRef) -> str:
+        del ref
+        return "direct"
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         size = file.entry.size_bytes
@@ -202,18 +178,8 @@ class HTTPBackend:
         # A server that stands behind both usual ports is one, and leads from the open one to the other.
         is_upgrade = (origin.scheme, origin.port, target.scheme, target.port) == ("http", 80, "https", 443)
         if target.host == origin.host and (target[:3] == origin[:3] or is_upgrade):
-            given = self._own_headers(origin.host)
+            given = self._headers.for_host(origin.host)
         return given if any(name.lower() == "user-agent" for name in given) else {"User-Agent": "kserve-pvc", **given}
-
-    def _own_headers(self, host: str) -> Mapping[str, str]:
-        name = f"{host}-headers"
-        given = self._given.get(host)
-        if given is None and self._environ.get(name):
-            try:
-                given = json.loads(self._environ[name])
-            except (ValueError, RecursionError):
-                given = ()
-        return {} if given is None else _checked_headers(name, given)
 
     def _ask(self, address: str, name: str, *, is_promised: bool) -> _Place:
         """Find out what is there, asked again while the server is busy or the network fails."""
@@ -314,66 +280,10 @@ class _Rest:
         return None
 
 
-def _given_headers(given: Any) -> Mapping[str, Any]:
-    if not isinstance(given, Mapping) or not all(isinstance(headers, Mapping) for headers in given.values()):
-        raise SettingsError(
-            "headers", "not shown", 'write them by host, as {"models.example.org": {"Authorization": "Bearer …"}}'
-        )
-    return {str(host).lower(): headers for host, headers in given.items()}
-
-
-def unpack_limits(options: Mapping[str, Any]) -> UnpackLimits | None:
-    """
-    Read the options `unpack` and `unpack_limits`; None keeps archives as they are.
-
-    Raises:
-        SettingsError: A limit is unknown or not a positive number.
-    """
-    if not options.get("unpack", True):
-        return None
-    given: Mapping[str, Any] = options.get("unpack_limits") or {}
-    known = {field.name for field in attrs.fields(UnpackLimits)}
-    for name, value in dict(given).items():
-        if name not in known or isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise SettingsError(
-                "unpack_limits", f"{name}={value!r}", f"write positive numbers for any of {', '.join(sorted(known))}"
-            )
-    return UnpackLimits(**given)
-
-
-def _checked_headers(name: str, given: Any) -> Mapping[str, str]:
-    """Headers of the user's. Their values are never shown, whatever is wrong with them."""
-    remedy = 'write a JSON object of texts such as {"Authorization": "Bearer …"}'
-    if not isinstance(given, Mapping):
-        raise SettingsError(name, "not shown", remedy)
-    for header, value in given.items():
-        if (
-            not isinstance(header, str)
-            or not _TOKEN.fullmatch(header)
-            or not isinstance(value, str)
-            or not value.isprintable()
-        ):
-            raise SettingsError(name, "not shown", remedy)
-        if header.lower() in _OWN_HEADERS:
-            raise SettingsError(name, f"{header}: not shown", "leave this header out; requests have their own")
-    return given
-
-
 def _target(address: str) -> Target:
     scheme, _, rest = address.partition("://")
     authority, _, path = rest.partition("/")
     return target_of(f"{scheme}://{authority}/{quote(path, safe=_PATH_SAFE)}")
-
-
-def _name(uri: str, address: str) -> str:
-    last = address.partition("://")[2].partition("/")[2].rpartition("/")[2]
-    if not last:
-        raise InvalidURIError(uri, "it names no file; a directory cannot be listed over HTTP")
-    # What is no UTF-8 becomes what no name may hold.
-    name = unquote(last, errors="surrogateescape")
-    if "/" in name:
-        raise UnsafePathError(name, "the last part of a URL is the name of one file, and holds no slash")
-    return str(check_name(name))
 
 
 def _remote_file(file: WebFile, place: _Place) -> RemoteFile:

@@ -4,9 +4,9 @@ What the errors of file systems mean, and what of their text may be shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from kserve_pvc._source.ref import redact
 from kserve_pvc.errors import (
@@ -30,15 +30,21 @@ _DENIED = {
 _MISSING = {"BucketNotFoundError", "RepositoryNotFoundError", "ResourceNotFoundError", "RevisionNotFoundError"}
 # Never secret, and needed to understand what an error says.
 _PLAIN_OPTIONS = {"host", "port", "endpoint_url", "endpoint", "protocol"}
+_SECRET_NAME = re.compile(r"token|secret|key|passw|sas|credential|connection_string|auth|cookie", re.IGNORECASE)
+_MAX_DEPTH = 5
 
 
 class Failures:
     """
-    Translates the errors of a file system, without any text of its options.
+    Translates the errors of file systems, without any string of their options.
+
+    Args:
+        secrets: Returns what must not be shown, options and objects that hold credentials. Called at each failure,
+            since tokens are renewed.
     """
 
-    def __init__(self, options: Any) -> None:
-        self._hidden = sorted(set(_texts(options)), key=len, reverse=True)
+    def __init__(self, secrets: Callable[[], object]) -> None:
+        self._secrets = secrets
 
     @contextmanager
     def translated(self, uri: str, *, changed: SourceChangedError | None = None) -> Iterator[None]:
@@ -72,7 +78,7 @@ class Failures:
         return SourceUnavailableError(uri, reason, is_final=is_bug and not isinstance(error, OSError))
 
     def _redacted(self, text: str) -> str:
-        for hidden in self._hidden:
+        for hidden in sorted(set(_strings(self._secrets())), key=len, reverse=True):
             text = text.replace(hidden, "***")
         return redact(text)
 
@@ -115,13 +121,20 @@ def _status(error: BaseException) -> object:
     return found if isinstance(found, int) else None
 
 
-def _texts(value: object, name: str = "") -> Iterator[str]:
-    """Every string among options that may be secret."""
-    if isinstance(value, Mapping):
+def _strings(value: object, name: str = "", depth: int = 0) -> Iterator[str]:
+    """Every string among options that may be secret, and what objects among them hold under the name of a secret."""
+    if isinstance(value, str):
+        if len(value) > 3 and name not in _PLAIN_OPTIONS:
+            yield value
+    elif depth > _MAX_DEPTH:
+        return
+    elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _texts(inner, str(key))
+            yield from _strings(inner, str(key), depth + 1)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _texts(inner, name)
-    elif isinstance(value, str) and len(value) > 3 and name not in _PLAIN_OPTIONS:
-        yield value
+            yield from _strings(inner, name, depth + 1)
+    elif not isinstance(value, type) and hasattr(value, "__dict__"):
+        for key, inner in [*vars(value).items()]:
+            if _SECRET_NAME.search(key):
+                yield from _strings(inner, key, depth + 1)

@@ -61,9 +61,8 @@ class FileSystems(Protocol):
     Where the file systems come from.
     """
 
-    @property
     def secrets(self) -> object:
-        """Options whose strings must not be shown."""
+        """Return options, and objects with credentials, whose strings must not be shown."""
 
     def at(self, url: str) -> Lender:
         """Find the file systems for a URL, which begins with a protocol of fsspec."""
@@ -85,7 +84,6 @@ class MadeHere:
     def __init__(
         self, options: Mapping[str, Any], prepare: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
     ) -> None:
-        self.secrets: object = dict(options)
         self._options = dict(options)
         self._prepare = prepare
         self._guard = threading.Lock()
@@ -107,6 +105,10 @@ class MadeHere:
             with self._guard:
                 pool = self._pools.setdefault(url, pool)
         return pool
+
+    def secrets(self) -> object:
+        with self._guard:
+            return [self._options, *(fs for pool in self._pools.values() for fs in pool.known)]
 
     def close(self) -> None:
         with self._guard:
@@ -136,7 +138,6 @@ class HandedIn:
         check_instance(fs)
         self._fs = _of_this_process(fs)
         self.kind: type[FileSystem] = type(self._fs)
-        self.secrets: object = [dict(fs.storage_options), list(fs.storage_args)]
         is_shared = self.kind.async_impl or isinstance(self._fs, _THREAD_SAFE)
         self._one_at_a_time: threading.Lock | None = None if is_shared else threading.Lock()
 
@@ -161,6 +162,9 @@ class HandedIn:
         has = {name: getattr(self._fs, name, self._fs.storage_options.get(name)) for name in named}
         check_same_place(url, named, {name: value for name, value in has.items() if value is not None})
         return self
+
+    def secrets(self) -> object:
+        return [self._fs.storage_options, self._fs.storage_args, self._fs]
 
     @contextmanager
     def borrowed(self) -> Iterator[FileSystem]:
@@ -213,6 +217,10 @@ class _Pool:
                 self._idle.append(fs)
                 return
         _release(fs)
+
+    @property
+    def known(self) -> list[FileSystem]:
+        return [*self._idle]
 
     def forget(self, fs: FileSystem, path: str) -> None:
         del path

@@ -78,7 +78,7 @@ def _azure_url(location: str) -> str:
 
 
 def _web_file(ref: ModelRef, url: str, limits: UnpackLimits | None) -> Spelling:
-    from kserve_pvc.backends.http import parse_file
+    from kserve_pvc.backends._web_settings import parse_file
 
     file = parse_file(attrs.evolve(ref, uri=url), limits)
     return Spelling(url=file.address, name=file.name, sha256=file.sha256, unpack=file.limits)

@@ -1,89 +1,59 @@
 """
-Guarding the sessions of fsspec's `HTTPFileSystem`: a URL must not choose which private addresses this machine reaches.
+Files of the web through fsspec's `HTTPFileSystem`, to the rules of our own backend.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import socket
-from collections.abc import Callable, Mapping
+import os
+import ssl
+from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
-from kserve_pvc.errors import PolicyError
+from kserve_pvc.backends._addresses import make_address_check
+from kserve_pvc.backends._fsspec.filesystems import MadeHere
+from kserve_pvc.backends._fsspec.guard import guarded
+from kserve_pvc.backends._web_settings import OWN_OPTIONS, Headers, unpack_limits
+from kserve_pvc.backends.fsspec_ import FsspecBackend
+from kserve_pvc.errors import SettingsError
 
-# Given a host and one of its addresses, raises `PolicyError` if it must not be reached.
-Check = Callable[[str, str], None]
 
-
-def guarded(options: Mapping[str, Any], check: Check | None) -> Mapping[str, Any]:
+def web_backend(arguments: Mapping[str, Any], options: Mapping[str, Any], environ: Mapping[str, str]) -> FsspecBackend:
     """
-    Return arguments of `HTTPFileSystem` whose sessions connect only to addresses that pass the check.
+    Read files of the web through fsspec's `HTTPFileSystem`, to the rules of our own backend.
 
     Args:
-        check: None where every address is allowed.
+        arguments: Options, with those of fsspec's configuration.
+        options: Those of the store alone. Its `headers` are by host, as for our own backend; those of fsspec's
+            configuration are for all hosts, as in fsspec.
 
     Raises:
-        PolicyError: The arguments bring a session or connector of their own, which cannot be guarded.
+        SettingsError: An option of ours means nothing.
     """
-    if check is None:
-        return options
-    own = [name for name in ("get_client",) if options.get(name) is not None]
-    own += [f"client_kwargs.{name}" for name in ("connector",) if name in (options.get("client_kwargs") or {})]
-    if own:
-        rule = f"with `{own[0]}`, private addresses cannot be refused; allow them with `allow_private=True`"
-        raise PolicyError("storage_options", rule)
+    headers, check = Headers(options, environ), make_address_check(options, environ)
+    plain = {name: value for name, value in arguments.items() if name not in OWN_OPTIONS}
+    if "headers" in arguments and "headers" not in options:
+        plain["headers"] = arguments["headers"]
+    if "verify" in options:
+        plain["ssl"] = options["verify"] and _trusting(options["verify"])
 
-    async def get_client(**arguments: Any) -> Any:
-        return _session(check, arguments)
+    def prepare(url: str, unused: Mapping[str, Any]) -> Mapping[str, Any]:
+        host = (urlsplit(url).hostname or "").lower()
+        secret = headers.for_host(host)
+        given = {"headers": {**plain.get("headers", {}), **secret}} if secret else {}
+        return guarded({**plain, **given}, check, stays_at=host if secret else None)
 
-    return {**options, "get_client": get_client}
-
-
-def _session(check: Check, arguments: Mapping[str, Any]) -> Any:
-    import aiohttp
-
-    async def check_literal(session: Any, context: Any, parameters: Any) -> None:
-        # An address that is written as such is never resolved. At a redirect, `url` is where it was found.
-        url = str(parameters.url)
-        response = getattr(parameters, "response", None)
-        if response is not None:
-            url = urljoin(url, response.headers.get("Location", ""))
-        host = urlsplit(url).hostname or ""
-        if _is_address(host):
-            check(host, host)
-
-    trace = aiohttp.TraceConfig()
-    trace.on_request_start.append(check_literal)
-    trace.on_request_redirect.append(check_literal)
-    connector = aiohttp.TCPConnector(resolver=_checked_resolver(check), ttl_dns_cache=None, use_dns_cache=False)
-    traces = [*arguments.get("trace_configs", ()), trace]
-    return aiohttp.ClientSession(**{**arguments, "connector": connector, "trace_configs": traces})
+    return FsspecBackend(
+        {}, MadeHere({**plain, "headers": options.get("headers")}, prepare), limits=unpack_limits(options)
+    )
 
 
-def _checked_resolver(check: Check) -> Any:
-    from aiohttp.abc import AbstractResolver
-    from aiohttp.resolver import ThreadedResolver
-
-    class Checked(AbstractResolver):
-        def __init__(self) -> None:
-            self._inner = ThreadedResolver()
-
-        async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_UNSPEC) -> Any:
-            found = await self._inner.resolve(host, port, family)
-            for place in found:
-                check(host, place["host"])
-            return found
-
-        async def close(self) -> None:
-            await self._inner.close()
-
-    return Checked()
-
-
-def _is_address(host: str) -> bool:
+def _trusting(verify: object) -> Any:
+    """The certificates of a file or directory; True stands for those of the system."""
+    if verify is True:
+        return True
+    place = str(verify)
     try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+        return ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
+    except OSError as error:
+        raise SettingsError("verify", place, f"it cannot be read: {error}") from error
