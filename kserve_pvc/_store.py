@@ -336,13 +336,12 @@ class ModelStore:
         from kserve_pvc._keys.aliases import settle_view_quietly
         from kserve_pvc._show.events import CallFinished
         from kserve_pvc._show.observing import observing
-        from kserve_pvc.backends import check_scheme
         from kserve_pvc.locks.choice import check_confirmed
 
         assert self._settings is not None  # A read-write store has created them.
         check_confirmed(self._settings.locker, self._locker)
-        if source is None and self._filesystem_for(ref) is None:
-            check_scheme(self._service(ref), self._factories)
+        if source is None:
+            self._check_way(ref)
         # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
         tuning = self._tuning if source is None else {**self._tuning, "digest": "sha256"}
         subject, cancellation = self._subject(ref), Cancellation(str(ref), cancel)
@@ -1002,6 +1001,16 @@ class ModelStore:
     def _service(self, ref: ModelRef) -> str:
         """A factory that was given for the scheme itself wins."""
         return ref.scheme if ref.scheme in self._factories else ref.service
+
+    def _check_way(self, ref: ModelRef) -> None:
+        """Check that there is a way to the source, before anything is claimed."""
+        from kserve_pvc.backends import check_filesystem, check_scheme
+
+        filesystem = self._filesystem_for(ref)
+        if filesystem is None:
+            check_scheme(self._service(ref), self._factories)
+        else:
+            check_filesystem(filesystem)
 
     def _filesystem_for(self, ref: ModelRef) -> AbstractFileSystem | None:
         return self._filesystem if self._filesystem is not None else self._filesystems.get(ref.scheme)
