@@ -214,9 +214,7 @@ def follow(where: str, target: Target, location: str) -> Target:
             where, "redirect to something other than an http or https URL", is_final=True
         ) from error
     if target.scheme == "https" and found.scheme != "https":
-        raise PolicyError(
-            where, f"redirect from https to http (host `{found.host}`), which would give up encryption"
-        )
+        raise PolicyError(where, f"redirect from https to http (host `{found.host}`), which would give up encryption")
     return found
 
 
