@@ -426,7 +426,7 @@ def test_a_store_and_its_results_travel(root, uris, s3):
     """
     A store pickles without its clients, and what it finds pickles too.
     """
-    store = ModelStore(root, mode="rw", **s3)
+    store = ModelStore(root, mode="rw", storage_options={"s3": s3["storage_options"]})
     (warmed,) = store.warm([uris["tiny"]], progress=False)
 
     copy, travelled = pickle.loads(pickle.dumps((store, warmed)))

@@ -227,7 +227,9 @@ def check_options(
     for name in sorted(unknown - accepted):
         near = difflib.get_close_matches(name, supported, n=1)
         guess = f"did you mean `{near[0]}`? " if near else ""
-        remedy = f"{guess}supported for {protocol}: {', '.join(f'`{known}`' for known in supported)}"
+        listed = ", ".join(f"`{known}`" for known in supported)
+        by_scheme = "where a store has several schemes, pass options by scheme, as `{'s3': {…}}`"
+        remedy = f"{guess}supported for {protocol}: {listed}; {by_scheme}"
         raise SettingsError("storage_options", name, remedy)
 
 
