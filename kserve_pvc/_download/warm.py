@@ -4,17 +4,18 @@ Fetching many models, each once and each with a result of its own, whatever beco
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
 from kserve_pvc._download.cancellation import AnyOf, Cancel
 from kserve_pvc._show.events import Listener
-from kserve_pvc._source.ref import ModelRef, parse_ref
+from kserve_pvc._source.ref import ModelRef, Source, parse_ref
 from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
     from kserve_pvc._model import Model
     from kserve_pvc._show.progress import Callback
 
-Item = str | ModelRef | Mapping[str, Any]
+Item = Source | Mapping[str, Any]
 Listen = Callable[[], AbstractContextManager[Listener]]
 
 _FIELDS = ("uri", "revision", "allow_patterns", "ignore_patterns")
 _HOW_TO_NAME = (
-    "write a URI, a `ModelRef`, or a mapping with `uri` and, if needed, `revision`, `allow_patterns` and "
-    "`ignore_patterns`"
+    "use a URI, an absolute path, a `ModelRef`, or a mapping with `uri` and, if needed, `revision`, `allow_patterns` "
+    "and `ignore_patterns`"
 )
 
 
@@ -42,27 +43,53 @@ class Ensure(Protocol):
 
 
 @attrs.frozen(kw_only=True)
-class Warmed:
+class WarmedModel:
     """
-    The result for one model: the model, or why it is missing.
+    A model that `warm` was to bring into the store, and that is there.
 
     Args:
         index: Which of the items named it, from 0; the first one, if several did.
-        ref: The parsed request; None if it is invalid.
-        error: Usually a `StoreError`; otherwise what a third-party backend or the executor raised.
-        seconds: How long it took, without the time in the queue.
+        seconds: How long it took, without the time until its turn came.
+    """
+
+    index: int
+    uri: str
+    ref: ModelRef
+    model: Model
+    error: None = attrs.field(default=None, init=False)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> Literal[True]:
+        return True
+
+
+@attrs.frozen(kw_only=True)
+class FailedModel:
+    """
+    A model that `warm` was to bring into the store, and that is not there.
+
+    Args:
+        index: Which of the items named it, from 0; the first one, if several did.
+        ref: What was requested; None if the item is invalid.
+        error: Usually a `StoreError`; whatever a foreign backend or the executor raised instead of one.
+        seconds: How long it took, without the time until its turn came.
     """
 
     index: int
     uri: str
     ref: ModelRef | None = None
-    model: Model | None = None
-    error: Exception | None = None
+    model: None = attrs.field(default=None, init=False)
+    error: Exception
     seconds: float = 0.0
 
     @property
-    def ok(self) -> bool:
-        return self.model is not None
+    def ok(self) -> Literal[False]:
+        return False
+
+
+# A type checker that sees `if result.error is None` or `if result.ok` knows that `result.model` is a `Model`.
+Warmed = WarmedModel | FailedModel
 
 
 def warm(
@@ -92,7 +119,7 @@ def warm(
             type(executor).__name__,
             "pass a `concurrent.futures.Executor`, such as a `ThreadPoolExecutor(4)`",
         )
-    if isinstance(items, str | ModelRef | Mapping):
+    if isinstance(items, str | os.PathLike | ModelRef | Mapping):
         raise SettingsError("items", type(items).__name__, "pass several: a list of URIs")
     specs = [normalize_item(item, f"items[{index}]") for index, item in enumerate(items)]
     refused, requested = _parse(specs)
@@ -108,11 +135,8 @@ def normalize_item(item: object, name: str) -> dict[str, Any]:
     Args:
         name: The item's name in an error. The item itself may hold a secret.
     """
-    if isinstance(item, str):
+    if isinstance(item, str | os.PathLike | ModelRef):
         return {"uri": item}
-    if isinstance(item, ModelRef):
-        signed = item.uri if item.query is None else f"{item.uri}?{item.query}"
-        return {**{field: getattr(item, field) for field in _FIELDS}, "uri": signed}
     if not isinstance(item, Mapping):
         raise SettingsError(name, f"of type {type(item).__name__}", _HOW_TO_NAME)
     if "uri" not in item or set(item) - set(_FIELDS):
@@ -120,19 +144,19 @@ def normalize_item(item: object, name: str) -> dict[str, Any]:
     return dict(item)
 
 
-def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[list[Warmed], dict[ModelRef, int]]:
+def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[list[FailedModel], dict[ModelRef, int]]:
     """The results of items that are invalid, and every model that is requested, with its place in the list."""
-    refused: list[Warmed] = []
+    refused: list[FailedModel] = []
     requested: dict[ModelRef, int] = {}
     for index, spec in enumerate(specs):
         try:
             requested.setdefault(parse_ref(**spec), index)
         except (InvalidURIError, PolicyError) as error:
-            refused.append(Warmed(index=index, uri=_redacted(spec["uri"]), error=error))
+            refused.append(FailedModel(index=index, uri=_redacted(spec["uri"]), error=error))
     return refused, requested
 
 
-def _redacted(uri: str) -> str:
+def _redacted(uri: Source) -> str:
     try:
         return parse_ref(uri).uri
     except InvalidURIError as error:
@@ -185,7 +209,7 @@ def _outcome(future: Future[Warmed], task: _Task) -> Warmed:
     except SettingsError:
         raise  # Not the model failed but the call: it cannot be made in other processes.
     except Exception as error:  # A process that was killed, or an executor that was shut down.
-        return Warmed(index=task.index, uri=task.ref.uri, ref=task.ref, error=error)
+        return FailedModel(index=task.index, uri=task.ref.uri, ref=task.ref, error=error)
 
 
 class _Task:
@@ -201,13 +225,14 @@ class _Task:
 
     def __call__(self) -> Warmed:
         started = time.monotonic()
-        model, failure, how = None, None, self._listening
+        how = self._listening
         try:
             model = self._ensure(self.ref, listen=how.listen, on_event=how.on_event, cancel=how.cancel)
         except Exception as error:  # A third-party backend may raise anything; the other models are still fetched.
-            failure = error
+            seconds = time.monotonic() - started
+            return FailedModel(index=self.index, uri=self.ref.uri, ref=self.ref, error=error, seconds=seconds)
         seconds = time.monotonic() - started
-        return Warmed(index=self.index, uri=self.ref.uri, ref=self.ref, model=model, error=failure, seconds=seconds)
+        return WarmedModel(index=self.index, uri=self.ref.uri, ref=self.ref, model=model, seconds=seconds)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Only a process pool pickles tasks, and would report what cannot be pickled in the words of pickle.
