@@ -665,8 +665,7 @@ class ModelStore:
         """
         Give a model that is present a name under which a pod can mount it: `names/<name>` in the volume.
 
-        The name follows the model: a newer version is mounted under it by containers that start later, and never
-            changes
+        The name follows the model: containers that start later mount a newer version under it, and nothing changes
         under one that runs. It is decoration, which the store never consults. It stays when the model is removed, and
         leads nowhere until the model is there again.
 

@@ -340,6 +340,13 @@ def test_a_dead_holder_beats_the_timeout():
     assert play(look(0, epoch=1, sign=b"a"), look(99, epoch=1, sign=b"a"), rules=rules)[-1] == claim(2, SILENT)
 
 
+def test_a_holder_that_dies_while_it_is_waited_for_is_taken_over_at_the_next_look():
+    """
+    A dead process changes nothing in its claim, and is taken over all the same before its lease is over.
+    """
+    assert play(look(0, epoch=1, sign=b"a"), look(0.1, epoch=1, sign=b"a", dead=True))[-1] == claim(2, DEAD)
+
+
 def test_an_endless_timeout_waits_for_ever():
     """
     With `math.inf` no time is too long.

@@ -681,7 +681,7 @@ def test_the_first_failure_in_the_list_is_the_exit_code(root, uris, tmp_path, wo
 @pytest.mark.parametrize(
     ("arguments", "lines", "told"),
     [
-        ((), (), "name URIs"),
+        ((), (), "name at least one URI"),
         (("-f", "CATALOGUE"), ('{"uri": "canary',), "line 1"),
         (("-f", "CATALOGUE"), ("# a comment", '{"url": "canary"}'), "line 2"),
         (("-f", "/nowhere/catalogue.txt"), (), "/nowhere/catalogue.txt"),

@@ -19,7 +19,8 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._doctor.diagnosis import Diagnosis, Finding, Level, Speed, judge
-from kserve_pvc._doctor.peer import BEAT_LEASE, DIRECTORY, beating, check_meeting, meet, new_directory, read_beat
+from kserve_pvc._doctor.exchange import read_beat
+from kserve_pvc._doctor.peer import BEAT_LEASE, DIRECTORY, beating, check_meeting, meet, new_directory
 from kserve_pvc._doctor.reports import PeerReport
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode

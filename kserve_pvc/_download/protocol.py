@@ -267,7 +267,8 @@ def _observe(state: State, event: Looked) -> State:
     started = event.now if state.started is None else state.started
     if state.started is None or _signature(event.claim) != _signature(state.claim):
         return attrs.evolve(state, started=started, claim=event.claim, idle_since=event.now, looked=event.now)
-    return attrs.evolve(state, started=started, looked=event.now)
+    # Whether its process is dead is not part of the signature.
+    return attrs.evolve(state, started=started, claim=event.claim, looked=event.now)
 
 
 def _signature(claim: ClaimSeen | None) -> tuple[int, bytes] | None:

@@ -139,7 +139,7 @@ class Volume:
             raise self.failure("listing", place, error) from error
 
     def _listed(self, place: PurePosixPath) -> list[str]:
-        fd = self._open_directory(place)
+        fd = self.open_directory(place)
         try:
             return sorted(os.listdir(fd))
         finally:
@@ -161,7 +161,7 @@ class Volume:
             UnsafePathError: The directory itself is a link.
         """
         try:
-            fd = self._open_directory(place)
+            fd = self.open_directory(place)
             try:
                 yield from self._walk(fd, PurePosixPath())
             finally:
@@ -207,13 +207,13 @@ class Volume:
 
     @contextmanager
     def open_parent(self, place: PurePosixPath) -> Iterator[int]:
-        fd = self._open_directory(place.parent)
+        fd = self.open_directory(place.parent)
         try:
             yield fd
         finally:
             os.close(fd)
 
-    def _open_directory(self, place: PurePosixPath) -> int:
+    def open_directory(self, place: PurePosixPath) -> int:
         fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in place.parts:
             try:
