@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from concurrent.futures import Executor
 
+    from fsspec import AbstractFileSystem
+
     from kserve_pvc._archive.export import Exported
     from kserve_pvc._doctor.diagnosis import Diagnosis
     from kserve_pvc._download.cancellation import Cancel, Cancellation
@@ -85,6 +87,8 @@ class ModelStore:
         backends: Factories by URI scheme, preferred to installed ones.
         storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …), or such arguments by
             scheme: `{"s3": {…}, "hf": {…}}`. Never written down.
+        filesystems: Configured fsspec file systems by URI scheme, as `{"s3": S3FileSystem(…)}`: models of that scheme
+            are read through them.
         part_bytes: The most that a killed process costs per stream in bytes fetched again.
         digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume; the record
             says so, and `verify` can compare only sizes.
@@ -116,6 +120,7 @@ class ModelStore:
         lease_seconds: float | None = None,
         backends: Mapping[str, BackendFactory] | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        filesystems: Mapping[str, AbstractFileSystem] | None = None,
         part_bytes: int = defaults.PART_BYTES,
         digest: Literal["sha256", "none"] = "sha256",
         stall_seconds: float = defaults.STALL_SECONDS,
@@ -142,6 +147,8 @@ class ModelStore:
         self._on_event = on_event
         self._factories = dict(backends or {})
         self._options = dict(storage_options or {})
+        self._filesystems = dict(filesystems or {})
+        self._filesystem: AbstractFileSystem | None = None
         self._tuning: Mapping[str, Any] = {
             "part_bytes": part_bytes,
             "digest": digest,
@@ -220,6 +227,7 @@ class ModelStore:
         on_event: Listener | None = None,
         cancel: threading.Event | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
     ) -> Model:
         """
         Return a complete, verified directory of the model, downloading it once however many ask.
@@ -244,6 +252,8 @@ class ModelStore:
                 kept for the next call. A model that is present is returned all the same.
             storage_options: For this call, instead of all of the store's. A model that is present is returned whoever
                 asks.
+            filesystem: A configured fsspec file system to read the source through, for this call. It must be one for
+                the scheme of the URI, which stays the identity of the model.
 
         Raises:
             ReadOnlyStoreError: It is absent, and the store may only be read. The network was not touched.
@@ -259,7 +269,7 @@ class ModelStore:
         check_listener(on_event)
         check_cancel(cancel)
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        return self._asking_with(storage_options)._ensure(
+        return self._asking_with(storage_options, filesystem)._ensure(
             ref,
             listen=partial(_listen, progress, callback),
             on_event=on_event,
@@ -332,7 +342,7 @@ class ModelStore:
 
         assert self._settings is not None  # A read-write store has created them.
         check_confirmed(self._settings.locker, self._locker)
-        if source is None:
+        if source is None and self._filesystem_for(ref) is None:
             check_scheme(self._service(ref), self._factories)
         # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
         tuning = self._tuning if source is None else {**self._tuning, "digest": "sha256"}
@@ -411,6 +421,7 @@ class ModelStore:
         on_event: Listener | None = None,
         cancel: threading.Event | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
     ) -> Generator[Warmed, None, None]:
         """
         Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no
@@ -425,7 +436,8 @@ class ModelStore:
                 `ignore_patterns`.
             executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched
                 one after the other, each by several streams. The store is sent to an executor of processes, with its
-                `backends` and `storage_options`, so these must pickle then; lines take the place of bars there.
+                `backends`, `storage_options` and `filesystems`, so these must pickle then; lines take the place of
+                bars there.
             refresh, timeout, max_workers: As in `ensure`, for each model.
             callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with
                 processes.
@@ -434,7 +446,7 @@ class ModelStore:
                 time. Not with processes.
             cancel: Ends, once it is set, what is being fetched, and lets no other download begin: the results of these
                 models have a `DownloadCancelledError`. Not with processes.
-            storage_options: As in `ensure`, for all of them.
+            storage_options, filesystem: As in `ensure`, for all of them.
 
         Raises:
             SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model
@@ -447,7 +459,9 @@ class ModelStore:
         check_listener(on_event)
         check_cancel(cancel)
         how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
-        ensure = partial(self._asking_with(storage_options)._ensure, **how, timeout=timeout, max_workers=max_workers)
+        ensure = partial(
+            self._asking_with(storage_options, filesystem)._ensure, **how, timeout=timeout, max_workers=max_workers
+        )
         return warm(
             ensure,
             items,
@@ -513,18 +527,19 @@ class ModelStore:
         allow_patterns: Patterns = None,
         ignore_patterns: Patterns = None,
         storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
     ) -> Resolved:
         """
         Ask the source what it holds now. Network, but no write.
 
         Args:
-            storage_options: As in `ensure`.
+            storage_options, filesystem: As in `ensure`.
 
         Raises:
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, UnsafePathError: As `ensure`.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        return self._asking_with(storage_options)._resolve(ref)
+        return self._asking_with(storage_options, filesystem)._resolve(ref)
 
     def plan(
         self,
@@ -535,12 +550,13 @@ class ModelStore:
         ignore_patterns: Patterns = None,
         refresh: bool = False,
         storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
     ) -> Plan:
         """
         Say what `ensure` would do, without doing it. The source is asked unless the model is present.
 
         Args:
-            storage_options: As in `ensure`.
+            storage_options, filesystem: As in `ensure`.
 
         What is not guaranteed: that the free space is real (some network volumes make it up), and that nobody else
         changes anything in between.
@@ -549,7 +565,9 @@ class ModelStore:
 
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         entry = _present(self._look(ref))
-        resolved = None if entry is not None and not refresh else self._asking_with(storage_options)._resolve(ref)
+        resolved = (
+            None if entry is not None and not refresh else self._asking_with(storage_options, filesystem)._resolve(ref)
+        )
         if entry is not None and (resolved is None or resolved.version == entry.version):
             return plan_nothing(self._volume, ref, entry)
         assert resolved is not None  # Without an entry the source was asked.
@@ -945,12 +963,19 @@ class ModelStore:
             root=self.root,
         )
 
-    def _asking_with(self, storage_options: Mapping[str, Any] | None) -> ModelStore:
-        """The same store with other storage options, for one call, and with back ends of its own; None: as it is."""
-        if storage_options is None:
+    def _asking_with(
+        self, storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None = None
+    ) -> ModelStore:
+        """Return this store with other storage options or a file system for one call, and with backends of its own."""
+        if storage_options is None and filesystem is None:
             return self
+        if storage_options is not None and filesystem is not None:
+            raise SettingsError(
+                "storage_options", "not shown", "`filesystem` is configured already; pass one of the two"
+            )
         asking = copy(self)
-        asking._options = dict(storage_options)
+        asking._options = self._options if storage_options is None else dict(storage_options)
+        asking._filesystem = filesystem
         return asking
 
     def _absent(self, ref: ModelRef, view: LogView) -> ModelNotFoundError:
@@ -979,6 +1004,9 @@ class ModelStore:
         """A factory that was given for the scheme itself wins."""
         return ref.scheme if ref.scheme in self._factories else ref.service
 
+    def _filesystem_for(self, ref: ModelRef) -> AbstractFileSystem | None:
+        return self._filesystem if self._filesystem is not None else self._filesystems.get(ref.scheme)
+
     def _backend(self, ref: ModelRef) -> Backend:
         from kserve_pvc._source.contract import SupportsTuning
         from kserve_pvc.backends import make_backend, options_for
@@ -987,7 +1015,10 @@ class ModelStore:
         name = (os.getpid(), ref.scheme, self._service(ref))
         if name not in self._backends:
             backend = make_backend(
-                self._service(ref), self._factories, options_for(ref, self._options, self._factories)
+                self._service(ref),
+                self._factories,
+                options_for(ref, self._options, self._factories),
+                filesystem=self._filesystem_for(ref),
             )
             if isinstance(backend, SupportsTuning):
                 backend.tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])

@@ -31,10 +31,10 @@ from kserve_pvc import (
     UnsafePathError,
 )
 from kserve_pvc._source.ref import parse_ref
-from kserve_pvc.backends._hf_addresses import Addresses
+from kserve_pvc.backends._hf_addresses import Addresses, lifetime
 from kserve_pvc.backends._http.target import target_of
 from kserve_pvc.backends._ranges import follow
-from kserve_pvc.backends.hf import HFBackend, _lifetime
+from kserve_pvc.backends.hf import HFBackend
 
 PART_BYTES = 100_000
 NAME = "org/model"
@@ -587,7 +587,7 @@ def test_an_address_is_used_for_four_fifths_of_its_time(query, date, seconds):
     """
     What is left is told by the signature and the clock of who signed it; without either it is ten minutes.
     """
-    assert _lifetime(target_of(f"https://storage.example.org/x?{query}"), {"date": date}) == pytest.approx(seconds)
+    assert lifetime(target_of(f"https://storage.example.org/x?{query}"), {"date": date}) == pytest.approx(seconds)
 
 
 def test_addresses_are_not_kept_without_bound():

@@ -45,9 +45,10 @@ from kserve_pvc import (
 from kserve_pvc._download.unpacking import Unpacking
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.backends._addresses import check_address
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import target_of
-from kserve_pvc.backends.http import HTTPBackend, check_address
+from kserve_pvc.backends.http import HTTPBackend
 from kserve_pvc.testing import BackendConformance
 
 WEIGHTS = random.Random(31).randbytes(700_001)

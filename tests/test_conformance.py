@@ -23,6 +23,7 @@ from remotes import (
     MemoryRemote,
     S3Remote,
     SFTPRemote,
+    ThroughFsspec,
 )
 
 from kserve_pvc.backends.azure import AzureBackend
@@ -247,6 +248,59 @@ class TestFsspecS3A(BackendConformance):
         pytest.importorskip("s3fs", reason="`s3fs` is not installed")
         origin.make_bucket("conformance")
         return S3Remote(origin, "conformance", "fsspec+s3a")
+
+
+class TestFsspecS3(TestFsspecS3A):
+    """
+    S3 through fsspec although there is a backend of ours for it.
+    """
+
+    @pytest.fixture
+    def remote(self, origin):
+        pytest.importorskip("s3fs", reason="`s3fs` is not installed")
+        origin.make_bucket("conformance")
+        return S3Remote(origin, "conformance", "fsspec+s3")
+
+
+def with_credentials(options):
+    """
+    Options of gcsfs, which would show a token that is a string to Google before it uses it.
+    """
+    from google.oauth2.credentials import Credentials
+
+    return {**options, "token": Credentials(options["token"])}
+
+
+class TestFsspecGS(BackendConformance):
+    """
+    Google Cloud Storage through fsspec: gcsfs on fake-gcs-server.
+    """
+
+    backend = FsspecBackend
+    secrets = (gcs.GuardedGCS.token,)
+    many_files = min(MANY_FILES, 300)  # The emulator looks through all objects for each one.
+
+    @pytest.fixture
+    def remote(self, guarded_gcs):
+        pytest.importorskip("gcsfs", reason="`gcsfs` is not installed")
+        remote = ThroughFsspec(guarded_gcs, change=with_credentials)
+        remote.denied_options = None  # gcsfs retries what is refused for more than a minute.
+        return remote
+
+
+class TestFsspecAzure(BackendConformance):
+    """
+    Azure Blob Storage through fsspec: adlfs on Azurite.
+    """
+
+    backend = FsspecBackend
+    cannot_hold = dict.fromkeys(["bell", "escape-sequence", "nul"], "Azurite answers 500 to a listing with such a name")
+    many_files = min(MANY_FILES, 300)
+
+    @pytest.fixture
+    def remote(self, azurite):
+        pytest.importorskip("adlfs", reason="`adlfs` is not installed")
+        return ThroughFsspec(azurite)
 
 
 class TestFsspecFTP(BackendConformance):

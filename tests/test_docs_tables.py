@@ -50,7 +50,7 @@ def test_limits_of_s3_are_those_of_the_code():
     The page about S3 names the timeouts, attempts and limits that the code has.
     """
     pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
-    from kserve_pvc.backends import _s3fs, s3
+    from kserve_pvc.backends import _object_store, _s3_settings, _s3fs
 
     stall, retry = f"{_defaults.STALL_SECONDS:.0f} s", f"{_defaults.RETRY_SECONDS:.0f} s"
     patience = _s3fs._PATIENCE
@@ -66,14 +66,14 @@ def test_limits_of_s3_are_those_of_the_code():
             f"| {patience['connect_timeout']} s to connect, {patience['read_timeout']} s without data | {attempts} |",
             f"without {pieces.TRICKLE_BYTES >> 10} KiB of progress | {stall} |",
             f"| {ATTEMPTS} without progress, within {retry} |",
-            f"| up to {s3._MAX_MD5_BYTES // MIB} MiB, one part |",
+            f"| up to {_object_store.MAX_MD5_BYTES // MIB} MiB, one part |",
             f"| over {transfer._EVIDENCE_BYTES // MIB} MiB, uploaded with",
         )
         == []
     )
-    plain = (s3._PLAIN_OPTIONS - {"use_listings_cache"}) | {"endpoint_url", "region_name", "verify"}
+    plain = _s3_settings.PLAIN_OPTIONS | {"endpoint_url", "region_name", "verify"}
     assert missing(page, *(f"`{name}`" for name in plain if name != "config_kwargs"), "`config_kwargs={") == []
-    assert {name for name in s3._PLAIN_CLIENT if not name.startswith("aws_")} == {
+    assert {name for name in _s3_settings.PLAIN_CLIENT if not name.startswith("aws_")} == {
         "endpoint_url",
         "region_name",
         "verify",

@@ -20,13 +20,14 @@ from kserve_pvc._source.retry import delays
 from kserve_pvc.backends._http.client import Exchange, HTTPClient
 from kserve_pvc.backends._http.connection import Response
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.errors import PolicyError, SourceChangedError, SourceUnavailableError, StoreError
+from kserve_pvc.errors import PolicyError, SourceChangedError, SourceDeniedError, SourceUnavailableError, StoreError
 
 _MAX_ERROR_BYTES = 64 * 1024
 _ERROR_SECONDS = 10.0
 _BUSY = (429, 503)
 _FINAL_STATUS = (301, 302, 303, 307, 308, 400, 405, 501)
 _ATTEMPTS = 4
+NO_CREDENTIALS = "NoCredentials"
 # What a `Location` may hold unquoted: all that has a meaning in a URL.
 _LOCATION_SAFE = "!#$%&'()*+,/:;=?@[]~"
 
@@ -35,23 +36,32 @@ _T = TypeVar("_T")
 
 class RefusedError(Exception):
     """
-    What a service said instead of giving what it was asked for: a status, its own word if it has one, and a sentence
-    for people.
+    A refusal of a service: the HTTP status, the code of the service if there is one, and a sentence for people.
 
-    `busy` is how many seconds a busy service wants to be left alone for, None if it is not busy.
+    `busy` is how many seconds a busy service requests as a pause, None if it is not busy. A login that finds no
+    credentials raises it too, with the code `NO_CREDENTIALS`.
     """
 
-    def __init__(self, reason: str, *, status: int = 0, code: str = "", busy: float | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        status: int = 0,
+        code: str = "",
+        busy: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.status = status
         self.code = code
         self.busy = busy
+        self.headers: Mapping[str, str] = headers or {}
 
     @property
     def is_transient(self) -> bool:
         """
-        Whether asking again may help.
+        Whether a retry may help.
         """
         return self.busy is not None or self.status in (408, 429) or self.status >= 500
 
@@ -151,10 +161,12 @@ class Reader:
             return True
         body = read_refusal(answer)
         self.__exit__(None, None, None)
-        if answer.status in (401, 403) and not self._is_renewed:
+        refusal = self._requests.refusal(self._file, answer.status, answer.headers, body)
+        # S3 has status 400 for a token that has expired.
+        is_denied = answer.status in (401, 403) or isinstance(refusal, SourceDeniedError)
+        if is_denied and not self._is_renewed:
             self._is_renewed = True
             return False
-        refusal = self._requests.refusal(self._file, answer.status, answer.headers, body)
         raise refusal or unavailable(self._where, answer.status, answer.headers)
 
 
