@@ -103,21 +103,3 @@ def _to_seconds(value: object) -> float | None:
 
 def _shown(value: object) -> str:
     return repr(value)[:80]
-
-
-def check_listener(on_event: object) -> None:
-    """
-    Raises:
-        SettingsError: It cannot be called.
-    """
-    if not (on_event is None or callable(on_event)):
-        raise SettingsError("on_event", type(on_event).__name__, "pass a function that takes one event")
-
-
-def check_cancel(cancel: object) -> None:
-    """
-    Raises:
-        SettingsError: It is not an event.
-    """
-    if not (cancel is None or callable(getattr(cancel, "is_set", None))):
-        raise SettingsError("cancel", type(cancel).__name__, "pass a `threading.Event`")

@@ -4,6 +4,7 @@ Downloads that overlap where locks have failed: what the log decides, and what i
 
 from __future__ import annotations
 
+import threading
 from threading import Event, Thread
 
 import pytest
@@ -20,21 +21,13 @@ FILES = {"a.bin": b"a" * 1000, "b.bin": b"b" * 1000, "c.bin": b"c" * 1000}
 
 
 @pytest.fixture
-def stores(root) -> list[ModelStore]:
+def stores(root, monkeypatch) -> list[ModelStore]:
     """
     Two writers, as on two nodes, that do not share the lock which threads of one process share.
     """
     source = MemorySource({URI: FILES})
-    made = [ModelStore(root, mode="rw", lease_seconds=1, backends={"s3": source}) for _ in range(2)]
-    for store in made:
-        store._flight = lambda ref, timeout, cancellation: NoFlight()  # type: ignore[method-assign]
-    return made
-
-
-class NoFlight:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    monkeypatch.setattr("kserve_pvc._store.flight_of", lambda identity, key: threading.Lock())
+    return [ModelStore(root, mode="rw", lease_seconds=1, backends={"s3": source}) for _ in range(2)]
 
 
 def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, monkeypatch):

@@ -344,7 +344,7 @@ def test_a_model_comes_each_way(root, way, through_s3fs, proxy, upload):
     assert store.verify(uri, "full").ok
     asked = sorted(r.range for r in proxy.requests if r.method == "GET" and r.path.endswith("a.bin"))
     assert asked == sorted(f"bytes={start}-{start + 99_999}" for start in range(0, 700_000, 100_000))
-    signed_here = isinstance(store._backend(parse_ref(uri)).service.way(BUCKET), SignedAccess)
+    signed_here = isinstance(store._sources.backend(parse_ref(uri)).service.way(BUCKET), SignedAccess)
     assert signed_here == (way in ("keys", "profile"))
     assert model.record.access == WAYS[way][0]
 
