@@ -446,7 +446,7 @@ def test_what_other_processes_found_is_remembered(root, uris):
         (warmed,) = store.warm([uris["tiny"]], pool, progress=False)
     next(root.glob(".kserve-pvc/keys/*/log/*")).unlink()
 
-    with pytest.raises(StoreFormatError, match="somebody deleted records"):
+    with pytest.raises(StoreFormatError, match="records were deleted"):
         store.get(warmed.uri)
 
 
