@@ -420,7 +420,7 @@ def test_a_new_connection_that_ends_is_not_replaced(client):
     """
     with answering(lambda connection, turn: OK if connection == 1 and turn == 1 else None) as server:
         get(client, server.target())
-        with pytest.raises(HTTPError, match="without an answer"):
+        with pytest.raises(HTTPError, match="without a response"):
             get(client, server.target())
         asked = [number for number, _ in server.asked]
 
@@ -434,7 +434,7 @@ def test_an_answer_that_breaks_off_on_a_kept_connection_is_no_stale_one(client):
     half = lambda c: (c.sendall(b"HTTP/1.1 200 OK\r\nContent-"), c.shutdown(socket.SHUT_WR))  # noqa: E731
     with answering(lambda connection, turn: OK if turn == 1 else half) as server:
         get(client, server.target())
-        with pytest.raises(HTTPError, match="in the head"):
+        with pytest.raises(HTTPError, match="inside a response header"):
             get(client, server.target())
 
         assert len(server.asked) == 2
@@ -567,7 +567,7 @@ def silent_calls(client: HTTPClient, server: Server, until: int) -> float:
     with client.send("GET", server.target(), {}) as exchange:
         while calls < until:
             began = time.monotonic()
-            answer = exchange.answer()
+            answer = exchange.response()
             count = None if answer is None else answer.readinto(buffer)
             if count is None:
                 calls, seconds = calls + 1, seconds + time.monotonic() - began
@@ -610,7 +610,7 @@ def test_an_answer_that_does_not_come_is_given_up(client):
     with (
         answering(lambda connection, turn: b""),
         answering(b"") as server,
-        pytest.raises(HTTPError, match="did not answer within"),
+        pytest.raises(HTTPError, match="no response within"),
     ):
         get(client, server.target())
 

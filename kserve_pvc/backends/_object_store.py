@@ -34,7 +34,7 @@ from kserve_pvc.errors import (
 
 # An MD5 costs more than fetching and hashing together, so it is compared only for objects where that is quick.
 MAX_MD5_BYTES = 16 * 1024 * 1024
-_MAX_PAGE_BYTES = 16 * 1024 * 1024
+MAX_PAGE_BYTES = 16 * 1024 * 1024
 # One for a region or an endpoint that the service corrects, one for credentials that have expired.
 _RENEWALS = 2
 
@@ -158,20 +158,25 @@ class MetadataRequests:
         def attempt() -> tuple[Mapping[str, str], bytes]:
             for _ in range(_RENEWALS):
                 try:
-                    return self._send_once(method, *make())
+                    return self.send_once(method, *make())
                 except RefusedError as refusal:
                     if not renew(refusal):
                         raise
-            return self._send_once(method, *make())
+            return self.send_once(method, *make())
 
         return ask_patiently(attempt, self.retry_seconds)
 
-    def _send_once(self, method: str, target: Target, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
+    def send_once(self, method: str, target: Target, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
+        """
+        Send a request once; a subclass may send it in another way.
+        """
         with self.client.open(method, target, headers) as response:
             if response.status == 200:
                 deadline = time.monotonic() + 2 * self.client.answer_seconds
-                return response.headers, response.read(_MAX_PAGE_BYTES, deadline)
-            raise self.refused(response.status, response.headers, read_refusal(response))
+                return response.headers, response.read(MAX_PAGE_BYTES, deadline)
+            refusal = self.refused(response.status, response.headers, read_refusal(response))
+        # Outside, so that the connection is kept.
+        raise refusal
 
 
 class ObjectStore:

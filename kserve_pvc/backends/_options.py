@@ -34,7 +34,11 @@ _PROTOCOLS = {
 }
 # The modules of this package that have `RULES`, by scheme.
 _TABLES = {
+    "abfs": "kserve_pvc.backends.azure",
+    "abfss": "kserve_pvc.backends.azure",
+    "az": "kserve_pvc.backends.azure",
     "file": "kserve_pvc.backends.file",
+    "gs": "kserve_pvc.backends.gs",
     "hf": "kserve_pvc.backends.hf",
     "http": "kserve_pvc.backends.http",
     "https": "kserve_pvc.backends.http",

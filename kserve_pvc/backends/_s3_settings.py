@@ -159,7 +159,7 @@ def sdk_account(settings: Settings) -> tuple[Account, tuple[Reason, ...]]:
     region = _option_region(settings) or session.variable("region") or settings.environ.get("AWS_REGION") or "us-east-1"
     source = _given_source(settings, with_environ=False) or session.credentials()
     style = (session.variable("s3") or {}).get("addressing_style") or "auto"
-    account = attrs.evolve(_account(settings, url, region, source, style))
+    account = _account(settings, url, region, source, style)
     if account.ca_bundle is None:
         account = attrs.evolve(account, ca_bundle=session.variable("ca_bundle"))
     reasons = find_reasons(_BEYOND_SIGNING, settings)
