@@ -22,9 +22,11 @@ import gcs
 import pytest
 from azurite import ACCOUNT, KEY, Azurite
 from gcs import FakeGCS, Gate
+from hub import OWNER, Hub
 from origin import SeaweedS3
-from trees import model_files, read_tree
+from trees import model_files, read_tree, write_files
 from weather import Authority
+from webserver import SECRET, WebServer
 
 from kserve_pvc import ModelStore, SettingsError, StoreError
 
@@ -32,11 +34,11 @@ from kserve_pvc import ModelStore, SettingsError, StoreError
 # instance handed in. `x`: here; `-`: this column has no such thing; `.`: to be added with its backend.
 CELLS = """
                   s3  gs  az  http  hf  file  fsspec+
-config-file       x   x   x   .     .   .     .
-config-dir        x   x   x   .     .   .     .
-environment       x   x   x   .     .   .     .
-class-only        x   x   x   .     .   .     .
-misspelled        x   x   x   .     .   .     .
+config-file       x   x   x   x     x   x     .
+config-dir        x   x   x   x     x   x     .
+environment       x   x   x   x     x   x     .
+class-only        x   x   x   x     x   x     .
+misspelled        x   x   x   x     x   x     .
 credentials       x   x   x   -     -   -     .
 instance          .   .   .   .     .   .     .
 """
@@ -57,6 +59,8 @@ class Column:
         misspelled: An argument that does not exist, and the one that was meant.
         ignores_misspelled: Whether the class ignores it.
         credentials: Makes arguments with an object of the SDK instead of keys. Code, for the other process.
+        files: What is there. A URI of one file names it.
+        is_needed: Whether nothing can be read without the settings.
     """
 
     protocol: str
@@ -67,6 +71,8 @@ class Column:
     misspelled: tuple[str, str]
     ignores_misspelled: bool = False
     credentials: str = ""
+    files: Mapping[str, bytes] = FILES
+    is_needed: bool = True
     class_only_access: str = attrs.field()
     credentials_access: str = attrs.field()
 
@@ -176,6 +182,59 @@ def az_column(azure: tuple[Azurite, Path], tmp_path: Path, home: Path, monkeypat
     )
 
 
+@pytest.fixture
+def http_column(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Column]:
+    pytest.importorskip("aiohttp", reason="`aiohttp` is not installed")
+    monkeypatch.setenv("KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES", "1")
+    wants = {"x-canary": SECRET}
+    with WebServer(wants=wants) as server:
+        server.put("model/weights.bin", b"weights" * 1000)
+        yield Column(
+            protocol="http",
+            uri=server.uri("model/weights.bin"),
+            settings={"client_kwargs": {"headers": wants}},
+            class_only={"block_size": 4096},
+            access="fsspec:fsspec",
+            misspelled=("client_kwarg", "client_kwargs"),
+            files={"weights.bin": b"weights" * 1000},
+        )
+
+
+@pytest.fixture
+def hf_column(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Column]:
+    pytest.importorskip("huggingface_hub", reason="`huggingface_hub` is not installed")
+    with Hub(large_bytes=100_000) as server:
+        server.push("org/model", FILES)
+        server.repository("org/model").readers = {OWNER}
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield Column(
+            protocol="hf",
+            uri="hf://org/model",
+            settings={"endpoint": server.endpoint, "token": OWNER},
+            class_only={"expand_info": False},
+            access="fsspec:huggingface_hub",
+            misspelled=("tokn", "token"),
+            ignores_misspelled=True,
+        )
+
+
+@pytest.fixture
+def file_column(tmp_path: Path) -> Column:
+    place = tmp_path / "model"
+    write_files(place, FILES)
+    return Column(
+        protocol="file",
+        uri=f"file://{place}",
+        settings={"auto_mkdir": False},
+        class_only={},
+        access="fsspec:fsspec",
+        misspelled=("auto_mkdr", "auto_mkdir"),
+        ignores_misspelled=True,
+        # No argument says which files may be read.
+        is_needed=False,
+    )
+
+
 def _rows() -> Mapping[str, Mapping[str, str]]:
     header, *lines = CELLS.strip().splitlines()
     columns = header.split()
@@ -220,7 +279,8 @@ from fsspec.core import url_to_fs
 uri, arguments = sys.argv[1], json.loads(sys.argv[2])
 {credentials}
 fs, path = url_to_fs(uri, **arguments)
-files = {{name.removeprefix(path).strip("/"): fs.cat_file(name) for name in fs.find(path)}}
+names = [path] if path.endswith("/weights.bin") else fs.find(path)
+files = {{name.removeprefix(path).strip("/") or "weights.bin": fs.cat_file(name) for name in names}}
 print(json.dumps({{name: base64.b64encode(data).decode() for name, data in files.items()}}))
 """
 
@@ -248,6 +308,7 @@ def ours(root: Path, column: Column, arguments: Mapping[str, Any]) -> tuple[Mapp
     What `ensure` brings, and the way that the record names; None if it fails.
     """
     options = {"storage_options": arguments} if arguments else {}
+    root.mkdir(exist_ok=True)
     try:
         model = ModelStore(root, mode="rw", retry_seconds=1, **options).ensure(column.uri, progress=False)
     except StoreError:
@@ -280,9 +341,9 @@ def test_configuration_counts_as_for_fsspec(row, column, home, root, monkeypatch
     without = (theirs(column, {}), ours(root, column, {}))
     configure(row, column, home, monkeypatch)
 
-    assert without == (None, None)
-    assert theirs(column, {}) == FILES
-    assert ours(root, column, {}) == (FILES, column.access)
+    assert without == ((None, None) if column.is_needed else (column.files, (column.files, "direct")))
+    assert theirs(column, {}) == column.files
+    assert ours(root / "configured", column, {}) == (column.files, column.access)
 
 
 @pytest.mark.parametrize(("row", "column"), cells("class-only"), indirect=["column"])
@@ -292,8 +353,8 @@ def test_an_argument_of_the_class_leads_to_the_class(row, column, root):
     """
     arguments = {**column.settings, **column.class_only}
 
-    assert theirs(column, arguments) == FILES
-    assert ours(root, column, arguments) == (FILES, column.class_only_access)
+    assert theirs(column, arguments) == column.files
+    assert ours(root, column, arguments) == (column.files, column.class_only_access)
 
 
 @pytest.mark.parametrize(("row", "column"), cells("misspelled"), indirect=["column"])

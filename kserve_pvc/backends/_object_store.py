@@ -119,7 +119,7 @@ class Service(Protocol):
         """Classify a refusal."""
 
     def describe(self, refusal: RefusedError, place: Place) -> str:
-        """Say what was refused and what to do, without secrets."""
+        """Say what was refused, without secrets."""
 
     def access(self, place: Place) -> str:
         """Return how the place is reached; see `SupportsAccess`."""
@@ -330,11 +330,11 @@ class ObjectStore:
     def _meaning(self, refusal: RefusedError, uri: str, place: Place) -> StoreError:
         reason, kind = self.service.describe(refusal, place), self.service.kind(refusal)
         if kind == "denied":
-            return SourceDeniedError(uri, reason)
+            return SourceDeniedError(uri, reason, refusal.hint)
         if kind == "missing":
-            return SourceNotFoundError(uri, reason)
+            return SourceNotFoundError(uri, reason, refusal.hint)
         is_final = kind == "final" or (300 <= refusal.status < 500 and not refusal.is_transient)
-        return SourceUnavailableError(uri, reason, retry_after=refusal.busy, is_final=is_final)
+        return SourceUnavailableError(uri, reason, retry_after=refusal.busy, is_final=is_final, hint=refusal.hint)
 
 
 def _files(page: Sequence[Object]) -> Iterator[Object]:
