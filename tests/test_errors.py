@@ -31,6 +31,7 @@ CONTRACT = {
     errors.ReadOnlyStoreError: (PermissionError, 4),
     errors.LockServiceError: (ConnectionError, 1),
     errors.LockTimeoutError: (TimeoutError, 5),
+    errors.DownloadCancelledError: (InterruptedError, 1),
     errors.InsufficientSpaceError: (OSError, 6),
     errors.VolumeError: (OSError, 1),
     errors.SourceNotFoundError: (FileNotFoundError, 7),
