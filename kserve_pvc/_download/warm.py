@@ -45,11 +45,11 @@ class Ensure(Protocol):
 @attrs.frozen(kw_only=True)
 class WarmedModel:
     """
-    A model that `warm` was to bring into the store, and that is there.
+    The result of `warm` for a model that is present now.
 
     Args:
         index: Which of the items named it, from 0; the first one, if several did.
-        seconds: How long it took, without the time until its turn came.
+        seconds: How long it took, without the time in the queue.
     """
 
     index: int
@@ -67,13 +67,13 @@ class WarmedModel:
 @attrs.frozen(kw_only=True)
 class FailedModel:
     """
-    A model that `warm` was to bring into the store, and that is not there.
+    The result of `warm` for a model that is missing.
 
     Args:
         index: Which of the items named it, from 0; the first one, if several did.
         ref: What was requested; None if the item is invalid.
-        error: Usually a `StoreError`; whatever a foreign backend or the executor raised instead of one.
-        seconds: How long it took, without the time until its turn came.
+        error: Usually a `StoreError`; otherwise what a third-party backend or the executor raised.
+        seconds: How long it took, without the time in the queue.
     """
 
     index: int
