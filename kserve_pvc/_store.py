@@ -286,7 +286,7 @@ class ModelStore:
         source: Backend | None = None,
     ) -> Outcome:
         from kserve_pvc._download.download import Download, Wish
-        from kserve_pvc._download.streams import Tuning
+        from kserve_pvc._download.tuning import Tuning
         from kserve_pvc._keys.aliases import settle_view_quietly
         from kserve_pvc._show.events import Finished
         from kserve_pvc.backends import check_scheme

@@ -9,12 +9,14 @@ import hashlib
 import mmap
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -32,17 +34,19 @@ from kserve_pvc import (
     SourceDeniedError,
     SourceUnavailableError,
 )
-from kserve_pvc._download import pieces
-from kserve_pvc._download import transfer as module
 from kserve_pvc._download.adoption import Donor
+from kserve_pvc._download.budget import BUFFERS, Budget, process_budget
 from kserve_pvc._download.destination import Destination
-from kserve_pvc._download.transfer import Transfer, Tuning
+from kserve_pvc._download.transfer import Transfer
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format.records import PartNote
 from kserve_pvc._volume.calls import copy_range, write_all
 from kserve_pvc.locks.lease import LeaseLostError
 
 PART = 1000
 DATA = random.Random(1).randbytes(3 * PART)
+# Ranges of a part where they would have 8 MiB at least, and pauses of no length.
+SHORT = {"part_bytes": PART, "shortest_range_bytes": PART, "trickle_bytes": 50, "retry_first_seconds": 0.0}
 
 
 class Source:
@@ -195,16 +199,6 @@ def opened(path: Path) -> Iterator[int]:
 
 
 @pytest.fixture(autouse=True)
-def short_ranges(monkeypatch):
-    """
-    Ranges of a part where they would have 8 MiB at least, and pauses of no length.
-    """
-    monkeypatch.setattr(module, "SHORTEST_RANGE", PART)
-    monkeypatch.setattr(module, "TRICKLE_BYTES", 50)
-    monkeypatch.setattr(pieces, "delays", lambda _random: iter([0.0] * 4))
-
-
-@pytest.fixture(autouse=True)
 def nothing_is_left_open():
     """
     However a transfer ends, its descriptors are closed, its threads over and its share of the memory given back.
@@ -212,8 +206,14 @@ def nothing_is_left_open():
     before = set(os.listdir("/proc/self/fd"))
     yield
     assert set(os.listdir("/proc/self/fd")) <= before
-    assert [t.name for t in threading.enumerate() if t.name.startswith("kserve-pvc")] == []
-    assert module._budget._value == module._BUDGET_BYTES // module._BUFFER_BYTES
+    assert workers_alive() == []
+    with ExitStack() as buffers:
+        for _ in range(BUFFERS):
+            buffers.enter_context(process_budget().buffer(partial(pytest.fail, "a buffer is still in use")))
+
+
+def workers_alive() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("kserve-pvc")]
 
 
 @pytest.fixture
@@ -246,14 +246,18 @@ def transfer(
     donors: Mapping[str, Sequence[Donor]] | None = None,
     workers: int = 1,
     destination: Destination | None = None,
+    budget: Budget | None = None,
     **tuning: object,
 ) -> Transfer:
     offered = {PurePosixPath(name): list(found) for name, found in (donors or {}).items()}
-    chosen = Tuning(**{"part_bytes": PART, "max_workers": workers, **tuning})
-    where = destination or place.destination()
-    said = recorder or Recorder()
     return Transfer(
-        uri="s3://bucket/model", backend=source, destination=where, donors=offered, observer=said, tuning=chosen
+        uri="s3://bucket/model",
+        backend=source,
+        destination=destination or place.destination(),
+        donors=offered,
+        observer=recorder or Recorder(),
+        tuning=Tuning(**{**SHORT, "max_workers": workers, **tuning}),
+        budget=budget,
     )
 
 
@@ -593,8 +597,7 @@ def test_whatever_was_left_the_file_is_exact(left, workers, order, links):
     From any donors with any overlapping notes and any damage the same bytes come out, and each is either taken over or
     fetched.
     """
-    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SHORTEST_RANGE", 10)
+    with tempfile.TemporaryDirectory() as directory:
         place, found = Place(Path(directory, "new")), []
         for number, (ranges, damage, length) in enumerate(left):
             content = bytearray(CONTENT)
@@ -607,7 +610,7 @@ def test_whatever_was_left_the_file_is_exact(left, workers, order, links):
                 donor(dead, "f", place, notes) if links else donor(dead, "f", place, notes, link=lambda path: False)
             )
         source, recorder = Source({"f": CONTENT}, piece=7), Recorder()
-        entries = run(source, place, recorder, {"f": found}, workers=workers, part_bytes=10)
+        entries = run(source, place, recorder, {"f": found}, workers=workers, part_bytes=10, shortest_range_bytes=10)
 
         assert place.content() == {"f": CONTENT}
         assert entries[PurePosixPath("f")].sha256 == sha256(CONTENT)
@@ -970,15 +973,9 @@ def test_a_busy_source_is_asked_as_long_as_time_is_left(place):
         return True
 
     source.on_read = busy
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Tries, "__init__", hasty)
-        run(source, place, recorder)
+    run(source, place, recorder)
 
     assert (place.content(), recorder.retries) == ({"a.bin": DATA[:500]}, 6)
-
-
-def hasty(self, seconds: float) -> None:
-    self._deadline, self._pauses, self._last = time.monotonic() + seconds, iter([0.0] * 4), 0.001
 
 
 @pytest.mark.parametrize(("asked", "least"), [(3600.0, 0.0), (0.1, 0.2)])
@@ -1004,12 +1001,11 @@ def test_the_deadline_bounds_what_a_busy_source_may_ask_for(place, asked, least)
     [SourceDeniedError("a", "expired"), SourceUnavailableError("a", "moved", is_final=True)],
     ids=["denied", "final"],
 )
-def test_errors_that_no_retry_cures_are_not_retried(place, error, step, monkeypatch):
+def test_errors_that_no_retry_cures_are_not_retried(place, error, step):
     """
     Denied once is denied, and what is final stays so.
     """
     source, recorder, calls = Source({"a.bin": DATA}), Recorder(), []
-    monkeypatch.setattr(module, "_EVIDENCE_BYTES", 1000)
 
     def fail(*_: object) -> None:
         calls.append(1)
@@ -1017,16 +1013,15 @@ def test_errors_that_no_retry_cures_are_not_retried(place, error, step, monkeypa
 
     setattr(source, "on_read" if step == "bytes" else "evidence", fail)
     with pytest.raises(type(error)) as caught:
-        run(source, place, recorder)
+        run(source, place, recorder, evidence_bytes=1000)
 
     assert (caught.value, len(calls), recorder.retries) == (error, 1, 0)
 
 
-def test_a_source_that_is_asked_for_a_digest_may_be_away_for_a_moment(place, monkeypatch):
+def test_a_source_that_is_asked_for_a_digest_may_be_away_for_a_moment(place):
     """
     The question for evidence is asked as patiently as that for bytes.
     """
-    monkeypatch.setattr(module, "_EVIDENCE_BYTES", 1000)
     source, recorder = Source({"a.bin": DATA}), Recorder()
 
     def evidence(file: RemoteFile) -> str:
@@ -1035,7 +1030,7 @@ def test_a_source_that_is_asked_for_a_digest_may_be_away_for_a_moment(place, mon
         return f"sha256:{sha256(DATA)}"
 
     source.evidence = evidence
-    entries = run(source, place, recorder)
+    entries = run(source, place, recorder, evidence_bytes=1000)
 
     assert (recorder.retries, entries[PurePosixPath("a.bin")].evidence) == (3, f"sha256:{sha256(DATA)}")
 
@@ -1140,15 +1135,14 @@ def test_an_md5_that_the_source_replaces_by_another_digest_is_compared_with_that
             made.run(listing)
 
 
-def test_a_large_file_is_compared_with_what_the_source_is_asked_for(place, monkeypatch):
+def test_a_large_file_is_compared_with_what_the_source_is_asked_for(place):
     """
     Above the size at which an MD5 is cheap, the source's own checksum takes its place.
     """
-    monkeypatch.setattr(module, "_EVIDENCE_BYTES", 2 * PART)
     source = Source({"large": DATA, "small": DATA[: 2 * PART]})
     source.answers["large"] = KINDS["crc32"]
 
-    entries = run(source, place)
+    entries = run(source, place, evidence_bytes=2 * PART)
 
     assert source.asked == ["large"]
     assert {str(path): e.evidence for path, e in entries.items()} == {"large": KINDS["crc32"], "small": None}
@@ -1228,16 +1222,14 @@ def test_a_listing_is_not_read_on_after_a_failure(place):
 
     def pages() -> Iterator[list[RemoteFile]]:
         yield source.all()
-        made = current[0]
-        until(lambda: made._failure is not None, 10)
+        until(lambda: not workers_alive(), 10)
         for number in range(100):
             listed.append(number)
             yield []
 
     source.on_read = fail
-    current = [transfer(source, place)]
     with pytest.raises(SourceDeniedError):
-        current[0].run(pages())
+        transfer(source, place).run(pages())
 
     assert listed == [0]
 
@@ -1318,45 +1310,63 @@ def test_an_error_of_the_volume_is_told_as_one(place, dead, step, size):
             run(source, place, donors=offered, destination=broken, workers=2)
 
 
-def test_streams_beyond_the_budget_wait_for_memory(place, monkeypatch):
+def test_streams_beyond_the_budget_wait_for_memory(place):
     """
     However many streams are allowed, no more buffers are in use at once than the process has room for.
     """
-    monkeypatch.setattr(module, "_budget", threading.BoundedSemaphore(2))
-    monkeypatch.setattr(module, "_BUDGET_BYTES", 2 * module._BUFFER_BYTES)
     source, most = Source({str(number): DATA for number in range(8)}), []
     source.on_read = lambda name, offset: most.append(source.open) or True
 
-    run(source, place, workers=8)
+    run(source, place, workers=8, budget=Budget(2))
 
     assert (max(most), place.content()) == (2, source.files)
 
 
-def test_streams_that_wait_for_memory_hear_of_a_lost_lease(place, monkeypatch):
+def test_streams_that_wait_for_memory_hear_of_a_lost_lease(place):
     """
-    Who waits for a buffer that never comes still ends when it is told to.
+    A stream that waits for a buffer which never comes still ends when the claim is lost.
     """
-    empty = threading.BoundedSemaphore(1)
-    empty.acquire()
-    monkeypatch.setattr(module, "_budget", empty)
-    recorder = Recorder()
+    budget, recorder = Budget(1), Recorder()
     recorder.lose_after = 3
 
-    with pytest.raises(LeaseLostError):
-        run(Source({"a.bin": DATA}), place, recorder)
-
-    monkeypatch.undo()
+    with budget.buffer(recorder.check), pytest.raises(LeaseLostError):
+        run(Source({"a.bin": DATA}), place, recorder, budget=budget)
 
 
-def test_a_source_without_evidence_is_taken_at_its_word(place, monkeypatch):
+FORK = """
+import os
+from contextlib import ExitStack
+from kserve_pvc._download.budget import BUFFERS, process_budget
+
+def fail():
+    os._exit(1)
+
+with ExitStack() as buffers:
+    for _ in range(BUFFERS):
+        buffers.enter_context(process_budget().buffer(fail))
+    child = os.fork()
+    if not child:
+        with process_budget().buffer(fail):
+            os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_has_a_budget_of_its_own():
+    """
+    Buffers that were in use at the time of a fork are not missing in the child.
+    """
+    assert subprocess.run([sys.executable, "-I", "-c", FORK]).returncode == 0
+
+
+def test_a_source_without_evidence_is_taken_at_its_word(place):
     """
     A back end that cannot be asked for digests is compared with what its listing says, for large files too.
     """
-    monkeypatch.setattr(module, "_EVIDENCE_BYTES", 1000)
     source = Source({"a.bin": DATA})
     without = Without(source)
 
-    made = transfer(without, place)
+    made = transfer(without, place, evidence_bytes=1000)
     entries = made.run([[source.remote("a.bin", digest=KINDS["md5"])]])
 
     assert entries[PurePosixPath("a.bin")].evidence == KINDS["md5"]

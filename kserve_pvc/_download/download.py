@@ -21,8 +21,8 @@ from kserve_pvc import _defaults as defaults
 from kserve_pvc._download import protocol
 from kserve_pvc._download.journal import Journal
 from kserve_pvc._download.reuse import Found, find_donors, shared_bytes
-from kserve_pvc._download.streams import Tuning
 from kserve_pvc._download.tally import Tally
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Claim, FileEntry, Holder, LogEntry, Manifest, StoreSettings, encode, now
 from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heart, take_claim

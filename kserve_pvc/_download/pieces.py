@@ -9,11 +9,8 @@ import time
 from contextlib import AbstractContextManager
 from types import TracebackType
 
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._source.contract import RangeReader
-from kserve_pvc._source.retry import delays
-
-# A stream that brings less than this in the time of a stall is as good as silent.
-TRICKLE_BYTES = 16 * 1024
 
 
 class OpenedRange:
@@ -41,10 +38,10 @@ class Tries:
     How often and how long something is tried that makes no progress.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._pauses = delays(random.random())
-        self._last = 0.2
+    def __init__(self, tuning: Tuning) -> None:
+        self._deadline = time.monotonic() + tuning.retry_seconds
+        self._pauses = tuning.pauses(random.random())
+        self._last = tuning.retry_first_seconds
 
     def next_delay(self, retry_after: float | None) -> float | None:
         """

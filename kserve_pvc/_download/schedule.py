@@ -9,14 +9,8 @@ from collections.abc import Sequence
 import attrs
 
 from kserve_pvc._download.hashes import Hashes
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._source.contract import RemoteFile
-
-MIB = 1024 * 1024
-# The least that is worth a request of its own; towards the end ranges shrink to it, so that all streams end together.
-SHORTEST_RANGE = 8 * MIB
-# Of the files that one worker fetches whole, those up to here are tiny: more of what is done for one needs the
-# interpreter's lock than not, so that more workers are slower than more requests of one worker.
-_TINY_BYTES = 256 * 1024
 
 
 @attrs.define(eq=False)
@@ -54,9 +48,9 @@ class Span:
     is_front: bool
 
 
-def at_once(file: RemoteFile) -> int:
+def at_once(file: RemoteFile, tuning: Tuning) -> int:
     """How many small files one worker asks for at the same time."""
-    return 4 if file.entry.size_bytes <= _TINY_BYTES else 2
+    return 4 if file.entry.size_bytes <= tuning.tiny_file_bytes else 2
 
 
 def gap_bytes(writing: Writing) -> int:

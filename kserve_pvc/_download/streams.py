@@ -9,38 +9,12 @@ a seventh more, goes back by one step when it does not, and halves them when the
 
 from __future__ import annotations
 
-from typing import Literal
-
-import attrs
-
-from kserve_pvc import _defaults as defaults
-
 FIRST_STREAMS = 4
 _WINDOW_SECONDS = 0.25
 _GAIN = 1.15
 _REST_SECONDS = 5.0
 # Streams that wait for the source less than this share of their time are kept busy by hashing and writing.
 _WAITING = 0.5
-
-
-@attrs.frozen(kw_only=True)
-class Tuning:
-    """
-    How bytes are fetched.
-
-    Args:
-        part_bytes: The longest range, and so the most that a killed process costs per stream.
-        max_workers: The most streams at once; how many are worth while is found out on the way.
-        digest: `sha256`, or `none` to trust the transport and the volume.
-        stall_seconds: After how long without a byte a range is asked for again on another connection.
-        retry_seconds: How long a range is tried without a byte of progress before the transfer fails.
-    """
-
-    part_bytes: int = defaults.PART_BYTES
-    max_workers: int = defaults.MAX_WORKERS
-    digest: Literal["sha256", "none"] = "sha256"
-    stall_seconds: float = defaults.STALL_SECONDS
-    retry_seconds: float = defaults.RETRY_SECONDS
 
 
 class StreamLimit:

@@ -23,31 +23,17 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 
 from kserve_pvc._download.adoption import Donor
+from kserve_pvc._download.budget import BUFFER_BYTES, Budget, process_budget
 from kserve_pvc._download.destination import Destination, Observer, TransferCancelledError, naming_errors
 from kserve_pvc._download.hashes import CRC32, Hashes
-from kserve_pvc._download.pieces import TRICKLE_BYTES, OpenedRange, Tries
-from kserve_pvc._download.schedule import MIB, SHORTEST_RANGE, Span, Writing, at_once, gap_bytes, is_free, without
-from kserve_pvc._download.streams import StreamLimit, Tuning
+from kserve_pvc._download.pieces import OpenedRange, Tries
+from kserve_pvc._download.schedule import Span, Writing, at_once, gap_bytes, is_free, without
+from kserve_pvc._download.streams import StreamLimit
+from kserve_pvc._download.tuning import MIB, Tuning
 from kserve_pvc._format.records import FileEntry, PartNote
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, SupportsChecksums, SupportsEvidence
 from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
-
-_BUFFER_BYTES = 1024 * 1024
-# Below this an MD5 of the listing is good enough; above, the source is asked for a real checksum.
-_EVIDENCE_BYTES = 16 * MIB
-# Receive buffers of all transfers of this process together: streams beyond it wait for one.
-_BUDGET_BYTES = 32 * MIB
-_budget = threading.BoundedSemaphore(_BUDGET_BYTES // _BUFFER_BYTES)
-
-
-def _forget_budget() -> None:
-    global _budget
-    _budget = threading.BoundedSemaphore(_BUDGET_BYTES // _BUFFER_BYTES)
-
-
-# What other threads held at the time of a fork is not held in the child.
-os.register_at_fork(after_in_child=_forget_budget)
 
 
 class Transfer:
@@ -66,16 +52,18 @@ class Transfer:
         observer: Observer,
         tuning: Tuning,
         uri: str,
+        budget: Budget | None = None,
     ) -> None:
         self._backend = backend
         self._uri = uri
         self._destination = destination
         self._donors = donors
         self._observer = observer
+        self._tuning = tuning
+        self._budget = process_budget() if budget is None else budget
         self._part_bytes = tuning.part_bytes
         self._digest = tuning.digest
         self._stall_seconds = tuning.stall_seconds
-        self._retry_seconds = tuning.retry_seconds
         self._evidence: Callable[[RemoteFile], str | None] = (
             backend.evidence if isinstance(backend, SupportsEvidence) else lambda file: file.digest
         )
@@ -152,7 +140,8 @@ class Transfer:
         """Start as many workers as there may be streams and as there is work for; those above the pace rest."""
         with self._guard:
             wanted = min(
-                self._pace.streams, len(self._waiting) + self._unassigned // min(self._part_bytes, SHORTEST_RANGE) + 1
+                self._pace.streams,
+                len(self._waiting) + self._unassigned // min(self._part_bytes, self._tuning.shortest_range_bytes) + 1,
             )
             self._guard.notify_all()
         while len(workers) < wanted:
@@ -170,12 +159,8 @@ class Transfer:
             self._guard.notify_all()
 
     def _work(self, number: int) -> None:
-        budget = _budget
         try:
-            while not budget.acquire(timeout=0.1):
-                self._check()
-            try:
-                buffer = make_buffer(_BUFFER_BYTES)
+            with self._budget.buffer(self._check) as buffer:
                 last: Writing | None = None
                 while (work := self._next(number, last)) is not None:
                     if isinstance(work, Span):
@@ -188,8 +173,6 @@ class Transfer:
                         last = self._begin(work, buffer)
                     with self._guard:
                         self._asking -= 1
-            finally:
-                budget.release()
         except BaseException as error:
             self._fail(error)
 
@@ -217,7 +200,7 @@ class Transfer:
         # Who writes small files asks for some at a time, so fewer are enough.
         if self._waiting and (
             not self._is_small(self._waiting[0][2])
-            or self._at_small_files * at_once(self._waiting[0][2]) < self._pace.streams
+            or self._at_small_files * at_once(self._waiting[0][2], self._tuning) < self._pace.streams
         ):
             file = self._take_file()
             self._at_small_files += self._is_small(file)
@@ -233,7 +216,8 @@ class Transfer:
     def _is_small(self, file: RemoteFile) -> bool:
         """Whether one worker fetches all of it with one request: nobody else needs to know of it before it is done."""
         is_short = (
-            file.entry.size_bytes <= min(SHORTEST_RANGE, self._part_bytes) and file.entry.path not in self._donors
+            file.entry.size_bytes <= min(self._tuning.shortest_range_bytes, self._part_bytes)
+            and file.entry.path not in self._donors
         )
         return is_short or not file.in_ranges
 
@@ -245,7 +229,7 @@ class Transfer:
         start, end = writing.gaps[0]
         # As long as there is much to do, ranges are long; near the end each stream's share of what is left.
         share = self._unassigned // (2 * max(1, self._pace.streams))
-        length = min(self._part_bytes, max(SHORTEST_RANGE, -(-share // MIB) * MIB))
+        length = min(self._part_bytes, max(self._tuning.shortest_range_bytes, -(-share // MIB) * MIB))
         stop = min(end, (start // length + 1) * length)
         if stop < end:
             writing.gaps[0] = (stop, end)
@@ -266,7 +250,7 @@ class Transfer:
         fd = writing.fd
         try:
             with naming_errors(self._destination, file.entry.path):
-                if size >= SHORTEST_RANGE:
+                if size >= self._tuning.shortest_range_bytes:
                     self._destination.allocate(fd, size)
                 self._adopt(writing, buffer)
         except BaseException:
@@ -289,7 +273,7 @@ class Transfer:
         size, promised = file.entry.size_bytes, file.digest
         if file.entry.sha256:
             promised = f"sha256:{file.entry.sha256}"
-        elif size > _EVIDENCE_BYTES:
+        elif size > self._tuning.evidence_bytes:
             promised = self._asked(file)
         hashes = Hashes(self._digest, promised, self._make_checksum)
         return Writing(file, self._destination.create(file.entry.path), hashes, [(0, size)] if size else [], size)
@@ -301,7 +285,7 @@ class Transfer:
         asked: deque[tuple[RemoteFile, OpenedRange | None]] = deque([(file, None)])
         try:
             while asked:
-                while len(asked) < at_once(asked[0][0]) and (following := self._next_small()) is not None:
+                while len(asked) < at_once(asked[0][0], self._tuning) and (following := self._next_small()) is not None:
                     asked.append((following, self._ask_ahead(following)))
                 self._write_small(*asked[0], buffer, len(asked))
                 asked.popleft()
@@ -356,7 +340,7 @@ class Transfer:
 
     def _asked(self, file: RemoteFile) -> str | None:
         """Ask the source for a digest, as patiently as for bytes."""
-        tries = Tries(self._retry_seconds)
+        tries = Tries(self._tuning)
         while True:
             self._wait_until_welcome()
             try:
@@ -418,7 +402,7 @@ class Transfer:
 
     def _chase(self) -> None:
         """Hash what was written ahead of the front, from the page cache, as long as there is any."""
-        buffer = make_buffer(_BUFFER_BYTES // 2)
+        buffer = make_buffer(BUFFER_BYTES // 2)
         try:
             while True:
                 with self._guard:
@@ -456,7 +440,7 @@ class Transfer:
         except BaseException:
             os.close(writing.fd)
             raise
-        self._destination.finish(writing.fd, file.entry.path, size >= SHORTEST_RANGE)
+        self._destination.finish(writing.fd, file.entry.path, size >= self._tuning.shortest_range_bytes)
         sha256 = writing.hashes.so_far()
         self._destination.note(file.entry.path, str(file.entry.token), 0, size, sha256, None)
         self._finished(file, file.entry.with_digests(sha256, checked))
@@ -490,7 +474,7 @@ class Transfer:
             if better is None:
                 return None
             hashes = Hashes("sha256", better, self._make_checksum)
-            self._read(writing.fd, 0, file.entry.size_bytes, make_buffer(_BUFFER_BYTES), hashes.update)
+            self._read(writing.fd, 0, file.entry.size_bytes, make_buffer(BUFFER_BYTES), hashes.update)
             promised, found = hashes.compare() or (better, "nothing that can be compared with it")
         if promised != found:
             raise DigestMismatchError(str(file.entry.path), promised, found)
@@ -510,7 +494,7 @@ class Transfer:
 
         `asked` is the range if it was asked for before, `streams` is how many wait when this one does.
         """
-        tries = Tries(self._retry_seconds)
+        tries = Tries(self._tuning)
         while start < stop:
             self._wait_until_welcome()
             began, opened = start, time.monotonic()
@@ -532,15 +516,15 @@ class Transfer:
                             start += count
                             yield buffer[:count]
                         if now - opened > self._stall_seconds:
-                            if start - began < TRICKLE_BYTES and start < stop:
+                            if start - began < self._tuning.trickle_bytes and start < stop:
                                 self._pace.congested(now, 0.0)
                                 text = f"it sent {start - began} bytes of `{file.entry.path}` in {now - opened:.3g} s"
                                 raise SourceUnavailableError(self._uri, text)
                             began, opened = start, now
-                            tries = Tries(self._retry_seconds)
+                            tries = Tries(self._tuning)
             except SourceUnavailableError as error:
-                if start - began >= TRICKLE_BYTES:
-                    tries = Tries(self._retry_seconds)  # Bytes arrived: the source is well, start counting anew.
+                if start - began >= self._tuning.trickle_bytes:
+                    tries = Tries(self._tuning)  # Bytes arrived: the source is well, start counting anew.
                 self._pause(error, tries)
 
     def _pause(self, error: SourceUnavailableError, tries: Tries) -> None:
