@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import heapq
 import os
 import threading
 import time
@@ -22,18 +21,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
 
+import attrs
+
 from kserve_pvc._download.adoption import Donor
 from kserve_pvc._download.budget import BUFFER_BYTES, Budget, process_budget
 from kserve_pvc._download.destination import Destination, Observer, TransferCancelledError, naming_errors
 from kserve_pvc._download.hashes import CRC32, Hashes
 from kserve_pvc._download.pieces import OpenedRange, Tries
-from kserve_pvc._download.schedule import Span, Writing, at_once, gap_bytes, is_free, without
+from kserve_pvc._download.schedule import Batch, Begin, Progress, Range, Schedule, Work
 from kserve_pvc._download.streams import StreamLimit
-from kserve_pvc._download.tuning import MIB, Tuning
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format.records import FileEntry, PartNote
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, SupportsChecksums, SupportsEvidence
 from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
+
+
+@attrs.define(eq=False)
+class Writing:
+    """
+    A file that is being written.
+    """
+
+    file: RemoteFile
+    fd: int
+    hashes: Hashes
+    is_adopted: bool = False
 
 
 class Transfer:
@@ -72,14 +85,8 @@ class Transfer:
         )
         self._pace = StreamLimit(tuning.max_workers)
         self._guard = threading.Condition()
-        self._waiting: list[tuple[int, int, RemoteFile]] = []  # A heap: the largest file first.
-        self._number = 0
-        self._open: list[Writing] = []
-        self._unassigned = 0
-        self._asking = 0  # Ranges that are being fetched or were asked for.
-        self._at_small_files = 0  # Workers that are.
-        self._left = 0  # Files that are not done.
-        self._is_listed = False
+        self._schedule = Schedule(tuning, donors)
+        self._open: dict[PurePosixPath, Writing] = {}
         self._failure: BaseException | None = None
         self._done: dict[PurePosixPath, FileEntry] = {}
         # For the pace only, so an addition that is lost between threads does not matter.
@@ -105,7 +112,7 @@ class Transfer:
                 self._add(page)
                 self._staff(workers)
             with self._guard:
-                self._is_listed = True
+                self._schedule.end_listing()
                 self._guard.notify_all()
             while True:
                 seconds = self._pace.look(time.monotonic(), self._received, self._waited)
@@ -117,7 +124,7 @@ class Transfer:
         for thread in (*workers, *self._chasers):  # Only workers start chasers, so these are all.
             thread.join()
         if self._failure is not None:
-            for writing in self._open:
+            for writing in self._open.values():
                 with suppress(OSError):
                     os.close(writing.fd)
             raise self._failure
@@ -125,24 +132,17 @@ class Transfer:
 
     def _wait(self, seconds: float) -> bool:
         with self._guard:
-            return self._guard.wait_for(lambda: self._failure is not None or not self._left, seconds)
+            return self._guard.wait_for(lambda: self._failure is not None or self._schedule.is_finished, seconds)
 
     def _add(self, page: Sequence[RemoteFile]) -> None:
         with self._guard:
-            for file in page:
-                self._number += 1
-                heapq.heappush(self._waiting, (-file.entry.size_bytes, self._number, file))
-                self._unassigned += file.entry.size_bytes
-            self._left += len(page)
+            self._schedule.add(page)
             self._guard.notify_all()
 
     def _staff(self, workers: list[threading.Thread]) -> None:
         """Start as many workers as there may be streams and as there is work for; those above the pace rest."""
         with self._guard:
-            wanted = min(
-                self._pace.streams,
-                len(self._waiting) + self._unassigned // min(self._part_bytes, self._tuning.shortest_range_bytes) + 1,
-            )
+            wanted = self._schedule.workers(self._pace.streams)
             self._guard.notify_all()
         while len(workers) < wanted:
             worker = threading.Thread(
@@ -161,113 +161,64 @@ class Transfer:
     def _work(self, number: int) -> None:
         try:
             with self._budget.buffer(self._check) as buffer:
-                last: Writing | None = None
+                last: RemoteFile | None = None
                 while (work := self._next(number, last)) is not None:
-                    if isinstance(work, Span):
-                        self._fetch(work, buffer)
-                        last = work.of
-                    elif self._is_small(work):
-                        self._write_small_files(work, buffer)
-                        last = None
-                    else:
-                        last = self._begin(work, buffer)
+                    last = self._do(work, buffer)
                     with self._guard:
-                        self._asking -= 1
+                        self._schedule.done(work)
         except BaseException as error:
             self._fail(error)
 
-    def _next(self, number: int, last: Writing | None) -> RemoteFile | Span | None:
-        """What a worker does now: the front of a file before a new file before a range further on."""
+    def _do(self, work: Work, buffer: memoryview) -> RemoteFile | None:
+        if isinstance(work, Batch):
+            self._write_small_files(work, buffer)
+            return None
+        if isinstance(work, Begin):
+            self._begin(work.file, buffer)
+        else:
+            self._fetch(work, buffer)
+        return work.file
+
+    def _next(self, number: int, last: RemoteFile | None) -> Work | None:
+        """Wait for work. None: all of it is done."""
         with self._guard:
             while True:
                 if self._failure is not None:
                     raise TransferCancelledError
-                if number < self._pace.streams and self._asking < self._pace.streams:
-                    work = self._choose(last)
-                    if work is not None:
-                        self._asking += 1
-                        return work
-                if self._is_listed and not self._left:
+                # Workers above the limit rest.
+                if number < self._pace.streams and (work := self._schedule.next(self._pace.streams, last)) is not None:
+                    return work
+                if self._schedule.is_finished:
                     return None
                 self._guard.wait(1.0)
 
-    def _choose(self, last: Writing | None) -> RemoteFile | Span | None:
-        if last is not None and last.gaps and self._is_front(last):
-            return self._take(last)
-        front = next((w for w in self._open if w.gaps and self._is_front(w)), None)
-        if front is not None:
-            return self._take(front)
-        # Who writes small files asks for some at a time, so fewer are enough.
-        if self._waiting and (
-            not self._is_small(self._waiting[0][2])
-            or self._at_small_files * at_once(self._waiting[0][2], self._tuning) < self._pace.streams
-        ):
-            file = self._take_file()
-            self._at_small_files += self._is_small(file)
-            return file
-        longest = max((w for w in self._open if w.gaps), key=gap_bytes, default=None)
-        return None if longest is None else self._take(longest)
-
-    def _take_file(self) -> RemoteFile:
-        size, _, file = heapq.heappop(self._waiting)
-        self._unassigned += size
-        return file
-
-    def _is_small(self, file: RemoteFile) -> bool:
-        """Whether one worker fetches all of it with one request: nobody else needs to know of it before it is done."""
-        is_short = (
-            file.entry.size_bytes <= min(self._tuning.shortest_range_bytes, self._part_bytes)
-            and file.entry.path not in self._donors
-        )
-        return is_short or not file.in_ranges
-
-    def _is_front(self, writing: Writing) -> bool:
-        return not writing.is_hashing and writing.gaps[0][0] == writing.hashed and writing.hashes.is_needed
-
-    def _take(self, writing: Writing) -> Span:
-        is_front = self._is_front(writing)
-        start, end = writing.gaps[0]
-        # As long as there is much to do, ranges are long; near the end each stream's share of what is left.
-        share = self._unassigned // (2 * max(1, self._pace.streams))
-        length = min(self._part_bytes, max(self._tuning.shortest_range_bytes, -(-share // MIB) * MIB))
-        stop = min(end, (start // length + 1) * length)
-        if stop < end:
-            writing.gaps[0] = (stop, end)
-        else:
-            del writing.gaps[0]
-        writing.is_hashing = writing.is_hashing or is_front
-        self._unassigned -= stop - start
-        return Span(writing, start, stop, is_front)
-
-    def _begin(self, file: RemoteFile, buffer: memoryview) -> Writing | None:
-        """Open a file, take over what others have of it, and fetch its first range; the rest is there for all workers."""
+    def _begin(self, file: RemoteFile, buffer: memoryview) -> None:
+        """Open a file, take over what is there of it, and fetch its first range; the rest is there for all workers."""
         self._check()
-        size = file.entry.size_bytes
         if (entry := self._share(file, buffer)) is not None:
             self._finished(file, entry)
-            return None
+            return
         writing = self._create(file)
         fd = writing.fd
+        progress = Progress.of(file, is_hashed=writing.hashes.is_needed)
         try:
             with naming_errors(self._destination, file.entry.path):
-                if size >= self._tuning.shortest_range_bytes:
-                    self._destination.allocate(fd, size)
-                self._adopt(writing, buffer)
+                if file.entry.size_bytes >= self._tuning.shortest_range_bytes:
+                    self._destination.allocate(fd, file.entry.size_bytes)
+                self._adopt(writing, progress, buffer)
         except BaseException:
             with suppress(OSError):
                 os.close(fd)
             raise
         with self._guard:
-            self._open.append(writing)
-            self._unassigned += gap_bytes(writing)
-            span = self._take(writing) if writing.gaps else None
-            if writing.gaps:
-                self._guard.notify_all()
-        if span is not None:
-            self._fetch(span, buffer)
+            self._open[file.entry.path] = writing
+            self._schedule.opened(progress)
+            work = self._schedule.first(file, self._pace.streams)
+            self._guard.notify_all()
+        if work is not None:
+            self._fetch(work, buffer)
         else:
             self._settle(writing)
-        return writing
 
     def _create(self, file: RemoteFile) -> Writing:
         size, promised = file.entry.size_bytes, file.digest
@@ -276,40 +227,31 @@ class Transfer:
         elif size > self._tuning.evidence_bytes:
             promised = self._asked(file)
         hashes = Hashes(self._digest, promised, self._make_checksum)
-        return Writing(file, self._destination.create(file.entry.path), hashes, [(0, size)] if size else [], size)
+        return Writing(file, self._destination.create(file.entry.path), hashes)
 
-    def _write_small_files(self, file: RemoteFile, buffer: memoryview) -> None:
+    def _write_small_files(self, batch: Batch, buffer: memoryview) -> None:
         """
-        Write small files, one after the other, and ask for some before it is their turn: neither side waits then.
+        Write small files, one after the other, and request some before it is their turn: neither side waits then.
         """
-        asked: deque[tuple[RemoteFile, OpenedRange | None]] = deque([(file, None)])
+        opened: deque[OpenedRange | None] = deque([None])
         try:
-            while asked:
-                while len(asked) < at_once(asked[0][0], self._tuning) and (following := self._next_small()) is not None:
-                    asked.append((following, self._ask_ahead(following)))
-                self._write_small(*asked[0], buffer, len(asked))
-                asked.popleft()
-                if asked:
-                    with self._guard:
-                        self._asking -= 1
+            while batch.files:
+                while (following := self._extend(batch)) is not None:
+                    opened.append(self._ask_ahead(following))
+                self._write_small(batch, opened[0], buffer)
+                opened.popleft()
         finally:
-            for _, ahead in asked:
+            for ahead in opened:
                 if ahead is not None:
                     ahead.__exit__(None, None, None)
         with self._guard:
-            self._at_small_files -= 1
-            if self._waiting:
-                self._guard.notify_all()
+            self._guard.notify_all()
 
-    def _next_small(self) -> RemoteFile | None:
+    def _extend(self, batch: Batch) -> RemoteFile | None:
+        if len(batch.files) >= batch.length:
+            return None
         with self._guard:
-            if self._failure is not None or not self._waiting or not self._is_small(self._waiting[0][2]):
-                return None
-            # What else there is to do comes first, and nobody asks for more than the pace allows.
-            if self._asking >= self._pace.streams or any(w.gaps for w in self._open):
-                return None
-            self._asking += 1
-            return self._take_file()
+            return None if self._failure is not None else self._schedule.extend(batch, self._pace.streams)
 
     def _ask_ahead(self, file: RemoteFile) -> OpenedRange | None:
         """If that fails, it will fail once more when it is its turn, and be told or tried again then."""
@@ -320,23 +262,30 @@ class Transfer:
         except StoreError:
             return None
 
-    def _write_small(self, file: RemoteFile, asked: OpenedRange | None, buffer: memoryview, streams: int) -> None:
+    def _write_small(self, batch: Batch, opened: OpenedRange | None, buffer: memoryview) -> None:
         self._check()
-        writing, position, path = self._create(file), 0, file.entry.path
+        file = batch.files[0]
+        writing, position, path, size = self._create(file), 0, file.entry.path, file.entry.size_bytes
         try:
-            for piece in self._pieces(file, 0, writing.unwritten, buffer, asked, streams):
+            for piece in self._pieces(file, 0, size, buffer, opened, len(batch.files)):
                 writing.hashes.update(piece)
                 self._destination.write(writing.fd, piece, position)
                 position += len(piece)
                 self._observer.received(len(piece))
             self._received += position
+            checked = self._compare(writing)
         except BaseException as error:
             with suppress(OSError):
                 os.close(writing.fd)
             if isinstance(error, OSError) and not isinstance(error, StoreError) and error.errno is not None:
                 raise self._destination.failure("writing", path, error) from error
             raise
-        self._end(writing)
+        entry = self._finish(writing, checked)
+        with self._guard:
+            self._done[path] = entry
+            self._schedule.advance(batch)
+            if self._schedule.is_finished:
+                self._guard.notify_all()
 
     def _asked(self, file: RemoteFile) -> str | None:
         """Ask the source for a digest, as patiently as for bytes."""
@@ -348,13 +297,13 @@ class Transfer:
             except SourceUnavailableError as error:
                 self._pause(error, tries)
 
-    def _fetch(self, span: Span, buffer: memoryview) -> None:
-        writing, position, crc = span.of, span.start, 0
-        proves = not span.is_front and writing.hashes.sha256 is not None
-        path = writing.file.entry.path
+    def _fetch(self, work: Range, buffer: memoryview) -> None:
+        path = work.file.entry.path
+        writing, position, crc = self._open[path], work.start, 0
+        proves = not work.is_front and writing.hashes.sha256 is not None
         with naming_errors(self._destination, path):
-            for piece in self._pieces(writing.file, span.start, span.stop, buffer):
-                if span.is_front:
+            for piece in self._pieces(work.file, work.start, work.stop, buffer):
+                if work.is_front:
                     writing.hashes.update(piece)
                 elif proves:
                     crc = zlib.crc32(piece, crc)
@@ -362,42 +311,41 @@ class Transfer:
                 position += len(piece)
                 self._received += len(piece)
                 self._observer.received(len(piece))
-            is_last = writing.unwritten == span.stop - span.start
-            if not is_last:
-                os.fdatasync(writing.fd)
-                token = str(writing.file.entry.token)
-                if span.is_front and writing.hashes.sha256 is not None:
-                    self._destination.note(path, token, 0, span.stop, writing.hashes.so_far(), None)
-                else:
-                    self._destination.note(path, token, span.start, span.stop, None, crc if proves else None)
+            self._note(work, writing, crc if proves else None)
         with self._guard:
-            writing.unwritten -= span.stop - span.start
-            if span.is_front:
-                writing.hashed, writing.is_hashing = span.stop, False
-            elif writing.hashes.is_needed:
-                writing.ready[span.start] = span.stop
+            self._schedule.written(work)
         self._settle(writing)
+
+    def _note(self, work: Range, writing: Writing, crc: int | None) -> None:
+        """Make a range durable and note it, except for the last one of a file, which is finished at once."""
+        with self._guard:
+            if self._schedule.is_last(work):
+                return
+        os.fdatasync(writing.fd)
+        path, token = work.file.entry.path, str(work.file.entry.token)
+        if work.is_front and writing.hashes.sha256 is not None:
+            self._destination.note(path, token, 0, work.stop, writing.hashes.so_far(), None)
+        else:
+            self._destination.note(path, token, work.start, work.stop, None, crc)
 
     def _settle(self, writing: Writing) -> None:
         """Hash what has become the front, and end a file that has all its bytes."""
         with self._guard:
-            is_chased = not writing.is_hashing and writing.hashed in writing.ready
-            is_over = writing.is_over and writing in self._open
-            if is_chased:
-                writing.is_hashing = True
+            due = self._schedule.due(writing.file)
+            if due == "finish":
+                del self._open[writing.file.entry.path]
+            if due == "hash":
                 self._to_chase.append(writing)
                 # One for each processor: more would only take turns.
                 is_new = self._chasing < (os.cpu_count() or 1)
                 self._chasing += is_new
-            elif is_over:
-                self._open.remove(writing)
-            elif writing.gaps:
+            elif due is None:
                 self._guard.notify_all()
-        if is_chased and is_new:
+        if due == "hash" and is_new:
             chaser = threading.Thread(target=self._chase, name=f"kserve-pvc-hash-{len(self._chasers)}", daemon=True)
             self._chasers.append(chaser)
             chaser.start()
-        elif is_over:
+        elif due == "finish":
             self._end(writing)
 
     def _chase(self) -> None:
@@ -418,49 +366,48 @@ class Transfer:
     def _catch_up(self, writing: Writing, buffer: memoryview) -> None:
         while True:
             with self._guard:
-                stop = writing.ready.pop(writing.hashed, None)
-                if stop is None:
-                    writing.is_hashing = False
-                    return
+                unhashed = self._schedule.next_unhashed(writing.file)
+            if unhashed is None:
+                return
+            start, stop = unhashed
             with naming_errors(self._destination, writing.file.entry.path):
-                if not self._read(writing.fd, writing.hashed, stop, buffer, writing.hashes.update):
+                if not self._read(writing.fd, start, stop, buffer, writing.hashes.update):
                     raise OSError(errno.EIO, "a file is shorter than what was written to it")
-            writing.hashed = stop
+            with self._guard:
+                self._schedule.hashed(writing.file, stop)
 
     def _end(self, writing: Writing) -> None:
-        file, size = writing.file, writing.file.entry.size_bytes
         try:
             checked = self._compare(writing)
-        except DigestMismatchError:
-            if writing.is_adopted:
+        except BaseException as error:
+            if writing.is_adopted and isinstance(error, DigestMismatchError):
                 self._start_over(writing)
                 return
             os.close(writing.fd)
             raise
-        except BaseException:
-            os.close(writing.fd)
-            raise
-        self._destination.finish(writing.fd, file.entry.path, size >= self._tuning.shortest_range_bytes)
-        sha256 = writing.hashes.so_far()
-        self._destination.note(file.entry.path, str(file.entry.token), 0, size, sha256, None)
-        self._finished(file, file.entry.with_digests(sha256, checked))
+        self._finished(writing.file, self._finish(writing, checked))
 
-    def _start_over(self, writing: Writing) -> None:
-        """What a dead writer left was as it had noted, and still not what the source has: all of it is fetched."""
-        size = writing.file.entry.size_bytes
-        writing.hashes, writing.is_adopted = writing.hashes.anew(), False
-        writing.gaps, writing.unwritten, writing.hashed = [(0, size)], size, 0
-        with self._guard:
-            self._open.append(writing)
-            self._unassigned += size
-            self._guard.notify_all()
+    def _finish(self, writing: Writing, checked: str | None) -> FileEntry:
+        entry, sha256 = writing.file.entry, writing.hashes.so_far()
+        is_large = entry.size_bytes >= self._tuning.shortest_range_bytes
+        self._destination.finish(writing.fd, entry.path, is_large)
+        self._destination.note(entry.path, str(entry.token), 0, entry.size_bytes, sha256, None)
+        return entry.with_digests(sha256, checked)
 
     def _finished(self, file: RemoteFile, entry: FileEntry) -> None:
         with self._guard:
-            self._done[file.entry.path] = entry
-            self._left -= 1
-            if not self._left:
+            self._done[entry.path] = entry
+            self._schedule.finished(file)
+            if self._schedule.is_finished:
                 self._guard.notify_all()
+
+    def _start_over(self, writing: Writing) -> None:
+        """What a dead writer left was as it had noted, and still not what the source has: all of it is fetched."""
+        writing.hashes, writing.is_adopted = writing.hashes.anew(), False
+        with self._guard:
+            self._open[writing.file.entry.path] = writing
+            self._schedule.opened(Progress.of(writing.file, is_hashed=writing.hashes.is_needed))
+            self._guard.notify_all()
 
     def _compare(self, writing: Writing) -> str | None:
         compared = writing.hashes.compare()
@@ -585,15 +532,15 @@ class Transfer:
                 if note.token == file.entry.token and note.stop <= file.entry.size_bytes:
                     yield donor, note
 
-    def _adopt(self, writing: Writing, buffer: memoryview) -> None:
+    def _adopt(self, writing: Writing, progress: Progress, buffer: memoryview) -> None:
         """Copy what others have of a file, as far as it proves itself; the gaps are left to be fetched."""
         offers = list(self._offers(writing.file))
         # Beginnings first, each from where the one before ended; then what lies further on.
         for donor, note in sorted(offers, key=lambda offer: (offer[1].sha256 is None, offer[1].start, offer[1].stop)):
             is_front = note.sha256 is not None and writing.hashes.sha256 is not None
-            start = writing.hashed if is_front else note.start
+            start = progress.hashed if is_front else note.start
             is_proven = is_front or note.crc32 is not None or self._digest == "none"
-            if not is_proven or note.stop <= start or not is_free(writing.gaps, start, note.stop):
+            if not is_proven or note.stop <= start or not progress.lacks(start, note.stop):
                 continue
             try:
                 with donor.open_file() as source:
@@ -602,8 +549,7 @@ class Transfer:
             except (OSError, ValueError):
                 continue
             writing.is_adopted = True
-            writing.gaps = without(writing.gaps, start, note.stop)
-            writing.unwritten -= note.stop - start
+            progress.add(start, note.stop, is_front=is_front)
             self._observer.adopted(note.stop - start)
 
     def _take_over(
@@ -616,14 +562,11 @@ class Transfer:
             hashes = writing.hashes.copy()
             if not self._read(writing.fd, start, note.stop, buffer, hashes.update) or hashes.so_far() != note.sha256:
                 return False
-            writing.hashes, writing.hashed = hashes, note.stop
-            return True
-        if note.crc32 is not None:
+            writing.hashes = hashes
+        elif note.crc32 is not None:
             crc = CRC32()
             if not self._read(writing.fd, start, note.stop, buffer, crc.update) or crc.value != note.crc32:
                 return False
-        if writing.hashes.is_needed:
-            writing.ready[start] = note.stop
         return True
 
     def _read(self, fd: int, start: int, stop: int, buffer: memoryview, update: Callable[[memoryview], None]) -> bool:
