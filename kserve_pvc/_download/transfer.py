@@ -24,16 +24,15 @@ from pathlib import PurePosixPath
 import attrs
 
 from kserve_pvc._download.adoption import Donor
-from kserve_pvc._download.budget import BUFFER_BYTES, Budget, process_budget
+from kserve_pvc._download.budget import Budget, process_budget
 from kserve_pvc._download.destination import Destination, Observer, TransferCancelledError, naming_errors
-from kserve_pvc._download.hashes import CRC32, Hashes
+from kserve_pvc._download.hashes import CRC32, Chasers, Hashes, Promises, hash_range
 from kserve_pvc._download.pieces import OpenedRange, Tries
 from kserve_pvc._download.schedule import Batch, Begin, Progress, Range, Schedule, Work
 from kserve_pvc._download.streams import StreamLimit
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format.records import FileEntry, PartNote
-from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, SupportsChecksums, SupportsEvidence
-from kserve_pvc._volume.buffers import make_buffer
+from kserve_pvc._source.contract import Backend, RemoteFile, SupportsEvidence
 from kserve_pvc.errors import DigestMismatchError, SourceUnavailableError, StoreError
 
 
@@ -80,9 +79,7 @@ class Transfer:
         self._evidence: Callable[[RemoteFile], str | None] = (
             backend.evidence if isinstance(backend, SupportsEvidence) else lambda file: file.digest
         )
-        self._make_checksum: Callable[[str], Checksum | None] = (
-            backend.checksum if isinstance(backend, SupportsChecksums) else lambda name: None
-        )
+        self._promises = Promises(backend, tuning, request=self._asked, check=self._check)
         self._pace = StreamLimit(tuning.max_workers)
         self._guard = threading.Condition()
         self._schedule = Schedule(tuning, donors)
@@ -92,9 +89,7 @@ class Transfer:
         # For the pace only, so an addition that is lost between threads does not matter.
         self._received, self._waited = 0, 0.0
         self._leave_alone_until = 0.0
-        self._chasers: list[threading.Thread] = []
-        self._to_chase: deque[Writing] = deque()
-        self._chasing = 0
+        self._chasers = Chasers(self._catch_up, self._fail)
 
     def run(self, pages: Iterable[Sequence[RemoteFile]]) -> Mapping[PurePosixPath, FileEntry]:
         """
@@ -121,8 +116,9 @@ class Transfer:
                     break
         except BaseException as error:  # A KeyboardInterrupt too: no worker outlives this call.
             self._fail(error)
-        for thread in (*workers, *self._chasers):  # Only workers start chasers, so these are all.
+        for thread in workers:
             thread.join()
+        self._chasers.join()
         if self._failure is not None:
             for writing in self._open.values():
                 with suppress(OSError):
@@ -145,11 +141,11 @@ class Transfer:
             wanted = self._schedule.workers(self._pace.streams)
             self._guard.notify_all()
         while len(workers) < wanted:
-            worker = threading.Thread(
-                target=self._work, args=(len(workers),), name=f"kserve-pvc-transfer-{len(workers)}", daemon=True
-            )
-            workers.append(worker)
+            number = len(workers)
+            name = f"kserve-pvc-transfer-{number}"
+            worker = threading.Thread(target=self._work, args=(number,), name=name, daemon=True)
             worker.start()
+            workers.append(worker)
 
     def _fail(self, error: BaseException) -> None:
         with self._guard:
@@ -218,15 +214,10 @@ class Transfer:
         if work is not None:
             self._fetch(work, buffer)
         else:
-            self._settle(writing)
+            self._settle(file)
 
     def _create(self, file: RemoteFile) -> Writing:
-        size, promised = file.entry.size_bytes, file.digest
-        if file.entry.sha256:
-            promised = f"sha256:{file.entry.sha256}"
-        elif size > self._tuning.evidence_bytes:
-            promised = self._asked(file)
-        hashes = Hashes(self._digest, promised, self._make_checksum)
+        hashes = self._promises.hashes(file)
         return Writing(file, self._destination.create(file.entry.path), hashes)
 
     def _write_small_files(self, batch: Batch, buffer: memoryview) -> None:
@@ -273,7 +264,7 @@ class Transfer:
                 position += len(piece)
                 self._observer.received(len(piece))
             self._received += position
-            checked = self._compare(writing)
+            checked = self._promises.compare(writing.file, writing.fd, writing.hashes)
         except BaseException as error:
             with suppress(OSError):
                 os.close(writing.fd)
@@ -314,7 +305,7 @@ class Transfer:
             self._note(work, writing, crc if proves else None)
         with self._guard:
             self._schedule.written(work)
-        self._settle(writing)
+        self._settle(work.file)
 
     def _note(self, work: Range, writing: Writing, crc: int | None) -> None:
         """Make a range durable and note it, except for the last one of a file, which is finished at once."""
@@ -328,57 +319,37 @@ class Transfer:
         else:
             self._destination.note(path, token, work.start, work.stop, None, crc)
 
-    def _settle(self, writing: Writing) -> None:
+    def _settle(self, file: RemoteFile) -> None:
         """Hash what has become the front, and end a file that has all its bytes."""
         with self._guard:
-            due = self._schedule.due(writing.file)
+            due = self._schedule.due(file)
             if due == "finish":
-                del self._open[writing.file.entry.path]
-            if due == "hash":
-                self._to_chase.append(writing)
-                # One for each processor: more would only take turns.
-                is_new = self._chasing < (os.cpu_count() or 1)
-                self._chasing += is_new
+                writing = self._open.pop(file.entry.path)
             elif due is None:
                 self._guard.notify_all()
-        if due == "hash" and is_new:
-            chaser = threading.Thread(target=self._chase, name=f"kserve-pvc-hash-{len(self._chasers)}", daemon=True)
-            self._chasers.append(chaser)
-            chaser.start()
+        if due == "hash":
+            self._chasers.add(file)
         elif due == "finish":
             self._end(writing)
 
-    def _chase(self) -> None:
-        """Hash what was written ahead of the front, from the page cache, as long as there is any."""
-        buffer = make_buffer(BUFFER_BYTES // 2)
-        try:
-            while True:
-                with self._guard:
-                    if not self._to_chase:
-                        self._chasing -= 1
-                        return
-                    writing = self._to_chase.popleft()
-                self._catch_up(writing, buffer)
-                self._settle(writing)
-        except BaseException as error:
-            self._fail(error)
-
-    def _catch_up(self, writing: Writing, buffer: memoryview) -> None:
+    def _catch_up(self, file: RemoteFile, buffer: memoryview) -> None:
+        """Hash what was written ahead of the front, as long as there is any."""
+        writing = self._open[file.entry.path]
         while True:
             with self._guard:
-                unhashed = self._schedule.next_unhashed(writing.file)
+                unhashed = self._schedule.next_unhashed(file)
             if unhashed is None:
-                return
-            start, stop = unhashed
-            with naming_errors(self._destination, writing.file.entry.path):
-                if not self._read(writing.fd, start, stop, buffer, writing.hashes.update):
+                break
+            with naming_errors(self._destination, file.entry.path):
+                if not hash_range(writing.fd, *unhashed, buffer, writing.hashes.update, self._check):
                     raise OSError(errno.EIO, "a file is shorter than what was written to it")
             with self._guard:
-                self._schedule.hashed(writing.file, stop)
+                self._schedule.hashed(file, unhashed[1])
+        self._settle(file)
 
     def _end(self, writing: Writing) -> None:
         try:
-            checked = self._compare(writing)
+            checked = self._promises.compare(writing.file, writing.fd, writing.hashes)
         except BaseException as error:
             if writing.is_adopted and isinstance(error, DigestMismatchError):
                 self._start_over(writing)
@@ -408,24 +379,6 @@ class Transfer:
             self._open[writing.file.entry.path] = writing
             self._schedule.opened(Progress.of(writing.file, is_hashed=writing.hashes.is_needed))
             self._guard.notify_all()
-
-    def _compare(self, writing: Writing) -> str | None:
-        compared = writing.hashes.compare()
-        if compared is None:
-            return None
-        promised, found = compared
-        file = writing.file
-        if promised != found and promised == file.digest and not file.entry.sha256:
-            # What looks like an MD5 in a listing is none where the server encrypts: then the source has another word.
-            better = self._asked(file)
-            if better is None:
-                return None
-            hashes = Hashes("sha256", better, self._make_checksum)
-            self._read(writing.fd, 0, file.entry.size_bytes, make_buffer(BUFFER_BYTES), hashes.update)
-            promised, found = hashes.compare() or (better, "nothing that can be compared with it")
-        if promised != found:
-            raise DigestMismatchError(str(file.entry.path), promised, found)
-        return promised
 
     def _pieces(
         self,
@@ -512,7 +465,7 @@ class Transfer:
                     digest = hashlib.sha256()
                     if (
                         not is_whole
-                        or not self._read(fd, 0, note.stop, buffer, digest.update)
+                        or not hash_range(fd, 0, note.stop, buffer, digest.update, self._check)
                         or digest.hexdigest() != note.sha256
                     ):
                         continue
@@ -560,24 +513,16 @@ class Transfer:
             return False
         if is_front:
             hashes = writing.hashes.copy()
-            if not self._read(writing.fd, start, note.stop, buffer, hashes.update) or hashes.so_far() != note.sha256:
+            if (
+                not hash_range(writing.fd, start, note.stop, buffer, hashes.update, self._check)
+                or hashes.so_far() != note.sha256
+            ):
                 return False
             writing.hashes = hashes
         elif note.crc32 is not None:
             crc = CRC32()
-            if not self._read(writing.fd, start, note.stop, buffer, crc.update) or crc.value != note.crc32:
+            if not hash_range(writing.fd, start, note.stop, buffer, crc.update, self._check) or crc.value != note.crc32:
                 return False
-        return True
-
-    def _read(self, fd: int, start: int, stop: int, buffer: memoryview, update: Callable[[memoryview], None]) -> bool:
-        """Feed a range of a file to a digest. False: the file ends before it."""
-        while start < stop:
-            self._check()
-            count = os.preadv(fd, [buffer[: min(len(buffer), stop - start)]], start)
-            if count == 0:
-                return False
-            update(buffer[:count])
-            start += count
         return True
 
     def _check(self) -> None:

@@ -29,11 +29,11 @@ class Tuning:
         retry_seconds: How long a range is retried without a byte of progress before the transfer fails.
         shortest_range_bytes: The least that is worth a request of its own. Towards the end ranges shrink to it, so that
             all streams end together. Smaller files are fetched with one request.
-        tiny_file_bytes: Of the files that are fetched with one request, those up to this size are tiny: more of the work
-            for one needs the interpreter's lock than not, so more workers are slower than more requests of one worker.
-        evidence_bytes: Up to this size an MD5 of the listing is good enough; for larger files the source is requested
-            to name a checksum that is cheaper or more certain.
-        trickle_bytes: A stream that brings less than this within `stall_seconds` is treated as silent.
+        tiny_file_bytes: Of the files that are fetched with one request, those up to this size are tiny: most of the
+            work for one needs the interpreter's lock, so more workers are slower than more requests of one worker.
+        evidence_bytes: Up to this size the MD5 of a listing is good enough. For larger files a digest that is cheaper
+            or more certain is requested from the source.
+        trickle_bytes: A stream that receives less than this within `stall_seconds` is treated as silent.
         retry_attempts: How many tries without a byte of progress, unless the source says when to come back.
         retry_first_seconds: The pause after the first of them, before it is scattered; it doubles from there.
     """
