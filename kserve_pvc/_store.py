@@ -12,21 +12,28 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Unpack
 
 import attrs
 
 from kserve_pvc import _defaults as defaults
+from kserve_pvc._arguments import check_count, check_timeout
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import KEY
 from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._keys.log import LogView, read_log, read_log_of, read_manifest
 from kserve_pvc._model import Model, Status
-from kserve_pvc._opening import check_agreement, check_arguments, check_tuning, create_store, read_store_settings
+from kserve_pvc._opening import (
+    StoreArguments,
+    check_agreement,
+    check_arguments,
+    check_tuning,
+    create_store,
+    read_store_settings,
+)
 from kserve_pvc._process import flight_of, newest_returned, remember_returned, this_process
-from kserve_pvc._source.ref import ModelRef, Patterns, parse_ref
+from kserve_pvc._source.ref import ModelRef, Patterns, Source, parse_ref
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     DamagedRecordError,
     LockTimeoutError,
@@ -55,6 +62,7 @@ if TYPE_CHECKING:
     from kserve_pvc._show.progress import Callback
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._volume.verify import Level, Verification
+    from kserve_pvc._volume.writing import VolumeWriter
 
 
 class ModelStore:
@@ -121,6 +129,8 @@ class ModelStore:
         # The tool that writes exists only here: a read-only store has nothing to write with.
         self._writer: VolumeWriter | None = None
         if mode == "rw":
+            from kserve_pvc._volume.writing import VolumeWriter
+
             self._writer = VolumeWriter(root)
             self._settings = self._settings or create_store(self._writer, locker, lease_seconds)
             # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
@@ -144,7 +154,7 @@ class ModelStore:
         *,
         environ: Mapping[str, str] | None = None,
         annotations: Mapping[str, str] | None = None,
-        **arguments: Any,
+        **arguments: Unpack[StoreArguments],
     ) -> ModelStore:
         """
         Open the store the environment describes: `KSERVE_PVC_STORE`, `KSERVE_PVC_MODE`, or the pod's annotations.
@@ -155,14 +165,19 @@ class ModelStore:
 
         Args:
             root: Instead of `KSERVE_PVC_STORE`, which defaults to `/mnt/models`.
-            arguments: Passed on to `ModelStore`.
+            arguments: Those of `ModelStore`; they take precedence over the environment.
         """
         from kserve_pvc._settings import read_settings
 
         settings = read_settings(environ, annotations)
-        said = {"locker": settings.locker, "lease_seconds": settings.lease_seconds, "offline": settings.offline}
-        chosen = {"mode": settings.mode or "r", **said, **arguments}
-        return cls(settings.store if root is None else root, **chosen)
+        found: StoreArguments = {
+            "mode": settings.mode or "r",
+            "locker": settings.locker,
+            "lease_seconds": settings.lease_seconds,
+            "offline": settings.offline,
+        }
+        found.update(arguments)
+        return cls(settings.store if root is None else root, **found)
 
     @property
     def root(self) -> Path:
@@ -187,7 +202,7 @@ class ModelStore:
 
     def ensure(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -195,7 +210,7 @@ class ModelStore:
         refresh: bool = False,
         force_download: bool = False,
         local_files_only: bool = False,
-        timeout: float = defaults.TIMEOUT,
+        timeout: float | None = defaults.TIMEOUT,
         max_workers: int = defaults.MAX_WORKERS,
         callback: Callback | None = None,
         progress: bool | None = None,
@@ -208,13 +223,14 @@ class ModelStore:
         and all others wait for it, and take over from what it wrote if it dies.
 
         Args:
-            uri: As KServe spells it, such as `s3://bucket/path`.
+            uri: As KServe spells it, such as `s3://bucket/path`; an absolute path; or a `ModelRef` or `Model`, which
+                have revision and patterns in themselves.
             revision: Which version of the source; what it means is the back end's (an S3 VersionId, …).
             refresh: Ask the source, and fetch a newer version beside the old one; files that have not changed are
                 linked or copied once their digest is proven.
             force_download: Fetch even if it is present, into a new directory, taking nothing from complete models.
             local_files_only: Never use the network.
-            timeout: Seconds to wait for another downloader; `math.inf` waits for ever.
+            timeout: Seconds to wait for another downloader; None waits without limit.
             max_workers: The most streams at the same time; how many are worth while is found out on the way.
             callback: Told the size and every step in bytes, as fsspec does it.
             progress: None shows bars on a terminal and lines elsewhere, False nothing.
@@ -229,8 +245,9 @@ class ModelStore:
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The source failed.
             DigestMismatchError, UnsafePathError, PolicyError: What the source offers is not acceptable.
         """
-        _check_timeout(timeout)
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        timeout = check_timeout(timeout)
+        check_count("max_workers", max_workers)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         return self._asking_with(storage_options)._ensure(
             ref,
             listen=partial(_listen, progress, callback),
@@ -323,7 +340,7 @@ class ModelStore:
         executor: Executor | None = None,
         *,
         refresh: bool = False,
-        timeout: float = defaults.TIMEOUT,
+        timeout: float | None = defaults.TIMEOUT,
         max_workers: int = defaults.MAX_WORKERS,
         callback: Callback | None = None,
         progress: bool | None = None,
@@ -355,7 +372,8 @@ class ModelStore:
         """
         from kserve_pvc._download.warm import warm
 
-        _check_timeout(timeout)
+        timeout = check_timeout(timeout)
+        check_count("max_workers", max_workers)
         how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
         ensure = partial(self._asking_with(storage_options)._ensure, **how, timeout=timeout, max_workers=max_workers)
         return warm(
@@ -380,7 +398,7 @@ class ModelStore:
 
     def get(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -393,15 +411,17 @@ class ModelStore:
             ModelNotFoundError: It is absent.
             DamagedRecordError: Its newest record is damaged; also a `ModelNotFoundError` and a `StoreFormatError`.
         """
+        return self._get(_ref(uri, revision, allow_patterns, ignore_patterns))
+
+    def _get(self, ref: ModelRef) -> Model:
         started = time.monotonic()
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         view = self._look(ref)
         entry = _present(view)
         if entry is None:
             raise self._absent(ref, view)
         return self._model(entry, "present", started)
 
-    def __contains__(self, uri: str) -> bool:
+    def __contains__(self, uri: Source) -> bool:
         return _present(self._look(parse_ref(uri))) is not None
 
     def list(self) -> list[Model]:
@@ -413,7 +433,7 @@ class ModelStore:
 
     def resolve(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -429,12 +449,12 @@ class ModelStore:
         Raises:
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, UnsafePathError: As `ensure`.
         """
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         return self._asking_with(storage_options)._resolve(ref)
 
     def plan(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -453,7 +473,7 @@ class ModelStore:
         """
         from kserve_pvc._download.plan import plan_download, plan_nothing
 
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         entry = _present(self._look(ref))
         resolved = None if entry is not None and not refresh else self._asking_with(storage_options)._resolve(ref)
         if entry is not None and (resolved is None or resolved.version == entry.version):
@@ -465,7 +485,7 @@ class ModelStore:
 
     def verify(
         self,
-        uri: str,
+        uri: Source,
         level: Level = "size",
         *,
         revision: str | None = None,
@@ -480,7 +500,7 @@ class ModelStore:
         Raises:
             ModelNotFoundError: It is absent.
         """
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         view = self._look(ref)
         if view.entry is None and view.damage is None:
             raise self._absent(ref, view)
@@ -499,7 +519,7 @@ class ModelStore:
         from kserve_pvc._volume.verify import Problem, Verification, compare
 
         if level not in ("size", "full"):
-            raise SettingsError("level", str(level), "write `size` or `full`")
+            raise SettingsError("level", str(level), "use `size` or `full`")
         entry = _present(view)
         try:
             if entry is None:
@@ -523,7 +543,7 @@ class ModelStore:
 
     def remove(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -542,7 +562,8 @@ class ModelStore:
             ModelInUseError: Somebody reads or downloads it; it is there as before, unless somebody else removes it too.
             ReadOnlyStoreError: The store may only be read.
         """
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
+        check_timeout(trash_seconds, "trash_seconds")
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
         from kserve_pvc._keys.aliases import settle_view_quietly
@@ -558,7 +579,7 @@ class ModelStore:
     def alias(
         self,
         name: str,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -567,8 +588,7 @@ class ModelStore:
         """
         Give a model that is present a name under which a pod can mount it: `names/<name>` in the volume.
 
-        The name follows the model: a newer version is mounted under it by containers that start later, and never
-            changes
+        The name follows the model: containers that start later mount a newer version under it, and nothing changes
         under one that runs. It is decoration, which the store never consults. It stays when the model is removed, and
         leads nowhere until the model is there again.
 
@@ -580,12 +600,11 @@ class ModelStore:
         """
         from kserve_pvc._keys.aliases import check_alias, point_alias
 
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         check_alias(name)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"name `{ref}`", _HOW_TO_WRITE)
-        model = self.get(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        point_alias(self._writer, name, model.key)
+        point_alias(self._writer, name, self._get(ref).key)
 
     def drop_alias(self, name: str) -> None:
         """
@@ -612,7 +631,7 @@ class ModelStore:
 
     def export(
         self,
-        uri: str,
+        uri: Source,
         file: str | os.PathLike[str] | BinaryIO,
         *,
         revision: str | None = None,
@@ -642,12 +661,10 @@ class ModelStore:
         from kserve_pvc._archive.export import export_bundle
         from kserve_pvc._show.progress import make_listener
 
-        selection: Mapping[str, Any] = {
-            "revision": revision,
-            "allow_patterns": allow_patterns,
-            "ignore_patterns": ignore_patterns,
-        }
-        with self.open(uri, **selection) as model, make_listener(progress, callback) as listener:
+        with (
+            self.open(_ref(uri, revision, allow_patterns, ignore_patterns)) as model,
+            make_listener(progress, callback) as listener,
+        ):
             place = layout.generation_dir(model.key, model.path.name)
             manifest = manifest_of(model._entry, model.record.files)
             return export_bundle(
@@ -659,7 +676,7 @@ class ModelStore:
         file: str | os.PathLike[str],
         *,
         sha256: str | None = None,
-        timeout: float = defaults.TIMEOUT,
+        timeout: float | None = defaults.TIMEOUT,
         callback: Callback | None = None,
         progress: bool | None = None,
     ) -> Model:
@@ -681,7 +698,7 @@ class ModelStore:
             LockTimeoutError, InsufficientSpaceError: As `ensure`.
         """
         started = time.monotonic()
-        _check_timeout(timeout)
+        timeout = check_timeout(timeout)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"import `{os.fspath(file)}`", _HOW_TO_WRITE)
         from kserve_pvc._archive.bundle import open_bundle
@@ -702,7 +719,7 @@ class ModelStore:
     @contextmanager
     def open(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -717,8 +734,9 @@ class ModelStore:
         Raises:
             ModelNotFoundError: It is absent.
         """
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         while True:
-            model = self.get(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+            model = self._get(ref)
             if self._writer is None or self._settings is None:
                 yield model
                 return
@@ -735,14 +753,14 @@ class ModelStore:
                     yield model
                     return
 
-    def doctor(self, *, peer: str | None = None, timeout: float = defaults.DOCTOR_TIMEOUT) -> Diagnosis:
+    def doctor(self, *, peer: str | None = None, timeout: float | None = defaults.DOCTOR_TIMEOUT) -> Diagnosis:
         """
         Examine the volume: what it is and can do, how fast it is, what should be changed. A read-only store only looks.
 
         Args:
             peer: A name, under which a doctor on another node is waited for that is given the same:
                 `store.doctor(peer="a")` there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
-            timeout: Seconds to wait for it.
+            timeout: Seconds to wait for it; None waits without limit.
 
         Raises:
             ReadOnlyStoreError: A peer was asked for, and the store may only be read.
@@ -750,7 +768,7 @@ class ModelStore:
         """
         from kserve_pvc._doctor.doctor import diagnose
 
-        _check_timeout(timeout)
+        timeout = check_timeout(timeout)
         return diagnose(self.root, writes=self._writer is not None, holder=this_process(), peer=peer, timeout=timeout)
 
     def locks(self) -> Sequence[LockInfo]:
@@ -763,7 +781,7 @@ class ModelStore:
 
     def break_lock(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -778,7 +796,7 @@ class ModelStore:
         Raises:
             ReadOnlyStoreError: The store may only be read.
         """
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         if self._writer is None or self._settings is None:
             raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
         from kserve_pvc._keys.claims import break_claim
@@ -903,10 +921,9 @@ def _offline(ref: ModelRef) -> PolicyError:
     )
 
 
+def _ref(uri: Source, revision: str | None, allow_patterns: Patterns, ignore_patterns: Patterns) -> ModelRef:
+    return parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+
+
 def _present(view: LogView) -> LogEntry | None:
     return view.entry if view.entry is not None and view.entry.is_present else None
-
-
-def _check_timeout(timeout: float) -> None:
-    if not timeout >= 0:
-        raise SettingsError("timeout", str(timeout), "write a number of seconds, 0 or more")

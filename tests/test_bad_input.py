@@ -203,7 +203,7 @@ def test_an_endpoint_that_nobody_listens_at_is_given_up(scene):
     options = {"endpoint_url": f"http://127.0.0.1:{closed_port()}", "key": CANARY, "secret": CANARY}
     before = scene.state()
 
-    with pytest.raises(SourceUnavailableError, match="check endpoint and network, then call again") as caught:
+    with pytest.raises(SourceUnavailableError, match="check the endpoint and the network, then retry") as caught:
         scene.writer(storage_options=options).ensure(f"s3://{BUCKET}/model", progress=False)
 
     assert (options["endpoint_url"] in str(caught.value), CANARY in str(caught.value)) == (True, False)
@@ -355,7 +355,8 @@ def test_a_source_that_lies_about_a_digest_publishes_nothing(scene):
     fake = FakeBackend({"a": b"right"}, sent={"a": b"wrong"}, sha256={"a": "0" * 64})
 
     with pytest.raises(
-        DigestMismatchError, match=r"`a` should be `sha256:0{64}` but is `sha256:[0-9a-f]{64}`; nothing was published"
+        DigestMismatchError,
+        match=r"`a` does not match: expected `sha256:0{64}`, got `sha256:[0-9a-f]{64}`; nothing was published",
     ):
         scene.writer(backends={"fake": fake.factory}).ensure("fake://anywhere/model", progress=False)
 

@@ -248,7 +248,7 @@ def test_plan_says_what_ensure_would_do(root, uri):
     )
     assert (absent["seconds"], absent["fits"], planned) == (None, True, [])
     assert (present["action"], present["bytes_to_fetch"], present["version"]) == ("nothing", 0, absent["version"])
-    assert "would fetch 684.6 KiB of 684.6 KiB in 4 files" in before[1].stdout
+    assert "would download 684.6 KiB of 684.6 KiB in 4 files" in before[1].stdout
     assert after[1].stdout == f"nothing to do: {uri} is present (684.6 KiB)\n"
 
 
@@ -361,7 +361,7 @@ def test_locks_show_who_downloads(root, downloading):
     head, row = plain.stdout.splitlines()
     assert {"URI", "STATE", "HOLDER", "SINCE", "AGE", "PROGRESS"} <= set(head.split())
     assert [word for word in (uri, " held ", holder, " of 684.6 KiB") if word not in row] == []
-    assert plain.stderr == "kserve-pvc: 1 claim not given back\n"
+    assert plain.stderr == "kserve-pvc: 1 claim held or left behind\n"
 
 
 def test_breaking_a_claim_lets_another_download(root, downloading, proxy, s3_env):

@@ -20,7 +20,7 @@ from volumes import MOUNTS, NETWORK, CannotStartError, SharedVolume, fresh_root
 from waiting import until
 
 from kserve_pvc import Diagnosis, LockTest, ModelStore, PeerReport, Profile, Race, ReadOnlyStoreError, SettingsError
-from kserve_pvc._doctor import peer as meeting
+from kserve_pvc._doctor import exchange
 from kserve_pvc._doctor.diagnosis import Speed, judge
 from kserve_pvc._doctor.doctor import diagnose, sweep
 from kserve_pvc._doctor.peer import beating, new_directory
@@ -64,8 +64,8 @@ PEER = PeerReport(
     deleted_after=0.0,
     gone_after=0.0,
     beat_after=0.5,
-    races={what: Race(rounds=40, contested=20, both_won=0, nobody_won=0, supported=True) for what in meeting.RACED},
-    locks={kind: [LockTest(held="granted", second="refused", after_release="granted")] * 2 for kind in meeting.LOCKS},
+    races={what: Race(rounds=40, contested=20, both_won=0, nobody_won=0, supported=True) for what in exchange.RACED},
+    locks={kind: [LockTest(held="granted", second="refused", after_release="granted")] * 2 for kind in exchange.LOCKS},
     step="done",
 )
 WELL = Diagnosis(
@@ -290,7 +290,7 @@ def test_a_directory_that_is_none_is_an_error(tmp_path, make, said):
     result = shell.kserve_pvc(tmp_path, "doctor", str(place))
 
     assert (result.returncode, result.stdout) == (1, "")
-    assert f"`{place}` cannot be a store: {said}" in result.stderr
+    assert f"cannot use `{place}` as a store: {said}" in result.stderr
     assert not place.is_dir()
 
 
@@ -458,7 +458,7 @@ def test_what_strangers_plant_harms_nobody(root, tmp_path, plant):
 
 
 LIES = [
-    {"races": {what: [["x"]] for what in meeting.RACED}},
+    {"races": {what: [["x"]] for what in exchange.RACED}},
     {"races": None, "start": 9e10, "lock": None},
     {"races": [], "start": 1e300, "lock": ["granted"]},
     {"races": {"mkdir": [[1.0, 2.0, 7]] * 3}, "start": float("nan"), "lock": "never"},
@@ -470,24 +470,24 @@ def test_a_peer_that_lies_ends_no_doctor(root, lie, monkeypatch):
     """
     Whatever the other one answers in each step, the doctor ends and reports something printable.
     """
-    monkeypatch.setattr(meeting, "_WATCHED", 0.1)
-    monkeypatch.setattr(meeting, "_SILENCE", 0.1)
-    monkeypatch.setattr(meeting, "_LONGEST_LOOK", 0.2)
-    monkeypatch.setattr(meeting, "ROUNDS", 3)
+    monkeypatch.setattr(exchange, "_WATCHED", 0.1)
+    monkeypatch.setattr(exchange, "_SILENCE", 0.1)
+    monkeypatch.setattr(exchange, "_LONGEST_LOOK", 0.2)
+    monkeypatch.setattr(exchange, "ROUNDS", 3)
     answers = iter(range(10**6))
 
-    def hear(pair: meeting._Meeting) -> Message:
+    def hear(pair: exchange.Exchange) -> Message:
         return Message(
             to=pair._own.name, step=pair._step, written=float(next(answers)), seen=1e10, answer=json.dumps(lie)
         )
 
-    monkeypatch.setattr(meeting._Meeting, "_await", hear)
+    monkeypatch.setattr(exchange.Exchange, "_await", hear)
     # The other one is the first by its name, and so the one that proposes when to begin.
     writer, own, other = VolumeWriter(root), new_directory(), layout.DOCTOR / "000000000001-0123456789abcdef"
     writer.make_directory(other)
     writer.make_directory(own)
     with open_scratch(writer, own) as scratch:
-        report = meeting._Meeting(writer, scratch, own, other, HELLO, HELLO).run()
+        report = exchange.Exchange(writer, scratch, own, other, HELLO, HELLO).run()
     diagnosis = attrs.evolve(WELL, peer=report)
 
     assert report.is_done
@@ -622,7 +622,7 @@ def test_a_name_with_two_winners_is_counted(root):
     """
     writer, own, other = VolumeWriter(root), new_directory(), new_directory()
     with open_scratch(writer, own) as scratch:
-        pair = meeting._Meeting(writer, scratch, own, other, HELLO, HELLO)
+        pair = exchange.Exchange(writer, scratch, own, other, HELLO, HELLO)
         pair._clock_ahead = 100.0
         mine = [[1.0, 2.0, 1.0], [3.0, 4.0, 1.0], [5.0, 6.0, 0.0], [7.0, 8.0, 0.0]]
         theirs = [[101.5, 102.5, 1.0], [104.5, 105.5, 1.0], [105.5, 105.6, 0.0], [109.0, 110.0, 1.0]]

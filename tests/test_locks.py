@@ -280,3 +280,23 @@ def test_debris_in_place_of_a_claim_shows_no_life(root, debris):
         False,
     )
     assert find_live_downloader(writer, KEY, lease_seconds=0.2) is None
+
+
+def test_a_file_is_locked_where_no_temporary_file_can_be_written(tmp_path):
+    """
+    Without a directory for temporary files, which portalocker wants at import, `flock` still excludes.
+    """
+    program = f"""
+import os, tempfile
+tempfile._candidate_tempdir_list = lambda: []
+from kserve_pvc.locks.flock import grab_file
+opened = lambda: os.open({str(tmp_path / "lock")!r}, os.O_RDWR | os.O_CREAT)
+release = grab_file(opened)
+held = grab_file(opened)
+release()
+print(callable(release), held, callable(grab_file(opened)), tempfile.tempdir)
+"""
+
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert result.stdout.split() == ["True", "None", "True", "None"]

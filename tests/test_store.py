@@ -680,7 +680,7 @@ def test_verify_refuses_what_it_does_not_know(root, present):
 
     with pytest.raises(ModelNotFoundError):
         store.verify("s3://bucket/absent")
-    with pytest.raises(SettingsError, match="write `size` or `full`"):
+    with pytest.raises(SettingsError, match="use `size` or `full`"):
         store.verify(present.uri, "deep")
 
 

@@ -674,13 +674,13 @@ def test_the_first_failure_in_the_list_is_the_exit_code(root, uris, tmp_path, wo
         "error": document[1]["error"],
     }
     assert (document[2]["key"], "canary" in result.stdout + result.stderr) == (None, False)
-    assert sum("SourceNotFound" in line or "nothing to fetch" in line for line in result.stderr.splitlines()) == 1
+    assert sum("SourceNotFound" in line or "nothing found" in line for line in result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "lines", "told"),
     [
-        ((), (), "name URIs"),
+        ((), (), "name at least one URI"),
         (("-f", "CATALOGUE"), ('{"uri": "canary',), "line 1"),
         (("-f", "CATALOGUE"), ("# a comment", '{"url": "canary"}'), "line 2"),
         (("-f", "/nowhere/catalogue.txt"), (), "/nowhere/catalogue.txt"),

@@ -13,7 +13,7 @@ import attrs
 
 from kserve_pvc._format.file_names import check_name, fold
 from kserve_pvc._source.contract import UnpackLimits
-from kserve_pvc.errors import DigestMismatchError, PolicyError, StoreError, UnsafePathError
+from kserve_pvc.errors import DamagedArchiveError, PolicyError, StoreError, UnsafePathError
 
 PIECE_BYTES = 256 * 1024
 # So much may come out of however small an archive: not worth a question about its ratio.
@@ -174,9 +174,7 @@ def translating(archive: str) -> Iterator[None]:
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
         # Whatever a library says to bytes that somebody else has chosen.
-        raise DigestMismatchError(
-            archive, "a whole archive", f"damaged ({str(error)[:200] or type(error).__name__})"
-        ) from error
+        raise DamagedArchiveError(archive, str(error)[:200] or type(error).__name__) from error
 
 
 def read_pieces(stream: MeteredStream, archive: str) -> Iterator[bytes]:

@@ -1,9 +1,9 @@
 """
 `kserve-pvc`: the store from a shell, an init container or a Job.
 
-The last line of stdout is what a script wants (a directory, or one JSON document); everything a person reads goes to
-stderr. Exit codes: 0 done, 1 failed or verification found differences, 2 usage, 3 not in the store, 4 read-only,
-5 waited too long, 6 not enough space, 7 source missing, denied or unreachable, 8 refused by policy.
+The last line of stdout is for scripts (a directory, or one JSON document); everything for people goes to stderr.
+Exit codes: 0 done, 1 failed or verification found differences, 2 usage, 3 not in the store, 4 read-only, 5 waited too
+long, 6 not enough space, 7 source missing, denied or unreachable, 8 refused by policy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-# As in `_store`, what `path` does not need is imported by the verb that does.
 from kserve_pvc._cli.output import fail, say
 from kserve_pvc._cli.parser import VERBS, make_parser
 from kserve_pvc._cli.verbs import run_initializer, selection
@@ -23,9 +22,9 @@ from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._store import ModelStore
 from kserve_pvc.errors import StoreError
 
-# Verbs that write are the wish to write, unless the environment or the pod's annotation forbids it.
+# A verb that writes is itself the request to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm")
-_STORELESS = ("doctor", "initialize", "kserve", "webhook")
+_STORELESS = ("completion", "doctor", "initialize", "kserve", "webhook")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,18 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "initialize" and not {"-h", "--help"} & set(argv):
-        return run_initializer(argv[1:])  # With arguments and exit codes of KServe's, which know nothing of ours.
+        return run_initializer(argv[1:])  # Arguments and exit codes are KServe's, not ours.
     arguments = make_parser(argv[0] if argv and argv[0] in VERBS else None).parse_args(argv)
-    # A pod that is deleted gets SIGTERM first: unwinding gives the claim back, so that nobody waits out its lease.
+    # A pod that is deleted gets SIGTERM first: unwinding releases the claim, so that no process waits out its lease.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        # A verb that is not about a store gets none, as opening one may make it.
+        # A verb that is not about a store gets none, since opening one may create it.
         store = () if arguments.verb in _STORELESS else (_open(arguments),)
         code = int(arguments.run(*store, arguments))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read our output has gone, as in `kserve-pvc ls | head -1`; Python would complain once more at exit.
+        # The reader of our output has exited, as in `kserve-pvc ls | head -1`; Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except StoreError as error:
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _open(arguments: argparse.Namespace) -> ModelStore:
     settings = read_settings()
     if getattr(arguments, "uri", None) is not None:
-        parse_ref(arguments.uri, **selection(arguments))  # What means nothing is refused before the store is made.
+        parse_ref(arguments.uri, **selection(arguments))  # An invalid URI is refused before a store is created.
     return ModelStore(
         arguments.store or settings.store,
         mode=(settings.mode or "rw") if _writes(arguments, is_offline=bool(settings.offline)) else "r",
@@ -69,7 +68,9 @@ def _open(arguments: argparse.Namespace) -> ModelStore:
 
 
 def _writes(arguments: argparse.Namespace, *, is_offline: bool) -> bool:
-    """Whether a verb may write. Opening read-write makes the store, and what is bound to be refused leaves nothing on the volume."""
+    """
+    Tell whether a verb may write. Opening read-write creates the store, so what will be refused must not get that far.
+    """
     if arguments.verb in ("ensure", "warm") and (is_offline or getattr(arguments, "local_files_only", False)):
         return False
     if arguments.verb == "warm" and not (arguments.uris or arguments.file):

@@ -17,13 +17,16 @@ from kserve_pvc._model import Model
 from kserve_pvc._source.ref import redact
 from kserve_pvc.errors import StoreError, printable
 
-# As in `_store`, what `path` does not need is imported by the verb that does.
+# As in `_store`, what `path` does not need is imported by the verb that uses it.
 if TYPE_CHECKING:
     from kserve_pvc._download.warm import Warmed
     from kserve_pvc._volume.verify import Verification
 
 
 def fail(error: StoreError, *, as_json: bool, verbose: bool) -> int:
+    """
+    Print an error and return its exit code.
+    """
     print_error(error, "", verbose=verbose)
     if as_json:
         print_json({"error": _failure(error)})
@@ -34,7 +37,7 @@ def print_error(error: Exception, about: str, *, verbose: bool) -> None:
     if verbose and isinstance(error, StoreError):
         import traceback
 
-        # Only our own errors: the text of a foreign one may hold a signed URL.
+        # Without the chain: the message of a foreign error may contain a signed URL.
         sys.stderr.writelines(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
     else:
         say(f"{about}{_reason(error)}")
@@ -49,7 +52,7 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    # The text of a foreign error may hold a signed URL.
+    # The message of a foreign error may contain a signed URL.
     return str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {redact(str(error))}"
 
 
@@ -84,7 +87,9 @@ def print_model(arguments: argparse.Namespace, model: Model) -> None:
 
 
 def format_age(seconds: float) -> str:
-    """Hours, minutes and seconds since, by this node's clock. A clock that is behind the holder's shows nothing below zero."""
+    """
+    Format seconds as `h:mm:ss`. The age is by this node's clock, so a negative one means clock skew and is shown as 0.
+    """
     minutes, rest = divmod(int(max(seconds, 0)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
@@ -98,7 +103,9 @@ def describe_identity(model: Model) -> dict[str, Any]:
 
 
 def describe_model(model: Model) -> str:
-    """The URI, and what else was asked for if anything: two models may differ in nothing but that."""
+    """
+    Return the URI with its revision and patterns, in which alone two models may differ.
+    """
     parts = [model.uri]
     parts += [f"at {model.revision}"] if model.revision else []
     parts += [f"only {' '.join(model.allow_patterns)}"] if model.allow_patterns else []
@@ -125,7 +132,8 @@ def describe_verification(report: Verification) -> dict[str, Any]:
 def print_verification(report: Verification) -> None:
     from kserve_pvc._show.units import count, format_bytes
 
-    checked = f"{count(report.files, 'file')}, {format_bytes(report.bytes)}, {'digests' if report.level == 'full' else 'sizes'}"
+    level = "digests" if report.level == "full" else "sizes"
+    checked = f"{count(report.files, 'file')}, {format_bytes(report.bytes)}, {level}"
     print(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
     for problem in report.problems:
         print(f"     {problem.kind}: {printable(problem.path)}: {printable(problem.detail)}")
@@ -154,4 +162,7 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def say(text: str) -> None:
+    """
+    Print a line for a person, on stderr.
+    """
     print(f"kserve-pvc: {text}", file=sys.stderr)

@@ -17,6 +17,7 @@ from kserve_pvc import _defaults as defaults
 from kserve_pvc._cli.output import say
 from kserve_pvc._cli.verbs import (
     alias,
+    completion,
     doctor,
     ensure,
     export,
@@ -37,7 +38,7 @@ from kserve_pvc._cli.verbs import (
 
 class _Parser(argparse.ArgumentParser):
     """
-    Says what is wrong as this command says everything, and asks for the width of the terminal only to show help.
+    An argument parser that reports errors as this command does, and measures the terminal only to show help.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -59,7 +60,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """Parse every verb, or just one of them: argparse takes longer to learn them all than a hit takes."""
+    """
+    Make a parser for every verb, or for just one: building all of them takes longer than a hit in the store.
+    """
     parser = _Parser(prog="kserve-pvc", description="A shared volume as a correct model store.")
     parser.add_argument("--version", action="version", version=f"kserve-pvc {__version__}")
     _add_common(parser, defaults=True)
@@ -76,9 +79,9 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
 def _add_ensure(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument(
-        "--refresh", action="store_true", help="ask the source, and fetch a newer version beside the old one"
+        "--refresh", action="store_true", help="check the source, and fetch a newer version beside the old one"
     )
-    parser.add_argument("--force-download", action="store_true", help="fetch even if it is present")
+    parser.add_argument("--force-download", action="store_true", help="download even if the model is present")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
     _add_patience(parser)
 
@@ -89,10 +92,14 @@ def _add_patience(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=defaults.TIMEOUT,
         metavar="SECONDS",
-        help="wait that long for another downloader",
+        help="how long to wait for another downloader (default: %(default)g)",
     )
     parser.add_argument(
-        "--max-workers", type=int, default=defaults.MAX_WORKERS, metavar="N", help="most streams at the same time"
+        "--max-workers",
+        type=int,
+        default=defaults.MAX_WORKERS,
+        metavar="N",
+        help="maximum number of parallel streams (default: %(default)d)",
     )
 
 
@@ -103,31 +110,37 @@ def _add_warm(parser: argparse.ArgumentParser) -> None:
         "--file",
         action="append",
         metavar="FILE",
-        help="a model a line, as a URI or a JSON object; `-` is standard input",
+        help="read models from FILE, one a line, as a URI or a JSON object; `-` is standard input",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="models at the same time")
     parser.add_argument(
-        "--refresh", action="store_true", help="ask the sources, and fetch newer versions beside the old ones"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of models downloaded in parallel (default: %(default)d)",
+    )
+    parser.add_argument(
+        "--refresh", action="store_true", help="check the sources, and fetch newer versions beside the old ones"
     )
     _add_patience(parser)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--refresh", action="store_true", help="as if `ensure --refresh` were meant")
+    parser.add_argument("--refresh", action="store_true", help="plan for `ensure --refresh`")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, optional=True)
     parser.add_argument("--all", action="store_true", help="verify every model")
-    parser.add_argument(
-        "--full", action="store_true", help="read every byte and compare digests, instead of sizes only"
-    )
+    parser.add_argument("--full", action="store_true", help="read every byte and compare digests, not only sizes")
 
 
 def _add_rm(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--now", action="store_true", help="empty the trash at once, under readers that hold no lease")
+    parser.add_argument(
+        "--now", action="store_true", help="delete the files at once; readers without a lease lose them"
+    )
 
 
 def _add_locks(parser: argparse.ArgumentParser) -> None:
@@ -137,45 +150,49 @@ def _add_locks(parser: argparse.ArgumentParser) -> None:
         dest="break_claim",
         action="append",
         metavar="URI",
-        help="let another process download; safe at any time",
+        help="release the claim on a model, so that another process may download it; safe at any time",
     )
 
 
 def _add_alias(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", metavar="NAME", nargs="?", help="a name that a pod can mount: `names/NAME` in the volume"
+        "name", metavar="NAME", nargs="?", help="name that a pod can mount, as `names/NAME` on the volume"
     )
     parser.add_argument(
-        "uri", metavar="URI", nargs="?", help="the model, which is present; without any arguments all names are listed"
+        "uri", metavar="URI", nargs="?", help="a model that is present; without arguments, all names are listed"
     )
-    parser.add_argument("--drop", metavar="NAME", help="take a name away; the model stays")
+    parser.add_argument("--drop", metavar="NAME", help="remove a name; the model stays")
     _add_selection(parser)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("file", metavar="FILE", help="where to write the bundle; `-` is standard output")
+    parser.add_argument("file", metavar="FILE", help="file to write the bundle to; `-` is standard output")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a bundle that `export` wrote")
-    parser.add_argument("--sha256", metavar="HEX", help="accept only the bundle whose digest `export` told")
+    parser.add_argument("--sha256", metavar="HEX", help="expected digest, as printed by `export`")
     parser.add_argument(
         "--timeout",
         type=float,
         default=defaults.TIMEOUT,
         metavar="SECONDS",
-        help="wait that long for another downloader",
+        help="how long to wait for another downloader (default: %(default)g)",
     )
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", nargs="?", help="what to examine, a store or not (else the store)")
+    parser.add_argument("directory", metavar="DIR", nargs="?", help="directory to examine (default: the store)")
     parser.add_argument(
-        "--peer", metavar="NAME", help="test a second node too, on which the same is started with the same name"
+        "--peer", metavar="NAME", help="test with a second node, where the same command runs with the same NAME"
     )
     parser.add_argument(
-        "--timeout", type=float, default=defaults.DOCTOR_TIMEOUT, metavar="SECONDS", help="wait that long for it"
+        "--timeout",
+        type=float,
+        default=defaults.DOCTOR_TIMEOUT,
+        metavar="SECONDS",
+        help="how long to wait for the peer (default: %(default)g)",
     )
 
 
@@ -189,15 +206,15 @@ def _add_kserve(parser: argparse.ArgumentParser) -> None:
         "--file",
         default="-",
         metavar="FILE",
-        help="the manifests, of which all others are passed on; `-` is standard input",
+        help="manifests to read; those that are not InferenceServices pass unchanged (default: standard input)",
     )
     patch.add_argument("--claim", metavar="NAME", help="the PersistentVolumeClaim")
     patch.add_argument(
-        "--sub-path", metavar="DIR", help="the directory of the claim that the server sees; else all of it"
+        "--sub-path", metavar="DIR", help="directory of the claim that the server sees (default: all of it)"
     )
     mode = patch.add_mutually_exclusive_group()
-    mode.add_argument("--read-write", action="store_true", help="let the server write")
-    mode.add_argument("--read-only", action="store_true", help="do not let it, whatever its annotation says now")
+    mode.add_argument("--read-write", action="store_true", help="mount read-write")
+    mode.add_argument("--read-only", action="store_true", help="mount read-only, overriding the annotation")
 
 
 def _add_initialize(parser: argparse.ArgumentParser) -> None:
@@ -205,39 +222,53 @@ def _add_initialize(parser: argparse.ArgumentParser) -> None:
         "pairs",
         metavar="SRC DEST",
         nargs="*",
-        help="a source and the directory that it goes to; settings are variables",
+        help="source and the directory to fill; configured by environment variables",
     )
 
 
 def _add_webhook(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", required=True, metavar="FILE", help="who may use which claim, and how")
     parser.add_argument(
-        "--tls-cert", required=True, metavar="FILE", help="the certificate, with its chain; read again when it changes"
+        "--policy", required=True, metavar="FILE", help="policy that says which pods may use which claims, and how"
     )
-    parser.add_argument("--tls-key", required=True, metavar="FILE", help="its private key")
-    parser.add_argument("--host", default="0.0.0.0", metavar="ADDRESS", help="where to listen")
     parser.add_argument(
-        "--port", type=int, default=8443, metavar="N", help="where to listen; 0 takes a free one and says which"
+        "--tls-cert", required=True, metavar="FILE", help="certificate with its chain; reloaded when it changes"
+    )
+    parser.add_argument("--tls-key", required=True, metavar="FILE", help="private key of the certificate")
+    parser.add_argument(
+        "--host", default="0.0.0.0", metavar="ADDRESS", help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=8443,
+        metavar="N",
+        help="port to listen on; 0 picks a free one and prints it (default: %(default)d)",
     )
     parser.add_argument(
         "--reload-seconds",
         type=float,
         default=5.0,
         metavar="SECONDS",
-        help="how often to look whether the files have changed",
+        help="interval between checks for changed files (default: %(default)g)",
     )
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="`bash`, `zsh` or `fish`")
+    # The script is about every verb, and only this one was made for the call.
+    parser.set_defaults(make_parser=make_parser)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
     # Accepted before and after the verb; only the first place has defaults, or the second would undo the first.
     missing = None if defaults else argparse.SUPPRESS
     parser.add_argument(
-        "--store", metavar="DIR", default=missing, help="the store (else KSERVE_PVC_STORE, else /mnt/models)"
+        "--store", metavar="DIR", default=missing, help="store directory (default: KSERVE_PVC_STORE, else /mnt/models)"
     )
     for names, text in (
         (("--json",), "print one JSON document"),
-        (("-q", "--quiet"), "no progress and no summaries"),
-        (("-v", "--verbose"), "show where an error was raised"),
+        (("-q", "--quiet"), "print neither progress nor summaries"),
+        (("-v", "--verbose"), "print the traceback of an error"),
     ):
         parser.add_argument(*names, action="store_true", default=False if defaults else argparse.SUPPRESS, help=text)
 
@@ -248,27 +279,30 @@ def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="which version of the source")
-    parser.add_argument("--allow", action="append", metavar="PATTERN", help="only files that match; may be repeated")
-    parser.add_argument("--ignore", action="append", metavar="PATTERN", help="no files that match; may be repeated")
+    parser.add_argument("--revision", help="version of the source, such as a commit or a VersionId")
+    parser.add_argument(
+        "--allow", action="append", metavar="PATTERN", help="download only files that match; may be repeated"
+    )
+    parser.add_argument("--ignore", action="append", metavar="PATTERN", help="skip files that match; may be repeated")
 
 
 # What each verb runs, which arguments it takes besides the common ones, and what it does.
 VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser], None], str]] = {
     "ensure": (ensure, _add_ensure, "print the directory of a model, downloading it if it is absent"),
-    "warm": (warm, _add_warm, "make sure of several models, downloading those that are absent"),
+    "warm": (warm, _add_warm, "download several models, skipping those that are present"),
     "path": (path, _add_model, "print the directory of a model that is present"),
     "ls": (ls, lambda _: None, "list the models"),
-    "info": (info, _add_model, "show what is known about a model"),
+    "info": (info, _add_model, "show the record of a model"),
     "plan": (plan, _add_plan, "show what `ensure` would do"),
     "verify": (verify, _add_verify, "compare models with their records"),
-    "rm": (rm, _add_rm, "remove a model, or what is left of an unfinished download"),
+    "rm": (rm, _add_rm, "remove a model, or the leftovers of an unfinished download"),
     "alias": (alias, _add_alias, "give a model a name that a pod can mount, or list the names"),
-    "export": (export, _add_export, "write a model as one file, to import it where there is no network"),
-    "import": (import_, _add_import, "take over a model from a file that `export` wrote, and print its directory"),
-    "locks": (locks, _add_locks, "show who is downloading"),
-    "doctor": (doctor, _add_doctor, "say what a volume is and can do, and what should be changed"),
+    "export": (export, _add_export, "write a model into one file, for machines without a network"),
+    "import": (import_, _add_import, "add a model from a file that `export` wrote, and print its directory"),
+    "locks": (locks, _add_locks, "show which processes are downloading"),
+    "doctor": (doctor, _add_doctor, "examine a volume: what it supports, and what should be changed"),
     "initialize": (initialize, _add_initialize, "fill directories as KServe's storage initializer does"),
     "kserve": (kserve_patch, _add_kserve, "share a claim between the replicas of an InferenceService"),
-    "webhook": (webhook, _add_webhook, "give pods the claims that a policy grants, as an admission webhook"),
+    "webhook": (webhook, _add_webhook, "serve an admission webhook that mounts claims as a policy allows"),
+    "completion": (completion, _add_completion, "print a script that completes this command in a shell"),
 }

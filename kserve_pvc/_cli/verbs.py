@@ -35,9 +35,9 @@ from kserve_pvc._cli.output import (
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
 from kserve_pvc._store import ModelStore
-from kserve_pvc.errors import SettingsError, printable
+from kserve_pvc.errors import InvalidFileError, SettingsError, printable
 
-# As in `_store`, what `path` does not need is imported by the verb that does.
+# As in `_store`, what `path` does not need is imported by the verb that uses it.
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -56,19 +56,14 @@ def ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
         max_workers=arguments.max_workers,
         progress=False if arguments.quiet else None,
     )
-    document = {**describe_identity(model), "status": model.status, "size_bytes": model.size_bytes}
-    print_result(
-        arguments,
-        {**document, "bytes_fetched": model.bytes_fetched, "seconds": round(model.seconds, 3)},
-        str(model.path),
-    )
+    print_model(arguments, model)
     return 0
 
 
 def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
     items = [*arguments.uris, *(item for name in arguments.file or () for item in _read_catalogue(name))]
     if not items and not arguments.file:
-        say("warm: name URIs, or a file of them with `-f`")
+        say("warm: name at least one URI, or a file of URIs with `-f`")
         return 2
     if arguments.workers < 1:
         raise SettingsError("--workers", str(arguments.workers), "write 1 or more")
@@ -84,7 +79,9 @@ def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def _warm_all(store: ModelStore, items: Iterable[Item], arguments: argparse.Namespace) -> list[Warmed]:
-    """Warm all, telling of each as it is done, and leave nothing behind that runs."""
+    """
+    Warm all models, report each as it finishes, and leave nothing running.
+    """
     done = []
     with _threads(arguments.workers) as executor:
         results = store.warm(
@@ -100,7 +97,7 @@ def _warm_all(store: ModelStore, items: Iterable[Item], arguments: argparse.Name
                 done.append(warmed)
                 show_warmed(warmed, arguments)
         except BaseException as error:
-            # Wherever this thread was when it was interrupted: the others stop, and give their claims back.
+            # Wherever this thread was interrupted, the others stop and release their claims.
             results.throw(error)
     return done
 
@@ -114,24 +111,26 @@ def _threads(workers: int) -> AbstractContextManager[ThreadPoolExecutor | None]:
 
 
 def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
-    """One model a line: its URI, or an object as `warm` takes it. Neither blank lines nor lines that begin with `#` count."""
-    from kserve_pvc._download.warm import wanted
+    """
+    Read a catalogue: one model a line, as a URI or a JSON object. Blank lines and `#` comments are skipped.
+    """
+    from kserve_pvc._download.warm import normalize_item
 
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+        raise InvalidFileError(name, "cannot be read", str(error.strerror)) from error
     except UnicodeDecodeError as error:
-        raise SettingsError("--file", name, "it must be text in UTF-8") from error
+        raise InvalidFileError(name, "cannot be read", "it is not text in UTF-8") from error
     for number, line in enumerate(map(str.strip, lines), 1):
         if line.startswith("{"):
             place = f"{name}, line {number}"
             try:
                 item = json.loads(line)
             except ValueError:  # Without the line, which may hold a secret.
-                raise SettingsError(place, "no JSON object", 'write `{"uri": "…"}` in one line') from None
-            yield wanted(item, place)
+                raise InvalidFileError(place, "invalid JSON", 'use `{"uri": "…"}` in one line') from None
+            yield normalize_item(item, place)
         elif line and not line.startswith("#"):
             yield line
 
@@ -205,11 +204,10 @@ def plan(store: ModelStore, arguments: argparse.Namespace) -> int:
         print(f"nothing to do: {printable(plan.uri)} is present ({format_bytes(plan.size_bytes)})")
         return 0
     seconds = "at an unknown rate" if plan.seconds is None else f"in about {plan.seconds:.0f} s"
-    print(
-        f"would fetch {format_bytes(plan.bytes_to_fetch)} of {format_bytes(plan.size_bytes)} in {count(plan.files, 'file')} {seconds}"
-    )
-    print(f"would take over {format_bytes(plan.bytes_reusable)} that is there already")
-    print(f"{format_bytes(plan.free_bytes)} are free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
+    size = f"{format_bytes(plan.size_bytes)} in {count(plan.files, 'file')}"
+    print(f"would download {format_bytes(plan.bytes_to_fetch)} of {size} {seconds}")
+    print(f"would reuse {format_bytes(plan.bytes_reusable)} that is on the volume")
+    print(f"{format_bytes(plan.free_bytes)} free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
     return 0
 
 
@@ -256,9 +254,7 @@ def export(store: ModelStore, arguments: argparse.Namespace) -> int:
 
     to_stdout = arguments.file == "-"
     if to_stdout and (arguments.json or sys.stdout.isatty()):
-        say(
-            "export: standard output is the bundle, so it can be neither a terminal nor `--json`; redirect it, or name a file"
-        )
+        say("export: with `-` the bundle goes to standard output; redirect it, leave out `--json`, or name a file")
         return 2
     file = sys.stdout.buffer if to_stdout else arguments.file
     exported = store.export(arguments.uri, file, **selection(arguments), progress=False if arguments.quiet else None)
@@ -266,15 +262,14 @@ def export(store: ModelStore, arguments: argparse.Namespace) -> int:
         print_json(attrs.asdict(exported))
     elif not arguments.quiet:
         size = f"{count(exported.files, 'file')}, {format_bytes(exported.size_bytes)}"
-        say(
-            f"{printable(exported.file)} holds {printable(exported.uri)}: {size}; check it with `import --sha256 {exported.sha256}`"
-        )
+        say(f"wrote {printable(exported.uri)} to {printable(exported.file)}: {size}")
+        say(f"verify it on the other side with `import --sha256 {exported.sha256}`")
     return 0
 
 
 def import_(store: ModelStore, arguments: argparse.Namespace) -> int:
     if arguments.file == "-":
-        say("import: a bundle is read from any place in it, which a pipe cannot do; write it to a file first")
+        say("import: a bundle needs random access, which a pipe does not have; write it to a file first")
         return 2
     quiet = False if arguments.quiet else None
     model = store.import_(arguments.file, sha256=arguments.sha256, timeout=arguments.timeout, progress=quiet)
@@ -305,7 +300,7 @@ def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
     ]
     print_table(("URI", "KEY", "STATE", "HOLDER", "SINCE", "AGE", "PROGRESS"), rows)
     if not arguments.quiet:
-        say(f"{count(len(locks), 'claim')} not given back")
+        say(f"{count(len(locks), 'claim')} held or left behind")
     return 0
 
 
@@ -317,9 +312,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     if not arguments.timeout >= 0:
         raise SettingsError("--timeout", str(arguments.timeout), "write a number of seconds, 0 or more")
     if arguments.peer is not None and not arguments.quiet:
-        say(
-            f"waiting up to {arguments.timeout:.0f} s for `kserve-pvc doctor DIR --peer {printable(arguments.peer)}` on another node"
-        )
+        command = f"kserve-pvc doctor DIR --peer {printable(arguments.peer)}"
+        say(f"waiting up to {arguments.timeout:.0f} s for `{command}` on another node")
     diagnosis = diagnose(
         arguments.directory or arguments.store or settings.store,
         writes=settings.mode != "r",
@@ -356,7 +350,7 @@ def _read_input(name: str) -> bytes:
     try:
         return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+        raise InvalidFileError(name, "cannot be read", str(error.strerror)) from error
 
 
 def webhook(arguments: argparse.Namespace) -> int:
@@ -370,6 +364,13 @@ def webhook(arguments: argparse.Namespace) -> int:
         port=arguments.port,
         reload_seconds=arguments.reload_seconds,
     )
+    return 0
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    from kserve_pvc._cli.completion import make_script
+
+    print(make_script(arguments.make_parser(), arguments.shell))
     return 0
 
 

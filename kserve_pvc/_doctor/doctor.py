@@ -19,7 +19,8 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._doctor.diagnosis import Diagnosis, Finding, Level, Speed, judge
-from kserve_pvc._doctor.peer import BEAT_LEASE, DIRECTORY, beating, check_meeting, meet, new_directory, read_beat
+from kserve_pvc._doctor.exchange import read_beat
+from kserve_pvc._doctor.peer import BEAT_LEASE, DIRECTORY, beating, check_meeting, meet, new_directory
 from kserve_pvc._doctor.reports import PeerReport
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode
@@ -262,8 +263,10 @@ def _read_all(scratch: Scratch, flags: int, size: int) -> float:
 
 def _failed(what: str, error: StoreError) -> Finding:
     if isinstance(error, ReadOnlyStoreError):
-        rule, remedy = "a process that downloads writes here", error.remedy
-        return Finding(what="not-writable", level="change", measured=f"cannot {error.wish}", rule=rule, remedy=remedy)
+        rule, remedy = "a process that downloads writes here", error.hint
+        return Finding(
+            what="not-writable", level="change", measured=f"cannot {error.operation}", rule=rule, remedy=remedy
+        )
     if isinstance(error, InsufficientSpaceError):
         measured = f"a write did not fit, and {format_bytes(error.free_bytes)} are said to be free"
         remedy = "remove a model with `kserve-pvc rm`, or enlarge the volume or its quota"

@@ -14,6 +14,7 @@ from kserve_pvc._format.codec import integer, text
 from kserve_pvc._format.log_entry import Holder, to_holder
 from kserve_pvc._volume.profile import LockAnswer
 
+MAX_MESSAGE_BYTES = 64 * 1024
 FARTHEST = 1e11  # Seconds since 1970 that a clock may show.
 
 

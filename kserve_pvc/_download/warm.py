@@ -4,16 +4,17 @@ Many models, each fetched once and each with a result of its own, whatever becom
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
 from kserve_pvc._show.events import Event, Listener
-from kserve_pvc._source.ref import ModelRef, parse_ref
+from kserve_pvc._source.ref import ModelRef, Source, parse_ref
 from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError
 
 if TYPE_CHECKING:
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from kserve_pvc._model import Model
     from kserve_pvc._show.progress import Callback
 
-Item = str | ModelRef | Mapping[str, Any]
+Item = Source | Mapping[str, Any]
 Listen = Callable[[], AbstractContextManager[Listener]]
 
 _WORDS = ("uri", "revision", "allow_patterns", "ignore_patterns")
-_HOW_TO_NAME = "write a URI, a `ModelRef`, or a mapping with `uri` and, if need be, `revision`, `allow_patterns` and `ignore_patterns`"
+_HOW_TO_NAME = (
+    "use a URI, an absolute path, a `ModelRef`, or a mapping "
+    "with `uri` and, if need be, `revision`, `allow_patterns` and `ignore_patterns`"
+)
 
 
 class Ensure(Protocol):
@@ -38,27 +42,53 @@ class Ensure(Protocol):
 
 
 @attrs.frozen(kw_only=True)
-class Warmed:
+class WarmedModel:
     """
-    What became of one model that was to be there: the model, or why it is not there.
+    A model that `warm` was to bring into the store, and that is there.
 
     Args:
         index: Which of the items named it, from 0; the first one, if several did.
-        ref: What was asked for; None if that means nothing.
-        error: Usually a `StoreError`; whatever a foreign back end or the executor raised instead of one.
+        seconds: How long it took, without the time until its turn came.
+    """
+
+    index: int
+    uri: str
+    ref: ModelRef
+    model: Model
+    error: None = attrs.field(default=None, init=False)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> Literal[True]:
+        return True
+
+
+@attrs.frozen(kw_only=True)
+class FailedModel:
+    """
+    A model that `warm` was to bring into the store, and that is not there.
+
+    Args:
+        index: Which of the items named it, from 0; the first one, if several did.
+        ref: What was requested; None if the item is invalid.
+        error: Usually a `StoreError`; whatever a foreign backend or the executor raised instead of one.
         seconds: How long it took, without the time until its turn came.
     """
 
     index: int
     uri: str
     ref: ModelRef | None = None
-    model: Model | None = None
-    error: Exception | None = None
+    model: None = attrs.field(default=None, init=False)
+    error: Exception
     seconds: float = 0.0
 
     @property
-    def ok(self) -> bool:
-        return self.model is not None
+    def ok(self) -> Literal[False]:
+        return False
+
+
+# A type checker that sees `if result.error is None` or `if result.ok` knows that `result.model` is a `Model`.
+Warmed = WarmedModel | FailedModel
 
 
 class StoppedError(Exception):
@@ -93,26 +123,23 @@ def warm(
             type(executor).__name__,
             "give a `concurrent.futures.Executor`, such as a `ThreadPoolExecutor(4)`",
         )
-    if isinstance(items, str | ModelRef | Mapping):
+    if isinstance(items, str | os.PathLike | ModelRef | Mapping):
         raise SettingsError("items", type(items).__name__, "give several: a list of URIs")
-    refused, asked = _sorted_out([wanted(item, f"items[{index}]") for index, item in enumerate(items)])
+    refused, asked = _sorted_out([normalize_item(item, f"items[{index}]") for index, item in enumerate(items)])
     listen = _Listening(progress, callback, is_one_of_many=executor is not None)
     tasks = [_Task(index, ref, ensure, listen) for ref, index in asked.items()]
     return _results(refused, tasks, executor, listen.stopped, remember)
 
 
-def wanted(item: object, name: str) -> dict[str, Any]:
+def normalize_item(item: object, name: str) -> dict[str, Any]:
     """
     Take one item apart into the arguments of `ensure` that choose a model.
 
     Args:
         name: What to call it in an error. The item itself may hold a secret.
     """
-    if isinstance(item, str):
+    if isinstance(item, str | os.PathLike | ModelRef):
         return {"uri": item}
-    if isinstance(item, ModelRef):
-        signed = item.uri if item.query is None else f"{item.uri}?{item.query}"
-        return {**{word: getattr(item, word) for word in _WORDS}, "uri": signed}
     if not isinstance(item, Mapping):
         raise SettingsError(name, f"of type {type(item).__name__}", _HOW_TO_NAME)
     if "uri" not in item or set(item) - set(_WORDS):
@@ -120,19 +147,19 @@ def wanted(item: object, name: str) -> dict[str, Any]:
     return dict(item)
 
 
-def _sorted_out(wishes: Sequence[Mapping[str, Any]]) -> tuple[list[Warmed], dict[ModelRef, int]]:
+def _sorted_out(wishes: Sequence[Mapping[str, Any]]) -> tuple[list[FailedModel], dict[ModelRef, int]]:
     """What means nothing and will not be tried, and every model that is asked for, with its place in the list."""
-    refused: list[Warmed] = []
+    refused: list[FailedModel] = []
     asked: dict[ModelRef, int] = {}
     for index, wish in enumerate(wishes):
         try:
             asked.setdefault(parse_ref(**wish), index)
         except (InvalidURIError, PolicyError) as error:
-            refused.append(Warmed(index=index, uri=_shown(wish["uri"]), error=error))
+            refused.append(FailedModel(index=index, uri=_shown(wish["uri"]), error=error))
     return refused, asked
 
 
-def _shown(uri: str) -> str:
+def _shown(uri: Source) -> str:
     try:
         return parse_ref(uri).uri
     except InvalidURIError as error:
@@ -185,7 +212,7 @@ def _outcome(future: Future[Warmed], task: _Task) -> Warmed:
     except SettingsError:
         raise  # Not the model failed but the call: it cannot be made in other processes.
     except Exception as error:  # A process that was killed, or an executor that was shut down.
-        return Warmed(index=task.index, uri=task.ref.uri, ref=task.ref, error=error)
+        return FailedModel(index=task.index, uri=task.ref.uri, ref=task.ref, error=error)
 
 
 class _Task:
@@ -201,13 +228,13 @@ class _Task:
 
     def __call__(self) -> Warmed:
         started = time.monotonic()
-        model, failure = None, None
         try:
             model = self._ensure(self.ref, listen=self._listen)
-        except Exception as error:  # A foreign back end may raise anything; the others are to be fetched all the same.
-            failure = error
+        except Exception as error:  # A foreign backend may raise anything; the others are to be fetched all the same.
+            seconds = time.monotonic() - started
+            return FailedModel(index=self.index, uri=self.ref.uri, ref=self.ref, error=error, seconds=seconds)
         seconds = time.monotonic() - started
-        return Warmed(index=self.index, uri=self.ref.uri, ref=self.ref, model=model, error=failure, seconds=seconds)
+        return WarmedModel(index=self.index, uri=self.ref.uri, ref=self.ref, model=model, seconds=seconds)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Only an executor of processes asks for this, and would tell what cannot be sent in the words of pickle.

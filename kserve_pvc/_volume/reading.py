@@ -139,7 +139,7 @@ class Volume:
             raise self.failure("listing", place, error) from error
 
     def _listed(self, place: PurePosixPath) -> list[str]:
-        fd = self._open_directory(place)
+        fd = self.open_directory(place)
         try:
             return sorted(os.listdir(fd))
         finally:
@@ -161,7 +161,7 @@ class Volume:
             UnsafePathError: The directory itself is a link.
         """
         try:
-            fd = self._open_directory(place)
+            fd = self.open_directory(place)
             try:
                 yield from self._walk(fd, PurePosixPath())
             finally:
@@ -207,13 +207,13 @@ class Volume:
 
     @contextmanager
     def open_parent(self, place: PurePosixPath) -> Iterator[int]:
-        fd = self._open_directory(place.parent)
+        fd = self.open_directory(place.parent)
         try:
             yield fd
         finally:
             os.close(fd)
 
-    def _open_directory(self, place: PurePosixPath) -> int:
+    def open_directory(self, place: PurePosixPath) -> int:
         fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in place.parts:
             try:
@@ -242,11 +242,11 @@ class Volume:
             return InsufficientSpaceError(str(self.root), 0, self.free_bytes())
         is_read = operation in ("reading", "listing")
         if error.errno == errno.EROFS:
-            remedy = "its volume is mounted read-only; mount it read-write for the process that downloads"
-            return ReadOnlyStoreError(str(self.root), f"write `{place}`", remedy)
+            hint = "its volume is mounted read-only; mount it read-write for the process that downloads"
+            return ReadOnlyStoreError(str(self.root), f"write `{place}`", hint)
         if error.errno in _NO_PERMISSION and not is_read:
-            remedy = f"{self._who_may('write')}; set `fsGroup`, or give the group write permission"
-            return ReadOnlyStoreError(str(self.root), f"write `{place}`", remedy)
+            hint = f"{self._who_may('write')}; set `fsGroup`, or give the group write permission"
+            return ReadOnlyStoreError(str(self.root), f"write `{place}`", hint)
         reason = os.strerror(error.errno or errno.EIO)
         if error.errno in _NO_PERMISSION:
             reason = f"{self._who_may('read')}; set `fsGroup`, or give the group read permission"

@@ -223,7 +223,7 @@ class VolumeWriter(Volume):
         Make every directory of a tree durable, deepest first, then the ones above it up to the root.
         """
         with self.translated("syncing", place):
-            fd = self._open_directory(place)
+            fd = self.open_directory(place)
             try:
                 sync_below(fd)
             finally:
@@ -232,7 +232,7 @@ class VolumeWriter(Volume):
 
     def _sync_above(self, place: PurePosixPath) -> None:
         for above in place.parents:
-            fd = self._open_directory(above)
+            fd = self.open_directory(above)
             try:
                 sync_directory(fd)
             finally:

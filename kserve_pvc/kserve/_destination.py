@@ -121,7 +121,7 @@ class _Plan:
     paths: tuple[str, ...] = attrs.field(converter=_checked)
 
 
-class Destination(VolumeWriter):
+class Destination:
     """
     The directory itself, which is made if it is missing.
 
@@ -131,8 +131,19 @@ class Destination(VolumeWriter):
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
         _make(Path(place))
-        super().__init__(place)
-        self.file_mode = 0o644 | (self._directory_mode & 0o020)
+        self._writer = VolumeWriter(place)
+        # The server may run as any user.
+        self._writer.file_mode = 0o644 | (self._writer.file_mode & 0o020)
+
+    @property
+    def root(self) -> Path:
+        return self._writer.root
+
+    def absolute(self, place: PurePosixPath) -> Path:
+        """
+        Return the path of something in the directory.
+        """
+        return self._writer.absolute(place)
 
     def record(self) -> Contents | None:
         """
@@ -146,7 +157,7 @@ class Destination(VolumeWriter):
 
     def _is_there(self, file: FileEntry) -> bool:
         try:
-            with self.open_parent(file.path) as parent:
+            with self._writer.open_parent(file.path) as parent:
                 found = os.stat(file.path.name, dir_fd=parent, follow_symlinks=False)
         except (OSError, UnsafePathError):
             return False
@@ -162,7 +173,7 @@ class Destination(VolumeWriter):
     def _read(self, cls: type[_T], place: PurePosixPath) -> _T | None:
         # One that is damaged counts as none: then everything is put there anew.
         try:
-            data = self.read(place, MAX_MANIFEST_BYTES)
+            data = self._writer.read(place, MAX_MANIFEST_BYTES)
             return None if data is None else decode(cls, data, str(self.absolute(place)))
         except StoreFormatError:
             return None
@@ -183,7 +194,7 @@ class Destination(VolumeWriter):
 
     def _grabbed(self, stack: ExitStack, patience: float) -> bool:
         """Whether the kernel's lock is held, which ends with its holder. False if there is none to be had, or no answer in time."""
-        lock = ExternalLock(partial(grab_file, partial(self.open_shared, _LOCK)))
+        lock = ExternalLock(partial(grab_file, partial(self._writer.open_shared, _LOCK)))
         stack.callback(lock.release)
         answer = lock.try_acquire(patience, unanswered=None)
         if answer is False:
@@ -192,7 +203,7 @@ class Destination(VolumeWriter):
 
     @contextmanager
     def _claimed(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:
-        self.make_directory(OURS)
+        self._writer.make_directory(OURS)
         claims = VolumeWriter(self.absolute(OURS))
         if (other := find_live_downloader(claims, _KEY, lease_seconds=lease_seconds)) is not None:
             raise self._taken(other)
@@ -238,7 +249,7 @@ class Destination(VolumeWriter):
         for file in contents.files:
             check()
             bring(file)
-        with self.translated("syncing", PurePosixPath()):
+        with self._writer.translated("syncing", PurePosixPath()):
             self._sync_directories(wanted)
         check()
         self._put(_RECORD, encode(contents))
@@ -249,6 +260,19 @@ class Destination(VolumeWriter):
         """
         for place in (_PLAN, _NEXT, WORK):
             self.drop(place)
+
+    def make_work(self) -> Path:
+        """
+        Make the directory in which models are prepared, and return its path.
+        """
+        self._writer.make_directory(WORK)
+        return self.absolute(WORK)
+
+    def begun(self) -> set[str]:
+        """
+        Return the keys of the models that an earlier call began to prepare.
+        """
+        return set(self._writer.list_names(WORK / layout.KEYS))
 
     def _known(self) -> set[PurePosixPath]:
         """Every file that an earlier call has put here, or may have."""
@@ -261,14 +285,14 @@ class Destination(VolumeWriter):
         # First what may be here from now on, then that the old record holds no longer.
         self._put(_PLAN, encode(_Plan(paths=tuple(map(str, sorted(paths))))))
         self.drop(_RECORD)
-        with self.translated("syncing", OURS):
+        with self._writer.translated("syncing", OURS):
             self._sync_directory(OURS)
 
     def _put(self, place: PurePosixPath, data: bytes) -> None:
         self.drop(_NEXT)
-        self.write_private(_NEXT, data)
+        self._writer.write_private(_NEXT, data)
         self._rename(_NEXT, place)
-        with self.translated("syncing", place):
+        with self._writer.translated("syncing", place):
             self._sync_directory(place.parent)
 
     def drop(self, place: PurePosixPath) -> None:
@@ -277,16 +301,20 @@ class Destination(VolumeWriter):
         """
         if place.parts[0] != OURS.name or len(place.parts) < 2:
             raise UnsafePathError(str(place), "only what the initializer has made is deleted")
-        with self.translated("deleting", place), suppress(FileNotFoundError), self.open_parent(place) as parent:
+        with (
+            self._writer.translated("deleting", place),
+            suppress(FileNotFoundError),
+            self._writer.open_parent(place) as parent,
+        ):
             delete_tree(parent, place.name)
 
     def _remove(self, path: PurePosixPath) -> None:
         """Remove a file that an earlier call has put here, and the directories that become empty."""
-        with self.translated("removing", path), suppress(FileNotFoundError, UnsafePathError):
-            with self.open_parent(path) as parent, suppress(IsADirectoryError):
+        with self._writer.translated("removing", path), suppress(FileNotFoundError, UnsafePathError):
+            with self._writer.open_parent(path) as parent, suppress(IsADirectoryError):
                 os.unlink(path.name, dir_fd=parent)
             for above in path.parents[:-1]:
-                with self.open_parent(above) as parent:
+                with self._writer.open_parent(above) as parent:
                     try:
                         os.rmdir(above.name, dir_fd=parent)
                     except OSError:
@@ -300,8 +328,8 @@ class Destination(VolumeWriter):
             False if it is not there any more and what lies in its place is not it either.
         """
         try:
-            with self.open_file(source) as fd:
-                self.set_open_mode(fd, self.file_mode)
+            with self._writer.open_file(source) as fd:
+                self._writer.set_open_mode(fd, self._writer.file_mode)
         except FileNotFoundError:
             return self._is_moved(file)
         self._rename(source, file.path)
@@ -309,7 +337,7 @@ class Destination(VolumeWriter):
 
     def _is_moved(self, file: FileEntry) -> bool:
         try:
-            with self.open_file(file.path) as fd:
+            with self._writer.open_file(file.path) as fd:
                 return os.fstat(fd).st_size == file.size_bytes and (file.sha256 is None or _digest(fd) == file.sha256)
         except (FileNotFoundError, UnsafePathError):
             return False
@@ -323,7 +351,7 @@ class Destination(VolumeWriter):
         """
         self.drop(_NEXT)
         for way in ways:
-            with self.translated(f"making a {way} of `{source}`", file.path):
+            with self._writer.translated(f"making a {way} of `{source}`", file.path):
                 if self._take(source, file, way):
                     self._rename(_NEXT, file.path)
                     return way
@@ -332,7 +360,7 @@ class Destination(VolumeWriter):
         raise VolumeError(str(self.absolute(file.path)), f"taking it from `{source}`", reason)
 
     def _take(self, source: Path, file: FileEntry, way: Way) -> bool:
-        self.make_directory(OURS)
+        self._writer.make_directory(OURS)
         if way == "symlink":
             place = self.absolute(file.path).parent
             return self._made(lambda parent: os.symlink(os.path.relpath(source, place), _NEXT.name, dir_fd=parent))
@@ -342,7 +370,7 @@ class Destination(VolumeWriter):
 
     def _made(self, make: Callable[[int], None]) -> bool:
         try:
-            with self.open_parent(_NEXT) as parent:
+            with self._writer.open_parent(_NEXT) as parent:
                 make(parent)
         except OSError as error:
             if error.errno not in _CANNOT:
@@ -353,7 +381,7 @@ class Destination(VolumeWriter):
     def _copy(self, source: Path, file: FileEntry, *, is_clone: bool) -> bool:
         read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            written = self.create(_NEXT)
+            written = self._writer.create(_NEXT)
             try:
                 if is_clone and not _clone(read, written):
                     return False
@@ -370,10 +398,10 @@ class Destination(VolumeWriter):
         return True
 
     def _rename(self, source: PurePosixPath, path: PurePosixPath) -> None:
-        with self.translated("renaming", path):
-            fd = self.ensure_directory(path.parent)
+        with self._writer.translated("renaming", path):
+            fd = self._writer.ensure_directory(path.parent)
             try:
-                with self.open_parent(source) as parent:
+                with self._writer.open_parent(source) as parent:
                     _rename_into(parent, source.name, fd, path)
             finally:
                 os.close(fd)
@@ -383,7 +411,7 @@ class Destination(VolumeWriter):
             self._sync_directory(directory)
 
     def _sync_directory(self, place: PurePosixPath) -> None:
-        fd = self._open_directory(place)
+        fd = self._writer.open_directory(place)
         try:
             with suppress(OSError):  # Some volumes refuse to; then there is nothing to be done.
                 os.fsync(fd)

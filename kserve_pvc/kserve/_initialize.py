@@ -317,13 +317,11 @@ def _download(destination: Destination, wanted: Sequence[Wanted], variables: Var
     if _begun(destination) - {key for one in wanted for key in one.keys}:
         destination.drop(WORK)  # Somebody was killed over another source; nobody goes on with it, and it takes up room.
     try:
-        destination.make_directory(WORK)
-        store = _open(destination.absolute(WORK), variables)
+        store = _open(destination.make_work(), variables)
     except StoreFormatError:
         # Nothing but a broken volume or somebody else damages this; and it is of no use to anybody.
         destination.drop(WORK)
-        destination.make_directory(WORK)
-        store = _open(destination.absolute(WORK), variables)
+        store = _open(destination.make_work(), variables)
     models = [_ensure(store, one, variables) for one in wanted]
     try:
         _check_digest(models, variables)
@@ -336,7 +334,7 @@ def _download(destination: Destination, wanted: Sequence[Wanted], variables: Var
 def _begun(destination: Destination) -> set[str]:
     """The keys of what an earlier run began and did not end."""
     try:
-        return set(destination.list_names(WORK / layout.KEYS))
+        return destination.begun()
     except StoreError:
         return set()
 

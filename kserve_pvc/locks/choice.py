@@ -55,8 +55,9 @@ def parse_locker(text: str) -> Choice:
     scheme, separator, rest = text.partition("://")
     if scheme.lower() in ("redis", "rediss") and separator:
         if "@" in rest or "?" in rest:
-            remedy = "give user and password as KSERVE_PVC_REDIS_USERNAME and KSERVE_PVC_REDIS_PASSWORD; everybody can read this setting"
-            raise SettingsError("locker", f"{scheme}://…", remedy)
+            variables = "KSERVE_PVC_REDIS_USERNAME and KSERVE_PVC_REDIS_PASSWORD"
+            hint = f"pass user and password in {variables}, since every tenant of the volume can read this setting"
+            raise SettingsError("locker", f"{scheme}://…", hint)
         found = _REDIS.fullmatch(text)
         if found is not None and int(found[3] or 6379) < 65536:
             return Choice(
@@ -90,8 +91,10 @@ def check_confirmed(stored: str, said: str | None) -> None:
         SettingsError: The store names a service, and the process did not.
     """
     if said is None and parse_locker(stored).kind == "redis":
-        remedy = f"set KSERVE_PVC_LOCKER (or pass `locker`) to `{stored}`, which the store says, if that is right"
-        raise SettingsError("locker", "", f"the address of a service is not taken from a volume; {remedy}")
+        hint = (
+            f"`store.json` names the Redis server `{stored}`; confirm it by setting the variable, or `locker`, to that"
+        )
+        raise SettingsError("KSERVE_PVC_LOCKER", "", hint)
 
 
 def outside_lock(

@@ -4,8 +4,8 @@ An advisory file lock, for volumes on which it is known to work across nodes.
 
 from __future__ import annotations
 
+import fcntl
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -14,44 +14,68 @@ from kserve_pvc.locks import NoLockError
 
 def grab_file(open_file: Callable[[], int]) -> Callable[[], None] | None:
     """
-    Try `flock(2)` through portalocker. The file stays when the lock is given back: deleting it admits a second holder.
+    Try to get an exclusive `flock(2)` without waiting.
 
-    `open_file` opens for reading and writing, which NFS needs for an exclusive lock.
+    The file stays when the lock is released: deleting it would admit a second holder.
+
+    Args:
+        open_file: Opens the file for reading and writing, which NFS needs for an exclusive lock.
+
+    Returns:
+        A function that releases the lock, or None if another process holds it.
 
     Raises:
         NoLockError: The volume has no locks.
         StoreError: The lock file cannot be opened.
     """
-    _load_portalocker()
-    from portalocker import AlreadyLocked, LockException, LockFlags, lock, unlock
-
+    try_lock, unlock = _load()
     fd = open_file()
     try:
-        lock(fd, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
-    except AlreadyLocked:
-        os.close(fd)
-        return None
-    except LockException as error:  # ENOLCK, ENOSYS and the like.
+        is_locked = try_lock(fd)
+    except OSError as error:  # ENOLCK, ENOSYS and the like.
         os.close(fd)
         raise NoLockError from error
+    if not is_locked:
+        os.close(fd)
+        return None
 
-    def give_back() -> None:
-        with suppress(OSError, LockException):
+    def release() -> None:
+        with suppress(OSError):
             unlock(fd)
         os.close(fd)
 
-    return give_back
+    return release
 
 
-def _load_portalocker() -> None:
-    """Import it where no directory for temporary files can be written, as in a container whose root file system is read-only."""
+def _load() -> tuple[Callable[[int], bool], Callable[[int], None]]:
     try:
         import portalocker
     except FileNotFoundError:
-        # It asks for that directory when it is imported, for locks that are not used here.
-        asked = sys.modules["tempfile"]
-        asked.tempdir = "/"  # type: ignore[attr-defined]
+        # portalocker needs a directory for temporary files when it is imported, for locks that are not used here. A
+        # container with a read-only root file system may have none; flock(2) is the call that portalocker makes.
+        return _flock, lambda fd: fcntl.flock(fd, fcntl.LOCK_UN)
+
+    def try_lock(fd: int) -> bool:
         try:
-            import portalocker  # noqa: F401
-        finally:
-            asked.tempdir = None  # type: ignore[attr-defined]
+            portalocker.lock(fd, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+        except portalocker.AlreadyLocked:
+            return False
+        except portalocker.LockException as error:
+            raise OSError(str(error)) from error
+        return True
+
+    def unlock(fd: int) -> None:
+        try:
+            portalocker.unlock(fd)
+        except portalocker.LockException as error:
+            raise OSError(str(error)) from error
+
+    return try_lock, unlock
+
+
+def _flock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

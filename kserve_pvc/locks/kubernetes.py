@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
-from kserve_pvc.errors import LockServiceError, SettingsError
+from kserve_pvc.errors import LockServiceError, MissingDependencyError, SettingsError
 from kserve_pvc.locks import NoLockError
 from kserve_pvc.locks.lease import BEATS_PER_LEASE, RENEW_DEADLINE
 
@@ -171,8 +171,9 @@ def _client(environ: Mapping[str, str]) -> tuple[Any, Any]:
     try:
         from kubernetes import client, config
     except ImportError as error:
-        remedy = f"install what it needs with `pip install 'kserve-pvc[kubernetes]'` ({error})"
-        raise SettingsError("locker", "kubernetes", remedy) from error
+        raise MissingDependencyError(
+            "the locker `kubernetes`", str(error.name), "pip install 'kserve-pvc[kubernetes]'"
+        ) from error
     load: Any = config  # It has no types.
     configuration = client.Configuration()
     try:
@@ -181,8 +182,8 @@ def _client(environ: Mapping[str, str]) -> tuple[Any, Any]:
         else:
             load.load_kube_config(config_file=environ.get("KUBECONFIG"), client_configuration=configuration)
     except (load.ConfigException, OSError) as error:
-        remedy = "no way to the API server is known; run it in a pod with a service account, or set KUBECONFIG"
-        raise SettingsError("locker", "kubernetes", remedy) from error
+        hint = "cannot locate the API server; run in a pod with a service account, or set KUBECONFIG"
+        raise SettingsError("locker", "kubernetes", hint) from error
     # A try is made again soon by whoever waits.
     configuration.retries = 0
     return client.CoordinationV1Api(client.ApiClient(configuration)), client.exceptions

@@ -769,9 +769,10 @@ class Authority:
             raise FileNotFoundError("openssl")
         self._directory = directory
         self.file = directory / "authority.pem"
-        self._openssl(
-            "req", "-x509", *self._new_key("authority"), "-days", "2", "-out", str(self.file), "-subj", "/CN=Weather"
-        )
+        # Python 3.13 and later refuse an authority that does not say what its key is for (RFC 5280, 4.2.1.3).
+        use = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+        subject = ["-days", "2", "-out", str(self.file), "-subj", "/CN=Weather"]
+        self._openssl("req", "-x509", *self._new_key("authority"), *use, *subject)
 
     def context(
         self, name: str, subjects: str = f"IP:{HERE},DNS:{UNKNOWN_HOST}", *, expired: bool = False
