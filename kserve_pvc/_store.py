@@ -323,7 +323,7 @@ class ModelStore:
     ) -> Outcome:
         from kserve_pvc._download.cancellation import Cancellation
         from kserve_pvc._download.download import Download, Request
-        from kserve_pvc._download.streams import Tuning
+        from kserve_pvc._download.tuning import Tuning
         from kserve_pvc._keys.aliases import settle_view_quietly
         from kserve_pvc._show.events import CallFinished
         from kserve_pvc._show.observing import observing

@@ -17,8 +17,8 @@ import attrs
 from kserve_pvc._download import protocol
 from kserve_pvc._download.cancellation import PATIENCE_SECONDS, Cancellation, run_detachable
 from kserve_pvc._download.publication import Publication, Written
-from kserve_pvc._download.streams import Tuning
 from kserve_pvc._download.tally import StoppedError, Tally
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Claim, Holder, LogEntry, StoreSettings
 from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heart, take_claim
