@@ -19,7 +19,7 @@ import kserve_pvc
 from kserve_pvc import ModelStore, _defaults
 from kserve_pvc._archive import members, unpack
 from kserve_pvc._cli.parser import make_parser
-from kserve_pvc._download import pieces, transfer
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import log_entry, records
 from kserve_pvc._source.contract import MAX_FILES, UnpackLimits
 from kserve_pvc._source.retry import ATTEMPTS
@@ -64,10 +64,10 @@ def test_limits_of_s3_are_those_of_the_code():
             f"| connecting, including the TLS handshake | {wire.CONNECT_SECONDS:.0f} s |",
             f"until the response begins | {stall} | {_ranges._ATTEMPTS}, within {retry} |",
             f"| {patience['connect_timeout']} s to connect, {patience['read_timeout']} s without data | {attempts} |",
-            f"without {pieces.TRICKLE_BYTES >> 10} KiB of progress | {stall} |",
+            f"without {Tuning().trickle_bytes >> 10} KiB of progress | {stall} |",
             f"| {ATTEMPTS} without progress, within {retry} |",
             f"| up to {_object_store.MAX_MD5_BYTES // MIB} MiB, one part |",
-            f"| over {transfer._EVIDENCE_BYTES // MIB} MiB, uploaded with",
+            f"| over {Tuning().evidence_bytes // MIB} MiB, uploaded with",
         )
         == []
     )
