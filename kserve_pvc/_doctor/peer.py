@@ -21,7 +21,7 @@ from kserve_pvc._doctor.reports import MAX_MESSAGE_BYTES, Hello, PeerReport
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import decode, encode
 from kserve_pvc._format.log_entry import Holder
-from kserve_pvc._keys.claims import start_heart
+from kserve_pvc._keys.claims import start_heartbeat
 from kserve_pvc._volume.calls import dated_name
 from kserve_pvc._volume.scratch import open_scratch
 from kserve_pvc._volume.writing import VolumeWriter
@@ -38,7 +38,7 @@ def heartbeats(writer: VolumeWriter, own: PurePosixPath) -> Iterator[None]:
     """
     Write heartbeats into the directory of a doctor, so that a peer finds it and no other doctor deletes it.
     """
-    heartbeat = start_heart(writer, own, lease_seconds=LEASE_SECONDS)
+    heartbeat = start_heartbeat(writer, own, lease_seconds=LEASE_SECONDS)
     try:
         yield
     finally:

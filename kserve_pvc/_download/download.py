@@ -25,7 +25,7 @@ from kserve_pvc._download.streams import Tuning
 from kserve_pvc._download.tally import Tally
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Claim, FileEntry, Holder, LogEntry, Manifest, StoreSettings, encode, now
-from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heart, take_claim
+from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heartbeat, take_claim
 from kserve_pvc._keys.log import LogView, read_log_of
 from kserve_pvc._keys.log_writer import LogWriter, generations
 from kserve_pvc._keys.procedures import Publish, append, collect_garbage, collect_unnamed, drive
@@ -54,7 +54,7 @@ from kserve_pvc.errors import (
     UnsafePathError,
     VolumeError,
 )
-from kserve_pvc.locks.choice import outside_lock
+from kserve_pvc.locks.choice import external_lock
 from kserve_pvc.locks.lease import LeaseLostError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Download:
             lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=settings.locker != "lease"
         )
         open_file = partial(writer.open_shared, layout.lock_file(self._key))
-        self._lock = outside_lock(settings, self._key, holder=holder.pod, open_file=open_file)
+        self._lock = external_lock(settings, self._key, holder=holder.pod, open_file=open_file)
         self._view = LogView()
         self._sign: Sign | None = None
         self._claim: Claim | None = None
@@ -232,7 +232,7 @@ class Download:
             return protocol.Claimed(now=time.monotonic(), won=False)
         if self._sign is not None and not self._sign.is_released:
             self._listener(TookOver(ref=str(self._ref), holder=self._sign.holder, reason=reason))
-        self._tally.heart = start_heart(
+        self._tally.heart = start_heartbeat(
             self._writer,
             layout.claim_dir(self._key, epoch),
             lease_seconds=self._settings.lease_seconds,

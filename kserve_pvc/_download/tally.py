@@ -12,7 +12,7 @@ from kserve_pvc._format.records import Beat, Claim
 from kserve_pvc._keys.claims import Sign
 from kserve_pvc._show.events import Adopted, Listener, Received, Retried, Waiting
 from kserve_pvc.errors import VolumeError
-from kserve_pvc.locks.lease import Heart, LeaseLostError
+from kserve_pvc.locks.lease import Heartbeat, LeaseLostError
 
 
 def nothing() -> None:
@@ -37,7 +37,7 @@ class Tally:
         self._sign_changed = 0.0
         self._last_sign = b""
         self.fetched = 0
-        self.heart: Heart | None = None
+        self.heart: Heartbeat | None = None
         self.spoiled: VolumeError | None = None
 
     def begin(self) -> None:

@@ -26,7 +26,7 @@ from kserve_pvc._format import layout
 from kserve_pvc._format.codec import build, decode, encode, text
 from kserve_pvc._format.file_names import check_collisions, check_name
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder
-from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heart, take_claim
+from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heartbeat, take_claim
 from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc._volume.calls import allocate, copy_range, delete_tree
 from kserve_pvc._volume.mount import mount_of
@@ -189,17 +189,17 @@ class Destination:
         with ExitStack() as stack:
             # Between nodes the kernel's lock may be granted to all, or stay with a node that is gone: signs of life
             # decide alone.
-            is_alone = not mount_of(self.root).is_network and self._grabbed(stack, lease_seconds)
+            is_alone = not mount_of(self.root).is_network and self._has_kernel_lock(stack, lease_seconds)
             yield _nothing if is_alone else stack.enter_context(self._claimed(holder, lease_seconds))
 
-    def _grabbed(self, stack: ExitStack, patience: float) -> bool:
-        """Whether the kernel's lock is held, which ends with its holder. False if there is none to be had, or no answer in time."""
-        lock = ExternalLock(partial(grab_file, partial(self._writer.open_shared, _LOCK)))
+    def _has_kernel_lock(self, stack: ExitStack, timeout: float) -> bool:
+        """Acquire the kernel's lock, which ends with its holder. False if it is unavailable, or takes too long."""
+        lock = ExternalLock(partial(grab_file, partial(self._writer.open_shared, _LOCK)), timeout=timeout)
         stack.callback(lock.release)
-        answer = lock.try_acquire(patience, unanswered=None)
-        if answer is False:
+        is_held = lock.try_acquire(on_timeout=None)
+        if is_held is False:
             raise self._taken("another process")
-        return answer is True
+        return is_held is True
 
     @contextmanager
     def _claimed(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:
@@ -210,7 +210,7 @@ class Destination:
         epoch = newest_epoch(claims, _KEY) + 1
         if take_claim(claims, _KEY, epoch, uri="file://", holder=holder) is None:
             raise self._taken("another process")
-        heart = start_heart(
+        heart = start_heartbeat(
             claims,
             layout.claim_dir(_KEY, epoch),
             lease_seconds=lease_seconds,
