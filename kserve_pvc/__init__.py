@@ -10,24 +10,43 @@ if TYPE_CHECKING:
     from kserve_pvc._doctor.diagnosis import Diagnosis, Finding, Speed
     from kserve_pvc._doctor.reports import LockTest, PeerReport, Race
     from kserve_pvc._download.plan import Plan
-    from kserve_pvc._download.warm import Warmed
+    from kserve_pvc._download.warm import FailedModel, Warmed, WarmedModel
     from kserve_pvc._format.records import FileEntry, Record
     from kserve_pvc._keys.claims import LockInfo
     from kserve_pvc._model import Model
-    from kserve_pvc._settings import mode_from_annotations
-    from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, Resolved, order_listing
-    from kserve_pvc._source.ref import ModelRef
+    from kserve_pvc._opening import StoreArguments
+    from kserve_pvc._settings import Mode, mode_from_annotations
+    from kserve_pvc._show.events import (
+        BytesAdopted,
+        BytesReceived,
+        CallFailed,
+        CallFinished,
+        ClaimLost,
+        ClaimTakenOver,
+        Event,
+        LockerUnavailable,
+        ModelRemoved,
+        RequestRetried,
+        TransferStarted,
+        WaitingForDownload,
+    )
+    from kserve_pvc._source.contract import Backend, BackendFactory, RangeReader, RemoteFile, Resolved, order_listing
+    from kserve_pvc._source.ref import ModelRef, Patterns, Source
     from kserve_pvc._store import ModelStore
     from kserve_pvc._volume.profile import Profile
-    from kserve_pvc._volume.verify import Problem, Verification
+    from kserve_pvc._volume.verify import Level, Problem, Verification
     from kserve_pvc.errors import (
+        DamagedArchiveError,
         DamagedRecordError,
         DigestMismatchError,
+        DownloadCancelledError,
         InsufficientSpaceError,
+        InvalidFileError,
         InvalidURIError,
         LockerMismatchError,
         LockServiceError,
         LockTimeoutError,
+        MissingDependencyError,
         ModelInUseError,
         ModelNotFoundError,
         PolicyError,
@@ -40,12 +59,13 @@ if TYPE_CHECKING:
         StoreError,
         StoreFormatError,
         StoreRootError,
+        UnknownOptionError,
         UnknownSchemeError,
         UnsafePathError,
         VolumeError,
     )
 else:
-    # Public names are loaded when they are first used (PEP 562), so that nobody waits for what he does not call. Type
+    # Public names are loaded when they are first used (PEP 562), so importing the package stays cheap. Type
     # checkers must not see this: to them it would mean that every misspelled name exists.
     def __getattr__(name):
         if name not in __all__:
@@ -62,15 +82,29 @@ else:
 # The module of every public name that is not an error.
 _HOMES = {
     "Backend": "_source.contract",
+    "BackendFactory": "_source.contract",
+    "BytesAdopted": "_show.events",
+    "BytesReceived": "_show.events",
+    "CallFailed": "_show.events",
+    "CallFinished": "_show.events",
+    "ClaimLost": "_show.events",
+    "ClaimTakenOver": "_show.events",
     "Diagnosis": "_doctor.diagnosis",
+    "Event": "_show.events",
     "Exported": "_archive.export",
+    "FailedModel": "_download.warm",
     "FileEntry": "_format.records",
     "Finding": "_doctor.diagnosis",
+    "Level": "_volume.verify",
     "LockInfo": "_keys.claims",
     "LockTest": "_doctor.reports",
+    "LockerUnavailable": "_show.events",
+    "Mode": "_settings",
     "Model": "_model",
     "ModelRef": "_source.ref",
+    "ModelRemoved": "_show.events",
     "ModelStore": "_store",
+    "Patterns": "_source.ref",
     "PeerReport": "_doctor.reports",
     "Plan": "_download.plan",
     "Problem": "_volume.verify",
@@ -79,33 +113,57 @@ _HOMES = {
     "RangeReader": "_source.contract",
     "Record": "_format.records",
     "RemoteFile": "_source.contract",
+    "RequestRetried": "_show.events",
     "Resolved": "_source.contract",
+    "Source": "_source.ref",
     "Speed": "_doctor.diagnosis",
+    "StoreArguments": "_opening",
+    "TransferStarted": "_show.events",
     "Verification": "_volume.verify",
+    "WaitingForDownload": "_show.events",
     "Warmed": "_download.warm",
+    "WarmedModel": "_download.warm",
     "mode_from_annotations": "_settings",
     "order_listing": "_source.contract",
 }
 __all__ = [
     "Backend",
+    "BackendFactory",
+    "BytesAdopted",
+    "BytesReceived",
+    "CallFailed",
+    "CallFinished",
+    "ClaimLost",
+    "ClaimTakenOver",
+    "DamagedArchiveError",
     "DamagedRecordError",
     "Diagnosis",
     "DigestMismatchError",
+    "DownloadCancelledError",
+    "Event",
     "Exported",
+    "FailedModel",
     "FileEntry",
     "Finding",
     "InsufficientSpaceError",
+    "InvalidFileError",
     "InvalidURIError",
+    "Level",
     "LockInfo",
     "LockServiceError",
     "LockTest",
     "LockTimeoutError",
     "LockerMismatchError",
+    "LockerUnavailable",
+    "MissingDependencyError",
+    "Mode",
     "Model",
     "ModelInUseError",
     "ModelNotFoundError",
     "ModelRef",
+    "ModelRemoved",
     "ModelStore",
+    "Patterns",
     "PeerReport",
     "Plan",
     "PolicyError",
@@ -116,21 +174,28 @@ __all__ = [
     "ReadOnlyStoreError",
     "Record",
     "RemoteFile",
+    "RequestRetried",
     "Resolved",
     "SettingsError",
+    "Source",
     "SourceChangedError",
     "SourceDeniedError",
     "SourceNotFoundError",
     "SourceUnavailableError",
     "Speed",
+    "StoreArguments",
     "StoreError",
     "StoreFormatError",
     "StoreRootError",
+    "TransferStarted",
+    "UnknownOptionError",
     "UnknownSchemeError",
     "UnsafePathError",
     "Verification",
     "VolumeError",
+    "WaitingForDownload",
     "Warmed",
+    "WarmedModel",
     "mode_from_annotations",
     "order_listing",
 ]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import attrs
 
 from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._keys.log import read_manifest
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.reading import Volume
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
@@ -27,7 +29,11 @@ Status = Literal["present", "downloaded", "waited"]
 @attrs.frozen(slots=False, kw_only=True)
 class Model:
     """
-    A complete, verified model on the volume. `os.fspath(model)` is its directory.
+    A complete, verified model on the volume.
+
+    `str(model)`, `format(model)` and `os.fspath(model)` are its directory, so that it can be passed to code that takes
+    a path, such as `AutoTokenizer.from_pretrained(model)`. `model / "config.json"` joins as `pathlib` does: nothing is
+    looked up, and an absolute name or `..` leads out of the directory.
 
     It stays valid until the model is removed; hold `ModelStore.open` to keep it from being removed.
 
@@ -56,7 +62,7 @@ class Model:
     @cached_property
     def record(self) -> Record:
         """
-        Where the model came from and every file of it, read from the volume when first asked for.
+        Where the model came from and every file of it, read from the volume on first access.
 
         Raises:
             StoreFormatError: The manifest is damaged or gone.
@@ -79,8 +85,29 @@ class Model:
             access=manifest.access,
         )
 
+    @property
+    def ref(self) -> ModelRef:
+        """
+        What was requested to get this model, to be passed to any method of a store.
+        """
+        return ModelRef(
+            uri=self.uri,
+            revision=self.revision,
+            allow_patterns=self.allow_patterns,
+            ignore_patterns=self.ignore_patterns,
+        )
+
     def __fspath__(self) -> str:
         return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self.path), spec)
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> Path:
+        return self.path / name
 
     def _repr_html_(self) -> str:
         from kserve_pvc._show.html import show_model

@@ -5,7 +5,10 @@ Opening a store: arguments checked, settings read, a new store created and agree
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from kserve_pvc._arguments import check_choice, check_count, check_seconds
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES
 from kserve_pvc._format.log_entry import (
@@ -17,38 +20,61 @@ from kserve_pvc._format.log_entry import (
     now,
 )
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or talks to a source is imported by the method that does it.
+if TYPE_CHECKING:
+    from kserve_pvc._settings import Mode
+    from kserve_pvc._show.events import Listener
+    from kserve_pvc._source.contract import BackendFactory
+    from kserve_pvc._volume.writing import VolumeWriter
 
-
-# What is understood without the module that understands all of them.
+# Lockers that need no module to be understood.
 _PLAIN_LOCKERS = ("lease", "flock")
 
 
-def check_arguments(mode: str, locker: str | None, lease_seconds: float | None) -> None:
-    if mode not in ("r", "rw"):
-        raise SettingsError("mode", str(mode), 'write "r" or "rw"')
+class StoreArguments(TypedDict, total=False):
+    """
+    The keyword arguments of `ModelStore`, for what passes them on.
+    """
+
+    mode: Mode
+    locker: str | None
+    lease_seconds: float | None
+    backends: Mapping[str, BackendFactory] | None
+    storage_options: Mapping[str, Any] | None
+    part_bytes: int
+    digest: Literal["sha256", "none"]
+    stall_seconds: float
+    retry_seconds: float
+    offline: bool | None
+    on_event: Listener | None
+
+
+def check_arguments(mode: object, locker: str | None, lease_seconds: object) -> None:
+    """
+    Raises:
+        SettingsError: One of them is invalid.
+    """
+    check_choice("mode", mode, ("r", "rw"))
     if locker is not None:
         from kserve_pvc.locks.choice import parse_locker
 
         parse_locker(locker)
-    if lease_seconds is not None and not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
-        raise SettingsError(
-            "lease_seconds",
-            str(lease_seconds),
-            f"choose between {MIN_LEASE_SECONDS:g} and {MAX_LEASE_SECONDS:g} seconds",
-        )
+    if lease_seconds is not None:
+        check_seconds("lease_seconds", lease_seconds, least=MIN_LEASE_SECONDS, most=MAX_LEASE_SECONDS)
 
 
-def check_tuning(part_bytes: int, digest: str, stall_seconds: float, retry_seconds: float) -> None:
-    for name, value in (("part_bytes", part_bytes), ("stall_seconds", stall_seconds), ("retry_seconds", retry_seconds)):
-        if not value > 0:
-            raise SettingsError(name, str(value), "it must be positive")
-    if digest not in ("sha256", "none"):
-        raise SettingsError("digest", str(digest), "write `sha256` or `none`")
+def check_tuning(part_bytes: object, digest: object, stall_seconds: object, retry_seconds: object) -> None:
+    """
+    Raises:
+        SettingsError: One of them is invalid.
+    """
+    check_count("part_bytes", part_bytes)
+    check_choice("digest", digest, ("sha256", "none"))
+    check_seconds("stall_seconds", stall_seconds)
+    check_seconds("retry_seconds", retry_seconds)
 
 
 def read_store_settings(volume: Volume) -> StoreSettings | None:
@@ -72,7 +98,7 @@ def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float 
     private = layout.staging_dir(f"create-{settings.store_id}")
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
     writer.throw_away(private)
-    # Another process may have been first: what is there counts, for everybody.
+    # Another process may have been first: what is on the volume counts, for all.
     return read_store_settings(writer) or settings
 
 
@@ -85,7 +111,7 @@ def check_agreement(volume: Volume, settings: StoreSettings, locker: str | None,
         )
 
 
-def _check_same_locker(volume: Volume, stored: str, wanted: str | None) -> None:
+def _check_same_locker(volume: Volume, stored: str, requested: str | None) -> None:
     from kserve_pvc.locks.choice import parse_locker
 
     try:
@@ -94,5 +120,5 @@ def _check_same_locker(volume: Volume, stored: str, wanted: str | None) -> None:
         raise StoreFormatError(
             str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc"
         ) from error
-    if wanted is not None and not parse_locker(wanted).matches(choice):
-        raise LockerMismatchError(str(volume.root), "locker", stored, wanted)
+    if requested is not None and not parse_locker(requested).matches(choice):
+        raise LockerMismatchError(str(volume.root), "locker", stored, requested)

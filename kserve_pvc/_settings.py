@@ -19,6 +19,9 @@ Mode = Literal["r", "rw"]
 READONLY_ANNOTATION = "storage.kserve.io/readonly"
 DEFAULT_STORE = "/mnt/models"
 DEFAULT_ANNOTATIONS_FILE = "/etc/podinfo/annotations"
+# The words of huggingface_hub, and their opposites.
+_TRUE = ("1", "ON", "YES", "TRUE")
+_FALSE = ("0", "OFF", "NO", "FALSE", "")
 _MAX_ANNOTATIONS_BYTES = 1024 * 1024
 _ANNOTATION_LINE = re.compile(r'(?P<name>[^=\s"]+)="(?P<value>(?:[^"\\]|\\.)*)"')
 
@@ -26,7 +29,7 @@ _ANNOTATION_LINE = re.compile(r'(?P<name>[^=\s"]+)="(?P<value>(?:[^"\\]|\\.)*)"'
 @attrs.frozen(kw_only=True)
 class Settings:
     """
-    What the environment says about a store. `mode` is None if it says nothing.
+    What the environment says about a store. `mode` is None if neither a variable nor an annotation sets it.
     """
 
     store: str
@@ -41,10 +44,10 @@ def read_settings(environ: Mapping[str, str] | None = None, annotations: Mapping
     Read `KSERVE_PVC_STORE`, `_MODE`, `_LOCKER`, `_LEASE_SECONDS`, `_OFFLINE` and the pod's annotations.
 
     Annotations are given, or read from the downward-API file named by `KSERVE_PVC_ANNOTATIONS`
-    (default `/etc/podinfo/annotations`; a missing file means that nothing is said).
+    (default `/etc/podinfo/annotations`; a missing file counts as one without annotations).
 
     Raises:
-        SettingsError: A value means nothing. Nothing is guessed from it.
+        SettingsError: A value is invalid. Nothing is guessed from it.
     """
     environ = os.environ if environ is None else environ
     if annotations is None:
@@ -60,15 +63,19 @@ def read_settings(environ: Mapping[str, str] | None = None, annotations: Mapping
 
 def is_offline(environ: Mapping[str, str] | None = None) -> bool:
     """
-    Whether `KSERVE_PVC_OFFLINE` forbids asking any source: `1` does, `0` or nothing does not.
+    Return whether `KSERVE_PVC_OFFLINE` forbids requests to any source.
+
+    True are `1`, `ON`, `YES` and `TRUE` in any case, as for huggingface_hub's `HF_HUB_OFFLINE`; false are `0`, `OFF`,
+    `NO`, `FALSE` and nothing.
 
     Raises:
-        SettingsError: It says something else. A ban is not guessed away.
+        SettingsError: It is another word. huggingface_hub takes that for false; here a ban is not guessed away.
     """
     text = (os.environ if environ is None else environ).get("KSERVE_PVC_OFFLINE") or "0"
-    if text not in ("0", "1"):
-        raise SettingsError("KSERVE_PVC_OFFLINE", text, "write `1` or `0`")
-    return text == "1"
+    word = text.strip().upper()
+    if word not in _TRUE and word not in _FALSE:
+        raise SettingsError("KSERVE_PVC_OFFLINE", text, "use `1` or `0`, or `true` or `false`")
+    return word in _TRUE
 
 
 def pod_and_node(environ: Mapping[str, str] | None = None) -> tuple[str | None, str | None]:
@@ -94,7 +101,7 @@ def _mode(text: str | None, annotations: Mapping[str, str]) -> Mode | None:
     if text == "r" or text == "rw":
         return "r" if text == "r" else "rw"
     if text:
-        raise SettingsError("KSERVE_PVC_MODE", text, "write `r` or `rw`")
+        raise SettingsError("KSERVE_PVC_MODE", text, "use `r` or `rw`")
     return mode_from_annotations(annotations) if READONLY_ANNOTATION in annotations else None
 
 
@@ -104,7 +111,7 @@ def _seconds(text: str | None) -> float | None:
     try:
         return float(text)
     except ValueError as error:
-        raise SettingsError("KSERVE_PVC_LEASE_SECONDS", text, "write a number of seconds") from error
+        raise SettingsError("KSERVE_PVC_LEASE_SECONDS", text, "use a number of seconds") from error
 
 
 def _read_annotations(path: Path) -> dict[str, str]:

@@ -12,21 +12,26 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
-
-import attrs
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Unpack
 
 from kserve_pvc import _defaults as defaults
+from kserve_pvc._arguments import check_cancel, check_count, check_listener, check_timeout
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import KEY
 from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._keys.log import LogView, read_log, read_log_of, read_manifest
 from kserve_pvc._model import Model, Status
-from kserve_pvc._opening import check_agreement, check_arguments, check_tuning, create_store, read_store_settings
+from kserve_pvc._opening import (
+    StoreArguments,
+    check_agreement,
+    check_arguments,
+    check_tuning,
+    create_store,
+    read_store_settings,
+)
 from kserve_pvc._process import flight_of, newest_returned, remember_returned, this_process
-from kserve_pvc._source.ref import ModelRef, Patterns, parse_ref
+from kserve_pvc._source.ref import ModelRef, Patterns, Source, parse_ref
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     DamagedRecordError,
     LockTimeoutError,
@@ -46,15 +51,17 @@ if TYPE_CHECKING:
 
     from kserve_pvc._archive.export import Exported
     from kserve_pvc._doctor.diagnosis import Diagnosis
+    from kserve_pvc._download.cancellation import Cancel, Cancellation
     from kserve_pvc._download.download import Outcome
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Item, Listen, Warmed
     from kserve_pvc._keys.claims import LockInfo
     from kserve_pvc._settings import Mode
-    from kserve_pvc._show.events import Listener
+    from kserve_pvc._show.events import Listener, Subject
     from kserve_pvc._show.progress import Callback
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._volume.verify import Level, Verification
+    from kserve_pvc._volume.writing import VolumeWriter
 
 
 class ModelStore:
@@ -85,6 +92,7 @@ class ModelStore:
         retry_seconds: How long a range is tried without any progress before `ensure` gives up.
         offline: True asks no source for anything; what is present is served. None leaves it to `KSERVE_PVC_OFFLINE`,
             which is read when a source would be asked.
+        on_event: Called with every `Event` of every call on this store, see the events page of the reference.
 
     Raises:
         StoreRootError: The root is missing or no directory, or a store is to be created on a volume that cannot hold
@@ -113,20 +121,25 @@ class ModelStore:
         stall_seconds: float = defaults.STALL_SECONDS,
         retry_seconds: float = defaults.RETRY_SECONDS,
         offline: bool | None = None,
+        on_event: Listener | None = None,
     ) -> None:
         check_arguments(mode, locker, lease_seconds)
+        check_listener(on_event)
         check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
         self._volume = Volume(root)
         self._settings = read_store_settings(self._volume)
         # The tool that writes exists only here: a read-only store has nothing to write with.
         self._writer: VolumeWriter | None = None
         if mode == "rw":
+            from kserve_pvc._volume.writing import VolumeWriter
+
             self._writer = VolumeWriter(root)
             self._settings = self._settings or create_store(self._writer, locker, lease_seconds)
             # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
             check_agreement(self._volume, self._settings, locker, lease_seconds)
         self._locker = locker
         self._offline = offline
+        self._on_event = on_event
         self._factories = dict(backends or {})
         self._options = dict(storage_options or {})
         self._tuning: Mapping[str, Any] = {
@@ -144,7 +157,7 @@ class ModelStore:
         *,
         environ: Mapping[str, str] | None = None,
         annotations: Mapping[str, str] | None = None,
-        **arguments: Any,
+        **arguments: Unpack[StoreArguments],
     ) -> ModelStore:
         """
         Open the store the environment describes: `KSERVE_PVC_STORE`, `KSERVE_PVC_MODE`, or the pod's annotations.
@@ -155,14 +168,19 @@ class ModelStore:
 
         Args:
             root: Instead of `KSERVE_PVC_STORE`, which defaults to `/mnt/models`.
-            arguments: Passed on to `ModelStore`.
+            arguments: Those of `ModelStore`; they take precedence over the environment.
         """
         from kserve_pvc._settings import read_settings
 
         settings = read_settings(environ, annotations)
-        said = {"locker": settings.locker, "lease_seconds": settings.lease_seconds, "offline": settings.offline}
-        chosen = {"mode": settings.mode or "r", **said, **arguments}
-        return cls(settings.store if root is None else root, **chosen)
+        found: StoreArguments = {
+            "mode": settings.mode or "r",
+            "locker": settings.locker,
+            "lease_seconds": settings.lease_seconds,
+            "offline": settings.offline,
+        }
+        found.update(arguments)
+        return cls(settings.store if root is None else root, **found)
 
     @property
     def root(self) -> Path:
@@ -187,7 +205,7 @@ class ModelStore:
 
     def ensure(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -195,10 +213,12 @@ class ModelStore:
         refresh: bool = False,
         force_download: bool = False,
         local_files_only: bool = False,
-        timeout: float = defaults.TIMEOUT,
+        timeout: float | None = defaults.TIMEOUT,
         max_workers: int = defaults.MAX_WORKERS,
         callback: Callback | None = None,
         progress: bool | None = None,
+        on_event: Listener | None = None,
+        cancel: threading.Event | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> Model:
         """
@@ -208,16 +228,20 @@ class ModelStore:
         and all others wait for it, and take over from what it wrote if it dies.
 
         Args:
-            uri: As KServe spells it, such as `s3://bucket/path`.
+            uri: As KServe spells it, such as `s3://bucket/path`; an absolute path; or a `ModelRef` or `Model`, which
+                have revision and patterns in themselves.
             revision: Which version of the source; what it means is the back end's (an S3 VersionId, …).
             refresh: Ask the source, and fetch a newer version beside the old one; files that have not changed are
                 linked or copied once their digest is proven.
             force_download: Fetch even if it is present, into a new directory, taking nothing from complete models.
             local_files_only: Never use the network.
-            timeout: Seconds to wait for another downloader; `math.inf` waits for ever.
+            timeout: Seconds to wait for another downloader; None waits without limit.
             max_workers: The most streams at the same time; how many are worth while is found out on the way.
             callback: Told the size and every step in bytes, as fsspec does it.
             progress: None shows bars on a terminal and lines elsewhere, False nothing.
+            on_event: Called with every `Event` of this call, after the store's own listener.
+            cancel: Ends the call once it is set, within a second and whatever the source does. What was fetched is
+                kept for the next call. A model that is present is returned all the same.
             storage_options: For this call, instead of all of the store's. A model that is present is returned whoever
                 asks.
 
@@ -225,15 +249,21 @@ class ModelStore:
             ReadOnlyStoreError: It is absent, and the store may only be read. The network was not touched.
             ModelNotFoundError: It is absent, and `local_files_only` was asked for.
             LockTimeoutError: Another process was still downloading it.
+            DownloadCancelledError: `cancel` was set.
             InsufficientSpaceError: It does not fit.
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The source failed.
             DigestMismatchError, UnsafePathError, PolicyError: What the source offers is not acceptable.
         """
-        _check_timeout(timeout)
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        timeout = check_timeout(timeout)
+        check_count("max_workers", max_workers)
+        check_listener(on_event)
+        check_cancel(cancel)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         return self._asking_with(storage_options)._ensure(
             ref,
             listen=partial(_listen, progress, callback),
+            on_event=on_event,
+            cancel=cancel,
             refresh=refresh,
             force_download=force_download,
             local_files_only=local_files_only,
@@ -246,6 +276,8 @@ class ModelStore:
         ref: ModelRef,
         *,
         listen: Listen,
+        on_event: Listener | None,
+        cancel: Cancel | None,
         refresh: bool,
         force_download: bool,
         local_files_only: bool,
@@ -256,20 +288,22 @@ class ModelStore:
         view = self._look(ref)
         entry = _present(view)
         if entry is not None and (local_files_only or not (refresh or force_download)):
-            return self._model(entry, "present", started)
+            return self._found(ref, entry, started, on_event)
         if local_files_only:
             raise self._absent(ref, view)
         if self._is_offline:
             raise self._absent(ref, view) if entry is None else _offline(ref)
         if self._writer is None and (entry is None or force_download):
             raise ReadOnlyStoreError(str(self.root), f"download `{ref}`", _HOW_TO_WRITE) from view.damage
-        resolved = self._resolve(ref) if refresh else None
+        resolved = self._resolve(ref, cancel) if refresh else None
         if entry is not None and resolved is not None and not force_download and entry.version == resolved.version:
-            return self._model(entry, "present", started)
+            return self._found(ref, entry, started, on_event)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"download the newer version of `{ref}`", _HOW_TO_WRITE)
         after_seq = view.seq if force_download else 0
-        outcome = self._download(self._writer, ref, after_seq, resolved, timeout, started, max_workers, listen)
+        outcome = self._download(
+            self._writer, ref, after_seq, resolved, timeout, started, max_workers, listen, on_event, cancel
+        )
         status: Status = "waited" if outcome.status == "present" else outcome.status
         return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
 
@@ -283,12 +317,16 @@ class ModelStore:
         started: float,
         max_workers: int,
         listen: Listen,
+        on_event: Listener | None,
+        cancel: Cancel | None,
         source: Backend | None = None,
     ) -> Outcome:
-        from kserve_pvc._download.download import Download, Wish
+        from kserve_pvc._download.cancellation import Cancellation
+        from kserve_pvc._download.download import Download, Request
         from kserve_pvc._download.streams import Tuning
         from kserve_pvc._keys.aliases import settle_view_quietly
-        from kserve_pvc._show.events import Finished
+        from kserve_pvc._show.events import CallFinished
+        from kserve_pvc._show.observing import observing
         from kserve_pvc.backends import check_scheme
         from kserve_pvc.locks.choice import check_confirmed
 
@@ -298,7 +336,12 @@ class ModelStore:
             check_scheme(self._service(ref), self._factories)
         # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
         tuning = self._tuning if source is None else {**self._tuning, "digest": "sha256"}
-        with listen() as listener, self._flight(ref, timeout):
+        subject, cancellation = self._subject(ref), Cancellation(str(ref), cancel)
+        with (
+            listen() as show,
+            observing(subject, show, self._listeners(on_event)) as listener,
+            self._flight(ref, timeout, cancellation),
+        ):
             download = Download(
                 writer,
                 self._settings,
@@ -306,16 +349,54 @@ class ModelStore:
                 partial(self._backend, ref) if source is None else lambda: source,
                 holder=this_process(),
                 timeout=max(0.0, timeout - (time.monotonic() - started)),
-                listener=listener if source is None else _importing(listener),
-                wish=Wish(after_seq=after_seq, version=resolved.version if resolved else None),
-                resolved=resolved,
+                subject=subject,
+                listener=listener,
+                cancellation=cancellation,
+                request=Request(
+                    after_seq=after_seq,
+                    version=resolved.version if resolved else None,
+                    resolved=resolved,
+                    activity="downloading" if source is None else "importing",
+                ),
                 tuning=Tuning(max_workers=max_workers, **tuning),
             )
             outcome = download.run()
             if outcome.status == "downloaded":
                 settle_view_quietly(writer, ref.key)
-            listener(Finished(ref=str(ref), status=outcome.status))
+            listener(
+                CallFinished(
+                    **subject,
+                    status="waited" if outcome.status == "present" else outcome.status,
+                    size_bytes=outcome.entry.size_bytes,
+                    bytes_fetched=outcome.bytes_fetched,
+                    seconds=time.monotonic() - started,
+                )
+            )
         return outcome
+
+    def _subject(self, ref: ModelRef) -> Subject:
+        return {"store": str(self.root), "key": ref.key, "uri": ref.uri, "ref": str(ref)}
+
+    def _listeners(self, on_event: Listener | None) -> Sequence[Listener]:
+        return [listener for listener in (self._on_event, on_event) if listener is not None]
+
+    def _found(self, ref: ModelRef, entry: LogEntry, started: float, on_event: Listener | None) -> Model:
+        """A model that is present. Without a listener this costs nothing: a hit is fast."""
+        model = self._model(entry, "present", started)
+        if on_event is not None or self._on_event is not None:
+            from kserve_pvc._show.events import CallFinished
+            from kserve_pvc._show.observing import notify
+
+            seconds = time.monotonic() - started
+            finished = CallFinished(
+                **self._subject(ref),
+                status="present",
+                size_bytes=entry.size_bytes,
+                bytes_fetched=0,
+                seconds=seconds,
+            )
+            notify(self._listeners(on_event), finished)
+        return model
 
     def warm(
         self,
@@ -323,10 +404,12 @@ class ModelStore:
         executor: Executor | None = None,
         *,
         refresh: bool = False,
-        timeout: float = defaults.TIMEOUT,
+        timeout: float | None = defaults.TIMEOUT,
         max_workers: int = defaults.MAX_WORKERS,
         callback: Callback | None = None,
         progress: bool | None = None,
+        on_event: Listener | None = None,
+        cancel: threading.Event | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> Generator[Warmed, None, None]:
         """
@@ -347,6 +430,10 @@ class ModelStore:
             callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with
                 processes.
             progress: As in `ensure`; several bars or lines at a time.
+            on_event: As in `ensure`, for each model; several calls at a time where several models are fetched at a
+                time. Not with processes.
+            cancel: Ends, once it is set, what is being fetched, and lets no other download begin: the results of these
+                models have a `DownloadCancelledError`. Not with processes.
             storage_options: As in `ensure`, for all of them.
 
         Raises:
@@ -355,7 +442,10 @@ class ModelStore:
         """
         from kserve_pvc._download.warm import warm
 
-        _check_timeout(timeout)
+        timeout = check_timeout(timeout)
+        check_count("max_workers", max_workers)
+        check_listener(on_event)
+        check_cancel(cancel)
         how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
         ensure = partial(self._asking_with(storage_options)._ensure, **how, timeout=timeout, max_workers=max_workers)
         return warm(
@@ -364,14 +454,16 @@ class ModelStore:
             executor,
             progress=progress,
             callback=callback,
+            on_event=on_event,
+            cancel=cancel,
             remember=lambda model: self._remember(model._entry),
         )
 
     @contextmanager
-    def _flight(self, ref: ModelRef, timeout: float) -> Iterator[None]:
+    def _flight(self, ref: ModelRef, timeout: float, cancellation: Cancellation) -> Iterator[None]:
         """Among the threads of this process, one goes ahead and the others wait here."""
         lock = flight_of(self._identity, ref.key)
-        if not lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
+        if not cancellation.acquire(lock, timeout):
             raise LockTimeoutError(str(ref), "another thread of this process", timeout, 0.0, 0, 0)
         try:
             yield
@@ -380,7 +472,7 @@ class ModelStore:
 
     def get(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -393,15 +485,17 @@ class ModelStore:
             ModelNotFoundError: It is absent.
             DamagedRecordError: Its newest record is damaged; also a `ModelNotFoundError` and a `StoreFormatError`.
         """
+        return self._get(_ref(uri, revision, allow_patterns, ignore_patterns))
+
+    def _get(self, ref: ModelRef) -> Model:
         started = time.monotonic()
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         view = self._look(ref)
         entry = _present(view)
         if entry is None:
             raise self._absent(ref, view)
         return self._model(entry, "present", started)
 
-    def __contains__(self, uri: str) -> bool:
+    def __contains__(self, uri: Source) -> bool:
         return _present(self._look(parse_ref(uri))) is not None
 
     def list(self) -> list[Model]:
@@ -413,7 +507,7 @@ class ModelStore:
 
     def resolve(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -429,12 +523,12 @@ class ModelStore:
         Raises:
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, UnsafePathError: As `ensure`.
         """
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         return self._asking_with(storage_options)._resolve(ref)
 
     def plan(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -453,7 +547,7 @@ class ModelStore:
         """
         from kserve_pvc._download.plan import plan_download, plan_nothing
 
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         entry = _present(self._look(ref))
         resolved = None if entry is not None and not refresh else self._asking_with(storage_options)._resolve(ref)
         if entry is not None and (resolved is None or resolved.version == entry.version):
@@ -465,7 +559,7 @@ class ModelStore:
 
     def verify(
         self,
-        uri: str,
+        uri: Source,
         level: Level = "size",
         *,
         revision: str | None = None,
@@ -480,7 +574,7 @@ class ModelStore:
         Raises:
             ModelNotFoundError: It is absent.
         """
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         view = self._look(ref)
         if view.entry is None and view.damage is None:
             raise self._absent(ref, view)
@@ -499,7 +593,7 @@ class ModelStore:
         from kserve_pvc._volume.verify import Problem, Verification, compare
 
         if level not in ("size", "full"):
-            raise SettingsError("level", str(level), "write `size` or `full`")
+            raise SettingsError("level", str(level), "use `size` or `full`")
         entry = _present(view)
         try:
             if entry is None:
@@ -523,7 +617,7 @@ class ModelStore:
 
     def remove(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -542,11 +636,14 @@ class ModelStore:
             ModelInUseError: Somebody reads or downloads it; it is there as before, unless somebody else removes it too.
             ReadOnlyStoreError: The store may only be read.
         """
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
+        check_timeout(trash_seconds, "trash_seconds")
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
         from kserve_pvc._keys.aliases import settle_view_quietly
         from kserve_pvc._keys.removal import Removal
+        from kserve_pvc._show.events import ModelRemoved
+        from kserve_pvc._show.observing import notify
 
         assert self._settings is not None  # A read-write store has created them.
         try:
@@ -554,11 +651,12 @@ class ModelStore:
                 raise self._absent(ref, self._look(ref))
         finally:
             settle_view_quietly(self._writer, ref.key)
+        notify(self._listeners(None), ModelRemoved(**self._subject(ref)))
 
     def alias(
         self,
         name: str,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -580,12 +678,11 @@ class ModelStore:
         """
         from kserve_pvc._keys.aliases import check_alias, point_alias
 
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         check_alias(name)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"name `{ref}`", _HOW_TO_WRITE)
-        model = self.get(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        point_alias(self._writer, name, model.key)
+        point_alias(self._writer, name, self._get(ref).key)
 
     def drop_alias(self, name: str) -> None:
         """
@@ -612,7 +709,7 @@ class ModelStore:
 
     def export(
         self,
-        uri: str,
+        uri: Source,
         file: str | os.PathLike[str] | BinaryIO,
         *,
         revision: str | None = None,
@@ -620,6 +717,7 @@ class ModelStore:
         ignore_patterns: Patterns = None,
         callback: Callback | None = None,
         progress: bool | None = None,
+        on_event: Listener | None = None,
     ) -> Exported:
         """
         Write a model that is present as one file, to be imported where there is no network. Nothing is written to the
@@ -630,6 +728,7 @@ class ModelStore:
 
         Args:
             file: Where to write it, outside the store; or a binary stream, which cannot be resumed.
+            on_event: As in `ensure`.
 
         Raises:
             ModelNotFoundError: It is absent.
@@ -640,28 +739,37 @@ class ModelStore:
         """
         from kserve_pvc._archive.bundle_manifest import manifest_of
         from kserve_pvc._archive.export import export_bundle
+        from kserve_pvc._show.observing import observing
         from kserve_pvc._show.progress import make_listener
 
-        selection: Mapping[str, Any] = {
-            "revision": revision,
-            "allow_patterns": allow_patterns,
-            "ignore_patterns": ignore_patterns,
-        }
-        with self.open(uri, **selection) as model, make_listener(progress, callback) as listener:
+        check_listener(on_event)
+        with self.open(_ref(uri, revision, allow_patterns, ignore_patterns)) as model:
             place = layout.generation_dir(model.key, model.path.name)
             manifest = manifest_of(model._entry, model.record.files)
-            return export_bundle(
-                manifest, lambda path: self._volume.open_file(place / path), file, root=self.root, listener=listener
-            )
+            subject = self._subject(manifest.ref)
+            with (
+                make_listener(progress, callback) as show,
+                observing(subject, show, self._listeners(on_event)) as listener,
+            ):
+                return export_bundle(
+                    manifest,
+                    lambda path: self._volume.open_file(place / path),
+                    file,
+                    root=self.root,
+                    subject=subject,
+                    listener=listener,
+                )
 
     def import_(
         self,
         file: str | os.PathLike[str],
         *,
         sha256: str | None = None,
-        timeout: float = defaults.TIMEOUT,
+        timeout: float | None = defaults.TIMEOUT,
         callback: Callback | None = None,
         progress: bool | None = None,
+        on_event: Listener | None = None,
+        cancel: threading.Event | None = None,
     ) -> Model:
         """
         Take over a model from a file that `export` wrote. No source is asked, and no network is needed.
@@ -672,16 +780,19 @@ class ModelStore:
 
         Args:
             sha256: The digest that `export` told. Without it the file is as good as where it comes from.
+            on_event, cancel: As in `ensure`.
 
         Raises:
             ReadOnlyStoreError: The store may only be read.
             StoreFormatError: It is no bundle, was cut off, or was changed.
             DigestMismatchError: A file is not what the bundle says, or the bundle is not the one of `sha256`.
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The file cannot be read.
-            LockTimeoutError, InsufficientSpaceError: As `ensure`.
+            LockTimeoutError, DownloadCancelledError, InsufficientSpaceError: As `ensure`.
         """
         started = time.monotonic()
-        _check_timeout(timeout)
+        timeout = check_timeout(timeout)
+        check_listener(on_event)
+        check_cancel(cancel)
         if self._writer is None:
             raise ReadOnlyStoreError(str(self.root), f"import `{os.fspath(file)}`", _HOW_TO_WRITE)
         from kserve_pvc._archive.bundle import open_bundle
@@ -691,18 +802,17 @@ class ModelStore:
             resolved = bundle.resolve(ref)
             entry = _present(self._look(ref))
             if entry is not None and entry.version == resolved.version:
-                return self._model(entry, "present", started)
+                return self._found(ref, entry, started, on_event)
             listen = partial(_listen, progress, callback)
-            outcome = self._download(
-                self._writer, ref, 0, resolved, timeout, started, defaults.MAX_WORKERS, listen, source=bundle
-            )
+            how = (timeout, started, defaults.MAX_WORKERS, listen, on_event, cancel)
+            outcome = self._download(self._writer, ref, 0, resolved, *how, source=bundle)
         status: Status = "waited" if outcome.status == "present" else outcome.status
         return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
 
     @contextmanager
     def open(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -717,8 +827,9 @@ class ModelStore:
         Raises:
             ModelNotFoundError: It is absent.
         """
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         while True:
-            model = self.get(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+            model = self._get(ref)
             if self._writer is None or self._settings is None:
                 yield model
                 return
@@ -735,14 +846,14 @@ class ModelStore:
                     yield model
                     return
 
-    def doctor(self, *, peer: str | None = None, timeout: float = defaults.DOCTOR_TIMEOUT) -> Diagnosis:
+    def doctor(self, *, peer: str | None = None, timeout: float | None = defaults.DOCTOR_TIMEOUT) -> Diagnosis:
         """
         Examine the volume: what it is and can do, how fast it is, what should be changed. A read-only store only looks.
 
         Args:
             peer: A name, under which a doctor on another node is waited for that is given the same:
                 `store.doctor(peer="a")` there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
-            timeout: Seconds to wait for it.
+            timeout: Seconds to wait for it; None waits without limit.
 
         Raises:
             ReadOnlyStoreError: A peer was asked for, and the store may only be read.
@@ -750,7 +861,7 @@ class ModelStore:
         """
         from kserve_pvc._doctor.doctor import diagnose
 
-        _check_timeout(timeout)
+        timeout = check_timeout(timeout)
         return diagnose(self.root, writes=self._writer is not None, holder=this_process(), peer=peer, timeout=timeout)
 
     def locks(self) -> Sequence[LockInfo]:
@@ -763,7 +874,7 @@ class ModelStore:
 
     def break_lock(
         self,
-        uri: str,
+        uri: Source,
         *,
         revision: str | None = None,
         allow_patterns: Patterns = None,
@@ -778,7 +889,7 @@ class ModelStore:
         Raises:
             ReadOnlyStoreError: The store may only be read.
         """
-        ref = parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         if self._writer is None or self._settings is None:
             raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
         from kserve_pvc._keys.claims import break_claim
@@ -848,17 +959,22 @@ class ModelStore:
             return DamagedRecordError(str(ref), str(self.root), view.damage.path, view.damage.reason)
         return ModelNotFoundError(str(ref), str(self.root))
 
-    def _resolve(self, ref: ModelRef) -> Resolved:
+    def _resolve(self, ref: ModelRef, cancel: Cancel | None = None) -> Resolved:
         if self._is_offline:
             raise _offline(ref)
+        from kserve_pvc._download.cancellation import Cancellation, run_detachable
         from kserve_pvc._source.contract import SupportsClose
 
         backend = self._backend(ref)
-        try:
-            return backend.resolve(ref)
-        finally:
-            if isinstance(backend, SupportsClose):
-                backend.close()
+
+        def resolve() -> Resolved:
+            try:
+                return backend.resolve(ref)
+            finally:
+                if isinstance(backend, SupportsClose):
+                    backend.close()
+
+        return resolve() if cancel is None else run_detachable(resolve, Cancellation(str(ref), cancel))
 
     def _service(self, ref: ModelRef) -> str:
         """A factory that was given for the scheme itself wins."""
@@ -891,22 +1007,15 @@ def _listen(progress: bool | None, callback: Callback | None) -> AbstractContext
     return make_listener(progress, callback)
 
 
-def _importing(listener: Listener) -> Listener:
-    from kserve_pvc._show.events import Started
-
-    return lambda event: listener(attrs.evolve(event, activity="importing") if isinstance(event, Started) else event)
-
-
 def _offline(ref: ModelRef) -> PolicyError:
     return PolicyError(
         str(ref), "this store is offline and asks no source; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of it"
     )
 
 
+def _ref(uri: Source, revision: str | None, allow_patterns: Patterns, ignore_patterns: Patterns) -> ModelRef:
+    return parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+
+
 def _present(view: LogView) -> LogEntry | None:
     return view.entry if view.entry is not None and view.entry.is_present else None
-
-
-def _check_timeout(timeout: float) -> None:
-    if not timeout >= 0:
-        raise SettingsError("timeout", str(timeout), "write a number of seconds, 0 or more")

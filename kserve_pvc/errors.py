@@ -1,13 +1,14 @@
 """
 What can go wrong, sorted by what the caller can do about it.
 
-Every deliberate error is a `StoreError` and also the builtin a Python caller would expect. Fields carry the
-facts, the message says what happened and then what to do next, and every error pickles, because errors cross
-process boundaries. `exit_code` is what the command line returns for it.
+Every deliberate error is a `StoreError` and also the builtin that a Python caller expects. Fields carry the facts, the
+message says what happened and then what to do, and every error pickles, because errors cross process boundaries.
+`exit_code` is what the command line returns for it. `docs/reference/errors.md` shows an example of every message.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import attrs
@@ -15,7 +16,7 @@ import attrs
 
 def printable(text: object) -> str:
     """
-    Show untrusted text on one line, with control, bidirectional and other unprintable characters escaped.
+    Show an untrusted string on one line, with control, bidirectional and other unprintable characters escaped.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in str(text)
@@ -33,11 +34,11 @@ class StoreError(Exception):
         return super().__str__()
 
     def __str__(self) -> str:
-        # Fields may hold what a remote or another tenant said: escaped here, once, for all of them.
+        # Fields may hold what a remote or another tenant wrote: escaped here, once, for all of them.
         return printable(self._message())
 
     def __repr__(self) -> str:
-        # As attrs would write it. Once for all of them, since every start of a process pays for what attrs generates.
+        # As attrs would write it. One method for all, since every start of a process pays for what attrs generates.
         facts = ", ".join(f"{name}={value!r}" for name, value in self.fields.items())
         return f"{type(self).__name__}({facts})" if facts else super().__repr__()
 
@@ -52,7 +53,7 @@ class StoreError(Exception):
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class InvalidURIError(StoreError, ValueError):
     """
-    The source URI, its revision or its patterns cannot be understood.
+    The source URI, its revision or its patterns are malformed.
     """
 
     exit_code: ClassVar[int] = 2
@@ -60,36 +61,100 @@ class InvalidURIError(StoreError, ValueError):
     reason: str
 
     def _message(self) -> str:
-        return f"`{self.uri}` is not a usable source URI: {self.reason}"
+        return f"invalid source URI `{self.uri}`: {self.reason}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class UnknownSchemeError(StoreError, ValueError):
     """
-    No installed back end serves the scheme of a URI.
+    No installed backend serves the scheme of a URI.
     """
 
     exit_code: ClassVar[int] = 2
     scheme: str
-    remedy: str
+    hint: str
 
     def _message(self) -> str:
-        return f"no usable back end for `{self.scheme}://`; {self.remedy}"
+        return f"no backend for `{self.scheme}://`; {self.hint}"
+
+
+# Stands for a value that may hold a secret, so that an error does not repeat it.
+HIDDEN = "not shown"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class SettingsError(StoreError, ValueError):
     """
-    An argument or environment variable has a value that means nothing.
+    An argument, a storage option, an environment variable or a field of a document has an invalid value.
+
+    `value` is empty if it is missing, and `HIDDEN` if it may hold a secret.
     """
 
     exit_code: ClassVar[int] = 2
     name: str
     value: str
-    remedy: str
+    hint: str
 
     def _message(self) -> str:
-        return f"`{self.name}` is `{self.value}`; {self.remedy}"
+        if not self.value:
+            return f"`{self.name}` is missing; {self.hint}"
+        shown = "" if self.value == HIDDEN else f" `{self.value}`"
+        return f"invalid value{shown} for `{self.name}`; {self.hint}"
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
+class UnknownOptionError(SettingsError):
+    """
+    A storage option, or a field of a document, has a name that does not exist.
+
+    `name` is what was given and `value` the kind of thing that it should name, such as `storage option`.
+    """
+
+    supported: tuple[str, ...] = ()
+
+    def _message(self) -> str:
+        message = f"unknown {self.value} `{self.name}`; {self.hint}"
+        if not self.supported:
+            return message
+        separator = " " if message.endswith("?") else "; "
+        return f"{message}{separator}supported: {', '.join(f'`{name}`' for name in self.supported)}"
+
+
+def unknown_option(kind: str, name: str, supported: Iterable[str], hint: str = "") -> UnknownOptionError:
+    """
+    Describe a name that does not exist, with the one that was probably meant.
+
+    Args:
+        kind: What it should name, such as `storage option`.
+        hint: What to do if no supported name resembles it.
+    """
+    from difflib import get_close_matches
+
+    names = tuple(supported)
+    near = get_close_matches(name.rpartition(".")[2], names, n=1)
+    return UnknownOptionError(name, kind, f"did you mean `{near[0]}`?" if near else hint or "remove it", names)
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
+class InvalidFileError(SettingsError):
+    """
+    A file that the caller named cannot be read or parsed. `value` is the problem, `hint` its details.
+    """
+
+    def _message(self) -> str:
+        return f"`{self.name}`: {self.value}: {self.hint}"
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
+class MissingDependencyError(SettingsError, ImportError):  # type: ignore[misc]  # `name` is never None here.
+    """
+    An optional package is not installed.
+
+    `name` is what needs it, `value` the package, and `hint` the command that installs it.
+    """
+
+    def _message(self) -> str:
+        return f"{self.name} needs {self.value}: `{self.hint}`"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
@@ -97,56 +162,56 @@ class LockerMismatchError(StoreError, ValueError):
     """
     This process and the store disagree about how writers exclude each other.
 
-    All contenders must use the same locker, so the store's own settings win and nobody may override them.
+    All contenders must use the same locker, so the settings in the store win and no process may override them.
     """
 
     exit_code: ClassVar[int] = 2
     root: str
     setting: str
     stored: str
-    wanted: str
+    requested: str
 
     def _message(self) -> str:
         return (
-            f"the store at `{self.root}` was created with {self.setting} `{self.stored}`, not `{self.wanted}`; "
-            f"drop the argument (and KSERVE_PVC_{self.setting.upper()}) to use the store's own setting"
+            f"the store at `{self.root}` was created with {self.setting} `{self.stored}`, not `{self.requested}`; "
+            f"omit the argument (and KSERVE_PVC_{self.setting.upper()}) to use the setting in the store"
         )
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class LockServiceError(StoreError, ConnectionError):
     """
-    The service that keeps the locks refuses this process, and will go on to.
+    The lock service refuses this process, and will keep refusing.
 
-    A service that only does not answer is no error: the claims on the volume decide then.
+    A lock service that merely fails to respond is not an error; the claims on the volume decide instead.
     """
 
     exit_code: ClassVar[int] = 1
     service: str
     reason: str
-    remedy: str
+    hint: str
 
     def _message(self) -> str:
-        return f"the locker `{self.service}` refused: {self.reason}; {self.remedy}"
+        return f"lock service `{self.service}` refused this process: {self.reason}; {self.hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class StoreRootError(StoreError, NotADirectoryError):
     """
-    The path given as a store cannot be one.
+    The path of a store is not a directory, or lies on a volume that cannot hold a store.
     """
 
     root: str
     reason: str
 
     def _message(self) -> str:
-        return f"`{self.root}` cannot be a store: {self.reason}"
+        return f"cannot use `{self.root}` as a store: {self.reason}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class StoreFormatError(StoreError, ValueError):
     """
-    A file of the store does not say what this version can trust.
+    A file of the store does not hold what this version can trust.
 
     It was damaged, forged, or written by a newer version. Nothing was changed or deleted.
     """
@@ -155,13 +220,13 @@ class StoreFormatError(StoreError, ValueError):
     reason: str
 
     def _message(self) -> str:
-        return f"`{self.path}` cannot be trusted: {self.reason}"
+        return f"cannot trust `{self.path}`: {self.reason}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class ModelNotFoundError(StoreError, FileNotFoundError):
     """
-    The model is not in the store, and this call may not fetch it.
+    The model is not in the store, and this call may not download it.
     """
 
     exit_code: ClassVar[int] = 3
@@ -169,13 +234,16 @@ class ModelNotFoundError(StoreError, FileNotFoundError):
     root: str
 
     def _message(self) -> str:
-        return f"`{self.ref}` is not in the store at `{self.root}`; `ensure` it from a read-write store, or `import` a bundle of it"
+        return (
+            f"`{self.ref}` is not in the store at `{self.root}`; "
+            "`ensure` it from a read-write store, or `import` a bundle of it"
+        )
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class DamagedRecordError(ModelNotFoundError, StoreFormatError):
     """
-    The newest record of a model is damaged, so the model counts as absent until it is fetched again.
+    The newest record of a model is damaged, so the model counts as absent until it is downloaded again.
     """
 
     exit_code: ClassVar[int] = 3
@@ -187,44 +255,44 @@ class DamagedRecordError(ModelNotFoundError, StoreFormatError):
     def _message(self) -> str:
         return (
             f"the newest record of `{self.ref}`, `{self.path}`, cannot be trusted: {self.reason}; "
-            "`ensure` it from a read-write store to write the next one"
+            "`ensure` it from a read-write store to write the next record"
         )
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class ModelInUseError(StoreError, BlockingIOError):
     """
-    The model has live readers, so it was kept.
+    The model is being read or downloaded, so it was kept.
     """
 
     ref: str
     readers: tuple[str, ...]
 
     def _message(self) -> str:
-        return f"`{self.ref}` is in use by {', '.join(self.readers)}; try again once they have closed it"
+        return f"`{self.ref}` is in use by {', '.join(self.readers)}; retry once they have closed it"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class ReadOnlyStoreError(StoreError, PermissionError):
     """
-    The call would have to write, and the store or its volume may only be read.
+    The call would have to write, but the store or its volume is read-only.
     """
 
     exit_code: ClassVar[int] = 4
     root: str
-    wish: str
-    remedy: str
+    operation: str
+    hint: str
 
     def _message(self) -> str:
-        return f"cannot {self.wish}: the store at `{self.root}` is read-only here; {self.remedy}"
+        return f"cannot {self.operation}: the store at `{self.root}` is read-only here; {self.hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class LockTimeoutError(StoreError, TimeoutError):
     """
-    Another downloader was still at work when the time to wait for it was over.
+    Another process was still downloading the model when the timeout expired.
 
-    `waited` and `idle` are seconds; `idle` is how long the holder has shown no sign of life.
+    `waited` and `idle` are seconds; `idle` is the age of the holder's last heartbeat.
     """
 
     exit_code: ClassVar[int] = 5
@@ -238,9 +306,25 @@ class LockTimeoutError(StoreError, TimeoutError):
     def _message(self) -> str:
         return (
             f"waited {self.waited:.0f} s for {self.holder} to download `{self.ref}` "
-            f"({self.bytes_done} of {self.bytes_total} bytes, last sign of life {self.idle:.0f} s ago); "
-            "wait longer with `timeout=`, or look at `kserve-pvc locks`"
+            f"({self.bytes_done} of {self.bytes_total} bytes, last heartbeat {self.idle:.0f} s ago); "
+            "raise `timeout`, or see `kserve-pvc locks`"
         )
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
+class DownloadCancelledError(StoreError, InterruptedError):
+    """
+    The caller cancelled a call that was downloading or waiting for another downloader.
+
+    It is an `InterruptedError` because the call was interrupted from outside and may simply be repeated. It is not a
+    `CancelledError` of `asyncio` or `concurrent.futures`: these mean the cancellation of a task or a future.
+    """
+
+    exit_code: ClassVar[int] = 1
+    ref: str
+
+    def _message(self) -> str:
+        return f"the call for `{self.ref}` was cancelled; what it fetched is kept, call again to continue"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
@@ -266,7 +350,7 @@ class InsufficientSpaceError(StoreError, OSError):
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class VolumeError(StoreError, OSError):
     """
-    The volume failed an operation; what was being written was given up and nothing was published.
+    An operation on the volume failed; what was being written was discarded and nothing was published.
     """
 
     path: str
@@ -274,44 +358,48 @@ class VolumeError(StoreError, OSError):
     reason: str
 
     def _message(self) -> str:
-        return f"{self.operation} failed on `{self.path}`: {self.reason}; see the volume's own logs, then call again"
+        return f"{self.operation} failed on `{self.path}`: {self.reason}; check the logs of the volume, then retry"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class SourceNotFoundError(StoreError, FileNotFoundError):
     """
-    The source answered that there is nothing under this URI.
+    The source has nothing under this URI. `hint` is the backend's advice; empty means a general one.
     """
 
     exit_code: ClassVar[int] = 7
     uri: str
     reason: str
+    hint: str = ""
 
     def _message(self) -> str:
-        return f"nothing to fetch at `{self.uri}`: {self.reason}; check bucket, path, revision and patterns"
+        hint = self.hint or "check the URI, the revision and the patterns"
+        return f"nothing found at `{self.uri}`: {self.reason}; {hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class SourceDeniedError(StoreError, PermissionError):
     """
-    The source refused the credentials, or their absence.
+    The source refused the credentials, or their absence. `hint` is the backend's advice; empty means a general one.
     """
 
     exit_code: ClassVar[int] = 7
     uri: str
     reason: str
+    hint: str = ""
 
     def _message(self) -> str:
-        return f"access to `{self.uri}` was denied: {self.reason}; check the credentials and their permissions"
+        hint = self.hint or "check the credentials and their permissions"
+        return f"access to `{self.uri}` denied: {self.reason}; {hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class SourceUnavailableError(StoreError, ConnectionError):
     """
-    The source could not be reached or did not answer properly. The only error that is retried.
+    The source could not be reached, or did not respond properly. The only error that is retried.
 
-    `retry_after` is how many seconds a busy source asks to be left alone for, or None if it is not busy; `is_final`
-    means that asking again would not help.
+    `retry_after` is the pause in seconds that a busy source requested, or None if it is not busy; `is_final` means that
+    a retry would not help; `hint` is the backend's advice, and empty means a general one.
     """
 
     exit_code: ClassVar[int] = 7
@@ -319,9 +407,14 @@ class SourceUnavailableError(StoreError, ConnectionError):
     reason: str
     retry_after: float | None = None
     is_final: bool = False
+    hint: str = ""
 
     def _message(self) -> str:
-        return f"`{self.uri}` is not answering: {self.reason}; check endpoint and network, then call again"
+        pause = f", retry after {self.retry_after:g} s" if self.retry_after else ""
+        general = (
+            "check the endpoint and the network" if self.is_final else "check the endpoint and the network, then retry"
+        )
+        return f"request to `{self.uri}` failed: {self.reason}{pause}; {self.hint or general}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
@@ -335,13 +428,13 @@ class SourceChangedError(StoreError, RuntimeError):
     path: str
 
     def _message(self) -> str:
-        return f"`{self.path}` of `{self.uri}` changed while it was being read; call again once the upload is over"
+        return f"`{self.path}` of `{self.uri}` changed while it was being read; retry once the upload is complete"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class DigestMismatchError(StoreError, ValueError):
     """
-    The bytes that arrived do not have the digest or length the source announced.
+    The bytes that arrived do not have the digest or the length that was announced.
     """
 
     exit_code: ClassVar[int] = 7
@@ -350,7 +443,23 @@ class DigestMismatchError(StoreError, ValueError):
     actual: str
 
     def _message(self) -> str:
-        return f"`{self.path}` should be `{self.expected}` but is `{self.actual}`; nothing was published, call again"
+        found = f"expected `{self.expected}`, got `{self.actual}`"
+        return f"`{self.path}` does not match: {found}; nothing was published, retry"
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
+class DamagedArchiveError(DigestMismatchError):
+    """
+    An archive at the source cannot be unpacked: it was cut off, or its bytes are wrong. `actual` says what is wrong.
+    """
+
+    exit_code: ClassVar[int] = 7
+    path: str
+    actual: str
+    expected: str = "an intact archive"
+
+    def _message(self) -> str:
+        return f"archive `{self.path}` is damaged: {self.actual}; nothing was published, upload it again"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
@@ -370,7 +479,7 @@ class UnsafePathError(StoreError, ValueError):
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class PolicyError(StoreError, PermissionError):
     """
-    The request is understood and refused on principle.
+    The request is valid, and refused by policy.
     """
 
     exit_code: ClassVar[int] = 8

@@ -566,7 +566,7 @@ def test_a_blob_that_changes_is_never_mixed(root, azurite, put, here, moment, ch
     )
     interfering = Interfering(AzureBackend(azurite.storage_options), **events)
 
-    with pytest.raises(SourceChangedError, match="call again once the upload is over") as caught:
+    with pytest.raises(SourceChangedError, match="retry once the upload is complete") as caught:
         ModelStore(root, mode="rw", part_bytes=PART_BYTES, **serve(interfering)).ensure(
             uri, progress=False, max_workers=1
         )

@@ -310,7 +310,7 @@ def test_a_file_that_changes_between_two_parts_is_never_published(root, source, 
     changing = Interfering(BACKEND, before_range=lambda number, file: number == 2 and change(source / "weights/a.bin"))
     store = ModelStore(root, mode="rw", backends={"file": changing.factory}, part_bytes=100_000)
 
-    with pytest.raises(SourceChangedError, match=r"call again once the upload is over"):
+    with pytest.raises(SourceChangedError, match=r"retry once the upload is complete"):
         store.ensure(f"file://{source}", progress=False, max_workers=1)
 
     present = f"file://{source}" in store

@@ -219,7 +219,7 @@ def test_a_missing_package_is_named():
     """
     A protocol that needs another package says which.
     """
-    with pytest.raises(UnknownSchemeError, match=r"no usable back end for `fsspec\+sftp://`; .*paramiko"):
+    with pytest.raises(UnknownSchemeError, match=r"no backend for `fsspec\+sftp://`; .*paramiko"):
         FsspecBackend({}).resolve(parse_ref("fsspec+sftp://host/model"))
 
 

@@ -503,7 +503,7 @@ def test_an_object_that_changes_is_never_mixed(root, gcs, put, here, moment, cha
     )
     store = interfered(root, gcs, **events)
 
-    with pytest.raises(SourceChangedError, match="call again once the upload is over") as caught:
+    with pytest.raises(SourceChangedError, match="retry once the upload is complete") as caught:
         store.ensure(uri, progress=False, max_workers=1)
 
     assert caught.value.path == "weights/a.bin"

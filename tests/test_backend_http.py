@@ -42,7 +42,7 @@ from kserve_pvc import (
     StoreError,
     UnsafePathError,
 )
-from kserve_pvc._download.download import Download
+from kserve_pvc._download.unpacking import Unpacking
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.backends._http.client import HTTPClient
@@ -1103,16 +1103,16 @@ def test_a_crash_while_unpacking_costs_no_byte_of_the_source(root, server, monke
     Who takes over from a process that died while it was unpacking has the archive already.
     """
     server.pages["/model.zip"] = page(ARCHIVES["model.zip"])
-    honest, written = Download._write_member, []
+    honest, written = Unpacking._write, []
 
-    def die(self: Download, tree: object, member: object) -> object:
+    def die(self: Unpacking, member: object) -> object:
         written.append(member.path)
         if len(written) == 2:
             raise KeyboardInterrupt
-        return honest(self, tree, member)
+        return honest(self, member)
 
     with monkeypatch.context() as dying:
-        dying.setattr(Download, "_write_member", die)
+        dying.setattr(Unpacking, "_write", die)
         with pytest.raises(KeyboardInterrupt):
             ensure(root, server.uri("model.zip"))
     left = generations(root)

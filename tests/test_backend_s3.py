@@ -308,7 +308,7 @@ def test_an_object_that_changes_is_never_mixed(root, s3, origin, client, upload,
     )
     store = interfered(root, s3, **events)
 
-    with pytest.raises(SourceChangedError, match="call again once the upload is over") as caught:
+    with pytest.raises(SourceChangedError, match="retry once the upload is complete") as caught:
         store.ensure(uri, progress=False, max_workers=1)
 
     assert caught.value.path == "weights/a.bin"
@@ -406,7 +406,7 @@ def test_a_source_that_cuts_every_connection_is_given_up(root, origin, upload):
     uri = upload({"weights.bin": data})
     with TamperingProxy(origin.endpoint, cuts=(1_500_000, *[0] * 50)) as proxy:
         store = ModelStore(root, mode="rw", part_bytes=1_000_000, **through(proxy, origin))
-        with pytest.raises(SourceUnavailableError, match="check endpoint and network, then call again"):
+        with pytest.raises(SourceUnavailableError, match="check the endpoint and the network, then retry"):
             store.ensure(uri, progress=False, max_workers=1)
         proxy.cuts.clear()
         model = store.ensure(uri, progress=False)

@@ -79,7 +79,7 @@ def test_an_unknown_scheme_says_what_is_served(root):
     with pytest.raises(UnknownSchemeError) as caught:
         ModelStore(root, mode="rw").ensure("oci://registry/model", progress=False)
 
-    assert re.match("no usable back end for `oci://`; installed back ends serve .*`file`, .*`s3`", str(caught.value))
+    assert re.match("no backend for `oci://`; installed back ends serve .*`file`, .*`s3`", str(caught.value))
     assert f"`{GROUP}`" in str(caught.value)
     assert (caught.value.scheme, caught.value.exit_code) == ("oci", 2)
     assert list((root / ".kserve-pvc").rglob("claims")) == []
@@ -176,9 +176,7 @@ sys.meta_path.insert(0, Blocker())
 """
     said = shell.python(script + FIND, "s3")
 
-    assert said.startswith(
-        "UnknownSchemeError: no usable back end for `s3://`; install it with `pip install 'kserve-pvc[s3]'`"
-    )
+    assert said.startswith("UnknownSchemeError: no backend for `s3://`; install it with `pip install 'kserve-pvc[s3]'`")
     assert "No module named 's3fs'" in said
 
 
@@ -249,7 +247,7 @@ def test_a_plugin_that_cannot_be_loaded_says_why(site, module, reason):
     place = site("other-store", "other = other_store:Backend", {"other_store": module})
 
     assert (
-        f"UnknownSchemeError: no usable back end for `other://`; its plug-in cannot be loaded: {reason}"
+        f"UnknownSchemeError: no backend for `other://`; its plug-in cannot be loaded: {reason}"
         in find(place, "other").stdout
     )
 

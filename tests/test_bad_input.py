@@ -105,13 +105,13 @@ SOURCE_ERRORS = {
         "s3://no-such-bucket-here/model",
         {},
         SourceNotFoundError,
-        ["bucket does not exist", "check bucket, path"],
+        ["bucket does not exist", "check the URI, the revision"],
     ),
     "missing key": (
         f"s3://{BUCKET}/no/such/model",
         {},
         SourceNotFoundError,
-        ["no file is there", "check bucket, path"],
+        ["no file is there", "check the URI, the revision"],
     ),
     "missing key with a slash": (f"s3://{BUCKET}/no/such/", {}, SourceNotFoundError, ["no file is there"]),
     "no rights": (
@@ -203,7 +203,7 @@ def test_an_endpoint_that_nobody_listens_at_is_given_up(scene):
     options = {"endpoint_url": f"http://127.0.0.1:{closed_port()}", "key": CANARY, "secret": CANARY}
     before = scene.state()
 
-    with pytest.raises(SourceUnavailableError, match="check endpoint and network, then call again") as caught:
+    with pytest.raises(SourceUnavailableError, match="check the endpoint and the network, then retry") as caught:
         scene.writer(storage_options=options).ensure(f"s3://{BUCKET}/model", progress=False)
 
     assert (options["endpoint_url"] in str(caught.value), CANARY in str(caught.value)) == (True, False)
@@ -355,7 +355,8 @@ def test_a_source_that_lies_about_a_digest_publishes_nothing(scene):
     fake = FakeBackend({"a": b"right"}, sent={"a": b"wrong"}, sha256={"a": "0" * 64})
 
     with pytest.raises(
-        DigestMismatchError, match=r"`a` should be `sha256:0{64}` but is `sha256:[0-9a-f]{64}`; nothing was published"
+        DigestMismatchError,
+        match=r"`a` does not match: expected `sha256:0{64}`, got `sha256:[0-9a-f]{64}`; nothing was published",
     ):
         scene.writer(backends={"fake": fake.factory}).ensure("fake://anywhere/model", progress=False)
 
@@ -631,7 +632,7 @@ def test_settings_that_cannot_be_trusted_close_the_store(scene, case, mode):
     SETTINGS_FORGERIES[case](path, good)
     before = listing(scene.place)
 
-    with pytest.raises(StoreFormatError, match=f"`{META}/store.json` cannot be trusted") as caught:
+    with pytest.raises(StoreFormatError, match=f"cannot trust `{META}/store.json`") as caught:
         ModelStore(scene.root, mode=mode)
 
     assert str(caught.value).isprintable()
@@ -785,7 +786,7 @@ def test_a_manifest_that_cannot_be_trusted_is_named(scene, case):
     outside, name = listing(scene.outside), str(path.relative_to(scene.root))
 
     store = ModelStore(scene.root)
-    with pytest.raises(StoreFormatError, match=f"`{name}` cannot be trusted"):
+    with pytest.raises(StoreFormatError, match=f"cannot trust `{name}`"):
         store.get(scene.uri).record  # noqa: B018
     report = store.verify(scene.uri, "full")
     model = scene.writer().ensure(scene.uri, force_download=True, progress=False)

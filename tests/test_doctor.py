@@ -290,7 +290,7 @@ def test_a_directory_that_is_none_is_an_error(tmp_path, make, said):
     result = shell.kserve_pvc(tmp_path, "doctor", str(place))
 
     assert (result.returncode, result.stdout) == (1, "")
-    assert f"`{place}` cannot be a store: {said}" in result.stderr
+    assert f"cannot use `{place}` as a store: {said}" in result.stderr
     assert not place.is_dir()
 
 

@@ -10,7 +10,7 @@ import pytest
 from memory import MemorySource
 
 from kserve_pvc import Model, ModelStore
-from kserve_pvc._download import download as _download
+from kserve_pvc._download import publication
 from kserve_pvc._format import layout
 from kserve_pvc._volume.tree import Tree
 from kserve_pvc._volume.writing import VolumeWriter
@@ -27,7 +27,7 @@ def stores(root) -> list[ModelStore]:
     source = MemorySource({URI: FILES})
     made = [ModelStore(root, mode="rw", lease_seconds=1, backends={"s3": source}) for _ in range(2)]
     for store in made:
-        store._flight = lambda ref, timeout: NoFlight()  # type: ignore[method-assign]
+        store._flight = lambda ref, timeout, cancellation: NoFlight()  # type: ignore[method-assign]
     return made
 
 
@@ -43,7 +43,7 @@ def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, 
     """
     first, second = stores
     committed, second_is_writing, first_has_collected = Event(), Event(), Event()
-    honest_collect, honest_create = _download.collect_garbage, Tree.create
+    honest_collect, honest_create = publication.collect_garbage, Tree.create
 
     def collect_garbage(*args):
         if not committed.is_set():
@@ -58,7 +58,7 @@ def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, 
             assert first_has_collected.wait(10)
         return honest_create(self, path)
 
-    monkeypatch.setattr(_download, "collect_garbage", collect_garbage)
+    monkeypatch.setattr(publication, "collect_garbage", collect_garbage)
     monkeypatch.setattr(Tree, "create", create)
 
     def ensure_first() -> None:

@@ -19,6 +19,9 @@ CONTRACT = {
     errors.InvalidURIError: (ValueError, 2),
     errors.UnknownSchemeError: (ValueError, 2),
     errors.SettingsError: (ValueError, 2),
+    errors.UnknownOptionError: (ValueError, 2),
+    errors.InvalidFileError: (ValueError, 2),
+    errors.MissingDependencyError: (ImportError, 2),
     errors.LockerMismatchError: (ValueError, 2),
     errors.StoreRootError: (NotADirectoryError, 1),
     errors.StoreFormatError: (ValueError, 1),
@@ -28,6 +31,7 @@ CONTRACT = {
     errors.ReadOnlyStoreError: (PermissionError, 4),
     errors.LockServiceError: (ConnectionError, 1),
     errors.LockTimeoutError: (TimeoutError, 5),
+    errors.DownloadCancelledError: (InterruptedError, 1),
     errors.InsufficientSpaceError: (OSError, 6),
     errors.VolumeError: (OSError, 1),
     errors.SourceNotFoundError: (FileNotFoundError, 7),
@@ -35,11 +39,12 @@ CONTRACT = {
     errors.SourceUnavailableError: (ConnectionError, 7),
     errors.SourceChangedError: (RuntimeError, 7),
     errors.DigestMismatchError: (ValueError, 7),
+    errors.DamagedArchiveError: (ValueError, 7),
     errors.UnsafePathError: (ValueError, 8),
     errors.PolicyError: (PermissionError, 8),
 }
 # Facts that the message leaves out.
-UNSAID = {(errors.DamagedRecordError, "root")}
+UNSAID = {(errors.DamagedRecordError, "root"), (errors.DamagedArchiveError, "expected")}
 SAMPLES = {
     "str": "sample",
     "int": 70,

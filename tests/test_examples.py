@@ -132,7 +132,7 @@ def test_the_notebook_warms_a_catalogue(root, upload, origin):
     assert f"ModelStore at {root}, read-write: 0 models, 0 B" in html(empty)
     assert f">Plan for {base}/small</caption>" in html(plan)
     assert text(warm).splitlines()[:2] == ["downloaded", "downloaded"]
-    assert "nothing to fetch" in text(warm).splitlines()[2]
+    assert "nothing found" in text(warm).splitlines()[2]
     assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in warm)
     assert f"ModelStore at {root}, read-write: 2 models, 3.5 MiB" in html(filled)
     assert f">Model {base}/small</caption>" in html(model)

@@ -208,7 +208,7 @@ def test_a_failure_is_one_line_in_the_termination_log(tmp_path, place):
     assert bad.returncode == 1
     assert (
         said
-        == f"nothing to fetch at `file://{tmp_path}/missing`: No such file or directory; check bucket, path, revision and patterns"
+        == f"nothing found at `file://{tmp_path}/missing`: No such file or directory; check the URI, the revision and the patterns"
     )
     assert bad.stderr.endswith(f"storage.initializer ERROR {said}\n")
     assert (good.returncode, log.read_text()) == (0, "")
@@ -345,7 +345,7 @@ def test_siblings_and_an_empty_prefix(upload, s3_env, place):
 
     assert (result.returncode, served(place / "m")) == (0, {"a": b"a"})
     assert empty.returncode == 1
-    assert "nothing to fetch" in empty.stderr
+    assert "nothing found" in empty.stderr
 
 
 def test_a_file_of_a_web_server(place):

@@ -154,13 +154,23 @@ def test_a_dry_run_is_answered_as_any_other():
         (pod(sub_path="tenants/team/../other"), {}, 403, "a name may not climb with `..`"),
         (pod(sub_path="tenants/other"), {}, 403, "`tenants/other` is outside of `tenants/team`"),
         (pod(sub_path="tenants/team\n"), {}, 403, "tenants/team\\n` is refused: a name may hold no NUL, control"),
-        (pod("models,secret-models"), {}, 400, "`models,secret-models`; write lower-case letters"),
-        (pod("models\nsecret-models"), {}, 400, "`models\\nsecret-models`; write lower-case letters"),
-        (pod("m" * 100_000), {}, 400, "kserve-pvc: `metadata.annotations[kserve-pvc/claim]` is `mmm"),
+        (
+            pod("models,secret-models"),
+            {},
+            400,
+            "`models,secret-models` for `metadata.annotations[kserve-pvc/claim]`; write lower-case letters",
+        ),
+        (
+            pod("models\nsecret-models"),
+            {},
+            400,
+            "`models\\nsecret-models` for `metadata.annotations[kserve-pvc/claim]`; write lower-case letters",
+        ),
+        (pod("m" * 100_000), {}, 400, "kserve-pvc: invalid value `mmm"),
         (pod(), {"namespace": ""}, 400, "the request names no namespace"),
         (pod(), {"namespace": 7}, 400, "the request names no namespace"),
-        (pod(), {"object": None}, 400, "`manifest` is `NoneType`; give a Pod"),
-        (pod(), {"object": {"kind": "Pod", "spec": []}}, 400, "`spec` is `list`; it must be a mapping"),
+        (pod(), {"object": None}, 400, "invalid value `NoneType` for `manifest`; give a Pod"),
+        (pod(), {"object": {"kind": "Pod", "spec": []}}, 400, "invalid value `list` for `spec`; it must be a mapping"),
     ],
 )
 def test_what_is_not_granted_is_denied_with_a_reason(found, request_fields, code, message):

@@ -417,17 +417,17 @@ def test_what_was_done_is_told():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, "`manifest` is `NoneType`; give a Pod as a mapping"),
-        ({"kind": "Deployment"}, "`kind` is `Deployment`; give a Pod"),
-        ({"kind": "Pod"}, "`metadata.namespace` is ``; say in which namespace the pod will run"),
-        ({"kind": "Pod", "metadata": [], "spec": {}}, "`metadata` is `list`; it must be a mapping"),
+        (None, "invalid value `NoneType` for `manifest`; give a Pod as a mapping"),
+        ({"kind": "Deployment"}, "invalid value `Deployment` for `kind`; give a Pod"),
+        ({"kind": "Pod"}, "`metadata.namespace` is missing; say in which namespace the pod will run"),
+        ({"kind": "Pod", "metadata": [], "spec": {}}, "invalid value `list` for `metadata`; it must be a mapping"),
         (
             pod({"containers": "many"}) | {"metadata": {"namespace": "t", "annotations": {SOURCE: "s3://a/b"}}},
-            "`spec.containers` is `str`",
+            "invalid value `str` for `spec.containers`",
         ),
         (
             pod(annotations={READONLY: False}),
-            f"`metadata.annotations[{READONLY}]` is `False`; it must be a text: put the value in quotes",
+            f"invalid value `False` for `metadata.annotations[{READONLY}]`; it must be a text: put the value in quotes",
         ),
         (
             pod(
@@ -440,8 +440,11 @@ def test_what_was_done_is_told():
             ),
             "claimName",
         ),
-        (pod({"serviceAccountName": 7}), "`spec.serviceAccountName` is `7`"),
-        (served(claim="Models_"), "`metadata.annotations[kserve-pvc/claim]` is `Models_`; write lower-case letters"),
+        (pod({"serviceAccountName": 7}), "invalid value `7` for `spec.serviceAccountName`"),
+        (
+            served(claim="Models_"),
+            "invalid value `Models_` for `metadata.annotations[kserve-pvc/claim]`; write lower-case letters",
+        ),
     ],
 )
 def test_what_is_no_pod_is_named(given, message):
@@ -457,31 +460,49 @@ def test_what_is_no_pod_is_named(given, message):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ([], "`the policy` is `[]`; write a mapping with version, rules"),
-        ({"rules": []}, "`version` is ``; write `version: 1`"),
-        ({"version": True, "rules": []}, "`version` is `True`"),
-        ({"version": 1}, "`rules` is ``; write a list of rules"),
-        ({"version": 1, "rules": [], "rule": 2}, "`rule` is `2`; there is no such field; there are version, rules"),
-        ({"version": 1, "rules": [[]]}, "`rules[0]` is `[]`; write a mapping with namespaces"),
-        ({"version": 1, "rules": [rule(), rule(acces="read")]}, "`rules[1].acces` is `read`; there is no such field"),
-        ({"version": 1, "rules": [{"claim": "models"}]}, "`rules[0].namespaces` is ``; write a list of names"),
-        ({"version": 1, "rules": [{"namespaces": ["team"]}]}, "`rules[0].claim` is ``; name a PersistentVolumeClaim"),
-        ({"version": 1, "rules": [rule(namespaces="team")]}, "`rules[0].namespaces` is `team`; write a list of names"),
-        ({"version": 1, "rules": [rule(namespaces=[])]}, "`rules[0].namespaces` is ``; name at least one"),
+        ([], "invalid value `[]` for `the policy`; write a mapping with version, rules"),
+        ({"rules": []}, "`version` is missing; write `version: 1`"),
+        ({"version": True, "rules": []}, "invalid value `True` for `version`"),
+        ({"version": 1}, "`rules` is missing; write a list of rules"),
+        (
+            {"version": 1, "rules": [], "rule": 2},
+            "unknown field `rule`; did you mean `rules`? supported: `version`, `rules`",
+        ),
+        ({"version": 1, "rules": [[]]}, "invalid value `[]` for `rules[0]`; write a mapping with namespaces"),
+        (
+            {"version": 1, "rules": [rule(), rule(acces="read")]},
+            "unknown field `rules[1].acces`; did you mean `access`? supported: ",
+        ),
+        ({"version": 1, "rules": [{"claim": "models"}]}, "`rules[0].namespaces` is missing; write a list of names"),
+        (
+            {"version": 1, "rules": [{"namespaces": ["team"]}]},
+            "`rules[0].claim` is missing; name a PersistentVolumeClaim",
+        ),
+        (
+            {"version": 1, "rules": [rule(namespaces="team")]},
+            "invalid value `team` for `rules[0].namespaces`; write a list of names",
+        ),
+        ({"version": 1, "rules": [rule(namespaces=[])]}, "`rules[0].namespaces` is missing; name at least one"),
         (
             {"version": 1, "rules": [rule(namespaces=["team-*"])]},
-            "`rules[0].namespaces` is `team-*`; write lower-case letters",
+            "invalid value `team-*` for `rules[0].namespaces`; write lower-case letters",
         ),
-        ({"version": 1, "rules": [rule(serviceAccounts=["A b"])]}, "`rules[0].serviceAccounts` is `A b`"),
-        ({"version": 1, "rules": [rule(claim="-models")]}, "`rules[0].claim` is `-models`"),
-        ({"version": 1, "rules": [rule(claim="a" * 254)]}, "`rules[0].claim` is `aaa"),
-        ({"version": 1, "rules": [rule(claim=None)]}, "`rules[0].claim` is ``"),
+        (
+            {"version": 1, "rules": [rule(serviceAccounts=["A b"])]},
+            "invalid value `A b` for `rules[0].serviceAccounts`",
+        ),
+        ({"version": 1, "rules": [rule(claim="-models")]}, "invalid value `-models` for `rules[0].claim`"),
+        ({"version": 1, "rules": [rule(claim="a" * 254)]}, "invalid value `aaa"),
+        ({"version": 1, "rules": [rule(claim=None)]}, "`rules[0].claim` is missing"),
         (
             {"version": 1, "rules": [rule(access="rw")]},
-            "`rules[0].access` is `rw`; write `read`, `download` or `write`",
+            "invalid value `rw` for `rules[0].access`; write `read`, `download` or `write`",
         ),
-        ({"version": 1, "rules": [rule(default="yes")]}, "`rules[0].default` is `yes`; write `true` or `false`"),
-        ({"version": 1, "rules": [rule(subPath=3)]}, "`rules[0].subPath` is `3`; write a directory"),
+        (
+            {"version": 1, "rules": [rule(default="yes")]},
+            "invalid value `yes` for `rules[0].default`; write `true` or `false`",
+        ),
+        ({"version": 1, "rules": [rule(subPath=3)]}, "invalid value `3` for `rules[0].subPath`; write a directory"),
     ],
 )
 def test_a_policy_that_means_nothing_names_the_field(document, message):
@@ -662,23 +683,33 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
 @pytest.mark.parametrize(
     ("given", "arguments", "error", "message"),
     [
-        (None, {}, SettingsError, "`manifest` is `NoneType`; give a InferenceService"),
-        ({"kind": "Pod"}, {}, SettingsError, "`kind` is `Pod`"),
-        ({**service(), "apiVersion": "v1"}, {}, SettingsError, "`apiVersion` is `v1`"),
-        ({**service(), "spec": {}}, {}, SettingsError, "`spec.predictor` is ``; an InferenceService has a predictor"),
+        (None, {}, SettingsError, "invalid value `NoneType` for `manifest`; give a InferenceService"),
+        ({"kind": "Pod"}, {}, SettingsError, "invalid value `Pod` for `kind`"),
+        ({**service(), "apiVersion": "v1"}, {}, SettingsError, "invalid value `v1` for `apiVersion`"),
+        (
+            {**service(), "spec": {}},
+            {},
+            SettingsError,
+            "`spec.predictor` is missing; an InferenceService has a predictor",
+        ),
         (service({"minReplicas": 1}), {}, SettingsError, "names a `model`, or `containers`"),
         (
             {**service(), "spec": {"predictor": []}},
             {},
             SettingsError,
-            "`spec.predictor` is `list`; it must be a mapping",
+            "invalid value `list` for `spec.predictor`; it must be a mapping",
         ),
         (service(annotations={READONLY: False}), {}, SettingsError, "put the value in quotes"),
-        (service(), {"claim": ""}, SettingsError, "`claim` is ``; name a PersistentVolumeClaim"),
-        (service(), {"claim": "My_Claim"}, SettingsError, "`claim` is `My_Claim`; write lower-case letters"),
-        (service(), {"claim": "a\n"}, SettingsError, "`claim` is `a\\n`"),
+        (service(), {"claim": ""}, SettingsError, "`claim` is missing; name a PersistentVolumeClaim"),
+        (
+            service(),
+            {"claim": "My_Claim"},
+            SettingsError,
+            "invalid value `My_Claim` for `claim`; write lower-case letters",
+        ),
+        (service(), {"claim": "a\n"}, SettingsError, "invalid value `a\\n` for `claim`"),
         (service(), {"claim": "ä"}, SettingsError, "write lower-case letters"),
-        (service(), {"sub_path": None}, SettingsError, "`sub_path` is `None`; write a directory"),
+        (service(), {"sub_path": None}, SettingsError, "invalid value `None` for `sub_path`; write a directory"),
         (service(), {"sub_path": "../x"}, PolicyError, "`sub_path: ../x` is refused: a name may not climb with `..`"),
         (service(), {"sub_path": "/x"}, PolicyError, "a name must be relative"),
         (service(), {"sub_path": "x/"}, PolicyError, "a name may have no empty or `.` part"),
@@ -686,19 +717,19 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
             service({"model": MODEL, "volumes": [VOLUMES["a free claim"]]}),
             {},
             SettingsError,
-            f"`spec.predictor.volumes[{VOLUME}]` is `claim free`; remove this volume, or share the claim that it names",
+            f"invalid value `claim free` for `spec.predictor.volumes[{VOLUME}]`; remove this volume, or share the claim that it names",
         ),
         (
             service({"model": MODEL, "volumes": [VOLUMES["emptyDir"]]}),
             {},
             SettingsError,
-            "is `no claim`; remove this volume",
+            "invalid value `no claim` for `spec.predictor.volumes[kserve-provision-location]`; remove this volume",
         ),
         (
             service({"model": {**MODEL, "volumeMounts": [{**READ, "subPath": "b"}]}}),
             {"sub_path": "a"},
             SettingsError,
-            "subPath` is `b`; remove this mount",
+            "invalid value `b` for `spec.predictor.model.volumeMounts",
         ),
     ],
 )

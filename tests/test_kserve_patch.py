@@ -121,20 +121,20 @@ def test_a_service_that_has_nothing_to_share_is_told(patch):
 @pytest.mark.parametrize(
     ("text", "options", "code", "message"),
     [
-        (SERVICE, (), 2, "`--claim` is ``; name the PersistentVolumeClaim"),
-        (SERVICE, ("--claim", "No_Claim"), 2, "`claim` is `No_Claim`"),
+        (SERVICE, (), 2, "`--claim` is missing; name the PersistentVolumeClaim"),
+        (SERVICE, ("--claim", "No_Claim"), 2, "invalid value `No_Claim` for `claim`"),
         (SERVICE, ("--claim", "models", "--sub-path", "../x"), 8, "may not climb with `..`"),
-        (CONFIG, ("--claim", "models"), 2, "`standard input` is `without an InferenceService`"),
+        (CONFIG, ("--claim", "models"), 2, "invalid value `without an InferenceService` for `standard input`"),
         ("", ("--claim", "models"), 2, "without an InferenceService"),
-        ("{", ("--claim", "models"), 2, "`standard input` is `no YAML`; mend it:"),
+        ("{", ("--claim", "models"), 2, "`standard input`: invalid YAML: "),
         ("a: 1\na: 2\n", ("--claim", "models"), 2, "`a` is there twice in line 2"),
-        ("[" * 100_000, ("--claim", "models"), 2, "no usable YAML"),
-        ("a: !!python/object:os.system {}", ("--claim", "models"), 2, "no YAML"),
+        ("[" * 100_000, ("--claim", "models"), 2, "invalid YAML"),
+        ("a: !!python/object:os.system {}", ("--claim", "models"), 2, "invalid YAML"),
         (
             SERVICE,
             ("--claim", "models", "-f", "/nowhere"),
             2,
-            "`--file` is `/nowhere`; it cannot be read: No such file",
+            "`/nowhere`: cannot be read: No such file",
         ),
     ],
 )
@@ -189,17 +189,17 @@ def test_a_krm_function_may_find_nothing_to_do(patch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "`--claim` is ``; name the PersistentVolumeClaim, here or in the `functionConfig`"),
+        (None, "`--claim` is missing; name the PersistentVolumeClaim, here or in the `functionConfig`"),
         (
             {**FUNCTION, "spec": {"claim": "models", "subpath": "x"}},
-            "`functionConfig.spec.subpath` is `x`; there are claim, subPath and",
+            "unknown field `functionConfig.spec.subpath`; did you mean `subPath`? supported: `claim`, `subPath`, `readOnly`",
         ),
         (
             {**FUNCTION, "spec": {"claim": "models", "readOnly": "no"}},
-            "`functionConfig.spec.readOnly` is `no`; write `true` or `false`",
+            "invalid value `no` for `functionConfig.spec.readOnly`; write `true` or `false`",
         ),
-        ({**FUNCTION, "spec": ["claim"]}, "`functionConfig.spec` is `list`; it must be a mapping"),
-        ({**FUNCTION, "spec": {"claim": ["models"]}}, "`claim` is `['models']`"),
+        ({**FUNCTION, "spec": ["claim"]}, "invalid value `list` for `functionConfig.spec`; it must be a mapping"),
+        ({**FUNCTION, "spec": {"claim": ["models"]}}, "invalid value `['models']` for `claim`"),
         ({**FUNCTION, "spec": {"claim": "models", "subPath": "../x"}}, "may not climb with `..`"),
     ],
 )

@@ -376,7 +376,7 @@ def test_a_new_policy_is_taken_over_and_a_bad_one_is_not(webhook, policy_file):
 
     assert allowed()
     policy_file.write_text(POLICY.replace("download", "all"))
-    until(lambda: "`rules[0].access` is `all`" in "".join(webhook.said), seconds=60)
+    until(lambda: "invalid value `all` for `rules[0].access`" in "".join(webhook.said), seconds=60)
     assert allowed()
     policy_file.write_text(POLICY.replace("[team]", "[elsewhere]"))
     until(lambda: not allowed(), seconds=60)
@@ -479,14 +479,14 @@ def test_a_signal_ends_it_after_the_requests_that_run(webhook):
         (
             lambda policy, _: policy.write_text("version: 1\nrules: [{claim: a}]"),
             2,
-            "`rules[0].namespaces` is ``; write a list of names",
+            "`rules[0].namespaces` is missing; write a list of names",
         ),
         (
             lambda policy, _: policy.write_text("version: 1\nversion: 1\nrules: []"),
             2,
             "`version` is there twice in line 2",
         ),
-        (lambda policy, _: policy.write_text("{"), 2, "no YAML"),
+        (lambda policy, _: policy.write_text("{"), 2, "invalid YAML"),
         (lambda policy, _: policy.write_text(""), 2, "write one document"),
         (lambda policy, _: policy.unlink(), 2, "it cannot be read: No such file or directory"),
         (
@@ -494,7 +494,11 @@ def test_a_signal_ends_it_after_the_requests_that_run(webhook):
             8,
             "must be relative",
         ),
-        (lambda _, secret: (secret.place / "tls.key").unlink(), 2, "`--tls-cert and --tls-key` is"),
+        (
+            lambda _, secret: (secret.place / "tls.key").unlink(),
+            2,
+            "for `--tls-cert and --tls-key`; they cannot be used",
+        ),
         (lambda _, secret: secret.swap(b"no certificate", b"no key"), 2, "they cannot be used"),
     ],
     ids=range(8),
@@ -537,14 +541,9 @@ def test_a_missing_library_is_told(policy_file, secret):
     Without what the extra brings, the command says what to install.
     """
     arguments = command(policy_file, secret)[3:]
-    program = (
-        f"import sys\nsys.modules['uvicorn'] = None\nfrom kserve_pvc._cli import main\nsys.exit(main({arguments!r}))"
-    )
+    program = f"import sys\nsys.modules['uvicorn'] = None\nfrom kserve_pvc._cli.main import main\nsys.exit(main({arguments!r}))"
 
     found = subprocess.run([sys.executable, "-Ic", program], capture_output=True, text=True, timeout=60)
 
     assert (found.returncode, found.stdout) == (2, "")
-    assert (
-        "`the webhook` is `without uvicorn`; install what it needs with `pip install 'kserve-pvc[webhook]'`"
-        in found.stderr
-    )
+    assert "the webhook needs uvicorn: `pip install 'kserve-pvc[webhook]'`" in found.stderr

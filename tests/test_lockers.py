@@ -174,7 +174,7 @@ def test_its_kind_is_in_the_store_and_no_other_is_taken(root, service):
         ModelStore(root, mode="rw", locker=other)
 
     assert written == service.locker
-    assert (refused.value.stored, refused.value.wanted) == (service.locker, other)
+    assert (refused.value.stored, refused.value.requested) == (service.locker, other)
     assert ModelStore(root).list() == []
 
 

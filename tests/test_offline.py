@@ -122,17 +122,23 @@ def test_an_argument_counts_more_than_the_environment(root, uri, s3, monkeypatch
     assert version.startswith("sha256:")
 
 
-@pytest.mark.parametrize(("text", "is_offline"), [("1", True), ("0", False), ("", False), (None, False)])
-def test_the_environment_says_one_or_zero(text, is_offline):
+@pytest.mark.parametrize(
+    ("text", "is_offline"),
+    [
+        *((word, True) for word in ("1", "true", "TRUE", "True", "yes", "on", "ON", " 1 ")),
+        *((word, False) for word in ("0", "false", "FALSE", "no", "Off", "", " ", None)),
+    ],
+)
+def test_the_environment_says_yes_or_no(text, is_offline):
     """
-    `1` is offline; `0`, nothing and no variable are not.
+    The words that huggingface_hub takes for true are, in any case; their opposites, nothing and no variable are not.
     """
     environ = {} if text is None else {"KSERVE_PVC_OFFLINE": text}
 
     assert read_settings(environ, {}).offline is is_offline
 
 
-@pytest.mark.parametrize("text", ["true", "yes", "2", " 1"])
+@pytest.mark.parametrize("text", ["2", "offline", "y", "-1", "0.0"])
 def test_a_ban_is_not_guessed(text, root, monkeypatch):
     """
     Any other word is an error where it would count, and a model server that only serves does not even read it.

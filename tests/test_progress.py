@@ -11,16 +11,37 @@ import termios
 import pytest
 from fsspec.callbacks import Callback
 
-from kserve_pvc._show.events import Adopted, Finished, Received, Retried, Started, TookOver, Waiting
-from kserve_pvc._show.progress import Lines, amount, describe, make_listener
+from kserve_pvc._show.events import (
+    BytesAdopted,
+    BytesReceived,
+    CallFinished,
+    ClaimTakenOver,
+    RequestRetried,
+    Subject,
+    TransferStarted,
+    WaitingForDownload,
+)
+from kserve_pvc._show.progress import Lines, make_listener
+from kserve_pvc._show.text import describe
+from kserve_pvc._show.units import format_bytes
 
 REF = "s3://bucket/llama"
 MIB = 2**20
-STARTED = Started(ref=REF, bytes_total=100 * MIB, files=3)
-TOOK_OVER = TookOver(ref=REF, holder="pod server-0 on node-a", reason="no sign of life for 30 s")
-RETRIED = Retried(ref=REF, reason="answered 503", delay=0.25)
-WAITING = Waiting(
-    ref=REF,
+
+
+def about(ref: str) -> Subject:
+    """
+    What an event is about.
+    """
+    return {"store": "/mnt/models", "key": "llama-0123456789abcdef", "uri": ref, "ref": ref}
+
+
+ABOUT = about(REF)
+STARTED = TransferStarted(**ABOUT, bytes_total=100 * MIB, files=3)
+TOOK_OVER = ClaimTakenOver(**ABOUT, holder="pod server-0 on node-a", reason="no sign of life for 30 s")
+RETRIED = RequestRetried(**ABOUT, reason="answered 503", delay=0.25)
+WAITING = WaitingForDownload(
+    **ABOUT,
     holder="pod server-0 on node-a",
     since="2026-02-03T04:05:06+00:00",
     waited=12.4,
@@ -33,6 +54,10 @@ WAITING_LINE = (
     "waiting for pod server-0 on node-a, at work since 2026-02-03T04:05:06+00:00: 10.0 MiB of 100.0 MiB, 1.0 MiB/s; "
     "waited 12 s, last sign of life 3 s ago"
 )
+
+
+def finished(status: str, ref: str = REF) -> CallFinished:
+    return CallFinished(**about(ref), status=status, size_bytes=100 * MIB, bytes_fetched=100 * MIB, seconds=1.0)
 
 
 class Terminal(io.StringIO):
@@ -48,8 +73,8 @@ class Clock:
         return self.now
 
 
-def received(size_bytes: int) -> Received:
-    return Received(ref=REF, size_bytes=size_bytes)
+def received(size_bytes: int) -> BytesReceived:
+    return BytesReceived(**ABOUT, size_bytes=size_bytes)
 
 
 @pytest.mark.parametrize(("lines", "columns"), [(0, 0), (0, 100), (24, 0), (24, 100)])
@@ -135,14 +160,14 @@ def test_turns_of_events_are_never_held_back(lines, written):
     """
     A takeover, a failure of the source and the end are told when they happen, whatever was written just before.
     """
-    for event in (WAITING, TOOK_OVER, STARTED, RETRIED, Finished(ref=REF, status="downloaded")):
+    for event in (WAITING, TOOK_OVER, STARTED, RETRIED, finished("downloaded")):
         lines(event)
 
     assert written == [
         f"kserve-pvc: {WAITING_LINE}",
         f"kserve-pvc: taking over {REF} from pod server-0 on node-a: no sign of life for 30 s",
         f"kserve-pvc: downloading {REF}: 3 files, 100.0 MiB",
-        "kserve-pvc: asking again in 0.2 s: answered 503",
+        "kserve-pvc: retrying in 0.2 s: answered 503",
         f"kserve-pvc: {REF}: downloaded",
     ]
 
@@ -151,7 +176,7 @@ def test_nothing_is_said_about_a_model_that_was_there(lines, written):
     """
     A call that found its model present leaves no line.
     """
-    lines(Finished(ref=REF, status="present"))
+    lines(finished("present"))
 
     assert written == []
 
@@ -175,7 +200,7 @@ def test_what_a_dead_writer_left_is_no_speed(lines, written, clock):
     Bytes that were taken over count as done, and only those that arrived tell how fast and how long still.
     """
     lines(STARTED)
-    lines(Adopted(ref=REF, size_bytes=50 * MIB))
+    lines(BytesAdopted(**ABOUT, size_bytes=50 * MIB))
     clock.now += 10
     lines(received(10 * MIB))
 
@@ -200,12 +225,12 @@ def test_the_clock_may_stand_still(lines, written, clock):
     ("event", "line"),
     [
         (STARTED, f"downloading {REF}: 3 files, 100.0 MiB"),
-        (Adopted(ref=REF, size_bytes=3 * MIB), f"took over 3.0 MiB of {REF} that a dead writer left"),
+        (BytesAdopted(**ABOUT, size_bytes=3 * MIB), f"adopted 3.0 MiB of {REF} that were on the volume already"),
         (received(10), f"received 10 B of {REF}"),
         (WAITING, WAITING_LINE),
         (TOOK_OVER, f"taking over {REF} from pod server-0 on node-a: no sign of life for 30 s"),
-        (RETRIED, "asking again in 0.2 s: answered 503"),
-        (Finished(ref=REF, status="waited"), f"{REF}: waited"),
+        (RETRIED, "retrying in 0.2 s: answered 503"),
+        (finished("waited"), f"{REF}: waited"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -222,15 +247,22 @@ HOSTILE = "\x1b[31mred\r\n\u202e"
 @pytest.mark.parametrize(
     "event",
     [
-        Started(ref=HOSTILE, bytes_total=1, files=1),
-        Adopted(ref=HOSTILE, size_bytes=1),
-        Received(ref=HOSTILE, size_bytes=1),
-        Waiting(
-            ref=HOSTILE, holder=HOSTILE, since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0
+        TransferStarted(**about(HOSTILE), bytes_total=1, files=1),
+        BytesAdopted(**about(HOSTILE), size_bytes=1),
+        BytesReceived(**about(HOSTILE), size_bytes=1),
+        WaitingForDownload(
+            **about(HOSTILE),
+            holder=HOSTILE,
+            since="now",
+            waited=0,
+            idle=0,
+            bytes_done=0,
+            bytes_total=0,
+            bytes_per_second=0,
         ),
-        TookOver(ref=HOSTILE, holder=HOSTILE, reason="gone"),
-        Retried(ref=HOSTILE, reason=HOSTILE, delay=1),
-        Finished(ref=HOSTILE, status="waited"),
+        ClaimTakenOver(**about(HOSTILE), holder=HOSTILE, reason="gone"),
+        RequestRetried(**about(HOSTILE), reason=HOSTILE, delay=1),
+        finished("waited", HOSTILE),
     ],
     ids=lambda event: type(event).__name__,
 )
@@ -265,7 +297,7 @@ def test_amounts_are_for_people(size_bytes, shown):
     """
     Bytes are shown in the largest unit that leaves a number of at least one.
     """
-    assert amount(size_bytes) == shown
+    assert format_bytes(size_bytes) == shown
 
 
 def test_a_pipe_gets_lines():
@@ -287,7 +319,7 @@ def test_progress_can_be_silent(stream):
     With `progress=False` nothing is written, neither to a pipe nor to a terminal.
     """
     with make_listener(False, None, stream) as tell:
-        for event in (WAITING, TOOK_OVER, STARTED, received(MIB), RETRIED, Finished(ref=REF, status="downloaded")):
+        for event in (WAITING, TOOK_OVER, STARTED, received(MIB), RETRIED, finished("downloaded")):
             tell(event)
 
     assert stream.getvalue() == ""
@@ -314,7 +346,7 @@ def test_a_callback_hears_of_every_byte(progress):
         for event in (
             WAITING,
             STARTED,
-            Adopted(ref=REF, size_bytes=30 * MIB),
+            BytesAdopted(**ABOUT, size_bytes=30 * MIB),
             received(60 * MIB),
             RETRIED,
             received(10 * MIB),
@@ -334,14 +366,14 @@ def test_a_terminal_gets_a_bar(progress, stream):
     On a terminal, or where a person insists, there is a bar that names the holder, and no bar is left at the end.
     """
     with make_listener(progress, None, stream) as tell:
-        for event in (WAITING, TOOK_OVER, STARTED, Adopted(ref=REF, size_bytes=MIB), received(99 * MIB), RETRIED):
+        for event in (WAITING, TOOK_OVER, STARTED, BytesAdopted(**ABOUT, size_bytes=MIB), received(99 * MIB), RETRIED):
             tell(event)
-        tell(Finished(ref=REF, status="downloaded"))
+        tell(finished("downloaded"))
 
     shown = stream.getvalue()
     assert "waiting for pod server-0 on node-a:  10%" in shown
     assert "taking over" in shown
-    assert "asking again" in shown
+    assert "retrying" in shown
     assert shown.rpartition("\r")[2] == ""
     assert "kserve-pvc: " not in shown
 
@@ -373,8 +405,8 @@ def test_a_bar_steers_no_terminal():
 
     with make_listener(None, None, stream) as tell:
         tell(
-            Waiting(
-                ref=REF, holder=HOSTILE, since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0
+            WaitingForDownload(
+                **ABOUT, holder=HOSTILE, since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0
             )
         )
 

@@ -423,7 +423,7 @@ def test_what_is_no_uri_is_refused(uri, shown, reason):
         parse_ref(uri)
 
     assert caught.value.fields == {"uri": shown, "reason": reason}
-    assert str(caught.value) == f"`{printable(shown)}` is not a usable source URI: {reason}"
+    assert str(caught.value) == f"invalid source URI `{printable(shown)}`: {reason}"
 
 
 def test_the_longest_uri_is_accepted():
@@ -445,7 +445,7 @@ def test_a_revision_that_means_nothing_is_refused(revision):
 
     assert caught.value.fields == {
         "uri": URI,
-        "reason": "the revision must be a printable text; leave it out to take the newest",
+        "reason": "the revision must be a printable string; omit it for the newest",
     }
 
 
@@ -460,7 +460,7 @@ def test_patterns_that_are_no_texts_are_refused(option, patterns, shown):
     with pytest.raises(InvalidURIError) as caught:
         parse_ref(URI, **{option: patterns})
 
-    assert caught.value.fields == {"uri": shown, "reason": "patterns are texts such as `*.safetensors`"}
+    assert caught.value.fields == {"uri": shown, "reason": "patterns are strings such as `*.safetensors`"}
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_mode_that_means_nothing_is_refused(mode):
     with pytest.raises(SettingsError) as caught:
         read_settings({"KSERVE_PVC_MODE": mode}, {READONLY: "false"})
 
-    assert caught.value.fields == {"name": "KSERVE_PVC_MODE", "value": mode, "remedy": "write `r` or `rw`"}
+    assert caught.value.fields == {"name": "KSERVE_PVC_MODE", "value": mode, "hint": "use `r` or `rw`"}
     assert str(caught.value).isprintable()
 
 
@@ -186,7 +186,7 @@ def test_seconds_that_are_no_number_are_refused(text):
     assert caught.value.fields == {
         "name": "KSERVE_PVC_LEASE_SECONDS",
         "value": text,
-        "remedy": "write a number of seconds",
+        "hint": "use a number of seconds",
     }
 
 
@@ -260,7 +260,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     assert caught.value.fields == {
         "name": "KSERVE_PVC_ANNOTATIONS",
         "value": str(tmp_path),
-        "remedy": "it cannot be read: Is a directory",
+        "hint": "it cannot be read: Is a directory",
     }
 
 

@@ -18,7 +18,8 @@ import shell
 from trees import read_tree
 from waiting import until
 
-from kserve_pvc import LockTimeoutError, ModelStore
+from kserve_pvc import LockTimeoutError, ModelRef, ModelStore
+from kserve_pvc._format import layout
 
 FILES = {f"{number}.bin": bytes([number]) * 100_000 for number in range(12)}
 SIZE = 12 * 100_000
@@ -213,11 +214,14 @@ def test_a_beat_that_hangs_costs_the_claim_and_not_the_model(root, s3, slow, pro
     """
     ModelStore(root, mode="rw", lease_seconds=1)
     script = SERVER + "print('done')"
-    # The first sync of each thread takes three leases; a heart's first is its first renewal.
-    options = ["-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", "inject=fsync:delay_enter=3000000:when=1"]
+    # The second sync of the heartbeat by each thread takes three leases: the second renewal, and nothing else.
+    beat = root / layout.claim_dir(ModelRef(uri=slow).key, 1) / "beat"
+    options = ["-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", "inject=fsync:delay_enter=3000000:when=2"]
     command = [
         tool("strace"),
         *options,
+        "-P",
+        str(beat),
         sys.executable,
         "-I",
         "-c",

@@ -386,7 +386,7 @@ def test_what_is_cut_short_is_damaged(coding, shape):
     data = CODINGS[coding](tar(("a", content), ("b", content)) if "tar" in shape else content)
 
     for end in (0, 1, 10, len(data) // 2, len(data) - 9, len(data) - 1):
-        assert "damaged" in refused(data[:end], shape.format(coding), DigestMismatchError), end
+        assert "` is damaged: " in refused(data[:end], shape.format(coding), DigestMismatchError), end
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3])

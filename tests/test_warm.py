@@ -36,7 +36,7 @@ from kserve_pvc import (
     StoreFormatError,
 )
 from kserve_pvc._cli import verbs
-from kserve_pvc._show.events import Finished, Retried, Waiting
+from kserve_pvc._show.events import CallFinished, RequestRetried, Subject, WaitingForDownload
 from kserve_pvc._show.progress import make_listener
 
 CATALOGUE = {name: model_files(seed=seed, big=200_000) for seed, name in enumerate(("tiny", "small", "large"), 70)}
@@ -518,8 +518,9 @@ if __name__ == "__main__":
     assert sorted(result.stderr.splitlines()) == sorted(announced + finished)
 
 
-WAITING = Waiting(
-    ref="s3://b/m", holder="pod a", since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0
+ABOUT: Subject = {"store": "/mnt/models", "key": "m-0123456789abcdef", "uri": "s3://b/m", "ref": "s3://b/m"}
+WAITING = WaitingForDownload(
+    **ABOUT, holder="pod a", since="now", waited=0, idle=0, bytes_done=0, bytes_total=0, bytes_per_second=0
 )
 
 
@@ -532,8 +533,8 @@ def test_events_that_name_no_model_are_named_among_several():
         with make_listener(None, None, stream, names_model=names_model) as tell:
             for event in (
                 WAITING,
-                Retried(ref="s3://b/m", reason="503", delay=0),
-                Finished(ref="s3://b/m", status="waited"),
+                RequestRetried(**ABOUT, reason="503", delay=0),
+                CallFinished(**ABOUT, status="waited", size_bytes=1, bytes_fetched=0, seconds=1.0),
             ):
                 tell(event)
 
@@ -559,8 +560,8 @@ def test_among_several_each_line_names_its_model(root, capsys, several):
     with ThreadPoolExecutor(1) as pool:
         (warmed,) = store.warm(["wobbly://x/y"], pool if several else None)
 
-    again = [line for line in capsys.readouterr().err.splitlines() if "asking again" in line]
-    assert (warmed.ok, len(again), again[0].startswith("kserve-pvc: wobbly://x/y: asking again")) == (True, 1, several)
+    again = [line for line in capsys.readouterr().err.splitlines() if "retrying" in line]
+    assert (warmed.ok, len(again), again[0].startswith("kserve-pvc: wobbly://x/y: retrying")) == (True, 1, several)
 
 
 def test_two_bars_have_a_line_each():
@@ -674,7 +675,7 @@ def test_the_first_failure_in_the_list_is_the_exit_code(root, uris, tmp_path, wo
         "error": document[1]["error"],
     }
     assert (document[2]["key"], "canary" in result.stdout + result.stderr) == (None, False)
-    assert sum("SourceNotFound" in line or "nothing to fetch" in line for line in result.stderr.splitlines()) == 1
+    assert sum("SourceNotFound" in line or "nothing found" in line for line in result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

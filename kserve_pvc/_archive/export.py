@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ from kserve_pvc._archive.bundle_bytes import BLOCK, BundleLayout, bundle_length,
 from kserve_pvc._archive.bundle_manifest import BundleManifest
 from kserve_pvc._format.codec import encode
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._show.events import Adopted, Finished, Listener, Received, Started
+from kserve_pvc._show.events import BytesAdopted, BytesReceived, CallFinished, Listener, Subject, TransferStarted
 from kserve_pvc._volume.calls import NO_SPACE, sync_directory, write_all
 from kserve_pvc.errors import InsufficientSpaceError, SettingsError, StoreError, VolumeError
 
@@ -53,6 +54,7 @@ def export_bundle(
     file: str | os.PathLike[str] | BinaryIO,
     *,
     root: Path,
+    subject: Subject,
     listener: Listener,
 ) -> Exported:
     """
@@ -76,18 +78,27 @@ def export_bundle(
         InsufficientSpaceError: The bundle does not fit on the target's volume.
         SettingsError: The path is inside the store, or exists and is not a regular file.
     """
+    started = time.monotonic()
     target = _check_target(Path(file), root) if isinstance(file, str | os.PathLike) else file
     layout = lay_out_bundle(manifest, encode(manifest))
     listener(
-        Started(ref=str(manifest.ref), bytes_total=manifest.size_bytes, files=len(manifest.files), activity="exporting")
+        TransferStarted(**subject, bytes_total=manifest.size_bytes, files=len(manifest.files), activity="exporting")
     )
-    export = _Export(layout, open_file, listener)
+    export = _Export(layout, open_file, subject, listener)
     if isinstance(target, Path):
         _export_to_file(export, target)
     else:
         export.write(_StreamTarget(target))
         target.flush()
-    listener(Finished(ref=str(manifest.ref), status="exported"))
+    listener(
+        CallFinished(
+            **subject,
+            status="exported",
+            size_bytes=manifest.size_bytes,
+            bytes_fetched=0,
+            seconds=time.monotonic() - started,
+        )
+    )
     return Exported(
         uri=manifest.uri,
         key=manifest.key,
@@ -116,7 +127,7 @@ def _check_target(file: Path, root: Path) -> Path:
 def _export_to_file(export: _Export, file: Path) -> None:
     layout = export.layout
     if _is_written(layout, file):
-        export.listener(Adopted(ref=export.ref, size_bytes=layout.manifest.size_bytes))
+        export.listener(BytesAdopted(**export.subject, size_bytes=layout.manifest.size_bytes))
         return
     partial = file.with_name(f"{file.name}.{layout.sha256[:16]}.partial")
     with _translating_writes(partial):
@@ -254,9 +265,9 @@ class _Export:
     One export. Valid bytes that the target already has are read and not written.
     """
 
-    def __init__(self, layout: BundleLayout, open_file: OpenFile, listener: Listener) -> None:
+    def __init__(self, layout: BundleLayout, open_file: OpenFile, subject: Subject, listener: Listener) -> None:
         self.layout = layout
-        self.ref = str(layout.manifest.ref)
+        self.subject = subject
         self.listener = listener
         self.written = 0
         self._open_file = open_file
@@ -290,7 +301,7 @@ class _Export:
     def _hash(self, target: _Target, offset: int, stop: int, update: Callable[[memoryview], None]) -> None:
         while offset < stop and (count := target.read(offset, self._buffer[: min(BUFFER_BYTES, stop - offset)])):
             update(self._buffer[:count])
-            self.listener(Adopted(ref=self.ref, size_bytes=count))
+            self.listener(BytesAdopted(**self.subject, size_bytes=count))
             offset += count
 
     def _copy(
@@ -306,7 +317,7 @@ class _Export:
                     raise _damaged(file, "it is shorter than recorded")
                 update(self._buffer[:count])
                 self._put(target, offset + start, self._buffer[:count])
-                self.listener(Received(ref=self.ref, size_bytes=count))
+                self.listener(BytesReceived(**self.subject, size_bytes=count))
                 start += count
 
     @contextmanager

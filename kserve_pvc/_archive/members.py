@@ -13,7 +13,7 @@ import attrs
 
 from kserve_pvc._format.file_names import check_name, fold
 from kserve_pvc._source.contract import UnpackLimits
-from kserve_pvc.errors import DigestMismatchError, PolicyError, StoreError, UnsafePathError
+from kserve_pvc.errors import DamagedArchiveError, PolicyError, StoreError, UnsafePathError
 
 PIECE_BYTES = 256 * 1024
 # The compression ratio is not checked below this output size.
@@ -193,9 +193,7 @@ def translating(archive: str) -> Iterator[None]:
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
         # A decompressor may raise anything for untrusted bytes.
-        raise DigestMismatchError(
-            archive, "a whole archive", f"damaged ({str(error)[:200] or type(error).__name__})"
-        ) from error
+        raise DamagedArchiveError(archive, str(error)[:200] or type(error).__name__) from error
 
 
 def read_pieces(stream: MeteredStream, archive: str) -> Iterator[bytes]:

@@ -35,7 +35,7 @@ from kserve_pvc._cli.output import (
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
 from kserve_pvc._store import ModelStore
-from kserve_pvc.errors import SettingsError, printable
+from kserve_pvc.errors import InvalidFileError, SettingsError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that uses it.
 if TYPE_CHECKING:
@@ -120,16 +120,16 @@ def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+        raise InvalidFileError(name, "cannot be read", str(error.strerror)) from error
     except UnicodeDecodeError as error:
-        raise SettingsError("--file", name, "it must be text in UTF-8") from error
+        raise InvalidFileError(name, "cannot be read", "it is not text in UTF-8") from error
     for number, line in enumerate(map(str.strip, lines), 1):
         if line.startswith("{"):
             place = f"{name}, line {number}"
             try:
                 item = json.loads(line)
             except ValueError:  # Without the line, which may hold a secret.
-                raise SettingsError(place, "no JSON object", 'write `{"uri": "…"}` in one line') from None
+                raise InvalidFileError(place, "invalid JSON", 'use `{"uri": "…"}` in one line') from None
             yield normalize_item(item, place)
         elif line and not line.startswith("#"):
             yield line
@@ -350,7 +350,7 @@ def _read_input(name: str) -> bytes:
     try:
         return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise SettingsError("--file", name, f"it cannot be read: {error.strerror}") from error
+        raise InvalidFileError(name, "cannot be read", str(error.strerror)) from error
 
 
 def webhook(arguments: argparse.Namespace) -> int:

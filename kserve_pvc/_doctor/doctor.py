@@ -277,9 +277,9 @@ def _failed(what: str, error: StoreError) -> Finding:
         return Finding(
             what="not-writable",
             level="change",
-            measured=f"cannot {error.wish}",
+            measured=f"cannot {error.operation}",
             rule="downloaders need write access",
-            hint=error.remedy,
+            hint=error.hint,
         )
     if isinstance(error, InsufficientSpaceError):
         return _out_of_space(what, error)

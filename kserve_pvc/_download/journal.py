@@ -30,6 +30,7 @@ class Journal:
         self._notes: list[tuple[PurePosixPath, str, int, int, str | None, int | None]] = []
         self._unwritten = self._unsynced = self._offset = 0
         self._writer = writer
+        self._is_closed = False
         self._place = layout.journal_file(generation)
         self._fd = writer.create(self._place)
 
@@ -38,11 +39,21 @@ class Journal:
 
     def __exit__(self, kind: object, *_: object) -> None:
         # A download that is over has no heir; one that failed has. Notes are hints: one that is lost costs a fetch.
-        with suppress(OSError, StoreError):
-            if kind is not None:
+        with self._guard:
+            self._is_closed = True
+            with suppress(OSError, StoreError):
+                if kind is not None:
+                    self._write()
+            with suppress(OSError):
+                os.close(self._fd)
+
+    def flush(self) -> None:
+        """
+        Write down now what was noted so far, if the volume takes it.
+        """
+        with self._guard, suppress(OSError, StoreError):
+            if not self._is_closed:
                 self._write()
-        with suppress(OSError):
-            os.close(self._fd)
 
     def note(
         self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None

@@ -1,107 +1,145 @@
 """
-Counting the bytes of a download and telling its listeners.
+Counting the bytes of a download, and notifying what observes it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
+from kserve_pvc._download.cancellation import Cancellation
 from kserve_pvc._format.records import Beat, Claim
 from kserve_pvc._keys.claims import Sign
-from kserve_pvc._show.events import Adopted, Listener, Received, Retried, Waiting
-from kserve_pvc.errors import VolumeError
+from kserve_pvc._show.events import (
+    BytesAdopted,
+    BytesReceived,
+    Event,
+    Listener,
+    RequestRetried,
+    Subject,
+    WaitingForDownload,
+)
 from kserve_pvc.locks.lease import Heartbeat, LeaseLostError
 
 
-def nothing() -> None:
-    pass
+class StoppedError(Exception):
+    """
+    The call is over, and what still runs for it ends.
+    """
 
 
 class Tally:
     """
-    Counts what a call moved, for its beat and its events, and stops the transfer when the claim is lost.
+    Counts what a call moved, for its heartbeat and its events, and ends the transfer when the claim is lost or the call
+    is over.
     """
 
-    def __init__(self, ref: str, listener: Listener) -> None:
-        self._ref = ref
+    def __init__(self, subject: Subject, listener: Listener, cancellation: Cancellation) -> None:
+        self.subject = subject
         self._listener = listener
-        # Who may end a call even while a source is silent, and there is nothing to tell.
-        self._ask_listener: Callable[[], None] = getattr(listener, "check", nothing)
+        self._cancellation = cancellation
         self._guard = threading.Lock()
         self._total = self._done = 0
         self._started: float | None = None
-        self._is_told = False
+        self._is_announced = False
         self._waiting_since: float | None = None
         self._sign_changed = 0.0
         self._last_sign = b""
+        self._is_stopped = False
         self.fetched = 0
         self.heart: Heartbeat | None = None
-        self.spoiled: VolumeError | None = None
+
+    def tell(self, event: Event) -> None:
+        """
+        Notify the listener, unless the call is over.
+        """
+        if not self._is_stopped:
+            self._listener(event)
+
+    def stop(self) -> None:
+        """
+        End what runs for this call at its next check. Events of what cannot be ended at once are dropped.
+        """
+        self._is_stopped = True
 
     def begin(self) -> None:
         """
-        An attempt begins; how large the model is will be known when its listing is complete.
+        Begin an attempt. The size of the model is known when its listing is complete.
         """
         with self._guard:
-            self._total, self._done, self._started, self._is_told = 0, 0, time.monotonic(), False
+            self._total, self._done = 0, 0
+            self._started, self._is_announced = time.monotonic(), False
 
-    def start(self, total: int) -> None:
+    def announce(self, total: int) -> None:
         """
-        The listing is complete. What was moved while it was still coming in is told now.
+        Note that the listing is complete, and report what was moved during it.
         """
         with self._guard:
-            self._total, early, self._is_told = total, self._done, True
+            self._total, early, self._is_announced = total, self._done, True
         if early:
-            self._listener(Received(ref=self._ref, size_bytes=early))
+            self.tell(BytesReceived(**self.subject, size_bytes=early))
 
     def progress(self) -> tuple[int, int, int]:
+        """
+        Return bytes done, bytes in total, and bytes per second.
+        """
         with self._guard:
             seconds = 0.0 if self._started is None else time.monotonic() - self._started
             return self._done, self._total, int(self._done / seconds) if seconds else 0
 
     def check(self) -> None:
+        """
+        Raises:
+            StoppedError: The call is over, or was cancelled.
+            LeaseLostError: The claim is lost.
+        """
+        if self._is_stopped or self._cancellation.is_cancelled:
+            raise StoppedError
         if self.heart is None:
             raise LeaseLostError
         self.heart.check()
-        self._ask_listener()
 
     def adopted(self, size_bytes: int) -> None:
         with self._guard:
             self._done += size_bytes
-            is_told = self._is_told
-        if is_told:
-            self._listener(Adopted(ref=self._ref, size_bytes=size_bytes))
+            is_announced = self._is_announced
+        if is_announced:
+            self.tell(BytesAdopted(**self.subject, size_bytes=size_bytes))
 
     def received(self, size_bytes: int) -> None:
         with self._guard:
             self._done += size_bytes
             self.fetched += size_bytes
-            is_told = self._is_told
-        if is_told:
-            self._listener(Received(ref=self._ref, size_bytes=size_bytes))
+            is_announced = self._is_announced
+        if is_announced:
+            self.tell(BytesReceived(**self.subject, size_bytes=size_bytes))
 
     def retried(self, reason: str, delay: float) -> None:
-        self._listener(Retried(ref=self._ref, reason=reason, delay=delay))
+        self.tell(RequestRetried(**self.subject, reason=reason, delay=delay))
 
     def look(self, sign: Sign | None) -> None:
+        """
+        Note when the sign of life of the current holder last changed.
+        """
         raw = b"" if sign is None else sign.raw
         if raw != self._last_sign or not self._sign_changed:
             self._last_sign, self._sign_changed = raw, time.monotonic()
 
-    def waiting(self, sign: Sign | None) -> Waiting:
-        moment = time.monotonic()
+    def waiting(self, sign: Sign | None) -> WaitingForDownload:
+        """
+        Describe the wait for the holder of a claim.
+        """
+        current = time.monotonic()
         if self._waiting_since is None:
-            self._waiting_since = moment
+            self._waiting_since = current
         beat = sign.beat if sign is not None and sign.beat is not None else Beat(count=0)
         owner = sign.owner if sign is not None and isinstance(sign.owner, Claim) else None
-        return Waiting(
-            ref=self._ref,
+        return WaitingForDownload(
+            **self.subject,
             holder="an unknown process" if sign is None else sign.holder,
             since="unknown" if owner is None else owner.claimed_at.isoformat(timespec="seconds"),
-            waited=moment - self._waiting_since,
-            idle=moment - self._sign_changed,
+            waited=current - self._waiting_since,
+            idle=current - self._sign_changed,
             bytes_done=beat.bytes_done,
             bytes_total=beat.bytes_total,
             bytes_per_second=beat.bytes_per_second,

@@ -1,19 +1,21 @@
 """
-Many models, each fetched once and each with a result of its own, whatever becomes of the others.
+Fetching many models, each once and each with a result of its own, whatever becomes of the others.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
-from kserve_pvc._show.events import Event, Listener
-from kserve_pvc._source.ref import ModelRef, parse_ref
+from kserve_pvc._download.cancellation import AnyOf, Cancel
+from kserve_pvc._show.events import Listener
+from kserve_pvc._source.ref import ModelRef, Source, parse_ref
 from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError
 
 if TYPE_CHECKING:
@@ -22,11 +24,14 @@ if TYPE_CHECKING:
     from kserve_pvc._model import Model
     from kserve_pvc._show.progress import Callback
 
-Item = str | ModelRef | Mapping[str, Any]
+Item = Source | Mapping[str, Any]
 Listen = Callable[[], AbstractContextManager[Listener]]
 
-_WORDS = ("uri", "revision", "allow_patterns", "ignore_patterns")
-_HOW_TO_NAME = "write a URI, a `ModelRef`, or a mapping with `uri` and, if need be, `revision`, `allow_patterns` and `ignore_patterns`"
+_FIELDS = ("uri", "revision", "allow_patterns", "ignore_patterns")
+_HOW_TO_NAME = (
+    "pass a URI, an absolute path, a `ModelRef`, or a mapping with `uri` and, if needed, `revision`, "
+    "`allow_patterns` and `ignore_patterns`"
+)
 
 
 class Ensure(Protocol):
@@ -34,37 +39,57 @@ class Ensure(Protocol):
     How one model is fetched.
     """
 
-    def __call__(self, ref: ModelRef, *, listen: Listen) -> Model: ...
+    def __call__(self, ref: ModelRef, *, listen: Listen, on_event: Listener | None, cancel: Cancel | None) -> Model: ...
 
 
 @attrs.frozen(kw_only=True)
-class Warmed:
+class WarmedModel:
     """
-    What became of one model that was to be there: the model, or why it is not there.
+    The result for a model that is in the store now.
 
     Args:
         index: Which of the items named it, from 0; the first one, if several did.
-        ref: What was asked for; None if that means nothing.
-        error: Usually a `StoreError`; whatever a foreign back end or the executor raised instead of one.
-        seconds: How long it took, without the time until its turn came.
+        seconds: How long it took, without the time in the queue.
+    """
+
+    index: int
+    uri: str
+    ref: ModelRef
+    model: Model
+    error: None = attrs.field(default=None, init=False)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> Literal[True]:
+        return True
+
+
+@attrs.frozen(kw_only=True)
+class FailedModel:
+    """
+    The result for a model that could not be fetched.
+
+    Args:
+        index: Which of the items named it, from 0; the first one, if several did.
+        ref: The parsed request; None if it is invalid.
+        error: Usually a `StoreError`; otherwise what a third-party backend or the executor raised.
+        seconds: How long it took, without the time in the queue.
     """
 
     index: int
     uri: str
     ref: ModelRef | None = None
-    model: Model | None = None
-    error: Exception | None = None
+    model: None = attrs.field(default=None, init=False)
+    error: Exception
     seconds: float = 0.0
 
     @property
-    def ok(self) -> bool:
-        return self.model is not None
+    def ok(self) -> Literal[False]:
+        return False
 
 
-class StoppedError(Exception):
-    """
-    Whoever wanted the model was interrupted.
-    """
+# Type checkers conclude from `result.error is None` that `result.model` is a `Model`.
+Warmed = WarmedModel | FailedModel
 
 
 def warm(
@@ -74,31 +99,33 @@ def warm(
     *,
     progress: bool | None,
     callback: Callback | None,
+    on_event: Listener | None,
+    cancel: Cancel | None,
     remember: Callable[[Model], None],
 ) -> Generator[Warmed, None, None]:
     """
-    Check what is asked for, and return the results as they will come. Nothing is begun before the first one is asked
-    for.
+    Check the arguments, and return the results as they will come. Nothing begins before the first result is requested.
 
     Args:
         ensure: Called in this thread, or wherever the executor calls it.
-        remember: Told of each model, which another process may have found.
+        remember: Called with each model, which another process may have found.
 
     Raises:
-        SettingsError: An argument means nothing.
+        SettingsError: An argument is invalid.
     """
     if executor is not None and not callable(getattr(executor, "submit", None)):
         raise SettingsError(
             "executor",
             type(executor).__name__,
-            "give a `concurrent.futures.Executor`, such as a `ThreadPoolExecutor(4)`",
+            "pass a `concurrent.futures.Executor`, such as a `ThreadPoolExecutor(4)`",
         )
-    if isinstance(items, str | ModelRef | Mapping):
-        raise SettingsError("items", type(items).__name__, "give several: a list of URIs")
-    refused, asked = _sorted_out([normalize_item(item, f"items[{index}]") for index, item in enumerate(items)])
-    listen = _Listening(progress, callback, is_one_of_many=executor is not None)
-    tasks = [_Task(index, ref, ensure, listen) for ref, index in asked.items()]
-    return _results(refused, tasks, executor, listen.stopped, remember)
+    if isinstance(items, str | os.PathLike | ModelRef | Mapping):
+        raise SettingsError("items", type(items).__name__, "pass several: a list of URIs")
+    specs = [normalize_item(item, f"items[{index}]") for index, item in enumerate(items)]
+    refused, requested = _parse(specs)
+    listening = _Listening(progress, callback, on_event, cancel, is_one_of_many=executor is not None)
+    tasks = [_Task(index, ref, ensure, listening) for ref, index in requested.items()]
+    return _results(refused, tasks, executor, listening.stopped, remember)
 
 
 def normalize_item(item: object, name: str) -> dict[str, Any]:
@@ -106,33 +133,30 @@ def normalize_item(item: object, name: str) -> dict[str, Any]:
     Take one item apart into the arguments of `ensure` that choose a model.
 
     Args:
-        name: What to call it in an error. The item itself may hold a secret.
+        name: The item's name in an error. The item itself may hold a secret.
     """
-    if isinstance(item, str):
+    if isinstance(item, str | os.PathLike | ModelRef):
         return {"uri": item}
-    if isinstance(item, ModelRef):
-        signed = item.uri if item.query is None else f"{item.uri}?{item.query}"
-        return {**{word: getattr(item, word) for word in _WORDS}, "uri": signed}
     if not isinstance(item, Mapping):
         raise SettingsError(name, f"of type {type(item).__name__}", _HOW_TO_NAME)
-    if "uri" not in item or set(item) - set(_WORDS):
+    if "uri" not in item or set(item) - set(_FIELDS):
         raise SettingsError(name, f"a mapping with {', '.join(map(str, item)) or 'nothing'}", _HOW_TO_NAME)
     return dict(item)
 
 
-def _sorted_out(wishes: Sequence[Mapping[str, Any]]) -> tuple[list[Warmed], dict[ModelRef, int]]:
-    """What means nothing and will not be tried, and every model that is asked for, with its place in the list."""
-    refused: list[Warmed] = []
-    asked: dict[ModelRef, int] = {}
-    for index, wish in enumerate(wishes):
+def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[list[FailedModel], dict[ModelRef, int]]:
+    """The results of items that are invalid, and every model that is requested, with its place in the list."""
+    refused: list[FailedModel] = []
+    requested: dict[ModelRef, int] = {}
+    for index, spec in enumerate(specs):
         try:
-            asked.setdefault(parse_ref(**wish), index)
+            requested.setdefault(parse_ref(**spec), index)
         except (InvalidURIError, PolicyError) as error:
-            refused.append(Warmed(index=index, uri=_shown(wish["uri"]), error=error))
-    return refused, asked
+            refused.append(FailedModel(index=index, uri=_redacted(spec["uri"]), error=error))
+    return refused, requested
 
 
-def _shown(uri: str) -> str:
+def _redacted(uri: Source) -> str:
     try:
         return parse_ref(uri).uri
     except InvalidURIError as error:
@@ -158,7 +182,7 @@ def _results(
     except GeneratorExit:
         raise
     except BaseException:
-        # Ctrl-C or the end of a pod: what other threads are at would go on for as long as it takes.
+        # Ctrl-C or the end of a pod: downloads of other threads would go on for as long as they take.
         stopped.set()
         raise
     finally:
@@ -168,14 +192,14 @@ def _results(
 def _as_they_finish(tasks: Sequence[_Task], executor: Executor) -> Generator[Warmed, None, None]:
     from concurrent.futures import as_completed
 
-    under_way: dict[Future[Warmed], _Task] = {}
+    submitted: dict[Future[Warmed], _Task] = {}
     try:
         for task in tasks:  # Not a comprehension: what was submitted is cancelled if the executor refuses the next.
-            under_way[executor.submit(task)] = task
-        for future in as_completed(under_way):
-            yield _outcome(future, under_way[future])
+            submitted[executor.submit(task)] = task
+        for future in as_completed(submitted):
+            yield _outcome(future, submitted[future])
     finally:
-        for future in under_way:
+        for future in submitted:
             future.cancel()
 
 
@@ -185,77 +209,75 @@ def _outcome(future: Future[Warmed], task: _Task) -> Warmed:
     except SettingsError:
         raise  # Not the model failed but the call: it cannot be made in other processes.
     except Exception as error:  # A process that was killed, or an executor that was shut down.
-        return Warmed(index=task.index, uri=task.ref.uri, ref=task.ref, error=error)
+        return FailedModel(index=task.index, uri=task.ref.uri, ref=task.ref, error=error)
 
 
 class _Task:
     """
-    One model to be fetched, by this thread or by whichever thread or process an executor chooses.
+    One model to be fetched, by this thread or by the thread or process that an executor chooses.
     """
 
-    def __init__(self, index: int, ref: ModelRef, ensure: Ensure, listen: Listen) -> None:
+    def __init__(self, index: int, ref: ModelRef, ensure: Ensure, listening: _Listening) -> None:
         self.index = index
         self.ref = ref
         self._ensure = ensure
-        self._listen = listen
+        self._listening = listening
 
     def __call__(self) -> Warmed:
         started = time.monotonic()
-        model, failure = None, None
+        how = self._listening
         try:
-            model = self._ensure(self.ref, listen=self._listen)
-        except Exception as error:  # A foreign back end may raise anything; the others are to be fetched all the same.
-            failure = error
+            model = self._ensure(self.ref, listen=how.listen, on_event=how.on_event, cancel=how.cancel)
+        except Exception as error:  # A third-party backend may raise anything; the other models are still fetched.
+            seconds = time.monotonic() - started
+            return FailedModel(index=self.index, uri=self.ref.uri, ref=self.ref, error=error, seconds=seconds)
         seconds = time.monotonic() - started
-        return Warmed(index=self.index, uri=self.ref.uri, ref=self.ref, model=model, error=failure, seconds=seconds)
+        return WarmedModel(index=self.index, uri=self.ref.uri, ref=self.ref, model=model, seconds=seconds)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Only an executor of processes asks for this, and would tell what cannot be sent in the words of pickle.
+        # Only a process pool pickles tasks, and would report what cannot be pickled in the words of pickle.
         import pickle
 
         try:
-            return _unpacked, (pickle.dumps((self.index, self.ref, self._ensure, self._listen)),)
+            return _unpickle, (pickle.dumps((self.index, self.ref, self._ensure, self._listening)),)
         except SettingsError:
             raise
         except Exception as error:
-            why = f"what its store was opened with cannot be sent to other processes ({type(error).__name__})"
-            raise SettingsError("executor", "one of processes", f"{why}; use a `ThreadPoolExecutor`") from error
+            why = f"the store cannot be pickled for other processes ({type(error).__name__})"
+            raise SettingsError("executor", "a process pool", f"{why}; use a `ThreadPoolExecutor`") from error
 
 
-def _unpacked(data: bytes) -> _Task:
+def _unpickle(data: bytes) -> _Task:
     import pickle
 
     return _Task(*pickle.loads(data))
 
 
-@attrs.frozen
-class _Stoppable:
-    """
-    A listener that ends the call it listens to once nobody wants the model any more, also while nothing happens.
-    """
-
-    listener: Listener
-    stopped: threading.Event
-
-    def __call__(self, event: Event) -> None:
-        self.check()
-        self.listener(event)
-
-    def check(self) -> None:
-        if self.stopped.is_set():
-            raise StoppedError
-
-
 class _Listening:
     """
-    Who hears of the models. In other processes lines take the place of bars, which would overwrite each other.
+    What observes the models, and what cancels them. In other processes lines replace bars, which would overwrite each
+    other.
+
+    Args:
+        is_one_of_many: Several models are fetched at the same time.
     """
 
     def __init__(
-        self, progress: bool | None, callback: Callback | None, *, is_one_of_many: bool, may_draw: bool = True
+        self,
+        progress: bool | None,
+        callback: Callback | None = None,
+        on_event: Listener | None = None,
+        cancel: Cancel | None = None,
+        *,
+        is_one_of_many: bool,
+        may_draw: bool = True,
     ) -> None:
         self.stopped = threading.Event()
+        self.on_event = on_event
+        self.cancel: Cancel = AnyOf(self.stopped, cancel)
         self._progress = progress
+        # What is of no use in another process, by the name of its argument.
+        self._local = {"callback": callback, "on_event": on_event, "cancel": cancel}
         self._is_one_of_many = is_one_of_many
         self._may_draw = may_draw
         self._part: Callable[[], Callback] | None = None
@@ -265,22 +287,27 @@ class _Listening:
             self._part = share(callback)
 
     @contextmanager
-    def __call__(self) -> Iterator[Listener]:
+    def listen(self) -> Iterator[Listener]:
+        """
+        Show one model.
+        """
         from kserve_pvc._show.progress import make_listener
 
         callback = None if self._part is None else self._part()
         with make_listener(
             self._progress, callback, names_model=self._is_one_of_many, may_draw=self._may_draw
         ) as listener:
-            yield _Stoppable(listener, self.stopped)
+            yield listener
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._part is not None:
-            raise SettingsError(
-                "callback", "one of this process", "it cannot hear other processes; use a `ThreadPoolExecutor`"
-            )
+        for name, value in self._local.items():
+            if value is not None:
+                raise SettingsError(name, "an object of this process", _NOT_WITH_PROCESSES)
         return _in_another_process, (self._progress,)
 
 
+_NOT_WITH_PROCESSES = "a process pool cannot use it; use a `ThreadPoolExecutor`"
+
+
 def _in_another_process(progress: bool | None) -> _Listening:
-    return _Listening(progress, None, is_one_of_many=True, may_draw=False)
+    return _Listening(progress, is_one_of_many=True, may_draw=False)

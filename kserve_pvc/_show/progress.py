@@ -13,18 +13,20 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
 from kserve_pvc._show.events import (
-    Adopted,
+    BytesAdopted,
+    BytesReceived,
+    CallFinished,
+    ClaimLost,
+    ClaimTakenOver,
     Event,
-    Finished,
     Listener,
-    Received,
-    Retried,
-    Started,
-    TookOver,
-    Unlocked,
-    Waiting,
+    LockerUnavailable,
+    RequestRetried,
+    TransferStarted,
+    WaitingForDownload,
 )
-from kserve_pvc._show.units import count, format_bytes
+from kserve_pvc._show.text import describe
+from kserve_pvc._show.units import format_bytes
 from kserve_pvc.errors import printable
 
 LINE_SECONDS = 10.0
@@ -50,12 +52,14 @@ def make_listener(
     may_draw: bool = True,
 ) -> Iterator[Listener]:
     """
-    Tell a person and a callback what happens, until the context ends.
+    Show a person what happens, and report sizes to a callback, until the context ends.
 
     Args:
-        progress: None chooses by where stderr goes, True insists on bars, False shows nothing.
-        names_model: Other models are told of at the same time, so each event says which one it is about.
-        may_draw: Without it lines take the place of bars: other processes would draw over them.
+        progress: None chooses by where stderr goes, True always draws bars, False shows nothing.
+        callback: Reported the size of the model, and every step in bytes.
+        stream: Where to write, instead of stderr.
+        names_model: Several models are shown at the same time, so each line names its model.
+        may_draw: False writes lines instead of bars: other processes would draw over them.
     """
     stream = stream or sys.stderr
     listeners: list[Listener] = []
@@ -90,8 +94,7 @@ def _is_interactive(stream: TextIO) -> bool:
 
 
 def _size(stream: TextIO) -> dict[str, int]:
-    # A terminal that nobody told its size is 0 by 0, as with `kubectl exec -t` from a script; tqdm draws nothing on
-    # that.
+    # A terminal whose size was never set is 0 by 0, as with `kubectl exec -t` from a script; tqdm draws nothing on it.
     with suppress(OSError, ValueError, AttributeError):
         found = os.get_terminal_size(stream.fileno())
         if not (found.columns and found.lines):
@@ -101,9 +104,9 @@ def _size(stream: TextIO) -> dict[str, int]:
 
 def _for_callback(callback: Callback) -> Listener:
     def tell(event: Event) -> None:
-        if isinstance(event, Started):
+        if isinstance(event, TransferStarted):
             callback.set_size(event.bytes_total)
-        elif isinstance(event, Adopted | Received):
+        elif isinstance(event, BytesAdopted | BytesReceived):
             callback.relative_update(event.size_bytes)
 
     return tell
@@ -111,10 +114,10 @@ def _for_callback(callback: Callback) -> Listener:
 
 def share(callback: Callback) -> Callable[[], Callback]:
     """
-    Let several models tell one callback: it hears the sum of their sizes, and from one thread at a time.
+    Let several models share one callback: it is reported the sum of their sizes, by one thread at a time.
 
     Returns:
-        What makes the part of one model.
+        A function that makes the callback of one model.
     """
     guard = threading.Lock()
     sizes: dict[_Part, int] = {}
@@ -151,18 +154,20 @@ class _Bars:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Started(ref=ref, bytes_total=total, activity=activity):
+            case TransferStarted(ref=ref, bytes_total=total, activity=activity):
                 self._show(f"{activity} {printable(ref)}", total).n = 0
-            case Adopted(size_bytes=size) | Received(size_bytes=size) if self._bar is not None:
+            case BytesAdopted(size_bytes=size) | BytesReceived(size_bytes=size) if self._bar is not None:
                 self._bar.update(size)
-            case Waiting():
+            case WaitingForDownload():
                 bar = self._show(
                     _named(event, f"waiting for {printable(event.holder)}", self._names_model), event.bytes_total
                 )
                 bar.n = event.bytes_done
                 bar.refresh()
-            case TookOver() | Unlocked() | Retried():
+            case ClaimTakenOver() | LockerUnavailable() | RequestRetried():
                 self._show("", 0).write(_named(event, describe(event), self._names_model), file=self._stream)
+            case ClaimLost():
+                pass
             case _:
                 self.close()
 
@@ -192,7 +197,7 @@ class _Bars:
 
 class Lines:
     """
-    One line at each turn of events, and one every ten seconds in between.
+    One line for each event that changes something, and one every ten seconds in between.
     """
 
     def __init__(
@@ -208,18 +213,18 @@ class Lines:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Started():
+            case TransferStarted():
                 self._activity = event.activity
                 self._started, self._total, self._done, self._received = self._clock(), event.bytes_total, 0, 0
                 self._say(describe(event))
-            case Adopted(size_bytes=size) | Received(size_bytes=size):
+            case BytesAdopted(size_bytes=size) | BytesReceived(size_bytes=size):
                 self._done += size
-                self._received += size if isinstance(event, Received) else 0
+                self._received += size if isinstance(event, BytesReceived) else 0
                 if self._is_due():
                     self._say(self._rate(event.ref))
-            case Waiting() if not self._is_due():
+            case WaitingForDownload() if not self._is_due():
                 pass
-            case Finished(status="present"):
+            case ClaimLost() | CallFinished(status="present"):
                 pass
             case _:
                 self._say(_named(event, describe(event), self._names_model))
@@ -239,31 +244,8 @@ class Lines:
 
 
 def _named(event: Event, text: str, names_model: bool) -> str:
-    return f"{printable(event.ref)}: {text}" if names_model and isinstance(event, Waiting | Retried) else text
-
-
-def describe(event: Event) -> str:
-    """
-    Say one event in one line.
-    """
-    match event:
-        case Started():
-            return f"{event.activity} {printable(event.ref)}: {count(event.files, 'file')}, {format_bytes(event.bytes_total)}"
-        case Waiting():
-            return (
-                f"waiting for {printable(event.holder)}, at work since {event.since}: {format_bytes(event.bytes_done)} of "
-                f"{format_bytes(event.bytes_total)}, {format_bytes(event.bytes_per_second)}/s; waited {event.waited:.0f} s, "
-                f"last sign of life {event.idle:.0f} s ago"
-            )
-        case TookOver():
-            return f"taking over {printable(event.ref)} from {printable(event.holder)}: {event.reason}"
-        case Unlocked():
-            return f"the locker {printable(event.locker)} cannot be had now; who downloads {printable(event.ref)} is decided on the volume"
-        case Retried():
-            return f"asking again in {event.delay:.1f} s: {printable(event.reason)}"
-        case Adopted():
-            return f"took over {format_bytes(event.size_bytes)} of {printable(event.ref)} that a dead writer left"
-        case Received():
-            return f"received {format_bytes(event.size_bytes)} of {printable(event.ref)}"
-        case Finished():
-            return f"{printable(event.ref)}: {event.status}"
+    return (
+        f"{printable(event.ref)}: {text}"
+        if names_model and isinstance(event, WaitingForDownload | RequestRetried)
+        else text
+    )

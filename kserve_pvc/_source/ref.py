@@ -1,20 +1,21 @@
 """
-What a caller asks for: a source URI, a revision, and which of its files.
+What a caller requests: a source URI, a revision, and which of its files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
 
 import attrs
 
-from kserve_pvc.errors import InvalidURIError, PolicyError, printable
+from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError, printable
 
 MAX_URI_BYTES = 2048
 _MAX_SLUG = 40
@@ -100,34 +101,65 @@ class ModelRef:
         return self.uri if self.revision is None else f"{self.uri} at {self.revision}"
 
 
+# What names a model: a URI or an absolute path, or a ref that was made before.
+Source = str | os.PathLike[str] | ModelRef
+
+
 def parse_ref(
-    uri: str, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
+    uri: Source, *, revision: str | None = None, allow_patterns: Patterns = None, ignore_patterns: Patterns = None
 ) -> ModelRef:
     """
-    Check what a caller asks for, without touching disk or network.
+    Check what a caller requests, without touching disk or network.
 
     Args:
-        uri: As KServe spells it, or an absolute path. The spelling is the identity: a trailing slash makes another
-            model.
+        uri: As KServe spells it, or an absolute path; or a `ModelRef`, which has the other arguments in itself. The
+            spelling of a URI is its identity: a trailing slash makes another model. A path has no spelling: `/a`, `/a/`
+            and `file:///a/` are one model.
         allow_patterns: Shell patterns over the path inside the model, `*` also matching `/`; one or several.
         ignore_patterns: The same, applied after `allow_patterns`.
 
     Raises:
         InvalidURIError: It is not a URI, or the revision is empty.
         PolicyError: It carries credentials. They are not repeated in the message.
+        SettingsError: A `ModelRef` came with a revision or patterns.
     """
     if type(uri) is str and "?" not in uri and revision is allow_patterns is ignore_patterns is None:
         return _parse_plain(uri)
-    return _parse(uri, revision, allow_patterns, ignore_patterns)
+    # A `Model` is a path too, but stands for what it is a copy of.
+    given = uri if isinstance(uri, ModelRef) else getattr(uri, "ref", None)
+    if isinstance(given, ModelRef):
+        selection = {"revision": revision, "allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        return _check_ref(given, selection)
+    return _parse(_spelling(uri), revision, allow_patterns, ignore_patterns)
 
 
 @lru_cache(maxsize=256)
 def _parse_plain(uri: str) -> ModelRef:
-    # Asked for again and again by whoever serves it. What may hold a signature is not kept.
+    # A server requests the same model again and again. What may hold a signature is not kept.
     return _parse(uri, None, None, None)
 
 
-def _parse(uri: str, revision: str | None, allow_patterns: Patterns, ignore_patterns: Patterns) -> ModelRef:
+def _check_ref(ref: ModelRef, selection: Mapping[str, Patterns]) -> ModelRef:
+    """The same ref: whoever made it need not have used `parse_ref`."""
+    for name, value in selection.items():
+        if value is not None:
+            raise SettingsError(name, str(value), "omit it, since a `ModelRef` has its own; see `attrs.evolve`")
+    signed = ref.uri if ref.query is None else f"{ref.uri}?{ref.query}"
+    return _parse(signed, ref.revision, ref.allow_patterns, ref.ignore_patterns)
+
+
+def _spelling(uri: object) -> object:
+    """A path as a string; everything else as it is."""
+    if isinstance(uri, str) or not isinstance(uri, os.PathLike):
+        return uri
+    path = os.fspath(uri)
+    if not (isinstance(path, str) and path.startswith("/")):
+        shown = path if isinstance(path, str) else os.fsdecode(path)
+        raise InvalidURIError(redact(shown), "a path must be an absolute one; pass a URI as a string")
+    return path
+
+
+def _parse(uri: object, revision: str | None, allow_patterns: Patterns, ignore_patterns: Patterns) -> ModelRef:
     if isinstance(uri, str) and uri.startswith("/"):
         uri = f"file://{uri}"
     match = _SCHEME.fullmatch(uri) if isinstance(uri, str) else None
@@ -138,9 +170,11 @@ def _parse(uri: str, revision: str | None, allow_patterns: Patterns, ignore_patt
     scheme, location = match.groups()
     address, query = _take_signature(scheme, location)
     _check_location(scheme, address)
+    if scheme == "file" and address.startswith("/"):
+        address = "/" + "/".join(part for part in address.split("/") if part not in ("", "."))
     uri = f"{scheme}://{address}"
     if revision is not None and not (isinstance(revision, str) and revision and revision.isprintable()):
-        raise InvalidURIError(uri, "the revision must be a printable text; leave it out to take the newest")
+        raise InvalidURIError(uri, "the revision must be a printable string; omit it for the newest")
     return ModelRef(
         uri=uri,
         revision=revision,
@@ -201,10 +235,10 @@ def _patterns(patterns: Patterns) -> tuple[str, ...]:
     if patterns is None:
         return ()
     if not isinstance(patterns, str | Iterable):
-        raise InvalidURIError(repr(patterns), "patterns are one or several texts such as `*.safetensors`")
+        raise InvalidURIError(repr(patterns), "patterns are one or several strings such as `*.safetensors`")
     several = [patterns] if isinstance(patterns, str) else list(patterns)
     if not all(isinstance(pattern, str) for pattern in several):
-        raise InvalidURIError(repr(several), "patterns are texts such as `*.safetensors`")
+        raise InvalidURIError(repr(several), "patterns are strings such as `*.safetensors`")
     # A pattern that ends in `/` means the whole directory, as in huggingface_hub.
     return tuple(sorted({p + "*" if p.endswith("/") else p for p in several}))
 

@@ -242,11 +242,11 @@ class Volume:
             return InsufficientSpaceError(str(self.root), 0, self.free_bytes())
         is_read = operation in ("reading", "listing")
         if error.errno == errno.EROFS:
-            remedy = "its volume is mounted read-only; mount it read-write for the process that downloads"
-            return ReadOnlyStoreError(str(self.root), f"write `{place}`", remedy)
+            hint = "its volume is mounted read-only; mount it read-write for the process that downloads"
+            return ReadOnlyStoreError(str(self.root), f"write `{place}`", hint)
         if error.errno in _NO_PERMISSION and not is_read:
-            remedy = f"{self._who_may('write')}; set `fsGroup`, or give the group write permission"
-            return ReadOnlyStoreError(str(self.root), f"write `{place}`", remedy)
+            hint = f"{self._who_may('write')}; set `fsGroup`, or give the group write permission"
+            return ReadOnlyStoreError(str(self.root), f"write `{place}`", hint)
         reason = os.strerror(error.errno or errno.EIO)
         if error.errno in _NO_PERMISSION:
             reason = f"{self._who_may('read')}; set `fsGroup`, or give the group read permission"

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc.errors import SettingsError, StoreError
+from kserve_pvc.errors import SettingsError, StoreError, unknown_option
 from kserve_pvc.kserve._manifest_tools import Manifest
 from kserve_pvc.kserve._manifests import KIND, obstacle, share_volume
 from kserve_pvc.kserve._yaml import read_documents, write_documents
@@ -92,11 +92,7 @@ def _configured(config: object, sharing: Sharing) -> Sharing:
         raise SettingsError(f"functionConfig.{place}", type(fields).__name__, "expected a mapping")
     for name in fields:
         if name not in ("claim", "subPath", "readOnly"):
-            raise SettingsError(
-                f"functionConfig.{place}.{name}",
-                str(fields[name]),
-                "unknown field; supported: `claim`, `subPath`, `readOnly`",
-            )
+            raise unknown_option("field", f"functionConfig.{place}.{name}", ("claim", "subPath", "readOnly"))
     read_only = fields.get("readOnly")
     if read_only not in (None, True, False, "true", "false"):
         raise SettingsError(f"functionConfig.{place}.readOnly", str(read_only), "expected `true` or `false`")

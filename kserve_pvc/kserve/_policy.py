@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import attrs
 
 from kserve_pvc._format.file_names import check_name
-from kserve_pvc.errors import PolicyError, SettingsError, UnsafePathError
+from kserve_pvc.errors import PolicyError, SettingsError, UnsafePathError, unknown_option
 
 # read: no container may write. download: KServe's storage initializer may. write: every container may, if the pod's
 # annotation requests it.
@@ -195,7 +195,7 @@ def _read_rule(document: object, place: str) -> Rule:
     try:
         return Rule(**arguments)
     except SettingsError as error:
-        raise SettingsError(f"{place}.{_field(error.name)}", error.value, error.remedy) from error
+        raise SettingsError(f"{place}.{_field(error.name)}", error.value, error.hint) from error
     except PolicyError as error:
         raise PolicyError(f"{place}.{error.subject.replace('sub_path', 'subPath', 1)}", error.rule) from error
 
@@ -208,7 +208,7 @@ def _mapping(document: object, place: str, known: Sequence[str]) -> Mapping[str,
     for name in document:
         if name not in known:
             where = str(name) if place == "the policy" else f"{place}.{name}"
-            raise SettingsError(where, _shown(document[name]), f"there is no such field; there are {', '.join(known)}")
+            raise unknown_option("field", where, known)
     return document
 
 

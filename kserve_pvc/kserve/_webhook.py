@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kserve_pvc.errors import SettingsError, StoreError
+from kserve_pvc.errors import MissingDependencyError, SettingsError, StoreError
 from kserve_pvc.kserve._admission import MAX_BODY_BYTES, BadReviewError, decide, read_review
 from kserve_pvc.kserve._policy import Policy, read_policy
 from kserve_pvc.kserve._yaml import read_documents
@@ -34,9 +34,7 @@ try:
     from starlette.responses import JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
 except ImportError as error:
-    raise SettingsError(
-        "the webhook", f"without {error.name}", "install what it needs with `pip install 'kserve-pvc[webhook]'`"
-    ) from None
+    raise MissingDependencyError("the webhook", str(error.name), "pip install 'kserve-pvc[webhook]'") from None
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from kserve_pvc.errors import SettingsError
+from kserve_pvc.errors import InvalidFileError, MissingDependencyError
 
 _MAX_BYTES = 64 * 1024 * 1024
 _INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0o[0-7_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)")
@@ -37,13 +37,13 @@ def read_documents(text: str | bytes, name: str) -> list[Any]:
     """
     yaml = _yaml()
     if len(text) > _MAX_BYTES:
-        raise SettingsError(name, f"{len(text)} bytes", f"at most {_MAX_BYTES} bytes are supported")
+        raise InvalidFileError(name, "too large", f"{len(text)} bytes of at most {_MAX_BYTES}")
     try:
         return [document for document in yaml.load_all(text, Loader=_loader()) if document is not None]
     except yaml.YAMLError as error:
-        raise SettingsError(name, "invalid YAML", _problem(error)) from None
+        raise InvalidFileError(name, "invalid YAML", _problem(error)) from None
     except (RecursionError, ValueError) as error:
-        raise SettingsError(name, "invalid YAML", type(error).__name__) from None
+        raise InvalidFileError(name, "invalid YAML", type(error).__name__) from None
 
 
 def write_documents(documents: Iterable[Any]) -> str:
@@ -66,7 +66,7 @@ def _yaml() -> Any:
     try:
         import yaml
     except ImportError:
-        raise SettingsError("PyYAML", "not installed", "install it with `pip install 'kserve-pvc[kserve]'`") from None
+        raise MissingDependencyError("reading YAML", "PyYAML", "pip install 'kserve-pvc[kserve]'") from None
     return yaml
 
 

@@ -98,8 +98,10 @@ def check_confirmed(stored: str, requested: str | None) -> None:
         SettingsError: The store names a Redis server, and this process was not configured with one.
     """
     if requested is None and parse_locker(stored).kind == "redis":
-        hint = f"store.json names the Redis server `{stored}`; confirm it by setting KSERVE_PVC_LOCKER to the same URL"
-        raise SettingsError("locker", "", hint)
+        hint = (
+            f"`store.json` names the Redis server `{stored}`; confirm it by setting the variable, or `locker`, to that"
+        )
+        raise SettingsError("KSERVE_PVC_LOCKER", "", hint)
 
 
 def external_lock(

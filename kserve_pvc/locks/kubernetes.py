@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
-from kserve_pvc.errors import LockServiceError, SettingsError
+from kserve_pvc.errors import LockServiceError, MissingDependencyError, SettingsError
 from kserve_pvc.locks import NoLockError
 from kserve_pvc.locks.lease import HEARTBEATS_PER_LEASE, RENEW_DEADLINE
 
@@ -172,8 +172,9 @@ def _client(environ: Mapping[str, str]) -> tuple[Any, Any]:
     try:
         from kubernetes import client, config
     except ImportError as error:
-        hint = f"install its package with `pip install 'kserve-pvc[kubernetes]'` ({error})"
-        raise SettingsError("locker", "kubernetes", hint) from error
+        raise MissingDependencyError(
+            "the locker `kubernetes`", str(error.name), "pip install 'kserve-pvc[kubernetes]'"
+        ) from error
     load: Any = config  # The package has no types.
     configuration = client.Configuration()
     try:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kserve_pvc.errors import LockServiceError, SettingsError
+from kserve_pvc.errors import LockServiceError, MissingDependencyError
 from kserve_pvc.locks import NoLockError
 
 _CONNECT_SECONDS = 2.0
@@ -38,8 +38,8 @@ class RedisGrab:
             import redis
             from portalocker.redis import RedisLock
         except ImportError as error:
-            raise SettingsError(
-                "locker", url, f"install its package with `pip install 'kserve-pvc[redis]'` ({error})"
+            raise MissingDependencyError(
+                f"the locker `{url}`", str(error.name), "pip install 'kserve-pvc[redis]'"
             ) from error
         self._redis: Any = redis
         self._lock_class: Any = RedisLock

@@ -1,0 +1,115 @@
+"""
+Publishing what a download wrote, and collecting what is left over.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Literal
+
+import attrs
+
+from kserve_pvc._format import layout
+from kserve_pvc._format.records import Holder, LogEntry, Manifest, now
+from kserve_pvc._keys.log import LogView
+from kserve_pvc._keys.log_writer import LogWriter, generations
+from kserve_pvc._keys.procedures import Publish, append, collect_garbage, collect_unnamed, drive
+from kserve_pvc._source.ref import ModelRef
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.errors import StoreFormatError
+
+
+@attrs.frozen(kw_only=True)
+class Written:
+    """
+    A complete generation that no record names yet.
+    """
+
+    manifest: Manifest
+    manifest_sha256: str
+    digest: Literal["sha256", "none"]
+
+
+class Publication:
+    """
+    Appends the commit of one call to the log of its key.
+    """
+
+    def __init__(self, writer: VolumeWriter, ref: ModelRef, holder: Holder) -> None:
+        self._writer = writer
+        self._ref = ref
+        self._key = ref.key
+        self._holder = holder
+        self._written: Written | None = None
+        self._unpublished: list[str] = []
+
+    def begin(self, generation: str) -> None:
+        """
+        Note that this call writes a generation, which is collected at the end if it is not published.
+        """
+        self._unpublished.append(generation)
+
+    def publish(self, written: Written, after_seq: int) -> LogView | None:
+        """
+        Make a generation the current one.
+
+        Returns:
+            The new end of the log, or None if another process published since record `after_seq`.
+        """
+        self._written = written
+        # Listed before the commit: these were begun on an older record, so they lose. Later ones may be begun on ours.
+        begun = generations(self._writer, self._key)
+        staging = layout.staging_dir(written.manifest.generation)
+        log = LogWriter(self._writer, self._key, self._commit, private=staging / "record", collect=self.collect)
+        seq = drive(append(after_seq, "commit"), log.perform)
+        if seq is None:
+            return None
+        entry = log.published[seq]
+        self._unpublished.remove(entry.generation)
+        # The model is present whatever becomes of the leftovers; the next download of this key tries again.
+        with suppress(OSError, StoreFormatError):
+            self._writer.throw_away(staging)
+            drive(collect_garbage(seq, begun), log.perform)
+        return LogView(seq=seq, entry=entry)
+
+    def collect_unpublished(self) -> None:
+        """
+        Collect what this call wrote and will never be published, because another process published.
+        """
+        with suppress(OSError, StoreFormatError):
+            log = LogWriter(self._writer, self._key, self._commit, private=layout.STAGING, collect=self.collect)
+            drive(collect_unnamed(self._unpublished), log.perform)
+
+    def collect(self, generation: str) -> None:
+        """
+        Throw away a generation and everything about it.
+        """
+        # The model's directory goes last: as long as it is there, the next collection finds the rest.
+        for place in (
+            layout.staging_dir(generation),
+            layout.manifest_file(generation),
+            layout.generation_dir(self._key, generation),
+        ):
+            self._writer.throw_away(place)
+
+    def _commit(self, operation: Publish) -> LogEntry:
+        assert self._written is not None  # Only what was written is published.
+        manifest = self._written.manifest
+        return LogEntry(
+            type=operation.type,
+            seq=operation.seq,
+            key=self._key,
+            uri=self._ref.uri,
+            revision=self._ref.revision,
+            allow_patterns=self._ref.allow_patterns,
+            ignore_patterns=self._ref.ignore_patterns,
+            generation=manifest.generation,
+            version=manifest.version,
+            files=len(manifest.files),
+            size_bytes=manifest.size_bytes,
+            manifest_sha256=self._written.manifest_sha256,
+            digest=self._written.digest,
+            policy="allow",
+            created_at=now(),
+            writer=self._holder,
+        )
