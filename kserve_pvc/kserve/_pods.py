@@ -54,7 +54,7 @@ class _Owner:
         rules = self.rules(claim)
         found = next((rule for rule in rules if rule.covers(sub_path)), None)
         if rules and found is None:
-            rule = f"this pod may mount {_directories(rules)} of it, but not `{sub_path or '/'}`"
+            rule = f"`{sub_path or '/'}` is outside of {_directories(rules)}, which this pod may mount"
             raise PolicyError(f"claim {claim}", rule)
         return found
 
