@@ -629,9 +629,7 @@ def test_an_answer_of_another_length_is_refused(hub):
     file = big_file(source)
     hub.meddle = meddle_with("", lambda answer: replace(answer, body=answer.body + b"more"), host="storage")
 
-    with pytest.raises(
-        SourceUnavailableError, match="requested `bytes 0-999/700000`, received `bytes 0-999/700004`"
-    ):
+    with pytest.raises(SourceUnavailableError, match="requested `bytes 0-999/700000`, received `bytes 0-999/700004`"):
         read(source, file, 0, 1000)
 
 

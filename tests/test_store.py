@@ -962,7 +962,8 @@ def test_whoever_waited_too_long_is_told_for_whom(root, on_s3, slow_pod):
     assert (error.ref, error.bytes_total, 0 < error.bytes_done < SIZE) == (on_s3.uri, SIZE, True)
     assert isinstance(error, TimeoutError)
     assert all(
-        word in str(error) for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "raise `timeout`", "kserve-pvc locks")
+        word in str(error)
+        for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "raise `timeout`", "kserve-pvc locks")
     )
 
 
