@@ -148,7 +148,7 @@ def _pack(source: Path, directory: Path) -> Model:
 
 
 def _write(path: Path, size: int, number: int, *, sparse: bool) -> None:
-    """Write one random block repeatedly, each copy stamped with the file's number and its offset, so that all differ."""
+    """Write one random block repeatedly; each copy is stamped with the file's number and offset, so that all differ."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         os.truncate(descriptor, size)
