@@ -172,7 +172,7 @@ def test_a_model_is_its_directory(store, source):
     assert repr(model).startswith("Model(uri=")
 
 
-NO_SECONDS = [-1, -0.1, math.nan, True, False, "30", b"30", [], object(), 1j, pow]
+NO_SECONDS = [-1, -0.1, math.nan, True, False, "30", b"30", [], frozenset(), 1j, pow]
 NO_COUNTS = [0, -1, 1.0, 2.5, math.nan, math.inf, True, False, "4", None, []]
 
 
