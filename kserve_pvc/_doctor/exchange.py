@@ -65,7 +65,9 @@ def read_listed(writer: VolumeWriter, place: PurePosixPath, limit: int) -> bytes
     Read a file if it is listed: on NFS one that was asked for before it was made stays hidden for half a minute.
     """
     with suppress(StoreError, OSError):
-        return (writer.read(place, limit, anew=True) or b"") if place.name in writer.list_names(place.parent) else b""
+        return (
+            (writer.read(place, limit, uncached=True) or b"") if place.name in writer.list_names(place.parent) else b""
+        )
     return b""
 
 
