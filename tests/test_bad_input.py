@@ -464,9 +464,9 @@ def test_the_command_line_does_not_repeat_secrets(scene, uri, options):
         ("s3://", InvalidURIError, "names no bucket"),
         ("file://relative", InvalidURIError, "file:///absolute/path"),
         ("file:///a/../../etc", UnsafePathError, "climb"),
-        ("oci://registry/model", UnknownSchemeError, "installed back ends serve"),
+        ("oci://registry/model", UnknownSchemeError, "installed backends serve"),
         ("modelscope://org/model", UnknownSchemeError, "kserve_pvc.backends"),
-        ("nonsense+x://y", UnknownSchemeError, "installed back ends serve"),
+        ("nonsense+x://y", UnknownSchemeError, "installed backends serve"),
     ],
 )
 def test_a_uri_that_cannot_be_used_says_why(scene, uri, error, word):

@@ -61,6 +61,7 @@ def test_a_source_without_files_is_not_found(names, patterns):
     assert caught.value.fields == {
         "uri": f"{URI} at main",
         "reason": "it has no files, or the patterns exclude them all",
+        "hint": "",
     }
 
 

@@ -225,5 +225,5 @@ def test_what_was_never_hashed_is_not_vouched_for(root, tmp_path):
 
     assert [file.sha256 for file in model.record.files] == [None]
     assert store.verify(uri).ok
-    detail = "no sha256 of it was recorded, because the store that fetched it was told not to hash"
+    detail = "no sha256 was recorded, because the model was fetched without hashing"
     assert store.verify(uri, "full").problems == (Problem(path="weights.bin", kind="digest", detail=detail),)
