@@ -116,9 +116,9 @@ def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float 
 
     chosen = "lease"
     if locker is not None:
-        from kserve_pvc.locks.choice import parse_locker, settled
+        from kserve_pvc.locks.choice import parse_locker, resolve_namespace
 
-        chosen = str(settled(parse_locker(locker), os.environ))
+        chosen = str(resolve_namespace(parse_locker(locker), os.environ))
     # A volume on which no store can be correct is refused before there is one.
     default = probe_here(writer).lease_seconds
     settings = StoreSettings(
@@ -149,5 +149,5 @@ def _check_same_locker(volume: Volume, stored: str, requested: str | None) -> No
         raise StoreFormatError(
             str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc"
         ) from error
-    if requested is not None and not parse_locker(requested).agrees_with(choice):
+    if requested is not None and not parse_locker(requested).matches(choice):
         raise LockerMismatchError(str(volume.root), "locker", stored, requested)

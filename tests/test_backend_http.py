@@ -483,7 +483,7 @@ def test_a_redirect_to_no_url_is_refused(root, server, location):
     """
     server.pages["/x"] = Page(status=302, location=location)
 
-    with pytest.raises(SourceUnavailableError, match="no http or https URL"):
+    with pytest.raises(SourceUnavailableError, match="other than an http or https URL"):
         ensure(root, server.uri("x"))
 
     assert len(server.asked) == 1
@@ -797,7 +797,7 @@ def test_a_redirect_to_plain_http_is_refused(root, server, authority):
     with WebServer(tls=authority.context("downgrading")) as sealed:
         sealed.pages["/x"] = Page(status=302, location=server.uri("x"))
 
-        with pytest.raises(PolicyError, match=f"from https to http \\(at `{HERE}`\\)"):
+        with pytest.raises(PolicyError, match=f"from https to http \\(host `{HERE}`\\)"):
             ensure(root, sealed.uri("x"), options={"verify": str(authority.file)})
 
     assert server.asked == []

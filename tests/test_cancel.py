@@ -120,22 +120,59 @@ def test_a_silent_source_holds_no_claim(root, origin, upload, silent):
     assert silent.body_bytes() - before <= (SIZE if silent.is_listing else AHEAD)
 
 
-def test_what_is_left_behind_ends_with_its_source(root, origin, upload):
+class Blocking(FakeBackend):
     """
-    The thread that waits for a silent source closes all it has open once the source hangs up, and reports nothing more.
+    A source whose file `last` blocks the thread that reads it, as a client without a poll interval does.
     """
-    uri, cancel, events = upload(FILES), threading.Event(), []
-    before = len(os.listdir("/proc/self/fd"))
-    with SilentProxy(origin.endpoint, at=is_last_file) as proxy:
-        store = ModelStore(root, mode="rw", **options(proxy, origin))
-        call = Call(lambda: store.ensure(uri, progress=False, cancel=cancel, on_event=events.append))
-        proxy.silenced.wait(30)
-        call.cancel(cancel)
-        told = len(events)
 
+    def __init__(self) -> None:
+        super().__init__({**{name: name.encode() * 100 for name in "abcdefgh"}, "last": b"last"})
+        self.blocks, self.goes_on = threading.Event(), threading.Event()
+
+    @contextmanager
+    def open_range(self, file, start, stop):
+        with super().open_range(file, start, stop) as reader:
+            if file.address == "last":
+                honest = reader.readinto
+                reader.readinto = lambda buffer: (self.blocks.set(), self.goes_on.wait(30), honest(buffer))[2]
+            yield reader
+
+
+class Counting:
+    """
+    A callback that counts how often it is called.
+    """
+
+    calls = 0
+
+    def set_size(self, size: int) -> None:
+        self.calls += 1
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.calls += 1
+
+
+def test_what_is_left_behind_ends_with_its_source(root):
+    """
+    A thread that cannot be interrupted closes all it has open once its source goes on, and reports nothing more.
+    """
+    source, cancel, events, callback = Blocking(), threading.Event(), [], Counting()
+    store = ModelStore(root, mode="rw", backends={"fake": source.factory})
+    before = len(os.listdir("/proc/self/fd"))
+    how = {"progress": False, "cancel": cancel, "on_event": events.append, "callback": callback}
+    call = Call(lambda: store.ensure("fake://x/y", **how))
+    assert source.blocks.wait(30)
+    call.cancel(cancel)
+    told = len(events), callback.calls
+    left = [thread for thread in threading.enumerate() if thread.name.startswith("kserve-pvc-download")]
+    source.goes_on.set()
+
+    assert_ended_soon(call, store)
+    assert len(left) == 1
     until(lambda: not [t for t in threading.enumerate() if t.name.startswith("kserve-pvc")])
-    assert len(events) == told
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert (len(events), callback.calls) == told
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert store.list() == []
 
 
 def test_a_call_that_waits_for_another_process_can_be_cancelled(root, origin, upload, proxy):
@@ -234,26 +271,22 @@ def test_unpacking_ends_and_keeps_the_archive(root, tmp_path, monkeypatch):
     assert (model.bytes_fetched, read_tree(model.path)) == (0, FILES)
 
 
-def test_what_was_noted_is_kept_while_another_file_hangs(root, origin, upload):
+def test_what_was_noted_is_kept_while_another_file_hangs(root):
     """
-    The notes of small files are written although the thread that would write them waits for a silent source.
+    The notes of small files are written although the thread that would write them cannot be interrupted.
     """
-    uri, cancel = upload(FILES), threading.Event()
-    with SilentProxy(origin.endpoint, at=is_last_file) as silent:
-        store = ModelStore(root, mode="rw", **options(silent, origin))
-        call = Call(lambda: store.ensure(uri, progress=False, max_workers=1, cancel=cancel))
-        silent.silenced.wait(30)
-        until(lambda: silent.body_bytes() >= SIZE - AHEAD, 10)
-        time.sleep(0.3)
-        call.cancel(cancel)
-        silent.speak()
-        before = silent.body_bytes()
-        # Another process finds no more than what is on the volume now.
-        environ = {**origin.environ, "AWS_ENDPOINT_URL": silent.endpoint}
-        result = shell.kserve_pvc(root, "ensure", uri, env=environ)
+    source, cancel, other = Blocking(), threading.Event(), FakeBackend(Blocking().files)
+    store = ModelStore(root, mode="rw", backends={"fake": source.factory})
+    call = Call(lambda: store.ensure("fake://x/y", progress=False, max_workers=1, cancel=cancel))
+    assert source.blocks.wait(30)
+    call.cancel(cancel)
 
-        assert result.returncode == 0, result.stderr
-        assert silent.body_bytes() - before <= AHEAD
+    model = ModelStore(root, mode="rw", backends={"fake": other.factory}).ensure("fake://x/y", progress=False)
+    source.goes_on.set()
+
+    assert_ended_soon(call, store)
+    assert other.calls == ["resolve", "last"]
+    assert read_tree(model.path) == source.files
 
 
 def test_a_silent_listing_of_a_refresh_can_be_cancelled(root, origin, upload):

@@ -113,6 +113,31 @@ class TestGS(BackendConformance):
         return guarded_gcs
 
 
+class ThroughClass:
+    """
+    A remote, reached with one more option that only the fsspec class knows.
+    """
+
+    def __init__(self, remote, **option):
+        self._remote = remote
+        self._option = option
+
+    def __getattr__(self, name):
+        value = getattr(self._remote, name)
+        return {**value, **self._option} if name.endswith("_options") and value is not None else value
+
+
+class TestGSThroughGcsfs(TestGS):
+    """
+    Google Cloud Storage through the session of gcsfs, which has a setting of its own.
+    """
+
+    @pytest.fixture
+    def remote(self, guarded_gcs):
+        pytest.importorskip("gcsfs", reason="`gcsfs` is not installed")
+        return ThroughClass(guarded_gcs, session_kwargs={"headers": {"X-Test": "conformance"}})
+
+
 @pytest.fixture(scope="session")
 def azurite():
     """
@@ -138,6 +163,20 @@ class TestAzure(BackendConformance):
     @pytest.fixture
     def remote(self, azurite):
         return azurite
+
+
+class TestAzureThroughAdlfs(TestAzure):
+    """
+    Azure Blob Storage through the client that adlfs holds.
+
+    The SDK takes no kind of credential today that cannot authorize our own requests, so that this one is hidden.
+    """
+
+    @pytest.fixture
+    def remote(self, azurite, monkeypatch):
+        pytest.importorskip("adlfs", reason="`adlfs` is not installed")
+        monkeypatch.setattr("kserve_pvc.backends._adlfs._find_login", lambda *_: None)
+        return ThroughClass(azurite, location_mode="primary")
 
 
 @pytest.fixture(scope="session")

@@ -455,6 +455,21 @@ print([type(handler).__name__ for handler in logging.getLogger("kserve_pvc").han
     assert (result.stdout, result.stderr) == ("['NullHandler']\n", "")
 
 
+def test_the_library_does_not_import_logging(root, source):
+    """
+    Where the program has not imported `logging`, nothing could receive a record, and a download does not import it.
+    """
+    script = """
+import sys
+from kserve_pvc._show.events import ClaimLost
+from kserve_pvc._show.log import EventLog
+EventLog()(ClaimLost(store="s", key="k", uri="u", ref="r"))
+print("logging" in sys.modules)
+"""
+
+    assert shell.python(script) == "False\n"
+
+
 def test_a_format_string_may_name_any_attribute(root, source):
     """
     A handler whose format names the attributes formats every record.

@@ -40,7 +40,8 @@ IMPURE = {"ctypes", "multiprocessing", "os", "random", "select", "socket", "subp
 # What a room may import besides attrs and the standard library.
 FOREIGN = {
     "backends": {"fsspec", "s3fs", "aiobotocore", "botocore", "aiohttp", "azure", "gcsfs", "google"}
-    | {"google_crc32c", "requests"},
+    | {"google_crc32c", "huggingface_hub", "requests", "yarl"},
+    "_filesystem": {"fsspec"},
     "locks": {"portalocker", "redis", "kubernetes"},
     "testing": {"pytest"},
     "_show": {"tqdm"},

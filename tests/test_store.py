@@ -1186,7 +1186,8 @@ if not child:
         code = 0 if store.ensure(second, progress=False).status == "downloaded" else 2
     finally:
         os._exit(code)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), store.ensure(second).status, store.ensure(third, progress=False).status)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(code, store.ensure(second).status, store.ensure(third, progress=False).status)
 """
 
 

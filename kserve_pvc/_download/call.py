@@ -14,7 +14,7 @@ import attrs
 
 from kserve_pvc._download.cancellation import Cancel, Cancellation
 from kserve_pvc._download.download import Download, Outcome, Request
-from kserve_pvc._download.streams import Tuning
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format.log_entry import Holder, StoreSettings
 from kserve_pvc._keys.aliases import settle_view_quietly
 from kserve_pvc._show.events import CallFinished, Listener, Subject

@@ -34,7 +34,7 @@ from kserve_pvc.errors import (
 
 # An MD5 costs more than fetching and hashing together, so it is compared only for objects where that is quick.
 MAX_MD5_BYTES = 16 * 1024 * 1024
-_MAX_PAGE_BYTES = 16 * 1024 * 1024
+MAX_PAGE_BYTES = 16 * 1024 * 1024
 # One for a region or an endpoint that the service corrects, one for credentials that have expired.
 _RENEWALS = 2
 
@@ -119,7 +119,7 @@ class Service(Protocol):
         """Classify a refusal."""
 
     def describe(self, refusal: RefusedError, place: Place) -> str:
-        """Say what was refused and what to do, without secrets."""
+        """Say what was refused, without secrets."""
 
     def access(self, place: Place) -> str:
         """Return how the place is reached; see `SupportsAccess`."""
@@ -158,20 +158,25 @@ class MetadataRequests:
         def attempt() -> tuple[Mapping[str, str], bytes]:
             for _ in range(_RENEWALS):
                 try:
-                    return self._send_once(method, *make())
+                    return self.send_once(method, *make())
                 except RefusedError as refusal:
                     if not renew(refusal):
                         raise
-            return self._send_once(method, *make())
+            return self.send_once(method, *make())
 
         return ask_patiently(attempt, self.retry_seconds)
 
-    def _send_once(self, method: str, target: Target, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
+    def send_once(self, method: str, target: Target, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
+        """
+        Send a request once; a subclass may send it in another way.
+        """
         with self.client.open(method, target, headers) as response:
             if response.status == 200:
                 deadline = time.monotonic() + 2 * self.client.answer_seconds
-                return response.headers, response.read(_MAX_PAGE_BYTES, deadline)
-            raise self.refused(response.status, response.headers, read_refusal(response))
+                return response.headers, response.read(MAX_PAGE_BYTES, deadline)
+            refusal = self.refused(response.status, response.headers, read_refusal(response))
+        # Outside, so that the connection is kept.
+        raise refusal
 
 
 class ObjectStore:
@@ -325,11 +330,11 @@ class ObjectStore:
     def _meaning(self, refusal: RefusedError, uri: str, place: Place) -> StoreError:
         reason, kind = self.service.describe(refusal, place), self.service.kind(refusal)
         if kind == "denied":
-            return SourceDeniedError(uri, reason)
+            return SourceDeniedError(uri, reason, refusal.hint)
         if kind == "missing":
-            return SourceNotFoundError(uri, reason)
+            return SourceNotFoundError(uri, reason, refusal.hint)
         is_final = kind == "final" or (300 <= refusal.status < 500 and not refusal.is_transient)
-        return SourceUnavailableError(uri, reason, retry_after=refusal.busy, is_final=is_final)
+        return SourceUnavailableError(uri, reason, retry_after=refusal.busy, is_final=is_final, hint=refusal.hint)
 
 
 def _files(page: Sequence[Object]) -> Iterator[Object]:

@@ -8,7 +8,6 @@ that no row names is plain. Nothing here reads a value into a message: only name
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import os
@@ -19,7 +18,7 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc.errors import SettingsError
+from kserve_pvc.errors import InvalidFileError, unknown_option
 
 # The protocols of each fsspec class, in the order in which fsspec looks them up in its configuration: the last wins.
 _PROTOCOLS = {
@@ -34,7 +33,11 @@ _PROTOCOLS = {
 }
 # The modules of this package that have `RULES`, by scheme.
 _TABLES = {
+    "abfs": "kserve_pvc.backends.azure",
+    "abfss": "kserve_pvc.backends.azure",
+    "az": "kserve_pvc.backends.azure",
     "file": "kserve_pvc.backends.file",
+    "gs": "kserve_pvc.backends.gs",
     "hf": "kserve_pvc.backends.hf",
     "http": "kserve_pvc.backends.http",
     "https": "kserve_pvc.backends.http",
@@ -98,7 +101,7 @@ def read_settings(scheme: str, options: Mapping[str, Any], environ: Mapping[str,
     Put options above fsspec's configuration, as fsspec does: a whole argument replaces another one.
 
     Raises:
-        SettingsError: A file of fsspec's configuration cannot be read.
+        InvalidFileError: A file of fsspec's configuration cannot be read.
     """
     configured = fsspec_configuration(scheme, environ)
     return Settings({**configured, **options}, configured.keys() - options.keys(), environ)
@@ -114,7 +117,7 @@ def fsspec_configuration(protocol: str, environ: Mapping[str, str] = os.environ)
     to find that there is nothing.
 
     Raises:
-        SettingsError: A file cannot be read.
+        InvalidFileError: A file cannot be read.
     """
     found: dict[str, dict[str, Any]] = {}
     loaded = sys.modules.get("fsspec.config") if environ is os.environ else None
@@ -143,7 +146,7 @@ def _add_files(found: dict[str, dict[str, Any]], environ: Mapping[str, str]) -> 
         set_conf_files(place, found)
     except Exception as error:  # fsspec has no error of its own for a file that is malformed or unreadable.
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SettingsError("FSSPEC_CONFIG_DIR", place, f"correct or remove its files: {reason}") from None
+        raise InvalidFileError(place, "fsspec cannot read its configuration here", reason) from None
 
 
 def _add_variables(found: dict[str, dict[str, Any]], environ: Mapping[str, str]) -> None:
@@ -176,7 +179,7 @@ def explain(scheme: str, options: Mapping[str, Any], environ: Mapping[str, str] 
         options: The `storage_options` of that scheme.
 
     Raises:
-        SettingsError: A file of fsspec's configuration cannot be read.
+        InvalidFileError: A file of fsspec's configuration cannot be read.
     """
     if scheme not in _TABLES:
         return ()
@@ -210,7 +213,7 @@ def check_options(
             `**kwargs` on to. Their named parameters are allowed, and those of base classes as far as `**kwargs` lead.
 
     Raises:
-        SettingsError: An option is unknown. It names the nearest supported one.
+        UnknownOptionError: An option is unknown. The error names the nearest supported one.
     """
     unknown = set(options) - set(known) - NEUTRAL_OPTIONS
     if not unknown:
@@ -219,12 +222,9 @@ def check_options(
         accepted = {name for target in load() for name in _parameters(target)}
     except ImportError:
         accepted = set()
-    supported = sorted({*known, *accepted, *NEUTRAL_OPTIONS})
     for name in sorted(unknown - accepted):
-        near = difflib.get_close_matches(name, supported, n=1)
-        guess = f"did you mean `{near[0]}`? " if near else ""
-        remedy = f"{guess}supported for {protocol}: {', '.join(f'`{known}`' for known in supported)}"
-        raise SettingsError("storage_options", name, remedy)
+        supported = sorted({*known, *accepted, *NEUTRAL_OPTIONS})
+        raise unknown_option("storage option", name, supported, f"`{protocol}` has no such option; remove it")
 
 
 def _parameters(target: Callable[..., Any]) -> Iterator[str]:

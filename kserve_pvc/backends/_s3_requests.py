@@ -185,7 +185,7 @@ def parse_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refus
     code = code or str(status)
     says_when = status >= 500 and "retry-after" in headers
     busy = retry_after(headers) if status in (429, 503) or code in _BUSY or says_when else None
-    reason = f"{code}: {message}" if message else f"it answered {code}"
+    reason = f"{code}: {message}" if message else f"HTTP {status}" + (f" ({code})" if code != str(status) else "")
     return RefusedError(reason, status=status, code=code, busy=busy, headers=headers)
 
 

@@ -159,7 +159,7 @@ def sdk_account(settings: Settings) -> tuple[Account, tuple[Reason, ...]]:
     region = _option_region(settings) or session.variable("region") or settings.environ.get("AWS_REGION") or "us-east-1"
     source = _given_source(settings, with_environ=False) or session.credentials()
     style = (session.variable("s3") or {}).get("addressing_style") or "auto"
-    account = attrs.evolve(_account(settings, url, region, source, style))
+    account = _account(settings, url, region, source, style)
     if account.ca_bundle is None:
         account = attrs.evolve(account, ca_bundle=session.variable("ca_bundle"))
     reasons = find_reasons(_BEYOND_SIGNING, settings)
@@ -197,7 +197,7 @@ def _given_source(settings: Settings, *, with_environ: bool = True) -> Credentia
     if not key and not secret:
         return None
     if not key or not secret:
-        raise SettingsError("storage_options", "key" if key else "secret", "give both `key` and `secret`")
+        raise SettingsError("secret" if key else "key", "", "give both `key` and `secret`")
     return FixedCredentials(Credentials(str(key), str(secret), token))
 
 

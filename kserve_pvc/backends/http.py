@@ -334,7 +334,10 @@ def _place(
             address, f"its server sends it as `{coding}` without being asked, so its bytes are not those of the file"
         )
     if not _LENGTH.fullmatch(size):
-        rule = "its server does not say how long it is, so nothing tells a whole file from a part of it; serve it with Content-Length"
+        rule = (
+            "its server does not say how long it is, so nothing tells "
+            "a whole file from a part of it; serve it with Content-Length"
+        )
         raise PolicyError(address, rule)
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if name is not None and kind == "text/html" and not name.lower().endswith((".html", ".htm")):
@@ -362,7 +365,10 @@ def _announced_digest(headers: Mapping[str, str]) -> str | None:
 def _refused(address: str, status: int, headers: Mapping[str, str]) -> StoreError | None:
     if status in (401, 403, 407):
         host = _target(address).host
-        reason = f"it answered {status}; headers for this host are given by the variable `{host}-headers` or the option `headers`"
+        reason = (
+            f"it answered {status}; headers for this host are given "
+            f"by the variable `{host}-headers` or the option `headers`"
+        )
         return SourceDeniedError(address, reason)
     if status in (404, 410):
         return SourceNotFoundError(address, f"it answered {status}")
