@@ -49,7 +49,7 @@ FOREIGN = {
     "_cli": {"shtab"},
     "_filesystem": {"fsspec"},
     # For types only: callers may pass file systems.
-    **dict.fromkeys(("_opening", "_sources", "_store"), {"fsspec"}),
+    **{room: {"fsspec"} for room in ("_opening", "_sources", "_store")},
 }
 
 # The suite for authors of backends is one class that they inherit, and `ModelStore` is the public interface.
