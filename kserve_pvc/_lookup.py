@@ -20,7 +20,7 @@ from kserve_pvc.errors import DamagedRecordError, ModelNotFoundError, StoreForma
 
 class Lookup:
     """
-    The models of one store, read from the volume anew with each call.
+    The models of one store, read from the volume with each call.
 
     Args:
         identity: What this process knows the store by, however often it is opened.
@@ -97,7 +97,7 @@ class Lookup:
             )
         return ModelNotFoundError(str(ref), str(self._volume.root))
 
-    def keys(self) -> Sequence[str]:
+    def list_keys(self) -> Sequence[str]:
         """
         List every key of the store, whether its model is present or not.
         """
@@ -107,7 +107,7 @@ class Lookup:
         """
         Read the newest record of every key.
         """
-        return ((key, read_log(self._volume, key)) for key in self.keys())
+        return ((key, read_log(self._volume, key)) for key in self.list_keys())
 
     def models(self) -> list[Model]:
         """

@@ -85,6 +85,32 @@ def read_store_settings(volume: Volume) -> StoreSettings | None:
     return None if data is None else decode_settings(data, str(layout.SETTINGS))
 
 
+def open_store(
+    volume: Volume, mode: Mode, locker: str | None, lease_seconds: float | None
+) -> tuple[tuple[VolumeWriter, StoreSettings] | None, str]:
+    """
+    Open a store, and create it if it is opened for writing and has no settings yet.
+
+    Returns:
+        What writes, with the settings that all writers share, if the mode is read-write; and what this process knows
+        the store by, however often it is opened.
+
+    Raises:
+        LockerMismatchError: It was created with other settings.
+        StoreRootError: The volume cannot hold a store.
+    """
+    settings = read_store_settings(volume)
+    if mode == "r":
+        return None, str(volume.root) if settings is None else settings.store_id
+    from kserve_pvc._volume.writing import VolumeWriter
+
+    writer = VolumeWriter(volume.root)
+    settings = settings or create_store(writer, locker, lease_seconds)
+    # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
+    check_agreement(volume, settings, locker, lease_seconds)
+    return (writer, settings), settings.store_id
+
+
 def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
     from kserve_pvc._volume.profile import probe_here
 

@@ -287,7 +287,7 @@ def test_verify_prints_a_line_for_each_model_and_problem(root, model):
     assert fine.stdout == f"ok   {model.uri}  (4 files, 684.6 KiB, sizes)\n"
     assert bad.stdout.splitlines() == [
         f"BAD  {model.uri}  (4 files, 684.6 KiB, sizes)",
-        "     extra: extra: it is there and not recorded",
+        "     extra: extra: not in the manifest",
     ]
     assert [(result.returncode, result.stdout) for result in (quiet,)] == [(1, "")]
 

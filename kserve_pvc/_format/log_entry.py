@@ -50,10 +50,10 @@ def to_tuple(value: Any) -> Any:
 @attrs.frozen(kw_only=True)
 class Holder:
     """
-    Who writes or reads: enough for a person to find the pod, and for a neighbour in the same PID namespace to know it
-    is dead.
+    The process that writes or reads: enough for a person to find the pod, and for a process in the same PID namespace
+    to see whether it is dead.
 
-    `started` is the process's start time in clock ticks since boot, so that a reused PID is told apart.
+    `started` is the process's start time in clock ticks since boot, so that a reused PID is recognised.
     """
 
     pod: str = attrs.field(validator=text)
@@ -89,7 +89,7 @@ class LogEntry:
     """
     One numbered step in the life of a model: complete from here on, gone from here on, or complete again.
 
-    A `commit` or `restore` names the generation that is the model; a `tombstone` says that there is none.
+    A `commit` or `restore` names the generation that is the model; a `tombstone` says that the model was removed.
     `digest` is the kind of digest every byte was hashed into, `none` if that was switched off; `policy` is the verdict
     the model was admitted with.
     """
