@@ -71,11 +71,12 @@ def options_for(
     """
     Choose the options of one scheme, where they are given by scheme: a secret for one service is not for any other.
     """
-    is_by_scheme = all(isinstance(value, Mapping) for value in options.values())
-    if not is_by_scheme or not any(name in _BUILT_IN or name in factories or name == ref.scheme for name in options):
+    names = (ref.scheme, ref.scheme.removeprefix("fsspec+"), ref.service)
+    if not options or not all(isinstance(value, Mapping) for value in options.values()):
         return options
-    chosen: Mapping[str, Any] = options.get(ref.scheme) or options.get(ref.service) or {}
-    return chosen
+    if not any(name in _BUILT_IN or name in factories or name in names or _fsspec_knows(name) for name in options):
+        return options
+    return next((options[name] for name in names if options.get(name)), {})
 
 
 def make_backend(
