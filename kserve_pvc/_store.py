@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from concurrent.futures import Executor
 
-    from fsspec import AbstractFileSystem
-
     from kserve_pvc._archive.export import Exported
     from kserve_pvc._doctor.diagnosis import Diagnosis
     from kserve_pvc._download.cancellation import Cancel, Cancellation
@@ -64,6 +62,7 @@ if TYPE_CHECKING:
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._volume.verify import Level, Verification
     from kserve_pvc._volume.writing import VolumeWriter
+    from kserve_pvc.backends import AbstractFileSystem
 
 
 class ModelStore:

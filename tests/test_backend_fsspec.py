@@ -190,7 +190,7 @@ def test_a_file_is_no_directory(source):
     [
         ("fsspec+simplecache://host/model", PolicyError, "reads through another file system"),
         ("fsspec+reference://host/model", PolicyError, "reads through another file system"),
-        ("fsspec+nobody://host/model", UnknownSchemeError, "no usable back ?end for `nobody://`; fsspec cannot load it: Protocol not known: nobody"),
+        ("fsspec+nobody://host/model", UnknownSchemeError, "no backend for `nobody://`; fsspec cannot load it: Protocol not known: nobody"),
         ("fsspec+://host/model", InvalidURIError, "no protocol is named"),
         ("fsspec+local://model", InvalidURIError, "an absolute path"),
         ("fsspec+zip://host/model::local/archive.zip", InvalidURIError, "a chain of URLs"),

@@ -80,7 +80,7 @@ def test_resolve_and_plan_take_an_instance(root, upload, s3_instance):
     plan = store.plan(uri, filesystem=s3_instance)
 
     assert {str(file.entry.path) for file in resolved.files} == set(FILES)
-    assert plan.bytes_total == sum(map(len, FILES.values()))
+    assert plan.size_bytes == sum(map(len, FILES.values()))
 
 
 def test_an_instance_travels_to_a_pool_of_processes(root, upload, s3_instance):

@@ -23,7 +23,7 @@ from kserve_pvc.errors import UnknownSchemeError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from fsspec import AbstractFileSystem
+    from fsspec import AbstractFileSystem as AbstractFileSystem  # Its name for the rooms above, which have no fsspec.
 
 GROUP = "kserve_pvc.backends"
 

@@ -64,6 +64,9 @@ class Gcsfs:
     def __init__(self, options: Mapping[str, Any], endpoint: Target, *, is_emulator: bool, is_session: bool) -> None:
         self._options = {name: value for name, value in options.items() if name not in _OURS}
         self._options["token"] = _class_token(options.get("token"), endpoint, is_emulator=is_emulator)
+        if self._options["token"] not in (None, *KEPT_LOGINS):
+            # gcsfs would request full control, under which it looks for logins that it keeps.
+            self._options.setdefault("access", "read_only")
         self._guard = threading.Lock()
         self._made: Any = None
         self.is_session = is_session

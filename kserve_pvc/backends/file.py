@@ -64,7 +64,7 @@ class FileBackend:
     Copies a file or directory of the local file system. Only regular files; links are refused, not followed.
 
     Content is pinned by device, inode, size and the times of its last change. Two changes within one tick of the
-    kernel's clock, and some made through memory maps, look like one. Copy from directories that are not edited meanwhile.
+    kernel's clock, and some made through memory maps, look like one. Copy from directories that nothing edits.
     """
 
     options: Mapping[str, Any] = attrs.field(factory=dict, repr=False)

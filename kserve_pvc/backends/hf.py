@@ -30,6 +30,7 @@ from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._options import Rule, configured_options, options_beyond
 from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
 from kserve_pvc.errors import (
+    SettingsError,
     SourceChangedError,
     SourceDeniedError,
     SourceNotFoundError,

@@ -20,6 +20,7 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from kserve_pvc.backends._options import fsspec_configuration
 from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError, UnknownSchemeError
 
 PREFIX = "fsspec+"
@@ -123,9 +124,11 @@ class MadeHere:
         if getattr(kind, "local_file", False) and not location.startswith("/"):
             # It would mean another directory for every process.
             raise InvalidURIError(url, f"write `{protocol}:///` and an absolute path")
-        options = self._options if self._prepare is None else self._prepare(url, self._options)
+        # fsspec reads its files and variables when it is imported; what has changed since counts too.
+        options = {**fsspec_configuration(protocol), **self._options}
+        options = options if self._prepare is None else dict(self._prepare(url, options))
         named = kind._get_kwargs_from_urls(url)
-        check_same_place(url, named, apply_config(kind, dict(options)))
+        check_same_place(url, named, apply_config(kind, options))
         return _Pool(kind, {**named, **options})
 
 

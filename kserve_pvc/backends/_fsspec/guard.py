@@ -32,9 +32,7 @@ def guarded(options: Mapping[str, Any], check: Check | None, *, stays_at: str | 
     own = ["get_client"] if options.get("get_client") is not None else []
     own += ["client_kwargs.connector"] if "connector" in (options.get("client_kwargs") or {}) else []
     if own:
-        rule = (
-            f"with `{own[0]}`, redirects and private addresses cannot be checked; use `allow_private=True`, no headers"
-        )
+        rule = f"`{own[0]}` connects where it likes; with it, set `allow_private=True` and give no `headers`"
         raise PolicyError("storage_options", rule)
 
     async def get_client(**arguments: Any) -> Any:

@@ -4,9 +4,9 @@ Files of the web through fsspec's `HTTPFileSystem`, to the rules of our own back
 
 from __future__ import annotations
 
-import os
 import ssl
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,17 +43,18 @@ def web_backend(arguments: Mapping[str, Any], options: Mapping[str, Any], enviro
         given = {"headers": {**plain.get("headers", {}), **secret}} if secret else {}
         return guarded({**plain, **given}, check, stays_at=host if secret else None)
 
-    return FsspecBackend(
-        {}, MadeHere({**plain, "headers": options.get("headers")}, prepare), limits=unpack_limits(options)
-    )
+    made = MadeHere({**plain, "headers": options.get("headers")}, prepare)
+    return FsspecBackend({}, made, limits=unpack_limits(options))
 
 
 def _trusting(verify: object) -> Any:
     """The certificates of a file or directory; True stands for those of the system."""
     if verify is True:
         return True
-    place = str(verify)
+    place = Path(str(verify))
     try:
-        return ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
+        if place.is_dir():
+            return ssl.create_default_context(capath=place)
+        return ssl.create_default_context(cafile=place)
     except OSError as error:
-        raise SettingsError("verify", place, f"it cannot be read: {error}") from error
+        raise SettingsError("verify", str(place), f"it cannot be read: {error}") from error
