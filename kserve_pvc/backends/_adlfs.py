@@ -30,7 +30,7 @@ from kserve_pvc.backends._http.target import HTTPError
 from kserve_pvc.backends._login.azure import Account, Signature, Token, find_endpoint, make_key, read_signature
 from kserve_pvc.backends._login.contract import Anonymous, Authorization, Login, Scope
 from kserve_pvc.backends._object_store import MetadataRequests, Object, Place
-from kserve_pvc.backends._ranges import RefusedError, ask_patiently, retry_after
+from kserve_pvc.backends._ranges import RefusedError, request_with_retries, retry_after
 from kserve_pvc.errors import HIDDEN, SettingsError
 
 _OURS = ("asynchronous", "loop", "skip_instance_cache")
@@ -262,9 +262,9 @@ def _call(
 
     def attempt() -> _T:
         with _translated():
-            return run(loop, make(), 2 * patience.client.answer_seconds)
+            return run(loop, make(), 2 * patience.client.response_seconds)
 
-    return ask_patiently(attempt, patience.retry_seconds)
+    return request_with_retries(attempt, patience.retry_seconds)
 
 
 @contextmanager
