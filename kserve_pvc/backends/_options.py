@@ -9,7 +9,6 @@ that no row names is plain. Nothing here reads a value into a message: only name
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -56,8 +55,6 @@ NEUTRAL_OPTIONS = frozenset(
     )
 )
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-_log = logging.getLogger("kserve_pvc")
 
 
 @attrs.frozen
@@ -189,11 +186,20 @@ def explain(scheme: str, options: Mapping[str, Any], environ: Mapping[str, str] 
 
 def log_access(scheme: str, access: str, reasons: Sequence[Reason]) -> None:
     """
-    Log which way a scheme takes, and why.
+    Log which way a scheme takes, and why, at level `DEBUG`.
+
+    Nothing can be configured to receive a record before `logging` is imported, so it is not imported here.
     """
-    why = "; ".join(map(str, reasons)) or "all settings are plain"
-    _log.debug(
-        "%s:// is read by %s: %s", scheme, access, why, extra={"access": access, "reasons": [*map(str, reasons)]}
+    logging = sys.modules.get("logging")
+    if logging is None:
+        return
+    why = [*map(str, reasons)]
+    logging.getLogger("kserve_pvc").debug(
+        "%s:// is read by %s: %s",
+        scheme,
+        access,
+        "; ".join(why) or "all settings are plain",
+        extra={"access": access, "reasons": why},
     )
 
 
