@@ -69,6 +69,28 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise SettingsError(name, _shown(value), f"use {' or '.join(f'`{choice}`' for choice in choices)}")
 
 
+def check_listener(value: object) -> None:
+    """
+    Check that something can be called with an event.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    if value is not None and not callable(value):
+        raise SettingsError("on_event", type(value).__name__, "pass a function that takes one event")
+
+
+def check_cancel(value: object) -> None:
+    """
+    Check that something can say that a call is cancelled, as a `threading.Event` does.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    if value is not None and not callable(getattr(value, "is_set", None)):
+        raise SettingsError("cancel", type(value).__name__, "pass a `threading.Event`")
+
+
 def _to_seconds(value: object) -> float | None:
     """A number of any kind, such as NumPy's; neither a truth value nor a string."""
     if isinstance(value, bool) or not hasattr(value, "__float__"):
@@ -81,21 +103,3 @@ def _to_seconds(value: object) -> float | None:
 
 def _shown(value: object) -> str:
     return repr(value)[:80]
-
-
-def check_listener(on_event: object) -> None:
-    """
-    Raises:
-        SettingsError: It cannot be called.
-    """
-    if not (on_event is None or callable(on_event)):
-        raise SettingsError("on_event", type(on_event).__name__, "pass a function that takes one event")
-
-
-def check_cancel(cancel: object) -> None:
-    """
-    Raises:
-        SettingsError: It is not an event.
-    """
-    if not (cancel is None or callable(getattr(cancel, "is_set", None))):
-        raise SettingsError("cancel", type(cancel).__name__, "pass a `threading.Event`")

@@ -25,6 +25,8 @@ from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatErr
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or talks to a source is imported by the method that does it.
 if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
     from kserve_pvc._settings import Mode
     from kserve_pvc._show.events import Listener
     from kserve_pvc._source.contract import BackendFactory
@@ -44,6 +46,7 @@ class StoreArguments(TypedDict, total=False):
     lease_seconds: float | None
     backends: Mapping[str, BackendFactory] | None
     storage_options: Mapping[str, Any] | None
+    filesystems: Mapping[str, AbstractFileSystem] | None
     part_bytes: int
     digest: Literal["sha256", "none"]
     stall_seconds: float
@@ -87,9 +90,9 @@ def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float 
 
     chosen = "lease"
     if locker is not None:
-        from kserve_pvc.locks.choice import parse_locker, settled
+        from kserve_pvc.locks.choice import parse_locker, resolve_namespace
 
-        chosen = str(settled(parse_locker(locker), os.environ))
+        chosen = str(resolve_namespace(parse_locker(locker), os.environ))
     # A volume on which no store can be correct is refused before there is one.
     default = probe_here(writer).lease_seconds
     settings = StoreSettings(
@@ -120,5 +123,5 @@ def _check_same_locker(volume: Volume, stored: str, requested: str | None) -> No
         raise StoreFormatError(
             str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc"
         ) from error
-    if requested is not None and not parse_locker(requested).agrees_with(choice):
+    if requested is not None and not parse_locker(requested).matches(choice):
         raise LockerMismatchError(str(volume.root), "locker", stored, requested)

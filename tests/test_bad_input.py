@@ -105,13 +105,13 @@ SOURCE_ERRORS = {
         "s3://no-such-bucket-here/model",
         {},
         SourceNotFoundError,
-        ["bucket does not exist", "check bucket, path"],
+        ["bucket does not exist", "check the URI, the revision"],
     ),
     "missing key": (
         f"s3://{BUCKET}/no/such/model",
         {},
         SourceNotFoundError,
-        ["no file is there", "check bucket, path"],
+        ["no file is there", "check the URI, the revision"],
     ),
     "missing key with a slash": (f"s3://{BUCKET}/no/such/", {}, SourceNotFoundError, ["no file is there"]),
     "no rights": (
@@ -632,7 +632,7 @@ def test_settings_that_cannot_be_trusted_close_the_store(scene, case, mode):
     SETTINGS_FORGERIES[case](path, good)
     before = listing(scene.place)
 
-    with pytest.raises(StoreFormatError, match=f"`{META}/store.json` cannot be trusted") as caught:
+    with pytest.raises(StoreFormatError, match=f"cannot trust `{META}/store.json`") as caught:
         ModelStore(scene.root, mode=mode)
 
     assert str(caught.value).isprintable()
@@ -786,7 +786,7 @@ def test_a_manifest_that_cannot_be_trusted_is_named(scene, case):
     outside, name = listing(scene.outside), str(path.relative_to(scene.root))
 
     store = ModelStore(scene.root)
-    with pytest.raises(StoreFormatError, match=f"`{name}` cannot be trusted"):
+    with pytest.raises(StoreFormatError, match=f"cannot trust `{name}`"):
         store.get(scene.uri).record  # noqa: B018
     report = store.verify(scene.uri, "full")
     model = scene.writer().ensure(scene.uri, force_download=True, progress=False)

@@ -50,7 +50,7 @@ def test_limits_of_s3_are_those_of_the_code():
     The page about S3 names the timeouts, attempts and limits that the code has.
     """
     pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
-    from kserve_pvc.backends import _s3fs, s3
+    from kserve_pvc.backends import _object_store, _s3_settings, _s3fs
 
     stall, retry = f"{_defaults.STALL_SECONDS:.0f} s", f"{_defaults.RETRY_SECONDS:.0f} s"
     patience = _s3fs._PATIENCE
@@ -66,14 +66,14 @@ def test_limits_of_s3_are_those_of_the_code():
             f"| {patience['connect_timeout']} s to connect, {patience['read_timeout']} s without data | {attempts} |",
             f"without {Tuning().trickle_bytes >> 10} KiB of progress | {stall} |",
             f"| {ATTEMPTS} without progress, within {retry} |",
-            f"| up to {s3._MAX_MD5_BYTES // MIB} MiB, one part |",
+            f"| up to {_object_store.MAX_MD5_BYTES // MIB} MiB, one part |",
             f"| over {Tuning().evidence_bytes // MIB} MiB, uploaded with",
         )
         == []
     )
-    plain = (s3._PLAIN_OPTIONS - {"use_listings_cache"}) | {"endpoint_url", "region_name", "verify"}
+    plain = _s3_settings.PLAIN_OPTIONS | {"endpoint_url", "region_name", "verify"}
     assert missing(page, *(f"`{name}`" for name in plain if name != "config_kwargs"), "`config_kwargs={") == []
-    assert {name for name in s3._PLAIN_CLIENT if not name.startswith("aws_")} == {
+    assert {name for name in _s3_settings.PLAIN_CLIENT if not name.startswith("aws_")} == {
         "endpoint_url",
         "region_name",
         "verify",
@@ -85,7 +85,7 @@ def test_limits_of_gs_are_those_of_the_code():
     The page about Google Cloud Storage names the attempts, limits and options that the code has.
     """
     pytest.importorskip("google.auth", reason="the extra `gs` is not installed")
-    from kserve_pvc.backends import gs
+    from kserve_pvc.backends import _object_store, gs
     from kserve_pvc.backends._login import google
 
     page = "how-to/gs.md"
@@ -94,14 +94,17 @@ def test_limits_of_gs_are_those_of_the_code():
         missing(
             page,
             f"begins to arrive, {_ranges._ATTEMPTS} attempts within {_defaults.RETRY_SECONDS:.0f} s",
-            f"MD5 of objects up to {gs._MAX_MD5_BYTES // MIB} MiB",
+            f"MD5 of objects up to {_object_store.MAX_MD5_BYTES // MIB} MiB",
             f"Token services have a timeout of {google._TOKEN_SERVICE_SECONDS:.0f} s",
             f"scope `{google._SCOPE.rpartition('/')[2]}`",
         )
         == []
     )
     options = set(re.findall(r"^\| (`[a-z_]+.*?) \|", (pages.DOCS / page).read_text(), re.MULTILINE))
-    assert {name for cell in options for name in re.findall(r"`([a-z_]+)[=`]", cell)} == set(gs._OPTIONS)
+    assert {name for cell in options for name in re.findall(r"`([a-z_]+)[=`]", cell)} == {
+        *gs._OPTIONS,
+        gs._SESSION,
+    }
 
 
 def test_limits_of_azure_are_those_of_the_code():
@@ -109,7 +112,7 @@ def test_limits_of_azure_are_those_of_the_code():
     The page about Azure names the attempts, limits, lifetimes and options that the code has.
     """
     pytest.importorskip("azure.identity", reason="the extra `azure` is not installed")
-    from kserve_pvc.backends import azure
+    from kserve_pvc.backends import _object_store
     from kserve_pvc.backends._login import azure as login
 
     page = "how-to/azure.md"
@@ -121,7 +124,7 @@ def test_limits_of_azure_are_those_of_the_code():
         missing(
             page,
             f"{_ranges._ATTEMPTS} attempts within {_defaults.RETRY_SECONDS:.0f} s",
-            f"Up to {azure._MAX_MD5_BYTES // MIB} MiB",
+            f"Up to {_object_store.MAX_MD5_BYTES // MIB} MiB",
             *(f"`{name}`" for name in login.OPTIONS),
         )
         == []

@@ -27,6 +27,7 @@ TIERS = (
     {"_model", "_opening", "_process"},
     {"_download", "_doctor"},
     {"_store"},
+    {"_filesystem"},
     {"__init__", "kserve", "testing"},
     {"_cli"},
     {"__main__"},
@@ -38,7 +39,8 @@ IMPURE = {"ctypes", "multiprocessing", "os", "random", "select", "socket", "subp
 # What a room may import besides attrs and the standard library.
 FOREIGN = {
     "backends": {"fsspec", "s3fs", "aiobotocore", "botocore", "aiohttp", "azure", "gcsfs", "google"}
-    | {"google_crc32c", "requests"},
+    | {"google_crc32c", "huggingface_hub", "requests", "yarl"},
+    "_filesystem": {"fsspec"},
     "locks": {"portalocker", "redis", "kubernetes"},
     "testing": {"pytest"},
     "_show": {"tqdm"},

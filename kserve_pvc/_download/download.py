@@ -21,7 +21,7 @@ from kserve_pvc._download.tally import StoppedError, Tally
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Claim, Holder, LogEntry, StoreSettings
-from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heart, take_claim
+from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heartbeat, take_claim
 from kserve_pvc._keys.log import LogView, read_log_of
 from kserve_pvc._show.events import ClaimLost, ClaimTakenOver, Listener, LockerUnavailable, Subject
 from kserve_pvc._source.contract import Backend, Resolved
@@ -36,7 +36,7 @@ from kserve_pvc.errors import (
     UnsafePathError,
     VolumeError,
 )
-from kserve_pvc.locks.choice import outside_lock
+from kserve_pvc.locks.choice import external_lock
 from kserve_pvc.locks.lease import LeaseLostError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Download:
         self._tuning = tuning
         self._rules = _rules(settings, timeout)
         open_file = partial(writer.open_shared, layout.lock_file(self._key))
-        self._lock = outside_lock(settings, self._key, holder=holder.pod, open_file=open_file)
+        self._lock = external_lock(settings, self._key, holder=holder.pod, open_file=open_file)
         self._view = LogView()
         self._sign: Sign | None = None
         self._claim: Claim | None = None
@@ -213,7 +213,7 @@ class Download:
             return protocol.Claimed(now=time.monotonic(), won=False)
         if self._sign is not None and not self._sign.is_released:
             self._tally.tell(ClaimTakenOver(**self._tally.subject, holder=self._sign.holder, reason=reason))
-        self._tally.heart = start_heart(
+        self._tally.heart = start_heartbeat(
             self._writer,
             layout.claim_dir(self._key, epoch),
             lease_seconds=self._settings.lease_seconds,

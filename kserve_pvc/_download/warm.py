@@ -29,8 +29,8 @@ Listen = Callable[[], AbstractContextManager[Listener]]
 
 _FIELDS = ("uri", "revision", "allow_patterns", "ignore_patterns")
 _HOW_TO_NAME = (
-    "use a URI, an absolute path, a `ModelRef`, or a mapping with `uri` and, if needed, `revision`, `allow_patterns` "
-    "and `ignore_patterns`"
+    "pass a URI, an absolute path, a `ModelRef`, or a mapping with `uri` and, if needed, `revision`, "
+    "`allow_patterns` and `ignore_patterns`"
 )
 
 
@@ -45,7 +45,7 @@ class Ensure(Protocol):
 @attrs.frozen(kw_only=True)
 class WarmedModel:
     """
-    The result of `warm` for a model that is present now.
+    The result for a model that is in the store now.
 
     Args:
         index: Which of the items named it, from 0; the first one, if several did.
@@ -67,11 +67,11 @@ class WarmedModel:
 @attrs.frozen(kw_only=True)
 class FailedModel:
     """
-    The result of `warm` for a model that is missing.
+    The result for a model that could not be fetched.
 
     Args:
         index: Which of the items named it, from 0; the first one, if several did.
-        ref: What was requested; None if the item is invalid.
+        ref: The parsed request; None if it is invalid.
         error: Usually a `StoreError`; otherwise what a third-party backend or the executor raised.
         seconds: How long it took, without the time in the queue.
     """
@@ -88,7 +88,7 @@ class FailedModel:
         return False
 
 
-# A type checker that sees `if result.error is None` or `if result.ok` knows that `result.model` is a `Model`.
+# Type checkers conclude from `result.error is None` that `result.model` is a `Model`.
 Warmed = WarmedModel | FailedModel
 
 

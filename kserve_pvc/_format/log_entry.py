@@ -40,7 +40,10 @@ def _seconds(value: object) -> float:
     return float(value) if isinstance(value, float) or abs(value) <= MAX_LEASE_SECONDS else math.inf
 
 
-def _tuple(value: Any) -> Any:
+def to_tuple(value: Any) -> Any:
+    """
+    Convert a JSON array to a tuple; leave other values to the validator.
+    """
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -96,8 +99,8 @@ class LogEntry:
     key: str = attrs.field(validator=matches_re(KEY))
     uri: str = attrs.field(validator=text)
     revision: str | None = attrs.field(validator=optional(text))
-    allow_patterns: tuple[str, ...] | None = attrs.field(converter=_tuple, validator=optional(texts))
-    ignore_patterns: tuple[str, ...] = attrs.field(converter=_tuple, validator=texts)
+    allow_patterns: tuple[str, ...] | None = attrs.field(converter=to_tuple, validator=optional(texts))
+    ignore_patterns: tuple[str, ...] = attrs.field(converter=to_tuple, validator=texts)
     generation: str = attrs.field(validator=matches_re(GENERATION))
     version: str = attrs.field(validator=text)
     files: int = attrs.field(validator=size)

@@ -34,6 +34,7 @@ __all__ = [
     "encode",
     "encode_beat",
     "now",
+    "to_files",
 ]
 
 ACCESS = r"direct(:[A-Za-z0-9._-]{1,64})?|fsspec:[A-Za-z0-9._-]{1,64}"
@@ -75,7 +76,10 @@ class FileEntry:
         return attrs.evolve(self, sha256=sha256, evidence=evidence)
 
 
-def _files(value: Any) -> tuple[FileEntry, ...]:
+def to_files(value: Any) -> tuple[FileEntry, ...]:
+    """
+    Convert a JSON array of objects to file entries.
+    """
     if not isinstance(value, list | tuple):
         raise TypeError("`files` must be a list")
     return tuple(f if isinstance(f, FileEntry) else build(FileEntry, f) for f in value)
@@ -93,7 +97,7 @@ class Manifest:
     key: str = attrs.field(validator=matches_re(KEY))
     generation: str = attrs.field(validator=matches_re(GENERATION))
     version: str = attrs.field(validator=text)
-    files: tuple[FileEntry, ...] = attrs.field(converter=_files)
+    files: tuple[FileEntry, ...] = attrs.field(converter=to_files)
     access: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(ACCESS)))
 
     def __attrs_post_init__(self) -> None:

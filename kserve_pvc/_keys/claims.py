@@ -22,7 +22,7 @@ from kserve_pvc._format.records import BEAT_BYTES, Beat, Claim, ReaderLease, enc
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
-from kserve_pvc.locks.lease import Heart
+from kserve_pvc.locks.lease import Heartbeat
 from kserve_pvc.locks.liveness import is_provably_dead
 
 # A reader beats this many times slower than a downloader: it lives for days, and only deletion waits for it.
@@ -189,21 +189,21 @@ def _given_back_on_failure(writer: VolumeWriter, place: PurePosixPath) -> Iterat
         raise
 
 
-def start_heart(
+def start_heartbeat(
     writer: VolumeWriter,
     place: PurePosixPath,
     *,
     lease_seconds: float,
     progress: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0),
     superseded: Callable[[], bool] = lambda: False,
-) -> Heart:
+) -> Heartbeat:
     """
     Show signs of life for a claim or lease of this process until the heart is stopped.
     """
     with _given_back_on_failure(writer, place):
         fd = writer.create(place / "beat")
     try:
-        return Heart(fd, lease_seconds=lease_seconds, progress=progress, superseded=superseded)
+        return Heartbeat(fd, lease_seconds=lease_seconds, progress=progress, superseded=superseded)
     except OSError as error:
         raise writer.failure("writing", place / "beat", error) from error
 
@@ -215,7 +215,7 @@ def reading(writer: VolumeWriter, generation: str, *, lease_seconds: float, hold
     """
     place = layout.lease_dir(generation) / secrets.token_hex(16)
     writer.write_private(place / "owner", encode(ReaderLease(generation=generation, holder=holder)))
-    heart = start_heart(writer, place, lease_seconds=lease_seconds * READER_LEASES)
+    heart = start_heartbeat(writer, place, lease_seconds=lease_seconds * READER_LEASES)
     try:
         yield
     finally:
@@ -273,4 +273,4 @@ def break_claim(writer: VolumeWriter, key: str, *, uri: str, holder: Holder, lea
         epoch += 1
         if take_claim(writer, key, epoch, uri=uri, holder=holder) is not None:
             break
-    start_heart(writer, layout.claim_dir(key, epoch), lease_seconds=lease_seconds).stop()
+    start_heartbeat(writer, layout.claim_dir(key, epoch), lease_seconds=lease_seconds).stop()
