@@ -45,12 +45,8 @@ FOREIGN = {
     "kserve": {"yaml", "starlette", "uvicorn", "prometheus_client"},
 }
 
-# The suite for authors of backends is one class that they inherit, and `ModelStore` is the public interface.
-LARGE = {
-    ("testing._conformance", "module"),
-    ("testing._conformance", "class BackendConformance"),
-    ("_store", "class ModelStore"),
-}
+# `ModelStore` is the public interface.
+LARGE = {("_store", "class ModelStore")}
 
 # What creates, renames or deletes: functions of `os`, methods of a path, and flags.
 CHANGES = {
