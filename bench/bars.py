@@ -17,6 +17,7 @@ from peers import (
     BY_HTTP_ONE_FILE,
     BY_S3,
     BY_S3_ONE_FILE,
+    CREDENTIALS,
     DOWNLOADERS,
     EIGHT_REPLICAS,
     IN_A_GIGABYTE,
@@ -27,6 +28,8 @@ from report import GIB, MIB, Facts, Results, Series, columns
 
 UNVERIFIED = "ours, hashing off"
 PAIRS = 5
+# What finding credentials may take once, whatever is fetched then.
+_START_SECONDS = 0.4
 # Everybody else; to hash afterwards only makes the same slower.
 _RIVALS = [peer.name for peer in DOWNLOADERS if not peer.name.startswith(OURS) and ", then" not in peer.name]
 
@@ -291,6 +294,29 @@ def _growth(found: list[tuple[int, float, Series]]) -> Bar:
 
 
 _MEMORY = {"w8-1", "w8-4", "w8-16"}
+
+
+def _credentials(series: Series) -> Iterator[Bar]:
+    """
+    What other credentials cost over plain ones, less the start that the SDK may take. Judged only where it was run.
+    """
+    for name in series.samples:
+        if not name.startswith(f"{OURS}, ") or name.removeprefix(f"{OURS}, ") not in CREDENTIALS:
+            continue
+        for value in ("wall", "cpu"):
+            pairs = zip(series.samples[name], series.samples.get(OURS, ()), strict=False)
+            found = [(getattr(mine, value) - _START_SECONDS) / getattr(plain, value) for mine, plain in pairs]
+            label = f"{series.workload} {series.variant}: {name} less {_START_SECONDS:g} s / {OURS}"
+            is_whole = bool(found) and name not in series.skipped
+            yield Bar(
+                what=f"{label} {'CPU' if value == 'cpu' else value}",
+                measured=statistics.median(found) if is_whole else None,
+                limit=1.10,
+                pairs=len(found),
+                detail="" if is_whole else series.skipped.get(name, f"without {OURS}"),
+            )
+
+
 _OF_SERIES: list[tuple[str, str, Callable[[Series], Iterator[Bar]]]] = [
     ("w2", "plain", _cold),
     ("w2", "gigabit", _gigabit),
@@ -301,5 +327,6 @@ _OF_SERIES: list[tuple[str, str, Callable[[Series], Iterator[Bar]]]] = [
     ("w6", "plain", _replicas),
     ("w8-4", "plain", _in_a_gigabyte),
     ("w9", "plain", _sources),
+    *((workload, "plain", _credentials) for workload in ("w2", "w3", "w4")),
 ]
 _OF_FACTS: dict[str, Callable[[Facts], Iterator[Bar]]] = {"w5": _warm, "w7": _killed}

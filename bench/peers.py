@@ -12,8 +12,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from listings import AZURE_ACCOUNT
+
+if TYPE_CHECKING:
+    from identity import IdentityServices
 
 _CLIENTS = Path(__file__).with_name("clients.py")
 
@@ -282,6 +286,8 @@ SOURCES = [
     ),
 ]
 IN_A_GIGABYTE = "ours, in 1 GiB"
+# Where the credentials of ours come from; `plain` are variables.
+CREDENTIALS = ("plain", "profile", "web-identity", "metadata")
 PEERS = {
     **dict.fromkeys(("w1", "w2", "w3"), DOWNLOADERS),
     "w4": LISTERS,
@@ -291,6 +297,37 @@ PEERS = {
     "w8-16": [_BY_NAME[OURS]],
     "w9": SOURCES,
 }
+
+
+def with_credentials(workload: str, kinds: Iterable[str], services: IdentityServices) -> list[Peer]:
+    """
+    Ours of a workload again, once for each other source of the same credentials.
+    """
+    plain = next((peer for peer in PEERS[workload] if peer.name == OURS), None)
+    if plain is None:
+        return []
+    return [
+        replace(plain, name=f"{OURS}, {kind}", extra=_credentials_environ(kind, services))
+        for kind in kinds
+        if kind != "plain"
+    ]
+
+
+def _credentials_environ(kind: str, services: IdentityServices) -> Callable[[Job], Mapping[str, str]]:
+    """Instead of the keys in variables. The role and its token are found by the services; a profile says all itself."""
+
+    def environ(job: Job) -> Mapping[str, str]:
+        without_keys = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+        if kind != "profile":
+            return {**without_keys, **services.environ(kind, job.home)}
+        config = job.home / "config"
+        config.write_text(
+            f"[profile bench]\naws_access_key_id = {services.key}\naws_secret_access_key = {services.secret}\n"
+            f"region = us-east-1\nendpoint_url = {job.endpoint}\n"
+        )
+        return {**without_keys, "AWS_PROFILE": "bench", "AWS_CONFIG_FILE": str(config)}
+
+    return environ
 
 
 def ours(names: Iterable[str]) -> list[str]:

@@ -2,10 +2,9 @@
 How the documentation is built, without a network:
 
     python -m sphinx -W --keep-going -b html docs docs/_build/html
-    python -m sphinx -W --keep-going -b doctest docs docs/_build/doctest
-"""
 
-from pathlib import Path
+The Python on its pages is run by `tests/test_docs_pages.py`.
+"""
 
 from kserve_pvc import __version__
 
@@ -13,7 +12,12 @@ project = "kserve_pvc"
 version = release = __version__
 language = "en"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
@@ -29,25 +33,12 @@ html_theme = "furo"
 html_title = f"kserve_pvc {version}"
 html_show_copyright = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["boxes.css"]
 
-# Every page starts with a volume and two sources of its own; no example needs a network.
-doctest_test_doctest_blocks = ""
-doctest_global_setup = f"""
-import os, shutil, subprocess, sys
-from pathlib import Path
-from tempfile import mkdtemp
-
-for name in [name for name in os.environ if name.startswith("KSERVE_PVC_")]:
-    del os.environ[name]
-examples = Path({str(Path(__file__).parent / "examples")!r})
-work = Path(mkdtemp(prefix="kserve-pvc-docs-"))
-volume = work / "volume"
-volume.mkdir()
-source = work / "line"
-source.mkdir()
-(source / "model.json").write_text('{{"slope": 2, "intercept": 1}}')
-(source / "notes").mkdir()
-(source / "notes" / "README.txt").write_text("y = slope * x + intercept")
-uri = f"file://{{source}}"
-"""
-doctest_global_cleanup = "shutil.rmtree(work)"
+# Consoles are copied without prompts and output, and output is not copied at all.
+copybutton_selector = "div:not(.highlight-output) > div.highlight > pre"
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True
+copybutton_remove_prompts = True
+copybutton_line_continuation_character = "\\"

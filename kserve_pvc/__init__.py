@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kserve_pvc._doctor.reports import LockTest, PeerReport, Race
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import FailedModel, Warmed, WarmedModel
+    from kserve_pvc._filesystem import filesystem
     from kserve_pvc._format.records import FileEntry, Record
     from kserve_pvc._keys.claims import LockInfo
     from kserve_pvc._model import Model
@@ -123,6 +124,7 @@ _HOMES = {
     "WaitingForDownload": "_show.events",
     "Warmed": "_download.warm",
     "WarmedModel": "_download.warm",
+    "filesystem": "_filesystem",
     "mode_from_annotations": "_settings",
     "order_listing": "_source.contract",
 }
@@ -196,6 +198,7 @@ __all__ = [
     "WaitingForDownload",
     "Warmed",
     "WarmedModel",
+    "filesystem",
     "mode_from_annotations",
     "order_listing",
 ]

@@ -25,6 +25,8 @@ from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatErr
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or talks to a source is imported by the method that does it.
 if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
     from kserve_pvc._settings import Mode
     from kserve_pvc._show.events import Listener
     from kserve_pvc._source.contract import BackendFactory
@@ -44,6 +46,7 @@ class StoreArguments(TypedDict, total=False):
     lease_seconds: float | None
     backends: Mapping[str, BackendFactory] | None
     storage_options: Mapping[str, Any] | None
+    filesystems: Mapping[str, AbstractFileSystem] | None
     part_bytes: int
     digest: Literal["sha256", "none"]
     stall_seconds: float

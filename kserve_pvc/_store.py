@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Unpack
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc._arguments import check_cancel, check_count, check_listener, check_timeout
+from kserve_pvc._arguments import check_cancel, check_choice, check_count, check_listener, check_timeout
 from kserve_pvc._format import layout
-from kserve_pvc._format.codec import KEY
-from kserve_pvc._format.log_entry import LogEntry
-from kserve_pvc._keys.log import LogView, read_log, read_log_of, read_manifest
+from kserve_pvc._format.log_entry import LogEntry, StoreSettings
+from kserve_pvc._keys.log import LogView, read_log, read_manifest
+from kserve_pvc._lookup import Lookup
 from kserve_pvc._model import Model, Status
 from kserve_pvc._opening import (
     StoreArguments,
@@ -29,30 +29,22 @@ from kserve_pvc._opening import (
     create_store,
     read_store_settings,
 )
-from kserve_pvc._process import flight_of, newest_returned, remember_returned, this_process
+from kserve_pvc._process import flight_of, this_process
 from kserve_pvc._source.ref import ModelRef, Patterns, Source, parse_ref
+from kserve_pvc._sources import Sources
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc.errors import (
-    DamagedRecordError,
-    LockTimeoutError,
-    ModelNotFoundError,
-    PolicyError,
-    ReadOnlyStoreError,
-    SettingsError,
-    StoreFormatError,
-    UnsafePathError,
-)
+from kserve_pvc.errors import ReadOnlyStoreError, StoreFormatError
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
-# or talks to a source is imported by the method that does it.
+# or requests a source is imported by the method that does it.
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable
     from concurrent.futures import Executor
 
     from kserve_pvc._archive.export import Exported
     from kserve_pvc._doctor.diagnosis import Diagnosis
-    from kserve_pvc._download.cancellation import Cancel, Cancellation
-    from kserve_pvc._download.download import Outcome
+    from kserve_pvc._download.call import Call
+    from kserve_pvc._download.cancellation import Cancel
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Item, Listen, Warmed
     from kserve_pvc._keys.claims import LockInfo
@@ -62,6 +54,10 @@ if TYPE_CHECKING:
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
     from kserve_pvc._volume.verify import Level, Verification
     from kserve_pvc._volume.writing import VolumeWriter
+    from kserve_pvc.backends import AbstractFileSystem
+
+    # What writes, with the settings that all writers share.
+    Writing = tuple[VolumeWriter, StoreSettings]
 
 
 class ModelStore:
@@ -85,6 +81,8 @@ class ModelStore:
         backends: Factories by URI scheme, preferred to installed ones.
         storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …), or such arguments by
             scheme: `{"s3": {…}, "hf": {…}}`. Never written down.
+        filesystems: Configured fsspec file systems by URI scheme, as `{"s3": S3FileSystem(…)}`: models of that scheme
+            are read through them.
         part_bytes: The most that a killed process costs per stream in bytes fetched again.
         digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume; the record
             says so, and `verify` can compare only sizes.
@@ -116,6 +114,7 @@ class ModelStore:
         lease_seconds: float | None = None,
         backends: Mapping[str, BackendFactory] | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        filesystems: Mapping[str, AbstractFileSystem] | None = None,
         part_bytes: int = defaults.PART_BYTES,
         digest: Literal["sha256", "none"] = "sha256",
         stall_seconds: float = defaults.STALL_SECONDS,
@@ -127,28 +126,29 @@ class ModelStore:
         check_listener(on_event)
         check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
         self._volume = Volume(root)
-        self._settings = read_store_settings(self._volume)
-        # The tool that writes exists only here: a read-only store has nothing to write with.
-        self._writer: VolumeWriter | None = None
+        settings = read_store_settings(self._volume)
+        # What writes exists only here: a read-only store has nothing to write with.
+        self._writing: Writing | None = None
         if mode == "rw":
             from kserve_pvc._volume.writing import VolumeWriter
 
-            self._writer = VolumeWriter(root)
-            self._settings = self._settings or create_store(self._writer, locker, lease_seconds)
+            writer = VolumeWriter(root)
+            settings = settings or create_store(writer, locker, lease_seconds)
             # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
-            check_agreement(self._volume, self._settings, locker, lease_seconds)
+            check_agreement(self._volume, settings, locker, lease_seconds)
+            self._writing = writer, settings
         self._locker = locker
-        self._offline = offline
         self._on_event = on_event
-        self._factories = dict(backends or {})
-        self._options = dict(storage_options or {})
-        self._tuning: Mapping[str, Any] = {
-            "part_bytes": part_bytes,
-            "digest": digest,
-            "stall_seconds": stall_seconds,
-            "retry_seconds": retry_seconds,
-        }
-        self._backends: dict[tuple[int, str, str], Backend] = {}
+        self._lookup = Lookup(self._volume, str(self.root) if settings is None else settings.store_id)
+        patience = {"stall_seconds": stall_seconds, "retry_seconds": retry_seconds}
+        self._tuning: Mapping[str, Any] = {"part_bytes": part_bytes, "digest": digest, **patience}
+        self._sources = Sources(
+            factories=backends or {},
+            storage_options=storage_options or {},
+            filesystems=filesystems or {},
+            patience=patience,
+            offline=offline,
+        )
 
     @classmethod
     def from_env(
@@ -188,7 +188,7 @@ class ModelStore:
 
     @property
     def mode(self) -> Mode:
-        return "r" if self._writer is None else "rw"
+        return "r" if self._writing is None else "rw"
 
     def __repr__(self) -> str:
         return f"ModelStore({str(self.root)!r}, mode={self.mode!r})"
@@ -197,11 +197,6 @@ class ModelStore:
         from kserve_pvc._show.html import show_store
 
         return show_store(str(self.root), self.mode, (model._facts() for model in self.list()))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Clients of remote services do not travel, not even into a copy of this object, which may ask with other
-        # options. The storage options do, secrets included: to a process, not to a file.
-        return {**self.__dict__, "_backends": {}}
 
     def ensure(
         self,
@@ -220,6 +215,7 @@ class ModelStore:
         on_event: Listener | None = None,
         cancel: threading.Event | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
     ) -> Model:
         """
         Return a complete, verified directory of the model, downloading it once however many ask.
@@ -244,6 +240,8 @@ class ModelStore:
                 kept for the next call. A model that is present is returned all the same.
             storage_options: For this call, instead of all of the store's. A model that is present is returned whoever
                 asks.
+            filesystem: A configured fsspec file system to read the source through, for this call. It must be one for
+                the scheme of the URI, which stays the identity of the model.
 
         Raises:
             ReadOnlyStoreError: It is absent, and the store may only be read. The network was not touched.
@@ -259,7 +257,7 @@ class ModelStore:
         check_listener(on_event)
         check_cancel(cancel)
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        return self._asking_with(storage_options)._ensure(
+        return self._with_sources(storage_options, filesystem)._ensure(
             ref,
             listen=partial(_listen, progress, callback),
             on_event=on_event,
@@ -285,94 +283,64 @@ class ModelStore:
         max_workers: int,
     ) -> Model:
         started = time.monotonic()
-        view = self._look(ref)
-        entry = _present(view)
+        view = self._lookup.view(ref)
+        entry = view.present
         if entry is not None and (local_files_only or not (refresh or force_download)):
             return self._found(ref, entry, started, on_event)
-        if local_files_only:
-            raise self._absent(ref, view)
-        if self._is_offline:
-            raise self._absent(ref, view) if entry is None else _offline(ref)
-        if self._writer is None and (entry is None or force_download):
-            raise ReadOnlyStoreError(str(self.root), f"download `{ref}`", _HOW_TO_WRITE) from view.damage
-        resolved = self._resolve(ref, cancel) if refresh else None
+        if entry is None and (local_files_only or self._sources.is_offline):
+            raise self._lookup.absent(ref, view)
+        self._sources.check_online(ref)
+        if entry is None or force_download:
+            self._writer(f"download `{ref}`", view.damage)
+        resolved = self._sources.resolve(ref, cancel) if refresh else None
         if entry is not None and resolved is not None and not force_download and entry.version == resolved.version:
             return self._found(ref, entry, started, on_event)
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"download the newer version of `{ref}`", _HOW_TO_WRITE)
-        after_seq = view.seq if force_download else 0
-        outcome = self._download(
-            self._writer, ref, after_seq, resolved, timeout, started, max_workers, listen, on_event, cancel
+        writing = self._writer(f"download the newer version of `{ref}`")
+        call = self._call(
+            ref,
+            started,
+            listen,
+            on_event,
+            cancel,
+            timeout=timeout,
+            max_workers=max_workers,
+            resolved=resolved,
+            after_seq=view.seq if force_download else 0,
         )
-        status: Status = "waited" if outcome.status == "present" else outcome.status
-        return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
+        self._sources.check_scheme(ref)
+        return self._download(writing, ref, call, partial(self._sources.backend, ref))
 
-    def _download(
+    def _call(
         self,
-        writer: VolumeWriter,
         ref: ModelRef,
-        after_seq: int,
-        resolved: Resolved | None,
-        timeout: float,
         started: float,
-        max_workers: int,
         listen: Listen,
         on_event: Listener | None,
         cancel: Cancel | None,
-        source: Backend | None = None,
-    ) -> Outcome:
-        from kserve_pvc._download.cancellation import Cancellation
-        from kserve_pvc._download.download import Download, Request
-        from kserve_pvc._download.streams import Tuning
-        from kserve_pvc._keys.aliases import settle_view_quietly
-        from kserve_pvc._show.events import CallFinished
-        from kserve_pvc._show.observing import observing
-        from kserve_pvc.backends import check_scheme
+        **how: Any,
+    ) -> Call:
+        """How to download a model, with what is the same for every call of this store."""
+        from kserve_pvc._download.call import Call
+
+        return Call(
+            **{"tuning": self._tuning, **how},
+            subject=self._subject(ref),
+            listen=listen,
+            listeners=self._listeners(on_event),
+            cancel=cancel,
+            holder=this_process(),
+            flight=flight_of(self._lookup.identity, ref.key),
+            started=started,
+        )
+
+    def _download(self, writing: Writing, ref: ModelRef, call: Call, make_backend: Callable[[], Backend]) -> Model:
         from kserve_pvc.locks.choice import check_confirmed
 
-        assert self._settings is not None  # A read-write store has created them.
-        check_confirmed(self._settings.locker, self._locker)
-        if source is None:
-            check_scheme(self._service(ref), self._factories)
-        # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
-        tuning = self._tuning if source is None else {**self._tuning, "digest": "sha256"}
-        subject, cancellation = self._subject(ref), Cancellation(str(ref), cancel)
-        with (
-            listen() as show,
-            observing(subject, show, self._listeners(on_event)) as listener,
-            self._flight(ref, timeout, cancellation),
-        ):
-            download = Download(
-                writer,
-                self._settings,
-                ref,
-                partial(self._backend, ref) if source is None else lambda: source,
-                holder=this_process(),
-                timeout=max(0.0, timeout - (time.monotonic() - started)),
-                subject=subject,
-                listener=listener,
-                cancellation=cancellation,
-                request=Request(
-                    after_seq=after_seq,
-                    version=resolved.version if resolved else None,
-                    resolved=resolved,
-                    activity="downloading" if source is None else "importing",
-                ),
-                tuning=Tuning(max_workers=max_workers, **tuning),
-            )
-            outcome = download.run()
-            if outcome.status == "downloaded":
-                settle_view_quietly(writer, ref.key)
-            listener(
-                CallFinished(
-                    **subject,
-                    status="waited" if outcome.status == "present" else outcome.status,
-                    size_bytes=outcome.entry.size_bytes,
-                    bytes_fetched=outcome.bytes_fetched,
-                    seconds=time.monotonic() - started,
-                )
-            )
-        return outcome
+        writer, settings = writing
+        check_confirmed(settings.locker, self._locker)
+        outcome = call.run(writer, settings, ref, make_backend)
+        status: Status = "waited" if outcome.status == "present" else outcome.status
+        return self._lookup.model(outcome.entry, status, call.started, bytes_fetched=outcome.bytes_fetched)
 
     def _subject(self, ref: ModelRef) -> Subject:
         return {"store": str(self.root), "key": ref.key, "uri": ref.uri, "ref": str(ref)}
@@ -382,18 +350,17 @@ class ModelStore:
 
     def _found(self, ref: ModelRef, entry: LogEntry, started: float, on_event: Listener | None) -> Model:
         """A model that is present. Without a listener this costs nothing: a hit is fast."""
-        model = self._model(entry, "present", started)
+        model = self._lookup.model(entry, "present", started)
         if on_event is not None or self._on_event is not None:
             from kserve_pvc._show.events import CallFinished
             from kserve_pvc._show.observing import notify
 
-            seconds = time.monotonic() - started
             finished = CallFinished(
                 **self._subject(ref),
                 status="present",
                 size_bytes=entry.size_bytes,
                 bytes_fetched=0,
-                seconds=seconds,
+                seconds=time.monotonic() - started,
             )
             notify(self._listeners(on_event), finished)
         return model
@@ -411,6 +378,7 @@ class ModelStore:
         on_event: Listener | None = None,
         cancel: threading.Event | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
     ) -> Generator[Warmed, None, None]:
         """
         Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no
@@ -425,7 +393,8 @@ class ModelStore:
                 `ignore_patterns`.
             executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched
                 one after the other, each by several streams. The store is sent to an executor of processes, with its
-                `backends` and `storage_options`, so these must pickle then; lines take the place of bars there.
+                `backends`, `storage_options` and `filesystems`, so these must pickle then; lines take the place of
+                bars there.
             refresh, timeout, max_workers: As in `ensure`, for each model.
             callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with
                 processes.
@@ -434,7 +403,7 @@ class ModelStore:
                 time. Not with processes.
             cancel: Ends, once it is set, what is being fetched, and lets no other download begin: the results of these
                 models have a `DownloadCancelledError`. Not with processes.
-            storage_options: As in `ensure`, for all of them.
+            storage_options, filesystem: As in `ensure`, for all of them.
 
         Raises:
             SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model
@@ -447,7 +416,9 @@ class ModelStore:
         check_listener(on_event)
         check_cancel(cancel)
         how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
-        ensure = partial(self._asking_with(storage_options)._ensure, **how, timeout=timeout, max_workers=max_workers)
+        ensure = partial(
+            self._with_sources(storage_options, filesystem)._ensure, **how, timeout=timeout, max_workers=max_workers
+        )
         return warm(
             ensure,
             items,
@@ -456,19 +427,8 @@ class ModelStore:
             callback=callback,
             on_event=on_event,
             cancel=cancel,
-            remember=lambda model: self._remember(model._entry),
+            remember=lambda model: self._lookup.remember(model._entry),
         )
-
-    @contextmanager
-    def _flight(self, ref: ModelRef, timeout: float, cancellation: Cancellation) -> Iterator[None]:
-        """Among the threads of this process, one goes ahead and the others wait here."""
-        lock = flight_of(self._identity, ref.key)
-        if not cancellation.acquire(lock, timeout):
-            raise LockTimeoutError(str(ref), "another thread of this process", timeout, 0.0, 0, 0)
-        try:
-            yield
-        finally:
-            lock.release()
 
     def get(
         self,
@@ -485,25 +445,16 @@ class ModelStore:
             ModelNotFoundError: It is absent.
             DamagedRecordError: Its newest record is damaged; also a `ModelNotFoundError` and a `StoreFormatError`.
         """
-        return self._get(_ref(uri, revision, allow_patterns, ignore_patterns))
-
-    def _get(self, ref: ModelRef) -> Model:
-        started = time.monotonic()
-        view = self._look(ref)
-        entry = _present(view)
-        if entry is None:
-            raise self._absent(ref, view)
-        return self._model(entry, "present", started)
+        return self._lookup.get(_ref(uri, revision, allow_patterns, ignore_patterns))
 
     def __contains__(self, uri: Source) -> bool:
-        return _present(self._look(parse_ref(uri))) is not None
+        return self._lookup.view(parse_ref(uri)).present is not None
 
     def list(self) -> list[Model]:
         """
         Every complete model, by key. A model whose newest record is damaged is left out; `verify` names it.
         """
-        entries = (_present(read_log(self._volume, key)) for key in self._keys())
-        return [self._model(entry, "present", time.monotonic()) for entry in entries if entry is not None]
+        return self._lookup.models()
 
     def resolve(
         self,
@@ -513,18 +464,19 @@ class ModelStore:
         allow_patterns: Patterns = None,
         ignore_patterns: Patterns = None,
         storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
     ) -> Resolved:
         """
         Ask the source what it holds now. Network, but no write.
 
         Args:
-            storage_options: As in `ensure`.
+            storage_options, filesystem: As in `ensure`.
 
         Raises:
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, UnsafePathError: As `ensure`.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        return self._asking_with(storage_options)._resolve(ref)
+        return self._sources.with_arguments(storage_options, filesystem).resolve(ref)
 
     def plan(
         self,
@@ -535,12 +487,13 @@ class ModelStore:
         ignore_patterns: Patterns = None,
         refresh: bool = False,
         storage_options: Mapping[str, Any] | None = None,
+        filesystem: AbstractFileSystem | None = None,
     ) -> Plan:
         """
         Say what `ensure` would do, without doing it. The source is asked unless the model is present.
 
         Args:
-            storage_options: As in `ensure`.
+            storage_options, filesystem: As in `ensure`.
 
         What is not guaranteed: that the free space is real (some network volumes make it up), and that nobody else
         changes anything in between.
@@ -548,11 +501,12 @@ class ModelStore:
         from kserve_pvc._download.plan import plan_download, plan_nothing
 
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        entry = _present(self._look(ref))
-        resolved = None if entry is not None and not refresh else self._asking_with(storage_options)._resolve(ref)
+        sources = self._sources.with_arguments(storage_options, filesystem)
+        entry = self._lookup.view(ref).present
+        resolved = None if entry is not None and not refresh else sources.resolve(ref)
         if entry is not None and (resolved is None or resolved.version == entry.version):
             return plan_nothing(self._volume, ref, entry)
-        assert resolved is not None  # Without an entry the source was asked.
+        assert resolved is not None  # Without an entry it was requested.
         newest = sorted(self.list(), key=lambda model: model.created_at, reverse=True)
         shares = self._tuning["digest"] != "none"
         return plan_download(self._volume, ref, resolved, shares=shares, newest_keys=[model.key for model in newest])
@@ -575,45 +529,31 @@ class ModelStore:
             ModelNotFoundError: It is absent.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        view = self._look(ref)
+        view = self._lookup.view(ref)
         if view.entry is None and view.damage is None:
-            raise self._absent(ref, view)
+            raise self._lookup.absent(ref, view)
         return self._verify(ref.uri, view, level)
 
     def verify_all(self, level: Level = "size") -> Iterator[Verification]:
         """
         Verify every model, those with a damaged record included, one after the other.
         """
-        for key in self._keys():
-            view = read_log(self._volume, key)
-            if view.damage is not None or _present(view) is not None:
+        for key, view in self._lookup.views():
+            if view.damage is not None or view.present is not None:
                 yield self._verify(view.entry.uri if view.entry else key, view, level)
 
     def _verify(self, uri: str, view: LogView, level: Level) -> Verification:
-        from kserve_pvc._volume.verify import Problem, Verification, compare
+        from kserve_pvc._volume.verify import report_damage, verify_files
 
-        if level not in ("size", "full"):
-            raise SettingsError("level", str(level), "use `size` or `full`")
-        entry = _present(view)
+        check_choice("level", level, ("size", "full"))
         try:
-            if entry is None:
+            if view.present is None:
                 raise view.damage or StoreFormatError(uri, "it has no record")
-            manifest = read_manifest(self._volume, entry)
+            manifest = read_manifest(self._volume, view.present)
         except StoreFormatError as damage:
-            problem = Problem(path=damage.path, kind="record", detail=damage.reason)
-            return Verification(uri=uri, level=level, files=0, bytes=0, problems=(problem,))
-        place = layout.generation_dir(entry.key, entry.generation)
-        try:
-            problems = tuple(
-                compare(
-                    manifest.files, self._volume.tree(place), lambda path: self._volume.open_file(place / path), level
-                )
-            )
-        except UnsafePathError as planted:
-            problems = (Problem(path=planted.name, kind="type", detail=planted.rule),)
-        return Verification(
-            uri=uri, level=level, files=len(manifest.files), bytes=manifest.size_bytes, problems=problems
-        )
+            return report_damage(damage, uri=uri, level=level)
+        place = layout.generation_dir(view.present.key, view.present.generation)
+        return verify_files(self._volume, place, manifest, uri=uri, level=level)
 
     def remove(
         self,
@@ -638,19 +578,17 @@ class ModelStore:
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         check_timeout(trash_seconds, "trash_seconds")
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
+        writer, settings = self._writer(f"remove `{ref}`")
         from kserve_pvc._keys.aliases import settle_view_quietly
         from kserve_pvc._keys.removal import Removal
         from kserve_pvc._show.events import ModelRemoved
         from kserve_pvc._show.observing import notify
 
-        assert self._settings is not None  # A read-write store has created them.
         try:
-            if not Removal(self._writer, self._settings, ref, this_process()).run(trash_seconds):
-                raise self._absent(ref, self._look(ref))
+            if not Removal(writer, settings, ref, this_process()).run(trash_seconds):
+                raise self._lookup.absent(ref, self._lookup.view(ref))
         finally:
-            settle_view_quietly(self._writer, ref.key)
+            settle_view_quietly(writer, ref.key)
         notify(self._listeners(None), ModelRemoved(**self._subject(ref)))
 
     def alias(
@@ -665,8 +603,7 @@ class ModelStore:
         """
         Give a model that is present a name under which a pod can mount it: `names/<name>` in the volume.
 
-        The name follows the model: a newer version is mounted under it by containers that start later, and never
-            changes
+        The name follows the model: containers that start later mount a newer version under it, and nothing changes
         under one that runs. It is decoration, which the store never consults. It stays when the model is removed, and
         leads nowhere until the model is there again.
 
@@ -680,9 +617,8 @@ class ModelStore:
 
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         check_alias(name)
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"name `{ref}`", _HOW_TO_WRITE)
-        point_alias(self._writer, name, self._get(ref).key)
+        writer, _ = self._writer(f"name `{ref}`")
+        point_alias(writer, name, self._lookup.get(ref).key)
 
     def drop_alias(self, name: str) -> None:
         """
@@ -695,9 +631,8 @@ class ModelStore:
         from kserve_pvc._keys.aliases import check_alias, drop_alias
 
         check_alias(name)
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"drop the name `{name}`", _HOW_TO_WRITE)
-        drop_alias(self._writer, name)
+        writer, _ = self._writer(f"remove the name `{name}`")
+        drop_alias(writer, name)
 
     def aliases(self) -> Mapping[str, str]:
         """
@@ -793,21 +728,29 @@ class ModelStore:
         timeout = check_timeout(timeout)
         check_listener(on_event)
         check_cancel(cancel)
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"import `{os.fspath(file)}`", _HOW_TO_WRITE)
+        writing = self._writer(f"import `{os.fspath(file)}`")
         from kserve_pvc._archive.bundle import open_bundle
 
         with open_bundle(file, sha256=sha256) as bundle:
             ref = bundle.manifest.ref
             resolved = bundle.resolve(ref)
-            entry = _present(self._look(ref))
+            entry = self._lookup.view(ref).present
             if entry is not None and entry.version == resolved.version:
                 return self._found(ref, entry, started, on_event)
-            listen = partial(_listen, progress, callback)
-            how = (timeout, started, defaults.MAX_WORKERS, listen, on_event, cancel)
-            outcome = self._download(self._writer, ref, 0, resolved, *how, source=bundle)
-        status: Status = "waited" if outcome.status == "present" else outcome.status
-        return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
+            call = self._call(
+                ref,
+                started,
+                partial(_listen, progress, callback),
+                on_event,
+                cancel,
+                timeout=timeout,
+                max_workers=defaults.MAX_WORKERS,
+                resolved=resolved,
+                activity="importing",
+                # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
+                tuning={**self._tuning, "digest": "sha256"},
+            )
+            return self._download(writing, ref, call, lambda: bundle)
 
     @contextmanager
     def open(
@@ -829,19 +772,20 @@ class ModelStore:
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         while True:
-            model = self._get(ref)
-            if self._writer is None or self._settings is None:
+            model = self._lookup.get(ref)
+            if self._writing is None:
                 yield model
                 return
             from kserve_pvc._keys.claims import reading
 
-            generation = model.path.name
+            (writer, settings), generation = self._writing, model.path.name
             with ExitStack() as lease:
                 with suppress(ReadOnlyStoreError):
-                    lasting, holder = self._settings.lease_seconds, this_process()
-                    lease.enter_context(reading(self._writer, generation, lease_seconds=lasting, holder=holder))
-                # Whoever removes looks for leases after its tombstone is visible: looking again closes the gap.
-                entry = _present(read_log(self._volume, model.key))
+                    lease.enter_context(
+                        reading(writer, generation, lease_seconds=settings.lease_seconds, holder=this_process())
+                    )
+                # A remover looks for leases after its tombstone is visible: looking again closes the gap.
+                entry = read_log(self._volume, model.key).present
                 if entry is not None and entry.generation == generation:
                     yield model
                     return
@@ -862,7 +806,7 @@ class ModelStore:
         from kserve_pvc._doctor.doctor import diagnose
 
         timeout = check_timeout(timeout)
-        return diagnose(self.root, writes=self._writer is not None, holder=this_process(), peer=peer, timeout=timeout)
+        return diagnose(self.root, writes=self._writing is not None, holder=this_process(), peer=peer, timeout=timeout)
 
     def locks(self) -> Sequence[LockInfo]:
         """
@@ -870,7 +814,7 @@ class ModelStore:
         """
         from kserve_pvc._keys.claims import read_lock
 
-        return [lock for key in self._keys() if (lock := read_lock(self._volume, key)) is not None]
+        return [lock for key in self._lookup.keys() if (lock := read_lock(self._volume, key)) is not None]
 
     def break_lock(
         self,
@@ -890,110 +834,26 @@ class ModelStore:
             ReadOnlyStoreError: The store may only be read.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        if self._writer is None or self._settings is None:
-            raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
+        writer, settings = self._writer(f"break the claim on `{ref}`")
         from kserve_pvc._keys.claims import break_claim
 
-        break_claim(
-            self._writer, ref.key, uri=ref.uri, holder=this_process(), lease_seconds=self._settings.lease_seconds
-        )
+        break_claim(writer, ref.key, uri=ref.uri, holder=this_process(), lease_seconds=settings.lease_seconds)
 
-    def _keys(self) -> Sequence[str]:
-        return [name for name in self._volume.list_names(layout.KEYS) if KEY.fullmatch(name)]
+    def _writer(self, operation: str, cause: Exception | None = None) -> Writing:
+        if self._writing is None:
+            raise ReadOnlyStoreError(str(self.root), operation, _HOW_TO_WRITE) from cause
+        return self._writing
 
-    @property
-    def _is_offline(self) -> bool:
-        if self._offline is None:
-            from kserve_pvc._settings import is_offline
-
-            self._offline = is_offline()
-        return self._offline
-
-    @property
-    def _identity(self) -> str:
-        return str(self.root) if self._settings is None else self._settings.store_id
-
-    def _look(self, ref: ModelRef) -> LogView:
-        """Read the newest record of a ref, and never an older one than this process has returned."""
-        # Before reading: another thread may return a newer one meanwhile.
-        seen = newest_returned(self._identity, ref.key)
-        view = read_log_of(self._volume, ref)
-        if view.seq < seen:
-            reason = f"its newest record is {view.seq}, but this process has returned {seen}; somebody deleted records"
-            raise StoreFormatError(str(layout.log_dir(ref.key)), reason)
-        return view
-
-    def _remember(self, entry: LogEntry) -> None:
-        remember_returned(self._identity, entry.key, entry.seq)
-
-    def _model(self, entry: LogEntry, status: Status, started: float, bytes_fetched: int = 0) -> Model:
-        self._remember(entry)
-        return Model(
-            uri=entry.uri,
-            revision=entry.revision,
-            allow_patterns=entry.allow_patterns,
-            ignore_patterns=entry.ignore_patterns,
-            key=entry.key,
-            version=entry.version,
-            path=self._volume.absolute(layout.generation_dir(entry.key, entry.generation)),
-            status=status,
-            size_bytes=entry.size_bytes,
-            files=entry.files,
-            created_at=entry.created_at,
-            bytes_fetched=bytes_fetched,
-            seconds=time.monotonic() - started,
-            entry=entry,
-            root=self.root,
-        )
-
-    def _asking_with(self, storage_options: Mapping[str, Any] | None) -> ModelStore:
-        """The same store with other storage options, for one call, and with back ends of its own; None: as it is."""
-        if storage_options is None:
+    def _with_sources(
+        self, storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None
+    ) -> ModelStore:
+        """This store with other sources for one call."""
+        sources = self._sources.with_arguments(storage_options, filesystem)
+        if sources is self._sources:
             return self
-        asking = copy(self)
-        asking._options = dict(storage_options)
-        return asking
-
-    def _absent(self, ref: ModelRef, view: LogView) -> ModelNotFoundError:
-        if view.damage is not None:
-            return DamagedRecordError(str(ref), str(self.root), view.damage.path, view.damage.reason)
-        return ModelNotFoundError(str(ref), str(self.root))
-
-    def _resolve(self, ref: ModelRef, cancel: Cancel | None = None) -> Resolved:
-        if self._is_offline:
-            raise _offline(ref)
-        from kserve_pvc._download.cancellation import Cancellation, run_detachable
-        from kserve_pvc._source.contract import SupportsClose
-
-        backend = self._backend(ref)
-
-        def resolve() -> Resolved:
-            try:
-                return backend.resolve(ref)
-            finally:
-                if isinstance(backend, SupportsClose):
-                    backend.close()
-
-        return resolve() if cancel is None else run_detachable(resolve, Cancellation(str(ref), cancel))
-
-    def _service(self, ref: ModelRef) -> str:
-        """A factory that was given for the scheme itself wins."""
-        return ref.scheme if ref.scheme in self._factories else ref.service
-
-    def _backend(self, ref: ModelRef) -> Backend:
-        from kserve_pvc._source.contract import SupportsTuning
-        from kserve_pvc.backends import make_backend, options_for
-
-        # Clients of remote services do not survive a fork, so each process has its own.
-        name = (os.getpid(), ref.scheme, self._service(ref))
-        if name not in self._backends:
-            backend = make_backend(
-                self._service(ref), self._factories, options_for(ref, self._options, self._factories)
-            )
-            if isinstance(backend, SupportsTuning):
-                backend.tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])
-            self._backends[name] = backend
-        return self._backends[name]
+        store = copy(self)
+        store._sources = sources
+        return store
 
 
 _HOW_TO_WRITE = (
@@ -1007,15 +867,5 @@ def _listen(progress: bool | None, callback: Callback | None) -> AbstractContext
     return make_listener(progress, callback)
 
 
-def _offline(ref: ModelRef) -> PolicyError:
-    return PolicyError(
-        str(ref), "this store is offline and asks no source; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of it"
-    )
-
-
 def _ref(uri: Source, revision: str | None, allow_patterns: Patterns, ignore_patterns: Patterns) -> ModelRef:
     return parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-
-
-def _present(view: LogView) -> LogEntry | None:
-    return view.entry if view.entry is not None and view.entry.is_present else None

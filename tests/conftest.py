@@ -11,11 +11,14 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import fsspec.config  # noqa: F401  # While the environment is untouched: fsspec keeps what it finds there.
 import pytest
 from origin import CountingProxy, SeaweedS3
 from trees import model_files, write_files
 
 BUCKET = "models"
+# Read when gcsfs is imported: emulators do not have the gRPC service that it asks about the layout of a bucket.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 @pytest.fixture(scope="session")

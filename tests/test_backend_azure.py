@@ -38,9 +38,13 @@ from kserve_pvc import (
 )
 from kserve_pvc._source.ref import ModelRef, parse_ref
 from kserve_pvc.backends import azure
+from kserve_pvc.backends._azure_xml import make_object, parse_listing, parse_properties, read_error
 from kserve_pvc.backends._login import azure as _azure_login
-from kserve_pvc.backends._login.azure import AccountKey, Anonymous, Signature, Token, find_login
-from kserve_pvc.backends.azure import AzureBackend, RefusedError, parse_listing
+from kserve_pvc.backends._login.azure import Account, AccountKey, Signature, Token, find_account, find_endpoint
+from kserve_pvc.backends._login.contract import Anonymous, Scope
+from kserve_pvc.backends._object_store import Place
+from kserve_pvc.backends._ranges import RefusedError
+from kserve_pvc.backends.azure import AzureBackend
 
 pytest.importorskip("azure.storage.blob", reason="`azure-storage-blob` is not installed")
 
@@ -373,11 +377,10 @@ def test_a_listing_with_a_hostile_name_is_refused(name):
     Whatever names a server lists, none leaves the model's directory; a quoted slash stays a percent sign.
     """
     backend = AzureBackend({"account_name": ACCOUNT}, {})
-    place = azure._Place(f"{ACCOUNT}.blob.core.windows.net", CONTAINER, "m/")
-    backend._listing = lambda *_: iter([parse_listing(listing(blob_xml(f"m/{name}")))[0]])
+    backend.service.page = lambda *_: parse_listing(listing(blob_xml(f"m/{name}")))
 
     try:
-        found = [str(f.entry.path) for page in backend._below(place, parse_ref("az://models/m/"), "m/") for f in page]
+        found = [str(f.entry.path) for page in backend.pages(parse_ref("az://models/m/")) for f in page]
     except UnsafePathError:
         found = []
 
@@ -410,13 +413,13 @@ def test_a_listing_is_read_as_azure_writes_it():
 
     blobs, marker = parse_listing(body)
 
-    assert [(b.name, b.size_bytes, b.etag, b.is_directory) for b in blobs] == [
+    assert [(b.name, b.size_bytes, b.token, b.is_directory) for b in blobs] == [
         ("m/a", 1, "0x1", False),
         ("m/\uffff&", 1, "0x1", False),
         ("m/%41", 1, "0x1", False),
         ("m/d", 0, "0x1", True),
     ]
-    assert [azure._md5_of(b.md5) for b in blobs] == ["md5:098f6bcd4621d373cade4e832627b4f6", None, None, None]
+    assert [b.digest for b in blobs] == ["md5:098f6bcd4621d373cade4e832627b4f6", None, None, None]
     assert marker == "2!4!="
 
 
@@ -441,7 +444,7 @@ def test_what_is_no_listing_is_refused(body):
     """
     An answer that is no list of blobs, is cut short, or has a document type, is believed nothing.
     """
-    with pytest.raises(RefusedError, match="no blob service"):
+    with pytest.raises(RefusedError, match="is this an Azure Blob Storage endpoint"):
         parse_listing(body)
 
 
@@ -450,17 +453,19 @@ def test_what_is_no_md5_is_no_evidence(text):
     """
     A Content-MD5 that is not 16 bytes in base64 is left alone.
     """
-    assert azure._md5_of(text) is None
+    found = parse_properties("m/a", {"content-length": "1", "etag": '"0x1"', "content-md5": text}, None)
+
+    assert found.digest is None
 
 
 @pytest.mark.parametrize(
     ("uri", "word"),
     [
-        ("az:///path", "names no container"),
-        ("az://no_container/path", "names no container"),
-        (at_account("")[: -len(f"/{CONTAINER}/")], "names no container"),
-        ("https://example.com/models/m", "is no storage account"),
-        ("abfss://models@x.dfs.core.windows.net/m", "is no storage account"),
+        ("az:///path", "no container"),
+        ("az://no_container/path", "no container"),
+        (at_account("")[: -len(f"/{CONTAINER}/")], "no container"),
+        ("https://example.com/models/m", "is not a storage account"),
+        ("abfss://models@x.dfs.core.windows.net/m", "is not a storage account"),
     ],
 )
 def test_a_uri_that_names_no_container_is_refused(azurite, uri, word):
@@ -476,7 +481,7 @@ def test_a_path_that_climbs_is_refused(backend, path):
     """
     Servers resolve `..` in different ways, so it is not sent.
     """
-    with pytest.raises(UnsafePathError, match="may not hold"):
+    with pytest.raises(UnsafePathError, match="may not contain"):
         backend.resolve(parse_ref(f"az://models/{path}"))
 
 
@@ -660,9 +665,8 @@ def test_a_signature_is_enough(root, azurite, put, way):
         "credential": ({"credential": signature}, {}),
     }[way]
     backend = AzureBackend({"account_name": ACCOUNT, **options}, environ)
-    backend._login = _azure_login.Login(
-        ACCOUNT, _azure_login._endpoint("x", f"{azurite.endpoint}/{ACCOUNT}"), backend._login.credential
-    )
+    endpoint = find_endpoint("x", f"{azurite.endpoint}/{ACCOUNT}")
+    backend.service.account = Account(ACCOUNT, endpoint, backend.service.account.login)
 
     model = ModelStore(root, mode="rw", **serve(backend)).ensure(uri, progress=False)
 
@@ -746,7 +750,7 @@ def test_a_public_container_needs_no_credentials(azurite, here):
 
     assert names(backend, "az://public/m") == ["a"]
     with pytest.raises(
-        (SourceDeniedError, SourceNotFoundError), match="no credentials were given, so set AZURE_STORAGE_ACCOUNT_KEY"
+        (SourceDeniedError, SourceNotFoundError), match="no credentials are configured; set AZURE_STORAGE_ACCOUNT_KEY"
     ):
         backend.resolve(parse_ref(azurite.uri(here)))
 
@@ -779,7 +783,7 @@ def test_a_signature_is_that_of_the_sdk(monkeypatch, protocol):
     blob = pytest.importorskip("azure.storage.blob")
     monkeypatch.setattr(blob._shared_access_signature, "X_MS_VERSION", _azure_login._SIGNED_VERSION)
 
-    ours = parse_qs(AccountKey(KEY).authorize(ACCOUNT, "one", is_sealed=protocol is not None, renewed=False)[0])
+    ours = parse_qs(AccountKey(KEY).authorize(Scope(ACCOUNT, "one", protocol is not None), renewed=False).query)
 
     end = datetime.fromisoformat(ours["se"][0])
     only = {"protocol": protocol} if protocol else {}
@@ -796,14 +800,14 @@ def test_a_key_signs_for_one_container_and_a_short_time(monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(_azure_login.time, "monotonic", lambda: clock[0])
 
-    def made(container: str = "one", *, is_sealed: bool = True, renewed: bool = False) -> str:
-        return key.authorize(ACCOUNT, container, is_sealed=is_sealed, renewed=renewed)[0]
+    def made(container: str = "one", *, is_encrypted: bool = True, renewed: bool = False) -> str:
+        return key.authorize(Scope(ACCOUNT, container, is_encrypted), renewed=renewed).query
 
     first = made()
     fields = {name: value for name, (value,) in parse_qs(first).items()}
     seconds = (datetime.fromisoformat(fields["se"]) - datetime.now(UTC)) / timedelta(seconds=1)
     assert (fields["sp"], fields["sr"], fields["spr"], 3590 <= seconds <= 3601) == ("rl", "c", "https", True)
-    assert "spr=" not in made(is_sealed=False)
+    assert "spr=" not in made(is_encrypted=False)
     assert parse_qs(made("two"))["sig"] != parse_qs(first)["sig"]
     calls = []
     monkeypatch.setattr(AccountKey, "_sign", lambda *_: calls.append(1) or f"signature {len(calls)}")
@@ -864,7 +868,7 @@ def test_each_refusal_has_one_meaning(status, code, kind, facts, place):
         else b""
     )
 
-    error = backend._meaning(azure._refusal(status, headers, body), "az://models/m", azure._Place("a", "models", "m"))
+    error = backend._meaning(read_error(status, headers, body), "az://models/m", Place("a/models", "m"))
 
     assert (type(error), {name: error.fields[name] for name in facts}) == (kind, facts)
     assert code in str(error)
@@ -877,8 +881,8 @@ def test_a_range_of_a_blob_that_is_gone_has_changed(status):
     What was listed a moment ago and is not there as it was has changed.
     """
     backend = AzureBackend({"account_name": ACCOUNT}, {})
-    blob = azure.Blob(name="m/a", size_bytes=1, etag="0x1", md5=None, is_directory=False)
-    file = backend._file(azure._Place(f"{ACCOUNT}.blob.core.windows.net", "models", "m/"), "a", blob, None)
+    blob = make_object("m/a", 1, "0x1")
+    file = backend._file(Place(f"{HOST}/models", "m/"), parse_ref("az://models/m/"), blob, "a")
     code = {"x-ms-error-code": "ContainerBeingDeleted"} if status == 409 else {}
 
     error = backend.refusal(file, status, code, b"")
@@ -918,9 +922,9 @@ def test_who_asks_is_found_where_it_is_said(options, environ, kind, account):
     """
     Options win over the environment, whose names are those of adlfs, of Azure's SDK and of KServe, in one order.
     """
-    login = find_login(options, environ)
+    found = find_account(options, environ)
 
-    assert (type(login.credential), login.account) == (kind, account)
+    assert (type(found.login), found.name) == (kind, account)
 
 
 @pytest.mark.parametrize(
@@ -949,10 +953,10 @@ def test_a_connection_string_says_where_the_account_is(text, endpoint, account):
     """
     The endpoint is the one that it names, or made of its parts, or the usual one.
     """
-    login = find_login({"connection_string": text}, {})
+    found = find_account({"connection_string": text}, {})
 
-    target = login.endpoint and f"{login.endpoint.scheme}://{login.endpoint.authority}{login.endpoint.path}".rstrip("/")
-    assert (target, login.account) == (endpoint, account)
+    target = found.endpoint and f"{found.endpoint.scheme}://{found.endpoint.authority}{found.endpoint.path}".rstrip("/")
+    assert (target, found.name) == (endpoint, account)
 
 
 @pytest.mark.parametrize(
@@ -971,7 +975,7 @@ def test_a_connection_string_says_where_the_account_is(text, endpoint, account):
         ({"connection_string": "BlobEndpoint=ftp://canary;AccountName=abc"}, "connection_string"),
         ({"client_secret": "canary"}, "client_secret"),
         ({"client_secret": "canary", "client_id": "id"}, "client_secret"),
-        ({"credential": object()}, "credential"),
+        ({"credential": "canary"}, "credential"),
     ],
 )
 def test_a_setting_that_means_nothing_is_told_without_its_value(options, name):
@@ -998,13 +1002,13 @@ def test_what_belongs_to_one_account_is_not_shown_to_another(options, shows):
     """
     A URI of another account is asked for without the key or signature, at its own host; tokens count for all.
     """
-    login = find_login({"account_name": "other1", **options}, {})
+    account = find_account({"account_name": "other1", **options}, {})
 
-    endpoint, credential = login.reach(HOST)
+    endpoint, login = account.reach(HOST)
 
-    assert (endpoint.host, type(credential)) == (HOST, shows)
-    assert not isinstance(credential, Anonymous) or "those of the account `other1`" in credential.hint()
-    assert login.reach("other1.blob.core.windows.net")[1] is login.credential
+    assert (endpoint.host, type(login)) == (HOST, shows)
+    assert not isinstance(login, Anonymous) or "those of the account `other1`" in login.hint()
+    assert account.reach("other1.blob.core.windows.net")[1] is account.login
 
 
 def jwt(seconds: float = 3600) -> str:
@@ -1057,10 +1061,11 @@ def test_a_token_reads_over_tls(root, tmp_path_factory):
                 {"account_name": ACCOUNT, "credential": issuer},
                 {"REQUESTS_CA_BUNDLE": str(authority.file), "NO_PROXY": "*"},
             )
-            endpoint = _azure_login._endpoint("x", f"{server.endpoint}/{ACCOUNT}")
-            backend._login = _azure_login.Login(ACCOUNT, endpoint, backend._login.credential)
+            endpoint = find_endpoint("x", f"{server.endpoint}/{ACCOUNT}")
+            backend.service.account = Account(ACCOUNT, endpoint, backend.service.account.login)
             model = ModelStore(root, mode="rw", **serve(backend)).ensure("az://models/m", progress=False)
-            backend._login = _azure_login.Login(ACCOUNT, endpoint, Token(Issuer(("no-token", time.time() + 3600))))
+            refused = Token(Issuer(*[("no-token", time.time() + 3600)] * 2))
+            backend.service.account = Account(ACCOUNT, endpoint, refused)
             with pytest.raises(SourceDeniedError):
                 backend.resolve(parse_ref("az://models/m"))
     except MissingError as missing:
@@ -1078,7 +1083,7 @@ def test_a_token_is_renewed_before_it_expires():
     token = Token(Issuer(("one", now + 301), ("two", now + 299), ("three", now + 3600), ("four", now + 3600)))
 
     def sent(*, renewed: bool = False) -> str:
-        return token.authorize(ACCOUNT, "c", is_sealed=True, renewed=renewed)[1]["Authorization"]
+        return token.authorize(Scope(ACCOUNT, "c"), renewed=renewed).headers["Authorization"]
 
     assert [sent(), sent(renewed=True), sent(), sent(), sent(renewed=True)] == [
         "Bearer one",
@@ -1095,9 +1100,8 @@ def test_a_token_is_never_sent_in_the_clear(azurite):
     """
     issuer = Issuer((jwt(), time.time() + 3600))
     backend = AzureBackend({"credential": issuer}, {})
-    backend._login = _azure_login.Login(
-        ACCOUNT, _azure_login._endpoint("x", f"{azurite.endpoint}/{ACCOUNT}"), backend._login.credential
-    )
+    endpoint = find_endpoint("x", f"{azurite.endpoint}/{ACCOUNT}")
+    backend.service.account = Account(ACCOUNT, endpoint, backend.service.account.login)
 
     with pytest.raises(SourceDeniedError, match="over https only"):
         backend.resolve(parse_ref("az://models/m"))
@@ -1113,7 +1117,7 @@ def test_whoever_issues_tokens_may_be_out_of_reach(monkeypatch):
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AZURE_AUTHORITY_HOST", f"https://127.0.0.1:{unused.getsockname()[1]}")
         backend = AzureBackend({"account_name": ACCOUNT}, PRINCIPAL)
-        backend._login.credential._arguments |= {"disable_instance_discovery": True, "retry_total": 0}
+        backend.service.account.login._arguments |= {"disable_instance_discovery": True, "retry_total": 0}
         with pytest.raises((SourceUnavailableError, SourceDeniedError), match="no token") as caught:
             backend.resolve(parse_ref("az://models/m"))
         backend.close()
@@ -1167,11 +1171,12 @@ def test_secrets_are_shown_nowhere(root, azurite, put, here, caplog):
         (
             backend,
             vars(backend),
-            backend._login,
+            vars(backend.service),
+            backend.service.account,
             found,
             model,
             model.record,
-            vars(backend._login.credential)["_made"].keys(),
+            vars(backend.service.account.login)["_made"].keys(),
         )
     )
 
@@ -1233,7 +1238,8 @@ from kserve_pvc.backends.azure import AzureBackend
 
 connection_string, uri = sys.argv[1:]
 found = AzureBackend({"connection_string": connection_string}).resolve(parse_ref(uri))
-print(len(found.files), sorted(name for name in sys.modules if name.split(".")[0] in ("azure", "adlfs", "aiohttp", "requests")))
+loaded = {name for name in sys.modules if name.split(".")[0] in ("azure", "adlfs", "aiohttp", "fsspec", "requests")}
+print(len(found.files), sorted(loaded))
 """
 
 

@@ -43,9 +43,12 @@ from kserve_pvc import (
     UnsafePathError,
 )
 from kserve_pvc._source.ref import parse_ref
+from kserve_pvc.backends._google_json import parse_listing
 from kserve_pvc.backends._http.target import target_of
 from kserve_pvc.backends._login import google as _google_login
-from kserve_pvc.backends.gs import GSBackend, RefusedError, parse_listing
+from kserve_pvc.backends._login.contract import Scope
+from kserve_pvc.backends._ranges import RefusedError
+from kserve_pvc.backends.gs import GSBackend
 
 pytest.importorskip("google.auth", reason="`google-auth` is not installed")
 
@@ -407,12 +410,12 @@ def test_a_hostile_name_is_refused_and_nothing_is_written_outside(root, gcs, put
 @pytest.mark.parametrize(
     ("uri", "kind", "word"),
     [
-        ("gs://", InvalidURIError, "names no bucket"),
-        ("gs:///key", InvalidURIError, "names no bucket"),
+        ("gs://", InvalidURIError, "no bucket"),
+        ("gs:///key", InvalidURIError, "no bucket"),
         ("gs://bucket:80/key", InvalidURIError, "letters, digits"),
         ("gs://.../key", InvalidURIError, "letters, digits"),
-        ("gs://bucket/..", UnsafePathError, "may not hold"),
-        ("gs://bucket/a/../../other/o", UnsafePathError, "may not hold"),
+        ("gs://bucket/..", UnsafePathError, "may not contain"),
+        ("gs://bucket/a/../../other/o", UnsafePathError, "may not contain"),
     ],
 )
 def test_a_uri_that_names_nothing_is_refused_without_asking(gcs, uri, kind, word):
@@ -647,7 +650,7 @@ def test_an_answer_for_another_range_is_refused(gcs, put, rewrite):
     with TamperingProxy(gcs.endpoint, rewrite=rewrite) as proxy:
         backend = GSBackend(through(proxy), {})
         (file,) = backend.resolve(parse_ref(f"{uri}/weights/a.bin")).files
-        with pytest.raises(SourceUnavailableError, match="it was asked for `bytes 0-349999/700000` and answered"):
+        with pytest.raises(SourceUnavailableError, match="requested `bytes 0-349999/700000`, received"):
             read(backend, file, 0, 350_000)
 
 
@@ -709,11 +712,11 @@ def test_a_busy_service_says_how_long_it_wants_to_be_left_alone(open_gate):
             refused(400, "Bucket is a requester pays bucket but no user project provided.", "required")[2],
             "no user project provided",
         ),
-        (301, b"", "points elsewhere, where credentials are never sent"),
-        (200, b"<html>Log in</html>", "its answer is no JSON"),
-        (200, b"[]", "its answer is no JSON"),
-        (200, b"[" * 100_000, "its answer is no JSON"),
-        (200, b'{"items": 5}', "it is no Google Cloud Storage"),
+        (301, b"", "redirect, and credentials are never sent elsewhere"),
+        (200, b"<html>Log in</html>", "response is not JSON"),
+        (200, b"[]", "response is not JSON"),
+        (200, b"[" * 100_000, "response is not JSON"),
+        (200, b'{"items": 5}', "is this a Google Cloud Storage endpoint"),
         (200, b'{"items": [5]}', "without name, size or generation"),
         (200, b'{"items": [{"name": "m/x", "size": "-1", "generation": "1"}]}', "without name, size or generation"),
         (200, b'{"items": [{"name": "m/x", "size": "1", "generation": "1&x"}]}', "without name, size or generation"),
@@ -722,12 +725,12 @@ def test_a_busy_service_says_how_long_it_wants_to_be_left_alone(open_gate):
             b'{"items": [{"name": "m/\\ud800", "size": "1", "generation": "1"}]}',
             "without name, size or generation",
         ),
-        (200, b'{"nextPageToken": "\\ud800"}', "it is no Google Cloud Storage"),
-        (200, b'{"nextPageToken": "again"}', "names a page a second time"),
+        (200, b'{"nextPageToken": "\\ud800"}', "is this a Google Cloud Storage endpoint"),
+        (200, b'{"nextPageToken": "again"}', "the listing loops"),
         (
             200,
             b'{"items": [{"name": "other/x", "size": "1", "generation": "1"}]}',
-            "asked for `m/` and listed `other/x`",
+            "the listing of prefix `m/` contains `other/x`",
         ),
     ],
 )
@@ -748,7 +751,7 @@ def test_a_description_of_another_object_is_refused(open_gate):
     other = json.dumps({"name": "m/y", "size": "1", "generation": "1"}).encode()
     open_gate.instead = lambda method, path: (200, {}, other)
 
-    with pytest.raises(SourceUnavailableError, match="described another object"):
+    with pytest.raises(SourceUnavailableError, match="describes another object"):
         GSBackend(through(open_gate), {}).resolve(parse_ref("gs://models/m/x"))
 
 
@@ -806,7 +809,7 @@ def test_without_a_fast_crc32c_the_md5_counts(monkeypatch):
     """
     Where nothing computes a CRC32C fast, objects that have an MD5 too are compared with that.
     """
-    monkeypatch.setattr("kserve_pvc.backends.gs.make_checksum", lambda kind: None)
+    monkeypatch.setattr("kserve_pvc.backends._google_json.make_checksum", lambda kind: None)
 
     found = [described(crc32c="NkuypA==", md5Hash=MD5), described(crc32c="NkuypA==")]
 
@@ -817,7 +820,7 @@ def test_a_page_that_is_no_page_is_told():
     """
     Bytes that are no JSON are refused by the reader of listings itself.
     """
-    with pytest.raises(RefusedError, match="no JSON"):
+    with pytest.raises(RefusedError, match="not JSON"):
         parse_listing(b"\xff")
 
 
@@ -891,12 +894,12 @@ def test_no_default_credentials_mean_nobody_in_particular(root, gcs, put, gate, 
     As in KServe, public buckets are read without credentials; where that is denied, the error says why there were none.
     """
     uri = put(FILES)
-    account = _google_login.Account(_google_login._default, is_optional=True)
+    login = _google_login.GoogleAuthLogin(_google_login._default, is_optional=True)
 
-    assert account.headers(renewed=False) == {}
-    assert "there are none: Your default credentials were not found" in account.hint()
+    assert login.authorize(Scope(), renewed=False) == ("", {})
+    assert "no credentials: Your default credentials were not found" in login.hint()
     backend = GSBackend(through(gate), {})
-    backend._login = account
+    backend.service.login = login
     with pytest.raises(SourceDeniedError, match=r"Invalid Credentials.*default credentials were not found"):
         backend.resolve(parse_ref(uri))
 
@@ -918,7 +921,7 @@ def test_a_service_account_gets_its_tokens_and_renews_them(root, tmp_path, gate,
 
     model = ModelStore(root, mode="rw", **serve(backend)).ensure(uri, progress=False)
     gate.forget()
-    backend._login._renewed_at -= 60  # Some time has passed.
+    backend.service.login._renewed_at -= 60  # Some time has passed.
     again = ModelStore(root, mode="rw", **serve(backend)).ensure(f"{uri}/weights/a.bin", progress=False)
 
     assert (read_tree(model.path), read_tree(again.path)) == (FILES, {"a.bin": FILES["weights/a.bin"]})
@@ -939,7 +942,7 @@ def test_a_token_that_expires_between_two_ranges_is_renewed(gate, put, account):
     backend = GSBackend({"endpoint_url": gate.endpoint, "token": account}, {})
     (file,) = backend.resolve(parse_ref(f"{uri}/weights.bin")).files
     gate.forget()
-    backend._login._renewed_at -= 60  # Some time has passed.
+    backend.service.login._renewed_at -= 60  # Some time has passed.
     together = threading.Barrier(4)
 
     def fetch(start: int) -> bytes:
@@ -1069,7 +1072,8 @@ import sys
 from kserve_pvc import ModelStore
 
 root, endpoint, uri = sys.argv[1:]
-print(ModelStore(root, mode="rw", storage_options={"endpoint_url": endpoint, "token": "cloud"}).ensure(uri, progress=False).size_bytes)
+store = ModelStore(root, mode="rw", storage_options={"endpoint_url": endpoint, "token": "cloud"})
+print(store.ensure(uri, progress=False).size_bytes)
 """
 
 
@@ -1111,43 +1115,42 @@ def test_the_environment_names_an_emulator(root, gcs, put, scheme):
     assert said.split() == [str(sum(map(len, FILES.values()))), "True"]
 
 
-def test_variables_of_fsspec_count_below_options(gcs):
+def test_variables_of_fsspec_count_below_options(gcs, put):
     """
-    What fsspec's own variables say for gcsfs is heard, by both its names, unless an option says otherwise.
+    fsspec's own variables for gcsfs go through gcsfs, by both its names and in its order; options replace them.
     """
     environ = {
+        "FSSPEC_GS_ENDPOINT_URL": "http://other.invalid",
+        "FSSPEC_GCS_ENDPOINT_URL": gcs.endpoint,
         "FSSPEC_GCS_TOKEN": "anon",
-        "FSSPEC_GS_ENDPOINT_URL": gcs.endpoint,
-        "FSSPEC_GCS_ENDPOINT_URL": "http://other.invalid",
     }
+    configured = GSBackend({}, environ)
+    given = GSBackend({"endpoint_url": "https://named.invalid", "token": TOKEN}, environ)
 
-    found = [GSBackend(options, environ) for options in ({}, {"endpoint_url": "https://named.invalid", "token": TOKEN})]
-
-    assert [(b._endpoint.host, type(b._login).__name__) for b in found] == [
-        ("127.0.0.1", "Anonymous"),
-        ("named.invalid", "GivenToken"),
-    ]
+    ref = parse_ref(put(FILES))
+    assert (names(configured, ref.uri), configured.access(ref)) == (sorted(FILES), "direct:gcsfs")
+    assert (given.service.endpoint.host, given.access(ref)) == ("named.invalid", "direct")
 
 
 @pytest.mark.parametrize(
     ("options", "environ", "expected"),
     [
-        ({}, {}, ("https://storage.googleapis.com", "Account")),
-        ({}, {"GOOGLE_CLOUD_UNIVERSE_DOMAIN": "example.org"}, ("https://storage.example.org", "Account")),
+        ({}, {}, ("https://storage.googleapis.com", "GoogleAuthLogin")),
+        ({}, {"GOOGLE_CLOUD_UNIVERSE_DOMAIN": "example.org"}, ("https://storage.example.org", "GoogleAuthLogin")),
         ({}, {"STORAGE_EMULATOR_HOST": "gcs:9000"}, ("http://gcs:9000", "Anonymous")),
         ({}, {"STORAGE_EMULATOR_HOST": "https://gcs:9000"}, ("https://gcs:9000", "Anonymous")),
-        ({}, {"STORAGE_EMULATOR_HOST": "default"}, ("https://storage.googleapis.com", "Account")),
-        ({"endpoint_url": "https://a.b"}, {"STORAGE_EMULATOR_HOST": "gcs:9000"}, ("https://a.b", "Account")),
+        ({}, {"STORAGE_EMULATOR_HOST": "default"}, ("https://storage.googleapis.com", "GoogleAuthLogin")),
+        ({"endpoint_url": "https://a.b"}, {"STORAGE_EMULATOR_HOST": "gcs:9000"}, ("https://a.b", "GoogleAuthLogin")),
         ({"endpoint_url": "http://a.b"}, {}, ("http://a.b", "Anonymous")),
         ({"token": "anon"}, {}, ("https://storage.googleapis.com", "Anonymous")),
         ({"token": TOKEN}, {}, ("https://storage.googleapis.com", "GivenToken")),
         ({"token": TOKEN, "endpoint_url": "http://[::1]:80"}, {}, ("http://[::1]:80", "GivenToken")),
-        ({"token": "google_default"}, {}, ("https://storage.googleapis.com", "Account")),
-        ({"token": "cloud"}, {}, ("https://storage.googleapis.com", "Account")),
+        ({"token": "google_default"}, {}, ("https://storage.googleapis.com", "GoogleAuthLogin")),
+        ({"token": "cloud"}, {}, ("https://storage.googleapis.com", "GoogleAuthLogin")),
         (
             {"project": "p", "access": "read_only", "consistency": "none", "cache_timeout": 5},
             {},
-            ("https://storage.googleapis.com", "Account"),
+            ("https://storage.googleapis.com", "GoogleAuthLogin"),
         ),
     ],
     ids=str,
@@ -1159,7 +1162,7 @@ def test_who_is_asked_and_by_whom(options, environ, expected):
     backend = GSBackend(options, environ)
 
     url, login = expected
-    assert (backend._endpoint, type(backend._login).__name__) == (target_of(url), login)
+    assert (backend.service.endpoint, type(backend.service.login).__name__) == (target_of(url), login)
 
 
 @pytest.mark.parametrize(
@@ -1170,18 +1173,18 @@ def test_who_is_asked_and_by_whom(options, environ, expected):
         ({"token": "/no/such/key.json"}, {}, "`/no/such/key.json`; the file cannot be read"),
         ({"token": "key.json"}, {}, "the file cannot be read"),
         ({"token": "~nobody-of-this-name/key"}, {}, "the file cannot be read"),
-        ({"token": __file__}, {}, "no JSON of a service account"),
+        ({"token": __file__}, {}, "not the JSON of a service account"),
         ({"token": {"type": "external_account"}}, {}, "GOOGLE_APPLICATION_CREDENTIALS"),
-        ({"token": "browser"}, {}, "gcloud auth application-default login"),
-        ({"token": "cache"}, {}, "gcloud auth application-default login"),
+        ({"token": "browser", "endpoint_url": "http://gcs.example.org"}, {}, "sent over https"),
         ({"token": f"{TOKEN}\r\nX-Other: 1"}, {}, "one word"),
-        ({"token": 5}, {}, "`int`; give a file"),
+        ({"token": 5}, {}, "`int`; pass a file"),
         ({"endpoint_url": "ftp://host"}, {}, "https://host:port"),
         ({"endpoint_url": "https://user:canary@host"}, {}, "https://host:port"),
         ({"endpoint_url": "https://host/?sig=canary"}, {}, "https://host:port"),
         ({}, {"STORAGE_EMULATOR_HOST": "canary@host:port"}, "`STORAGE_EMULATOR_HOST`"),
-        ({"session_kwargs": {}, "key": "canary"}, {}, "`key, session_kwargs`; write `endpoint_url`"),
-        ({"requester_pays": True}, {}, "name the project"),
+        ({"tokn": "canary"}, {}, "`tokn`.*did you mean `token`"),
+        ({"session_kwarg": {"headers": {"x": "canary"}}}, {}, "did you mean `session_kwargs`"),
+        ({"requester_pays": 5}, {}, "name of the project"),
     ],
     ids=str,
 )

@@ -31,10 +31,10 @@ from kserve_pvc import (
     UnsafePathError,
 )
 from kserve_pvc._source.ref import parse_ref
-from kserve_pvc.backends._hf_addresses import Addresses
+from kserve_pvc.backends._hf_addresses import Addresses, lifetime
 from kserve_pvc.backends._http.target import target_of
 from kserve_pvc.backends._ranges import follow
-from kserve_pvc.backends.hf import HFBackend, _lifetime
+from kserve_pvc.backends.hf import HFBackend
 
 PART_BYTES = 100_000
 NAME = "org/model"
@@ -129,7 +129,8 @@ from huggingface_hub import HfApi, snapshot_download
 name, revision = sys.argv[1:]
 place = snapshot_download(name, revision=revision)
 files = HfApi().list_repo_tree(name, revision=revision, recursive=True)
-print(json.dumps([place, {f.path: [f.size, f.lfs.sha256 if f.lfs else f.blob_id] for f in files if hasattr(f, "blob_id")}]))
+blobs = [f for f in files if hasattr(f, "blob_id")]
+print(json.dumps([place, {f.path: [f.size, f.lfs.sha256 if f.lfs else f.blob_id] for f in blobs}]))
 """
 WHAT_IT_RAISES = """
 import json, sys
@@ -469,7 +470,7 @@ def test_the_token_does_not_follow_the_hub_elsewhere(hub, path):
     elsewhere = hub.endpoint.replace("127.0.0.1", "127.0.0.2")
     hub.meddle = meddle_with(path, lambda answer: Answer(status=307, headers={"Location": f"{elsewhere}/x"}))
 
-    with pytest.raises(SourceUnavailableError, match="points elsewhere") as caught:
+    with pytest.raises(SourceUnavailableError, match="credentials are never sent elsewhere") as caught:
         backend(hub).resolve(parse_ref(URI))
 
     assert caught.value.is_final
@@ -587,7 +588,7 @@ def test_an_address_is_used_for_four_fifths_of_its_time(query, date, seconds):
     """
     What is left is told by the signature and the clock of who signed it; without either it is ten minutes.
     """
-    assert _lifetime(target_of(f"https://storage.example.org/x?{query}"), {"date": date}) == pytest.approx(seconds)
+    assert lifetime(target_of(f"https://storage.example.org/x?{query}"), {"date": date}) == pytest.approx(seconds)
 
 
 def test_addresses_are_not_kept_without_bound():
@@ -629,9 +630,7 @@ def test_an_answer_of_another_length_is_refused(hub):
     file = big_file(source)
     hub.meddle = meddle_with("", lambda answer: replace(answer, body=answer.body + b"more"), host="storage")
 
-    with pytest.raises(
-        SourceUnavailableError, match="it was asked for `bytes 0-999/700000` and answered `bytes 0-999/700004`"
-    ):
+    with pytest.raises(SourceUnavailableError, match="requested `bytes 0-999/700000`, received `bytes 0-999/700004`"):
         read(source, file, 0, 1000)
 
 
@@ -700,7 +699,7 @@ def test_a_redirect_leads_to_a_url_of_the_web(location):
     """
     Nothing leads to what is neither http nor https, and another try would end the same.
     """
-    with pytest.raises(SourceUnavailableError, match="it points") as caught:
+    with pytest.raises(SourceUnavailableError, match="other than an http or https URL") as caught:
         follow("hf://x", target_of("https://hub.example.org/a"), location)
 
     assert caught.value.is_final
@@ -710,7 +709,7 @@ def test_a_redirect_never_leaves_https():
     """
     From https nothing leads to http.
     """
-    with pytest.raises(PolicyError, match=r"from https to http \(at `hub.example.org`\)"):
+    with pytest.raises(PolicyError, match=r"from https to http \(host `hub.example.org`\)"):
         follow("hf://x", target_of("https://hub.example.org/a"), "http://hub.example.org/x")
 
 
@@ -904,7 +903,7 @@ def test_storage_that_never_accepts_is_given_up(root, hub):
     """
     hub.meddle = meddle_with("", lambda answer: Answer(status=403), host="storage")
 
-    with pytest.raises(SourceUnavailableError, match="it answered 403"):
+    with pytest.raises(SourceUnavailableError, match="HTTP 403"):
         store(root, hub, retry_seconds=0.5).ensure(f"{URI}/{BIG}", progress=False)
 
 
@@ -1052,7 +1051,8 @@ import sys
 from kserve_pvc import ModelStore
 from kserve_pvc.backends.hf import HFBackend
 ModelStore(sys.argv[1], mode="rw", backends={"hf": HFBackend}).ensure(sys.argv[2], progress=False)
-print(sorted({name.partition(".")[0] for name in sys.modules} & {"huggingface_hub", "fsspec", "httpx2", "requests", "http", "ssl"}))
+heavy = {"huggingface_hub", "fsspec", "httpx2", "requests", "http", "ssl"}
+print(sorted({name.partition(".")[0] for name in sys.modules} & heavy))
 """
 
     assert shell.python(script, str(root), URI, env={"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": OWNER}).strip() == "[]"

@@ -54,7 +54,7 @@ def test_a_claim_that_nobody_named_is_refused_with_the_known_ones(claim, uri):
     Nothing is guessed about where a claim may be mounted.
     """
     with pytest.raises(
-        InvalidURIError, match="is not mounted here; known are `models`; name others in `KSERVE_PVC_CLAIMS`"
+        InvalidURIError, match=r"no mount is set for the claim `.*`; set are `models`; add it to `KSERVE_PVC_CLAIMS`"
     ):
         PvcBackend({"claims": {"models": claim}}).resolve(parse_ref(uri))
 

@@ -79,7 +79,7 @@ def test_an_unknown_scheme_says_what_is_served(root):
     with pytest.raises(UnknownSchemeError) as caught:
         ModelStore(root, mode="rw").ensure("oci://registry/model", progress=False)
 
-    assert re.match("no backend for `oci://`; installed back ends serve .*`file`, .*`s3`", str(caught.value))
+    assert re.match("no backend for `oci://`; .*installed backends serve .*`file`, .*`s3`", str(caught.value))
     assert f"`{GROUP}`" in str(caught.value)
     assert (caught.value.scheme, caught.value.exit_code) == ("oci", 2)
     assert list((root / ".kserve-pvc").rglob("claims")) == []

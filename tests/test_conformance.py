@@ -23,6 +23,7 @@ from remotes import (
     MemoryRemote,
     S3Remote,
     SFTPRemote,
+    ThroughFsspec,
 )
 
 from kserve_pvc.backends.azure import AzureBackend
@@ -112,6 +113,31 @@ class TestGS(BackendConformance):
         return guarded_gcs
 
 
+class ThroughClass:
+    """
+    A remote, reached with one more option that only the fsspec class knows.
+    """
+
+    def __init__(self, remote, **option):
+        self._remote = remote
+        self._option = option
+
+    def __getattr__(self, name):
+        value = getattr(self._remote, name)
+        return {**value, **self._option} if name.endswith("_options") and value is not None else value
+
+
+class TestGSThroughGcsfs(TestGS):
+    """
+    Google Cloud Storage through the session of gcsfs, which has a setting of its own.
+    """
+
+    @pytest.fixture
+    def remote(self, guarded_gcs):
+        pytest.importorskip("gcsfs", reason="`gcsfs` is not installed")
+        return ThroughClass(guarded_gcs, session_kwargs={"headers": {"X-Test": "conformance"}})
+
+
 @pytest.fixture(scope="session")
 def azurite():
     """
@@ -137,6 +163,20 @@ class TestAzure(BackendConformance):
     @pytest.fixture
     def remote(self, azurite):
         return azurite
+
+
+class TestAzureThroughAdlfs(TestAzure):
+    """
+    Azure Blob Storage through the client that adlfs holds.
+
+    The SDK takes no kind of credential today that cannot authorize our own requests, so that this one is hidden.
+    """
+
+    @pytest.fixture
+    def remote(self, azurite, monkeypatch):
+        pytest.importorskip("adlfs", reason="`adlfs` is not installed")
+        monkeypatch.setattr("kserve_pvc.backends._adlfs._find_login", lambda *_: None)
+        return ThroughClass(azurite, location_mode="primary")
 
 
 @pytest.fixture(scope="session")
@@ -247,6 +287,59 @@ class TestFsspecS3A(BackendConformance):
         pytest.importorskip("s3fs", reason="`s3fs` is not installed")
         origin.make_bucket("conformance")
         return S3Remote(origin, "conformance", "fsspec+s3a")
+
+
+class TestFsspecS3(TestFsspecS3A):
+    """
+    S3 through fsspec although there is a backend of ours for it.
+    """
+
+    @pytest.fixture
+    def remote(self, origin):
+        pytest.importorskip("s3fs", reason="`s3fs` is not installed")
+        origin.make_bucket("conformance")
+        return S3Remote(origin, "conformance", "fsspec+s3")
+
+
+def with_credentials(options):
+    """
+    Options of gcsfs, which would show a token that is a string to Google before it uses it.
+    """
+    from google.oauth2.credentials import Credentials
+
+    return {**options, "token": Credentials(options["token"])}
+
+
+class TestFsspecGS(BackendConformance):
+    """
+    Google Cloud Storage through fsspec: gcsfs on fake-gcs-server.
+    """
+
+    backend = FsspecBackend
+    secrets = (gcs.GuardedGCS.token,)
+    many_files = min(MANY_FILES, 300)  # The emulator looks through all objects for each one.
+
+    @pytest.fixture
+    def remote(self, guarded_gcs):
+        pytest.importorskip("gcsfs", reason="`gcsfs` is not installed")
+        remote = ThroughFsspec(guarded_gcs, change=with_credentials)
+        remote.denied_options = None  # gcsfs retries what is refused for more than a minute.
+        return remote
+
+
+class TestFsspecAzure(BackendConformance):
+    """
+    Azure Blob Storage through fsspec: adlfs on Azurite.
+    """
+
+    backend = FsspecBackend
+    cannot_hold = dict.fromkeys(["bell", "escape-sequence", "nul"], "Azurite answers 500 to a listing with such a name")
+    many_files = min(MANY_FILES, 300)
+
+    @pytest.fixture
+    def remote(self, azurite):
+        pytest.importorskip("adlfs", reason="`adlfs` is not installed")
+        return ThroughFsspec(azurite)
 
 
 class TestFsspecFTP(BackendConformance):

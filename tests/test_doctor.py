@@ -394,7 +394,7 @@ def test_a_doctor_that_is_stopped_in_order_leaves_nothing(root):
 
 def test_debris_of_other_nodes_goes_after_an_hour_without_a_beat(root):
     """
-    Old directories without heartbeats are deleted; those with heartbeats stay, whatever the clocks say, and so do foreign
+    Old directories without heartbeats are deleted; those with heartbeats stay, whatever the clocks say. So do foreign
     names.
     """
     writer, doctors = VolumeWriter(root), root / ".kserve-pvc" / "doctor"

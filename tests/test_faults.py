@@ -140,7 +140,8 @@ import ctypes
 os.umask(0o077)
 os.setgroups([int(group) for group in sys.argv[6:]]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))
 try:
-    model = ModelStore(sys.argv[3], mode=sys.argv[4], backends={"file": FileBackend}).ensure(sys.argv[5], progress=False)
+    store = ModelStore(sys.argv[3], mode=sys.argv[4], backends={"file": FileBackend})
+    model = store.ensure(sys.argv[5], progress=False)
     names = [p for p in model.path.rglob("*") if p.is_file()]
     print(model.status, sum(len(p.read_bytes()) for p in names))
 except StoreError as error:

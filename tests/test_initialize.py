@@ -206,9 +206,9 @@ def test_a_failure_is_one_line_in_the_termination_log(tmp_path, place):
     good = run(f"file://{tmp_path}/missing", place, env=env)
 
     assert bad.returncode == 1
-    assert (
-        said
-        == f"nothing found at `file://{tmp_path}/missing`: No such file or directory; check the URI, the revision and the patterns"
+    assert said == (
+        f"nothing found at `file://{tmp_path}/missing`: No such file "
+        "or directory; check the URI, the revision and the patterns"
     )
     assert bad.stderr.endswith(f"storage.initializer ERROR {said}\n")
     assert (good.returncode, log.read_text()) == (0, "")

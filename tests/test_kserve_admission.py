@@ -164,7 +164,8 @@ def test_a_dry_run_is_answered_as_any_other():
             pod("models\nsecret-models"),
             {},
             400,
-            "`models\\nsecret-models` for `metadata.annotations[kserve-pvc/claim]`; expected up to 253 lowercase letters",
+            "`models\\nsecret-models` for `metadata.annotations[kserve-pvc/claim]`; "
+            "expected up to 253 lowercase letters",
         ),
         (pod("m" * 100_000), {}, 400, "kserve-pvc: invalid value `mmm"),
         (pod(), {"namespace": ""}, 400, "the request has no `namespace`"),

@@ -443,7 +443,8 @@ def test_what_was_done_is_told():
         (pod({"serviceAccountName": 7}), "invalid value `7` for `spec.serviceAccountName`"),
         (
             served(claim="Models_"),
-            "invalid value `Models_` for `metadata.annotations[kserve-pvc/claim]`; expected up to 253 lowercase letters",
+            "invalid value `Models_` for `metadata.annotations[kserve-pvc/claim]`; "
+            "expected up to 253 lowercase letters",
         ),
     ],
 )
@@ -717,7 +718,8 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
             service({"model": MODEL, "volumes": [VOLUMES["a free claim"]]}),
             {},
             SettingsError,
-            f"invalid value `claim free` for `spec.predictor.volumes[{VOLUME}]`; remove this volume, or share its claim",
+            f"invalid value `claim free` for `spec.predictor.volumes[{VOLUME}]`; "
+            "remove this volume, or share its claim",
         ),
         (
             service({"model": MODEL, "volumes": [VOLUMES["emptyDir"]]}),

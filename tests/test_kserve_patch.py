@@ -192,7 +192,8 @@ def test_a_krm_function_may_find_nothing_to_do(patch):
         (None, "`--claim` is missing; set the PersistentVolumeClaim, here or in the `functionConfig`"),
         (
             {**FUNCTION, "spec": {"claim": "models", "subpath": "x"}},
-            "unknown field `functionConfig.spec.subpath`; did you mean `subPath`? supported: `claim`, `subPath`, `readOnly`",
+            "unknown field `functionConfig.spec.subpath`; did you "
+            "mean `subPath`? supported: `claim`, `subPath`, `readOnly`",
         ),
         (
             {**FUNCTION, "spec": {"claim": "models", "readOnly": "no"}},
@@ -221,7 +222,10 @@ def test_numbers_and_texts_stay_what_they_are():
     """
     What Kubernetes reads as a text or a number is written so that it reads the same again.
     """
-    text = 'a: 12:30\nb: 2026-11-22\nc: 1e3\nd: "1e3"\ne: 0017\nf: 0o17\ng: "0o17"\nh: 1_000\ni: yes\nj: "yes"\nk: y\nl: .5\nm: ~\nn: -7\n'
+    text = (
+        'a: 12:30\nb: 2026-11-22\nc: 1e3\nd: "1e3"\ne: 0017\nf: 0o17\ng: '
+        '"0o17"\nh: 1_000\ni: yes\nj: "yes"\nk: y\nl: .5\nm: ~\nn: -7\n'
+    )
 
     (found,) = read_documents(text, "text")
 

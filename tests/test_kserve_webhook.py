@@ -283,7 +283,10 @@ def test_a_huge_body_is_refused_before_it_comes(webhook):
     """
     A length beyond all reason is answered at once.
     """
-    head = b"POST /mutate-pods HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n"
+    head = (
+        b"POST /mutate-pods HTTP/1.1\r\nHost: x\r\nContent-Type: "
+        b"application/json\r\nContent-Length: 99999999999\r\n\r\n"
+    )
 
     with (
         socket.create_connection(("127.0.0.1", webhook.port), 30) as plain,
@@ -452,7 +455,10 @@ def test_a_signal_ends_it_after_the_requests_that_run(webhook):
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", webhook.port, ssl=webhook.context, server_hostname="localhost"
         )
-        head = f"POST /mutate-pods HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            "POST /mutate-pods HTTP/1.1\r\nHost: x\r\nContent-Type: "
+            f"application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         writer.write(head.encode() + body[:10])
         await writer.drain()
         # The answer to another request says that the first one's head has been read.
@@ -540,7 +546,10 @@ def test_a_missing_library_is_told(policy_file, secret):
     Without what the extra brings, the command says what to install.
     """
     arguments = command(policy_file, secret)[3:]
-    program = f"import sys\nsys.modules['uvicorn'] = None\nfrom kserve_pvc._cli.main import main\nsys.exit(main({arguments!r}))"
+    program = (
+        "import sys\nsys.modules['uvicorn'] = None\nfrom "
+        f"kserve_pvc._cli.main import main\nsys.exit(main({arguments!r}))"
+    )
 
     found = subprocess.run([sys.executable, "-Ic", program], capture_output=True, text=True, timeout=60)
 

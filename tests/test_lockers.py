@@ -97,7 +97,7 @@ def a_lock(root: Path, service: Service):
     place.mkdir(parents=True, exist_ok=True)
     path = place / "lock"
     lock = external_lock(
-        store._settings, place.name, holder="pod-1", open_file=lambda: os.open(path, os.O_RDWR | os.O_CREAT)
+        store._writing[1], place.name, holder="pod-1", open_file=lambda: os.open(path, os.O_RDWR | os.O_CREAT)
     )
     assert lock is not None
     return lock

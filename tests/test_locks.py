@@ -123,7 +123,10 @@ def test_a_lock_of_a_killed_process_is_free(tmp_path):
     The kernel gives the lock back when its holder dies.
     """
     path = tmp_path / "lock"
-    script = f"import fcntl, time; f = open({str(path)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    script = (
+        f"import fcntl, time; f = open({str(path)!r}, 'w'); fcntl.flock(f, "
+        "fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()

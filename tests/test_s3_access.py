@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import botocore.session
@@ -16,8 +17,10 @@ from weather import StormyS3, refuse
 
 from kserve_pvc import ModelStore, SettingsError, SourceChangedError, SourceDeniedError, SourceNotFoundError
 from kserve_pvc._source.ref import parse_ref
-from kserve_pvc.backends import s3 as module
-from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._object_store import Place
+from kserve_pvc.backends._options import explain, read_settings
+from kserve_pvc.backends._s3_requests import SignedAccess
+from kserve_pvc.backends._s3_settings import Account, plain_account
 from kserve_pvc.backends.s3 import S3Backend
 
 BUCKET = "models"
@@ -41,8 +44,7 @@ def is_plain(options: dict, environ: dict, uri: str = "s3://bucket/model") -> bo
     """
     Whether requests for a model are signed here.
     """
-    backend = S3Backend(options, environ)
-    return isinstance(backend._access(parse_ref(uri).location.partition("/")[0]), module._PlainAccess)
+    return S3Backend(options, environ).access(parse_ref(uri)) == "direct"
 
 
 @pytest.mark.parametrize(
@@ -82,9 +84,8 @@ def test_what_is_simple_is_signed_here(home, options, environ):
     [
         ({}, {}),
         ({}, {"AWS_ACCESS_KEY_ID": "AKIA"}),
-        ({"key": "AKIA"}, {"AWS_SECRET_ACCESS_KEY": "secret"}),
         ({}, {"AWS_WEB_IDENTITY_TOKEN_FILE": "/token", "AWS_ROLE_ARN": "arn:aws:iam::1:role/r"}),
-        ({"profile": "other"}, IN_ENVIRONMENT),
+        ({"max_concurrency": 4}, IN_ENVIRONMENT),
         ({**KEYS, "requester_pays": True}, {}),
         ({**KEYS, "default_block_size": 5_000_000}, {}),
         ({**KEYS, "s3_additional_kwargs": {"SSECustomerKey": "k"}}, {}),
@@ -97,7 +98,7 @@ def test_what_is_simple_is_signed_here(home, options, environ):
         (KEYS, {"AWS_USE_FIPS_ENDPOINT": "true"}),
         (KEYS, {"AWS_USE_DUALSTACK_ENDPOINT": "true"}),
         (KEYS, {"FSSPEC_S3_ENDPOINT_URL": "http://minio.example"}),
-        (KEYS, {"FSSPEC_S3": "{}"}),
+        (KEYS, {"FSSPEC_S3": '{"requester_pays": false}'}),
         (KEYS, {"AWS_REGION": "cn-north-1"}),
         (KEYS, {"AWS_DEFAULT_REGION": "us-iso-east-1"}),
         ({**KEYS, "client_kwargs": {"region_name": "eu-isoe-west-1"}}, {}),
@@ -105,20 +106,21 @@ def test_what_is_simple_is_signed_here(home, options, environ):
 )
 def test_what_only_the_sdk_knows_is_left_to_it(home, monkeypatch, options, environ):
     """
-    Roles, profiles, partitions and whatever else changes a request go through s3fs.
+    Roles, profiles, partitions and whatever else changes a request are read by s3fs's rules, and the reason names the
+    setting.
     """
-    made = []
-    monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", made.append)
+    monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", lambda options, reads: SimpleNamespace(way="s3fs"))
+    environ = {"HOME": str(home), **environ}
 
-    assert (is_plain(options, {"HOME": str(home), **environ}), made) == (False, [options])
+    assert not is_plain(options, environ)
+    assert explain("s3", options, environ)
 
 
 @pytest.mark.parametrize("name", ["home", "AWS_CONFIG_FILE", "tilde"])
-def test_a_configuration_file_is_left_to_the_sdk(home, monkeypatch, name):
+def test_a_configuration_file_is_left_to_the_sdk(home, name):
     """
     A file that may say anything about endpoints, regions and proxies is read by those who know all of it.
     """
-    monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", lambda options: None)
     place = home / (".aws/config" if name == "home" else "elsewhere")
     named = {
         "home": {},
@@ -148,20 +150,16 @@ def test_a_bucket_with_rules_of_its_own_is_left_to_the_sdk(home, monkeypatch, bu
     Access points, outposts and directory buckets are addressed and signed in other ways; others of the same back end
     are not.
     """
-    made = []
-    monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", lambda options: made.append(1))
-    backend = S3Backend(KEYS, {"HOME": str(home)})
+    s3fs = SimpleNamespace(way="s3fs")
+    monkeypatch.setattr("kserve_pvc.backends._s3fs.S3fsAccess", lambda options, reads: s3fs)
+    service = S3Backend(KEYS, {"HOME": str(home)}).service
 
-    backend._access(bucket)
-
-    assert made == [1]
-    assert isinstance(backend._access("bucket"), module._PlainAccess)
+    assert service.way(bucket) is s3fs
+    assert service.way("bucket").way == "direct"
 
 
-def plain(options: dict, environ: dict | None = None) -> module._PlainAccess:
-    made = module._plain_access(options, {"HOME": "/none", **(environ or {})}, HTTPClient(environ={}))
-    assert made is not None
-    return made
+def plain(options: dict, environ: dict | None = None) -> Account:
+    return plain_account(read_settings("s3", options, {"HOME": "/none", **(environ or {})}))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +179,7 @@ def test_credentials_are_never_mixed(options, environ, who):
     """
     Key, secret and session token come from one place, arguments first.
     """
-    found = plain(options, environ).credentials
+    found = plain(options, environ).source.get()
 
     assert (found and (found.key, found.secret, found.session_token)) == who
 
@@ -203,9 +201,10 @@ def test_the_endpoint_is_that_of_the_environment(environ, host):
     """
     AWS's own variables say where the service is, as botocore reads them.
     """
-    target, _ = plain({**KEYS, "config_kwargs": {"s3": {"addressing_style": "path"}}}, environ).request(
-        "bucket", "k", {"If-Match": "e"}, renewed=False
-    )
+    options = {**KEYS, "config_kwargs": {"s3": {"addressing_style": "path"}}}
+    backend = S3Backend(options, {"HOME": "/none", **environ})
+
+    target, _ = backend.service.read(Place("bucket", "k"), {"If-Match": "e"}, renewed=False)
 
     assert target.host == host
 
@@ -253,7 +252,7 @@ def test_addresses_are_botocores(home, endpoint, style, bucket):
     options = {**KEYS, "client_kwargs": {"region_name": region}, "config_kwargs": {"s3": {"addressing_style": style}}}
     backend = S3Backend({**options, **({"endpoint_url": endpoint} if endpoint else {})}, {"HOME": str(home)})
 
-    target, _ = backend._access(bucket).request(bucket, KEY, {"If-Match": '"e"'}, renewed=False)
+    target, _ = backend.service.read(Place(bucket, KEY), {"If-Match": '"e"'}, renewed=False)
 
     expected = botocores(region, endpoint, style).generate_presigned_url(
         "get_object", Params={"Bucket": bucket, "Key": KEY}
@@ -296,13 +295,30 @@ def test_a_region_that_leads_nowhere_is_asked_once(home, region):
     assert regions == (["us-east-1", "eu-west-3"] if region == "eu-west-3" else ["us-east-1"])
 
 
-@pytest.fixture(params=["option", "config file"])
-def through_s3fs(request, home, origin, proxy, monkeypatch) -> dict[str, object]:
+# How the bytes come, and an option that makes them come so.
+WAYS = {
+    "keys": ("direct:s3fs", {"default_block_size": 2**20}),
+    "profile": ("direct:s3fs", {}),
+    "urls": ("direct:s3fs", {"config_kwargs": {"s3": {"use_arn_region": True}}}),
+    "class": ("fsspec:s3fs", {"s3_additional_kwargs": {"RequestPayer": "requester"}}),
+}
+
+
+@pytest.fixture(params=[*WAYS])
+def way(request) -> str:
     """
-    Arguments of a store that reaches the real server through s3fs, because of an option or of a profile.
+    Why the settings are not plain.
     """
-    if request.param == "option":
-        return {"endpoint_url": proxy.endpoint, "key": origin.key, "secret": origin.secret, "default_block_size": 2**20}
+    return request.param
+
+
+@pytest.fixture
+def through_s3fs(way, home, origin, proxy, monkeypatch) -> dict[str, object]:
+    """
+    Arguments of a store that reaches the real server in another way than with plain settings.
+    """
+    if way != "profile":
+        return {"endpoint_url": proxy.endpoint, "key": origin.key, "secret": origin.secret, **WAYS[way][1]}
     (home / "config").write_text(f"[profile work]\nendpoint_url = {proxy.endpoint}\nregion = us-east-1\n")
     (home / "credentials").write_text(
         f"[work]\naws_access_key_id = {origin.key}\naws_secret_access_key = {origin.secret}\n"
@@ -316,13 +332,11 @@ def through_s3fs(request, home, origin, proxy, monkeypatch) -> dict[str, object]
 ODD = {**FILES, "a b/ä+~!'()&=#%41.bin": b"odd", "\U0001f999/x": b"", "q?x=1;y": b"query"}
 
 
-def test_a_model_comes_through_s3fs(root, through_s3fs, proxy, upload):
+def test_a_model_comes_each_way(root, way, through_s3fs, proxy, upload):
     """
-    Odd names, empty files and parts arrive exactly, the bytes by requests with signed addresses that are pinned.
+    Odd names, empty files and parts arrive exactly, by requests that are pinned, and the record says how.
     """
     uri = upload(ODD)
-    from kserve_pvc.backends._s3fs import S3fsAccess
-
     store = ModelStore(root, mode="rw", part_bytes=100_000, storage_options=through_s3fs)
     model = store.ensure(uri, progress=False)
 
@@ -330,7 +344,9 @@ def test_a_model_comes_through_s3fs(root, through_s3fs, proxy, upload):
     assert store.verify(uri, "full").ok
     asked = sorted(r.range for r in proxy.requests if r.method == "GET" and r.path.endswith("a.bin"))
     assert asked == sorted(f"bytes={start}-{start + 99_999}" for start in range(0, 700_000, 100_000))
-    assert isinstance(store._backend(parse_ref(uri))._sdk, S3fsAccess)
+    signed_here = isinstance(store._sources.backend(parse_ref(uri)).service.way(BUCKET), SignedAccess)
+    assert signed_here == (way in ("keys", "profile"))
+    assert model.record.access == WAYS[way][0]
 
 
 def test_both_ways_see_the_same(root, through_s3fs, origin, upload):
@@ -423,3 +439,78 @@ def test_nobody_to_be_is_told_through_s3fs(home, root, origin, upload, monkeypat
         ModelStore(root, mode="rw", storage_options={"endpoint_url": origin.endpoint}).ensure(
             upload(FILES), progress=False
         )
+
+
+@pytest.mark.parametrize(
+    "options", [{"key": "AKIA"}, {"secret": "secret"}, {"client_kwargs": {"aws_access_key_id": "A"}}]
+)
+def test_half_of_the_credentials_is_refused(home, options):
+    """
+    A key is never completed from another place.
+    """
+    missing = "key" if "secret" in options else "secret"
+
+    with pytest.raises(SettingsError, match=f"`{missing}` is missing"):
+        S3Backend(options, {"HOME": str(home), "AWS_SECRET_ACCESS_KEY": "of another", "AWS_ACCESS_KEY_ID": "other"})
+
+
+def requested(options: dict, home) -> tuple[str, dict]:
+    """
+    The address and headers of a read, without what signs them.
+    """
+    backend = S3Backend({**KEYS, **options}, {"HOME": str(home)})
+    target, headers = backend.service.read(Place("bucket", "k"), {"If-Match": '"e"'}, renewed=False)
+    unsigned = ("authorization", "x-amz-date", "x-amz-content-sha256")
+    return target.scheme, {name: value for name, value in headers.items() if name.lower() not in unsigned}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"default_block_size": 5}, ("https", {"if-match": '"e"'})),
+        ({"requester_pays": True}, ("https", {"if-match": '"e"', "x-amz-request-payer": "requester"})),
+        ({"local_expiry_check": True}, ("https", {})),
+        ({"use_ssl": False}, ("http", {"if-match": '"e"'})),
+        ({"use_ssl": True, "client_kwargs": {"use_ssl": False}}, ("http", {"if-match": '"e"'})),
+    ],
+)
+def test_arguments_of_s3fs_are_obeyed_by_requests_of_our_own(home, options, expected):
+    """
+    Who pays, whether the server knows conditions, and whether it speaks TLS change requests that are signed here.
+    """
+    assert requested(options, home) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({"max_concurrency": 2}, "direct:s3fs"),
+        ({"config_kwargs": {"connect_timeout": 1}}, "direct:s3fs"),
+        ({"config_kwargs": {"signature_version": "s3"}}, "direct:s3fs"),
+        ({"config_kwargs": {"use_fips_endpoint": True}}, "direct:s3fs"),
+        ({"config_kwargs": {"proxies": {"https": "http://proxy"}}}, "fsspec:s3fs"),
+        ({"config_kwargs": {"connector_args": {}}}, "fsspec:s3fs"),
+        ({"client_kwargs": {"api_version": "2006-03-01"}}, "fsspec:s3fs"),
+        ({"s3_additional_kwargs": {"SSECustomerKey": "k"}}, "fsspec:s3fs"),
+        ({"include_builtin_handlers": True}, "fsspec:s3fs"),
+    ],
+)
+def test_each_setting_leads_one_way(home, options, way):
+    """
+    What the record will say follows from the settings alone.
+    """
+    assert S3Backend({**KEYS, **options}, {"HOME": str(home)}).access(parse_ref("s3://bucket/m")) == way
+
+
+def test_a_profile_with_unknown_settings_is_signed_for_by_the_sdk(home):
+    """
+    What a profile says that is not known here is left to botocore's client.
+    """
+    (home / ".aws").mkdir()
+    (home / ".aws/config").write_text("[default]\nregion = eu-west-3\n")
+    ordinary = S3Backend(KEYS, {"HOME": str(home)}).signed
+    (home / ".aws/config").write_text("[default]\nregion = eu-west-3\ns3 =\n    use_accelerate_endpoint = true\n")
+
+    assert ordinary is not None
+    assert ordinary.account.region == "eu-west-3"
+    assert S3Backend(KEYS, {"HOME": str(home)}).signed is None

@@ -962,7 +962,8 @@ def test_whoever_waited_too_long_is_told_for_whom(root, on_s3, slow_pod):
     assert (error.ref, error.bytes_total, 0 < error.bytes_done < SIZE) == (on_s3.uri, SIZE, True)
     assert isinstance(error, TimeoutError)
     assert all(
-        word in str(error) for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "raise `timeout`", "kserve-pvc locks")
+        word in str(error)
+        for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "raise `timeout`", "kserve-pvc locks")
     )
 
 
@@ -1185,7 +1186,8 @@ if not child:
         code = 0 if store.ensure(second, progress=False).status == "downloaded" else 2
     finally:
         os._exit(code)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), store.ensure(second).status, store.ensure(third, progress=False).status)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(code, store.ensure(second).status, store.ensure(third, progress=False).status)
 """
 
 

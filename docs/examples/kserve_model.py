@@ -18,7 +18,12 @@ class Line(Model):
         return self.ready
 
     def predict(self, payload: dict, headers: dict | None = None) -> dict:
-        return {"predictions": [self.weights["slope"] * x + self.weights["intercept"] for x in payload["instances"]]}
+        return {
+            "predictions": [
+                self.weights["slope"] * x + self.weights["intercept"]
+                for x in payload["instances"]
+            ]
+        }
 
 
 if __name__ == "__main__":

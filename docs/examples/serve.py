@@ -1,7 +1,8 @@
 """
-A model server in miniature: `python serve.py STORE URI`.
+A minimal model server: `python serve.py STORE URI`.
 
-It makes sure that its model is on the volume, loads it, and answers `{"x": 3}` with `{"y": 7}`.
+It makes sure that its model is on the volume, loads it, and responds to `{"x": 3}`
+with `{"y": 7}`.
 """
 
 import json
@@ -16,11 +17,13 @@ class Line(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         x = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["x"]
-        answer = json.dumps({"y": self.weights["slope"] * x + self.weights["intercept"]}).encode()
+        body = json.dumps(
+            {"y": self.weights["slope"] * x + self.weights["intercept"]}
+        ).encode()
         self.send_response(200)
-        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(body)
 
 
 def main(root: str, uri: str) -> None:

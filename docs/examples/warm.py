@@ -1,5 +1,5 @@
 """
-Put models onto a shared volume, each of them once: `python warm.py STORE URI [URI …]`.
+Put models on a shared volume, each of them once: `python warm.py STORE URI [URI …]`.
 """
 
 import sys

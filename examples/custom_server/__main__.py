@@ -231,7 +231,8 @@ def ask_for_adapter(replicas: list[Replica], files: Mapping[str, bytes]) -> list
     for replica in replicas:
         say(f"  {replica.name}  adapter {replica.status('adapter french')}")
     say(
-        f"  The adapter was on its way for {seconds:.1f} s; meanwhile {plural(meanwhile, 'other request')} had an answer."
+        f"  The adapter was on its way for {seconds:.1f} s; "
+        f"meanwhile {plural(meanwhile, 'other request')} had an answer."
     )
     return [
         Promise(

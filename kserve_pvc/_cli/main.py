@@ -24,7 +24,7 @@ from kserve_pvc.errors import StoreError
 
 # A verb that writes is itself the request to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm")
-_STORELESS = ("doctor", "initialize", "kserve", "webhook")
+_STORELESS = ("completion", "doctor", "initialize", "kserve", "webhook")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from kserve_pvc import _defaults as defaults
 from kserve_pvc._cli.output import say
 from kserve_pvc._cli.verbs import (
     alias,
+    completion,
     doctor,
     ensure,
     export,
@@ -252,6 +253,12 @@ def _add_webhook(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="`bash`, `zsh` or `fish`")
+    # The script is about every verb, and only this one was made for the call.
+    parser.set_defaults(make_parser=make_parser)
+
+
 def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
     # Accepted before and after the verb; only the first place has defaults, or the second would undo the first.
     missing = None if defaults else argparse.SUPPRESS
@@ -297,4 +304,5 @@ VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser]
     "initialize": (initialize, _add_initialize, "fill directories as KServe's storage initializer does"),
     "kserve": (kserve_patch, _add_kserve, "share a claim between the replicas of an InferenceService"),
     "webhook": (webhook, _add_webhook, "serve an admission webhook that mounts claims as a policy allows"),
+    "completion": (completion, _add_completion, "print a script that completes this command in a shell"),
 }

@@ -367,6 +367,13 @@ def webhook(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def completion(arguments: argparse.Namespace) -> int:
+    from kserve_pvc._cli.completion import make_script
+
+    print(make_script(arguments.make_parser(), arguments.shell))
+    return 0
+
+
 def initialize(arguments: argparse.Namespace) -> int:
     return run_initializer(arguments.pairs)
 

@@ -17,8 +17,8 @@ import attrs
 from kserve_pvc._download import protocol
 from kserve_pvc._download.cancellation import PATIENCE_SECONDS, Cancellation, run_detachable
 from kserve_pvc._download.publication import Publication, Written
-from kserve_pvc._download.streams import Tuning
 from kserve_pvc._download.tally import StoppedError, Tally
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Claim, Holder, LogEntry, StoreSettings
 from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heartbeat, take_claim
@@ -109,11 +109,8 @@ class Download:
         self._holder = holder
         self._cancellation = cancellation
         self._request = request
-        self._resolved = request.resolved
         self._tuning = tuning
-        self._rules = protocol.Rules(
-            lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=settings.locker != "lease"
-        )
+        self._rules = _rules(settings, timeout)
         open_file = partial(writer.open_shared, layout.lock_file(self._key))
         self._lock = external_lock(settings, self._key, holder=holder.pod, open_file=open_file)
         self._view = LogView()
@@ -275,7 +272,8 @@ class Download:
             self._cancellation.check()
             raise
         finally:
-            self._resolved = attempt.resolved
+            # Another attempt need not list the source again.
+            self._request = attrs.evolve(self._request, resolved=attempt.resolved)
 
     def _attempt(self, generation: str) -> Attempt:
         # Of eight processes that call at once, seven only wait.
@@ -286,7 +284,7 @@ class Download:
             self._ref,
             self._make_backend(),
             generation=generation,
-            resolved=self._resolved,
+            resolved=self._request.resolved,
             activity=self._request.activity,
             reuses_complete=not self._request.after_seq,
             tuning=self._tuning,
@@ -305,3 +303,8 @@ class Download:
             return protocol.Published(won=False)
         self._view = view
         return protocol.Published(won=True)
+
+
+def _rules(settings: StoreSettings, timeout: float) -> protocol.Rules:
+    lock_decides = settings.locker != "lease"
+    return protocol.Rules(lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=lock_decides)

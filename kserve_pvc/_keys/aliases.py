@@ -78,8 +78,8 @@ def point_alias(writer: VolumeWriter, name: str, key: str) -> None:
     """
     view, place = layout.view_link(key), layout.name_link(name)
     if not settle_view(writer, key) or not writer.repoint(place, f"../{view}"):
-        reason = f"it or `{view}` is taken by something that is no link, or the volume has no symbolic links"
-        raise VolumeError(str(writer.absolute(place)), "naming a model", reason)
+        reason = f"it or `{view}` is not a link, or the volume has no symbolic links"
+        raise VolumeError(str(writer.absolute(place)), "naming a model", reason, "choose another name, or remove it")
 
 
 def drop_alias(writer: VolumeWriter, name: str) -> None:

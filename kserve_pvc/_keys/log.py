@@ -39,7 +39,14 @@ class LogView:
 
     @property
     def is_present(self) -> bool:
-        return self.entry is not None and self.entry.is_present
+        return self.present is not None
+
+    @property
+    def present(self) -> LogEntry | None:
+        """
+        The record of a model that is present.
+        """
+        return self.entry if self.entry is not None and self.entry.is_present else None
 
 
 def read_log(volume: Volume, key: str) -> LogView:

@@ -255,6 +255,7 @@ class Volume:
     def _who_may(self, act: str) -> str:
         found = os.stat(self.root)
         return (
-            f"uid {os.geteuid()} gid {os.getegid()} may not {act} it, below a root of uid {found.st_uid} gid {found.st_gid} "
+            f"uid {os.geteuid()} gid {os.getegid()} may not {act} it, "
+            f"below a root of uid {found.st_uid} gid {found.st_gid} "
             f"mode {stat.S_IMODE(found.st_mode):04o}"
         )

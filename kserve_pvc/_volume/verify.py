@@ -13,9 +13,10 @@ from typing import Literal
 
 import attrs
 
-from kserve_pvc._format.records import FileEntry, FoundFile
+from kserve_pvc._format.records import FileEntry, FoundFile, Manifest
 from kserve_pvc._volume.buffers import make_buffer
-from kserve_pvc.errors import StoreError
+from kserve_pvc._volume.reading import Volume
+from kserve_pvc.errors import StoreError, StoreFormatError, UnsafePathError
 
 Level = Literal["size", "full"]
 Kind = Literal["missing", "extra", "type", "size", "digest", "record", "unreadable"]
@@ -58,6 +59,27 @@ class Verification:
         return show_verification(
             self.uri, self.level, self.files, self.bytes, [(p.kind, p.path, p.detail) for p in self.problems]
         )
+
+
+def verify_files(volume: Volume, place: PurePosixPath, manifest: Manifest, *, uri: str, level: Level) -> Verification:
+    """
+    Compare a directory of the volume with its manifest.
+    """
+    try:
+        problems = tuple(
+            compare(manifest.files, volume.tree(place), lambda path: volume.open_file(place / path), level)
+        )
+    except UnsafePathError as planted:
+        problems = (Problem(path=planted.name, kind="type", detail=planted.rule),)
+    return Verification(uri=uri, level=level, files=len(manifest.files), bytes=manifest.size_bytes, problems=problems)
+
+
+def report_damage(damage: StoreFormatError, *, uri: str, level: Level) -> Verification:
+    """
+    Report a model whose record or manifest cannot be trusted, so that nothing is known about its files.
+    """
+    problem = Problem(path=damage.path, kind="record", detail=damage.reason)
+    return Verification(uri=uri, level=level, files=0, bytes=0, problems=(problem,))
 
 
 def compare(

@@ -1,8 +1,8 @@
 """
-Finding the plug-in for a URI scheme.
+Finding the backend for a URI scheme: a factory that was given, a plug-in, or a protocol of fsspec, in this order.
 
 Plug-ins are entry points of the group `kserve_pvc.backends`: the name is the scheme, the value a callable that takes
-the store's `storage_options` and returns a back end. The built-in ones are registered the same way. A plug-in is
+the store's `storage_options` and returns a backend. The built-in ones are registered the same way. A plug-in is
 imported when its scheme is first used, never earlier.
 """
 
@@ -23,24 +23,28 @@ from kserve_pvc.errors import UnknownSchemeError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
+    from fsspec import AbstractFileSystem as AbstractFileSystem  # Its name for the rooms above, which have no fsspec.
+
 GROUP = "kserve_pvc.backends"
 
-# What to install for schemes whose back end needs a package that is not there.
+# What to install for schemes whose backend needs a package that is missing.
 _EXTRAS = {"abfs": "azure", "abfss": "azure", "az": "azure", "gs": "gs", "s3": "s3"}
 # The entry points of this distribution, as in `pyproject.toml`.
 _BUILT_IN = {
     "abfs": ("kserve_pvc.backends.azure", "AzureBackend"),
     "abfss": ("kserve_pvc.backends.azure", "AzureBackend"),
     "az": ("kserve_pvc.backends.azure", "AzureBackend"),
-    "file": ("kserve_pvc.backends.file", "FileBackend"),
+    "file": ("kserve_pvc.backends.file", "file_backend"),
     "fsspec": ("kserve_pvc.backends.fsspec_", "FsspecBackend"),
     "gs": ("kserve_pvc.backends.gs", "GSBackend"),
-    "hf": ("kserve_pvc.backends.hf", "HFBackend"),
-    "http": ("kserve_pvc.backends.http", "HTTPBackend"),
-    "https": ("kserve_pvc.backends.http", "HTTPBackend"),
+    "hf": ("kserve_pvc.backends.hf", "hf_backend"),
+    "http": ("kserve_pvc.backends.http", "http_backend"),
+    "https": ("kserve_pvc.backends.http", "http_backend"),
     "pvc": ("kserve_pvc.backends.pvc", "PvcBackend"),
     "s3": ("kserve_pvc.backends.s3", "S3Backend"),
 }
+# Schemes that mean one thing to KServe and another to fsspec: an image registry, and the object storage of Oracle.
+_NOT_OF_FSSPEC = ("oci",)
 
 # What `sys.stdout` was, once for each plug-in that is being loaded now.
 _SET_ASIDE: list[TextIO] = []
@@ -49,16 +53,16 @@ _GUARD = threading.Lock()
 
 def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
     """
-    Make sure that somebody serves a scheme, without importing it.
+    Make sure that a scheme has a backend, without importing it.
 
-    This distribution serves some, which is known without reading the metadata of all others; whether another one
-    claims them too is looked at before they are used.
+    Those of this distribution are known without reading the metadata of all others; whether another one claims them too
+    is checked before they are used.
 
     Raises:
-        UnknownSchemeError: No distribution serves it, or two do.
+        UnknownSchemeError: No distribution serves it and fsspec does not know it, or two distributions serve it.
     """
-    if scheme not in factories and scheme not in _BUILT_IN:
-        _find(scheme)
+    if scheme not in factories and scheme not in _BUILT_IN and _find(scheme) is None and not _fsspec_knows(scheme):
+        raise _unknown(scheme, factories)
 
 
 def options_for(
@@ -74,13 +78,24 @@ def options_for(
     return chosen
 
 
-def make_backend(scheme: str, factories: Mapping[str, BackendFactory], options: Mapping[str, Any]) -> Backend:
+def make_backend(
+    scheme: str,
+    factories: Mapping[str, BackendFactory],
+    options: Mapping[str, Any],
+    *,
+    filesystem: AbstractFileSystem | None = None,
+) -> Backend:
     """
-    Make the back end of a scheme, from the factories given or else from the installed distributions.
+    Make the backend of a scheme: of the file system given, or from the factories, or from the installed distributions.
 
     Raises:
+        SettingsError: The file system cannot be used.
         UnknownSchemeError: No distribution serves the scheme, two do, or the one that does cannot be imported.
     """
+    if filesystem is not None:
+        from kserve_pvc.backends.fsspec_ import through_instance
+
+        return through_instance(filesystem, options)
     try:
         if scheme in factories:
             factory = factories[scheme]
@@ -88,10 +103,44 @@ def make_backend(scheme: str, factories: Mapping[str, BackendFactory], options: 
             module, name = _BUILT_IN[scheme]
             factory = getattr(import_module(module), name)
         else:
-            factory = _load(_find(scheme))
+            factory = _find_factory(scheme, factories)
         return factory(options)
     except ImportError as error:
         raise UnknownSchemeError(scheme, _how_to_install(scheme, error)) from error
+
+
+def _find_factory(scheme: str, factories: Mapping[str, BackendFactory]) -> BackendFactory:
+    """Look among the plug-ins, and then among the protocols of fsspec."""
+    point = _find(scheme)
+    if point is not None:
+        return _load(point)
+    if not _fsspec_knows(scheme):
+        raise _unknown(scheme, factories)
+    from kserve_pvc.backends.fsspec_ import FsspecBackend
+
+    return FsspecBackend
+
+
+def _fsspec_knows(scheme: str) -> bool:
+    if scheme in _NOT_OF_FSSPEC:
+        return False
+    from fsspec import available_protocols
+
+    return scheme in available_protocols()
+
+
+def _unknown(scheme: str, factories: Mapping[str, BackendFactory]) -> UnknownSchemeError:
+    from difflib import get_close_matches
+    from importlib.metadata import entry_points
+
+    from fsspec import available_protocols
+
+    installed = {point.name for point in entry_points(group=GROUP)} | set(_BUILT_IN) | set(factories)
+    near = get_close_matches(scheme, sorted(installed | set(available_protocols())), n=3)
+    guess = f"did you mean {' or '.join(f'`{name}://`' for name in near)}? " if near else ""
+    served = ", ".join(f"`{name}`" for name in sorted(installed))
+    others = f"those of fsspec are served too, and a plug-in adds others by an entry point of `{GROUP}`"
+    return UnknownSchemeError(scheme, f"{guess}installed backends serve {served}; {others}")
 
 
 def _load(point: EntryPoint) -> BackendFactory:
@@ -100,9 +149,8 @@ def _load(point: EntryPoint) -> BackendFactory:
             factory: BackendFactory = point.load()
     except KeyboardInterrupt:
         raise
-    except (
-        BaseException
-    ) as error:  # Whatever a foreign module does when it is imported, exiting too, this scheme cannot be served.
+    except BaseException as error:
+        # Whatever a foreign module does when it is imported, exiting too, this scheme cannot be served.
         raise UnknownSchemeError(point.name, _how_to_install(point.name, error)) from error
     return factory
 
@@ -110,9 +158,9 @@ def _load(point: EntryPoint) -> BackendFactory:
 @contextmanager
 def _printing_to_stderr() -> Iterator[None]:
     """
-    Send to stderr what Python code prints, since somebody may read a path or JSON from stdout.
+    Send to stderr what Python code prints, since a program may be reading a path or JSON from stdout.
 
-    There is one `sys.stdout` for all threads: what another one prints meanwhile goes to stderr too.
+    All threads share one `sys.stdout`: what another one prints meanwhile goes to stderr too.
     """
     with _GUARD:
         _SET_ASIDE.append(sys.stdout)
@@ -121,51 +169,42 @@ def _printing_to_stderr() -> Iterator[None]:
         yield
     finally:
         with _GUARD:
-            # Of several threads that load plug-ins at once, the last to be done puts back what the first has found.
+            # Of several threads that load plug-ins at once, the last to end restores what the first has found.
             found = _SET_ASIDE[0]
             _SET_ASIDE.pop()
             if not _SET_ASIDE:
                 sys.stdout = found
 
 
-def _find(scheme: str) -> EntryPoint:
+def _find(scheme: str) -> EntryPoint | None:
     # Reading the metadata of all distributions takes longer than a whole warm hit, which never comes here.
     from importlib.metadata import entry_points
 
     found = {
         (point.dist.name if point.dist else "?", point.value): point for point in entry_points(group=GROUP, name=scheme)
     }
-    if not found:
-        raise UnknownSchemeError(
-            scheme, f"installed back ends serve {_installed()}; a plug-in adds others by an entry point of `{GROUP}`"
-        )
     if len(found) > 1:
         claimants = " and ".join(f"`{name}`" for name, _ in sorted(found))
         raise UnknownSchemeError(scheme, f"{claimants} both claim it; uninstall one, or choose with `backends=`")
-    return next(iter(found.values()))
+    return next(iter(found.values()), None)
 
 
 def _has_plugins() -> bool:
     """
-    Whether any distribution but ours may have plug-ins. Asking `importlib.metadata` takes 40 ms, which is a third of a
-    small download, and without plug-ins it can only answer what is known.
+    Return whether any distribution but ours may have plug-ins.
+
+    `importlib.metadata` takes 40 ms, a third of a small download, and without plug-ins it only finds what is known.
     """
     for place in dict.fromkeys(sys.path):
         with suppress(OSError):
             for name in os.listdir(place or "."):
                 if name.endswith(".egg"):
-                    return True  # What lies in it takes more than reading a file.
+                    return True  # Its metadata takes more than reading a file.
                 if name.endswith((".dist-info", ".egg-info")) and not name.startswith("kserve_pvc-"):
                     with suppress(OSError), open(os.path.join(place, name, "entry_points.txt"), "rb") as points:
                         if GROUP.encode() in points.read():
                             return True
     return False
-
-
-def _installed() -> str:
-    from importlib.metadata import entry_points
-
-    return ", ".join(f"`{name}`" for name in sorted({point.name for point in entry_points(group=GROUP)})) or "nothing"
 
 
 def _how_to_install(scheme: str, error: BaseException) -> str:

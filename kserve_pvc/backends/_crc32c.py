@@ -16,7 +16,7 @@ _PIECE_BYTES = 64 * 1024
 
 def make_checksum(kind: str) -> Checksum | None:
     """
-    Make the checksum `crc32c`, or None if it is another that is asked for, or nothing here can compute it.
+    Make the checksum `crc32c`, or None if another one is requested, or nothing here can compute it.
     """
     if kind != "crc32c":
         return None

@@ -7,6 +7,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import suppress
+from urllib.parse import parse_qsl
 
 import attrs
 
@@ -14,6 +17,9 @@ from kserve_pvc.backends._http.target import Target
 from kserve_pvc.backends._http.wire import POLL_SECONDS
 
 _MAX_ADDRESSES = 1024
+# How long an address is used that does not say when it expires, and at most.
+ADDRESS_SECONDS = 600.0
+_MAX_ADDRESS_SECONDS = 3600.0
 
 
 @attrs.define(eq=False)
@@ -79,3 +85,25 @@ class Addresses:
         if len(self._known) > _MAX_ADDRESSES:
             self._known.popitem(last=False)
         return address
+
+
+def lifetime(target: Target, headers: Mapping[str, str]) -> float:
+    """
+    Return for how many seconds to use a signed address: four fifths of what is left, by the clock of the signer.
+    """
+    from calendar import timegm
+    from email.utils import parsedate_to_datetime
+
+    signed = {name.lower(): value for name, value in parse_qsl(target.path.partition("?")[2])}
+    now = time.time()
+    with suppress(TypeError, ValueError, OverflowError):
+        now = parsedate_to_datetime(headers.get("date", "")).timestamp()
+    try:
+        if "x-amz-expires" in signed:
+            begin = timegm(time.strptime(signed.get("x-amz-date", ""), "%Y%m%dT%H%M%SZ"))
+            left = begin + int(signed["x-amz-expires"][:9]) - now
+        else:
+            left = int(signed["expires"][:12]) - now
+    except (KeyError, ValueError, OverflowError):
+        return ADDRESS_SECONDS
+    return min(max(0.0, 0.8 * left), _MAX_ADDRESS_SECONDS)

@@ -1,7 +1,9 @@
 """
-S3 through s3fs, for everything that only botocore knows: profiles, roles, SSO, access points, other signatures.
+S3 through s3fs, for what only it and botocore know: access points, directory buckets, other signatures, extra
+arguments.
 
-It lists, and signs a URL for each file; the bytes come by plain requests to that URL.
+It lists, and signs a URL for each object; the bytes come by plain requests to that URL. Where a URL cannot carry what
+is set, the bytes come by calls of s3fs too, in bounded ranges.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from aiohttp import ClientError as HTTPClientError
@@ -17,8 +19,12 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
+from kserve_pvc._source.contract import RangeReader
 from kserve_pvc.backends._http.target import Target, target_of
-from kserve_pvc.backends._ranges import RefusedError
+from kserve_pvc.backends._login.aws import NO_CREDENTIALS_HINT
+from kserve_pvc.backends._object_store import Request
+from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError
+from kserve_pvc.backends._s3_requests import Listed
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
 _SIGNED_SECONDS = 3600
@@ -30,12 +36,18 @@ _FOREIGN = (OSError, KeyError, BotoCoreError, HTTPClientError, asyncio.TimeoutEr
 
 class S3fsAccess:
     """
-    Asks the service through `s3fs.S3FileSystem`.
+    Requests through `s3fs.S3FileSystem`.
+
+    Args:
+        options: Arguments of the class.
+        reads: Whether the class reads the bytes too.
     """
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], *, reads: bool) -> None:
+        self.way = "fsspec:s3fs" if reads else "direct:s3fs"
+        self._reads = reads
         # botocore would sign URLs by the older rules, which newer regions and encrypted objects refuse.
-        config = {**_PATIENCE, "signature_version": "s3v4", **options.get("config_kwargs", {})}
+        config = {**_PATIENCE, "signature_version": "s3v4", **(options.get("config_kwargs") or {})}
         self._fs = S3FileSystem(
             **{"use_listings_cache": False, **options, "config_kwargs": config, "skip_instance_cache": True}
         )
@@ -46,26 +58,18 @@ class S3fsAccess:
     def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
         wanted = {} if version is None else {"VersionId": version}
         with _translated():
-            answer = self._fs.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **wanted)
-            return {name.lower(): str(value) for name, value in answer["ResponseMetadata"]["HTTPHeaders"].items()}
+            found = self._fs.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **wanted)
+            return {name.lower(): str(value) for name, value in found["ResponseMetadata"]["HTTPHeaders"].items()}
 
-    def pages(self, bucket: str, prefix: str) -> Iterator[list[tuple[str, int, str]]]:
-        page: dict[str, Any] = {}
-        while not page or page.get("IsTruncated"):
-            more = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
-            with _translated():
-                newer = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-                items = [(item["Key"], item["Size"], item["ETag"]) for item in newer.get("Contents", ())]
-                if newer.get("IsTruncated") and newer["NextContinuationToken"] == page.get("NextContinuationToken"):
-                    raise RefusedError("its listing does not end: it names a page a second time")
-            page = newer
-            yield items
+    def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Listed], str | None]:
+        more = {"ContinuationToken": token} if token else {}
+        with _translated():
+            page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+            items = [(item["Key"], item["Size"], item["ETag"]) for item in page.get("Contents", ())]
+            return items, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
-    def request(
-        self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool
-    ) -> tuple[Target, Mapping[str, str]]:
-        is_version = "VersionId" in pin
-        pinned = {"VersionId": pin["VersionId"]} if is_version else {"IfMatch": pin["If-Match"]}
+    def read(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> Request:
+        pinned = _pinned(pin)
         name = (bucket, key, next(iter(pinned.values())))
         signed_at, target = self._signed.get(name, (0.0, None))
         if target is None or renewed or time.monotonic() - signed_at > _RENEW_SECONDS:
@@ -73,14 +77,45 @@ class S3fsAccess:
             if len(self._signed) >= _MAX_SIGNED:
                 self._signed.clear()
             self._signed[name] = (time.monotonic(), target)
-        return target, {} if is_version else {"If-Match": pin["If-Match"]}
+        return target, {} if "VersionId" in pin else {"If-Match": pin["If-Match"]}
+
+    def reader(
+        self, bucket: str, key: str, pin: Mapping[str, str], start: int, stop: int
+    ) -> AbstractContextManager[RangeReader] | None:
+        if not self._reads:
+            return None
+        from kserve_pvc.backends._fsspec.reading import Reader
+
+        def piece(first: int, last: int, is_last: bool) -> bytes:
+            with _translated():
+                return self._get(bucket, key, first, last, _pinned(pin))
+
+        return Reader(piece, start, stop)
+
+    def _get(self, bucket: str, key: str, start: int, stop: int, pinned: Mapping[str, str]) -> bytes:
+        async def get() -> bytes:
+            found = await self._fs._call_s3(
+                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **pinned
+            )
+            async with found["Body"] as body:
+                data: bytes = await body.read()
+                return data
+
+        data: bytes = sync(self._fs.loop, get)
+        if len(data) != stop - start:
+            raise RefusedError(f"{stop - start} bytes were requested and {len(data)} received", status=502)
+        return data
 
     def _sign(self, wanted: Mapping[str, str]) -> Target:
         with _translated():
             payer = {"RequestPayer": "requester"} if self._fs.requester_pays else {}
-            arguments = {**self._fs.s3_additional_kwargs, **payer, **wanted}
             signing = self._fs.s3.generate_presigned_url
+            arguments = {**payer, **wanted}
             return target_of(sync(self._fs.loop, signing, "get_object", Params=arguments, ExpiresIn=_SIGNED_SECONDS))
+
+
+def _pinned(pin: Mapping[str, str]) -> dict[str, str]:
+    return {"VersionId": pin["VersionId"]} if "VersionId" in pin else {"IfMatch": pin["If-Match"]}
 
 
 @contextmanager
@@ -97,9 +132,9 @@ def _refusal(error: Exception) -> RefusedError:
     if isinstance(source, ClientError):
         return RefusedError(reason, code=str(source.response.get("Error", {}).get("Code", "")))
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return RefusedError(reason, code="NoCredentials")
+        return RefusedError(reason, code=NO_CREDENTIALS, hint=NO_CREDENTIALS_HINT)
     if isinstance(error, KeyError):
-        return RefusedError(f"its answer has no {reason}, so it does not speak S3")
+        return RefusedError(f"response lacks {reason}; is this an S3 endpoint?")
     if isinstance(error, PermissionError):
         return RefusedError(reason, code="403")
     return RefusedError(reason, code="404" if isinstance(error, FileNotFoundError) else "")

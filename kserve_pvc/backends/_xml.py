@@ -1,5 +1,5 @@
 """
-Answers in XML, as S3 and Azure give them.
+Responses in XML, as S3 and Azure send them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 
 def parse_xml(body: bytes) -> ET.Element | None:
     """
-    The root of an answer; None if it is no XML, or more of it than a service has use for.
+    Return the root of a response; None if it is not XML, or more of it than a service has use for.
     """
     # Without a document type there are no entities to expand. Decoded first, so that no other encoding hides one.
     try:
@@ -21,6 +21,6 @@ def parse_xml(body: bytes) -> ET.Element | None:
 
 def is_size(text: str) -> bool:
     """
-    Whether a text is a number of bytes, and not one that only looks like it.
+    Whether a string is a number of bytes, and not one that only looks like it.
     """
     return text.isascii() and text.isdigit() and len(text) <= 18

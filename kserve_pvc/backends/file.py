@@ -15,8 +15,9 @@ import attrs
 
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
+from kserve_pvc._source.contract import Backend, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
+from kserve_pvc.backends._options import Rule, configured_options, options_beyond
 from kserve_pvc.errors import (
     InvalidURIError,
     SourceChangedError,
@@ -27,6 +28,35 @@ from kserve_pvc.errors import (
     UnsafePathError,
 )
 
+RULES = (
+    Rule(configured_options, "is set in fsspec's configuration"),
+    Rule(options_beyond(()), "is an argument of fsspec's LocalFileSystem"),
+)
+
+
+def file_backend(options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Backend:
+    """
+    Make the backend for `file://`: our own, or fsspec's `LocalFileSystem` where an option is one of its arguments.
+
+    Raises:
+        SettingsError: An option is unknown.
+    """
+    from kserve_pvc.backends._through_class import choose
+
+    def load() -> list[Any]:
+        from fsspec.implementations.local import LocalFileSystem
+
+        return [LocalFileSystem]
+
+    def through(arguments: Mapping[str, Any]) -> Backend:
+        from kserve_pvc.backends.fsspec_ import FsspecBackend
+
+        return FsspecBackend(arguments)
+
+    return choose(
+        "file", options, environ, rules=RULES, own=(), load=load, direct=lambda _: FileBackend(), through=through
+    )
+
 
 @attrs.frozen
 class FileBackend:
@@ -34,10 +64,10 @@ class FileBackend:
     Copies a file or directory of the local file system. Only regular files; links are refused, not followed.
 
     Content is pinned by device, inode, size and the times of its last change. Two changes within one tick of the
-    kernel's clock, and some made through memory maps, look like one. Copy from directories that nobody edits meanwhile.
+    kernel's clock, and some made through memory maps, look like one. Copy from directories that nothing edits.
     """
 
-    options: Mapping[str, Any] = attrs.field(repr=False)
+    options: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
 
     def resolve(self, ref: ModelRef) -> Resolved:
         if ref.revision is not None:
@@ -53,6 +83,10 @@ class FileBackend:
             if isinstance(error, StoreError):
                 raise
             raise _translate(ref.uri, error) from error
+
+    def access(self, ref: ModelRef) -> str:
+        del ref
+        return "direct"
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_FileReader]:
@@ -83,7 +117,7 @@ class _FileReader:
         except OSError as error:
             raise _translate(self.file.address, error) from error
         self.offset += count
-        # Looked at after reading: what was read before an untouched inode was looked at is what was pinned.
+        # Compared after reading: bytes that were read before the inode was found unchanged are those that were pinned.
         if _token(os.fstat(self.fd)) != self.file.entry.token:
             raise _changed(self.file)
         return count
@@ -110,7 +144,7 @@ def _file(path: Path, inside: PurePosixPath, found: os.stat_result) -> RemoteFil
 
 
 def _token(found: os.stat_result) -> str:
-    # Compared, never interpreted. Anybody can set the time of the content back, but not the one of the inode.
+    # Compared, never interpreted. Programs can set the time of the content back, but not that of the inode.
     return f"{found.st_dev:x}-{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}-{found.st_ctime_ns:x}"
 
 

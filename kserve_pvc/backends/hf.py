@@ -15,24 +15,21 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-import attrs
-
-from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import Checksum, RemoteFile, Resolved, order_listing
+from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc.backends._hf_addresses import Addresses
+from kserve_pvc.backends._hf_addresses import ADDRESS_SECONDS, Addresses, lifetime
+from kserve_pvc.backends._hf_names import HubLocation, is_repository, parse_location, repository_and_path
+from kserve_pvc.backends._hf_settings import find_endpoint, find_token, is_true
 from kserve_pvc.backends._http.client import HTTPClient
-from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._http.target import HTTPError, Target
+from kserve_pvc.backends._options import Rule, configured_options, options_beyond
 from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
 from kserve_pvc.errors import (
-    InvalidURIError,
     SettingsError,
     SourceChangedError,
     SourceDeniedError,
@@ -41,10 +38,6 @@ from kserve_pvc.errors import (
     StoreError,
 )
 
-_HUB = "https://huggingface.co"
-_LOCATION = re.compile(r"([^/:@]+/[^/:@]+)(?:[:@](refs/(?:pr/[0-9]+|convert/[\w.-]+)|[^/]+))?(?:/(.*))?")
-_REPOSITORY = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/){2}")
-_OTHER_KINDS = ("models", "datasets", "spaces", "kernels", "buckets")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NEXT_PAGE = re.compile(r'<([^>]*)>[^,<]*;\s*rel="?next\b')
@@ -57,17 +50,47 @@ _MAX_PAGES = 2_000
 _MAX_SIZE = 10**15
 _MAX_BLOB_SIZE = 10**9
 _BLOB = "gitblob"
-# How long an address is used that does not say when it ends, and at the most.
-_ADDRESS_SECONDS, _MAX_ADDRESS_SECONDS = 600.0, 3600.0
+
+_OWN_OPTIONS = {"endpoint", "token", "verify"}
+RULES = (
+    Rule(configured_options, "is set in fsspec's configuration"),
+    Rule(options_beyond(_OWN_OPTIONS), "is an argument of huggingface_hub's HfFileSystem"),
+)
 
 
-@attrs.frozen
-class _Wish:
-    """What a URI asks for: a repository, a revision, and a path inside, which ends in a slash if it is to be a directory."""
+def hf_backend(options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Backend:
+    """
+    Make the backend for `hf://`: our own, or huggingface_hub's `HfFileSystem` where an option is one of its arguments.
 
-    repository: str
-    revision: str
-    path: str
+    Raises:
+        SettingsError: An option is unknown, or has no meaning for the class.
+    """
+    from kserve_pvc.backends._through_class import choose
+
+    def load() -> list[Any]:
+        from huggingface_hub import HfFileSystem
+
+        return [HfFileSystem]
+
+    return choose(
+        "hf",
+        options,
+        environ,
+        rules=RULES,
+        own=_OWN_OPTIONS,
+        load=load,
+        direct=lambda given: HFBackend(given, environ),
+        through=_through_class,
+    )
+
+
+def _through_class(arguments: Mapping[str, Any]) -> Backend:
+    from kserve_pvc.backends.fsspec_ import FsspecBackend
+
+    if "verify" in arguments:
+        hint = "HfFileSystem has no such argument; name certificates in SSL_CERT_FILE, or give no other option"
+        raise SettingsError("verify", "not shown", hint)
+    return FsspecBackend(arguments)
 
 
 class HFBackend:
@@ -82,15 +105,15 @@ class HFBackend:
     """
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
-        self._endpoint = _endpoint(options, environ)
-        self._token = _token(options, environ)
-        self._is_offline = any(_is_true(environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+        self._endpoint = find_endpoint(options, environ)
+        self._token = find_token(options, environ)
+        self._is_offline = any(is_true(environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
         self.client = HTTPClient(environ=environ, ca_bundle=options.get("verify"))
         self.addresses = Addresses()
         self._retry_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        wish = _parse(ref)
+        wish = parse_location(ref)
         self._check_online(ref.uri)
         repository, commit = self._pinned(ref, wish)
         return order_listing(ref, self._files(ref, repository, commit, wish.path), version=commit)
@@ -98,6 +121,10 @@ class HFBackend:
     def open_range(self, file: RemoteFile, start: int, stop: int) -> _Range:
         self._check_online(f"hf://{file.address}")
         return _Range(self, file, start, stop)
+
+    def access(self, ref: ModelRef) -> str:
+        del ref
+        return "direct"
 
     def checksum(self, name: str) -> Checksum | None:
         """
@@ -180,7 +207,7 @@ class HFBackend:
         if self._is_offline:
             raise SourceUnavailableError(uri, "HF_HUB_OFFLINE is set, so the hub is not asked", is_final=True)
 
-    def _pinned(self, ref: ModelRef, wish: _Wish) -> tuple[str, str]:
+    def _pinned(self, ref: ModelRef, wish: HubLocation) -> tuple[str, str]:
         """The repository, by the name it has today, and the commit that its revision means now."""
         if _COMMIT.fullmatch(wish.revision):
             return wish.repository, wish.revision
@@ -190,7 +217,7 @@ class HFBackend:
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
             raise _no_hub(ref.uri, "its answer names no commit")
         # A model that was renamed is asked for by its new name, so that not every file leads through a redirect.
-        return name if isinstance(name, str) and _is_repository(name) else wish.repository, commit
+        return name if isinstance(name, str) and is_repository(name) else wish.repository, commit
 
     def _files(self, ref: ModelRef, repository: str, commit: str, path: str) -> Iterator[RemoteFile]:
         inside = path.rstrip("/")
@@ -289,7 +316,7 @@ class _Range:
         self._range = (start, stop)
         self._where = f"hf://{file.address}"
         self._name = f"{file.pin['commit']}/{file.address}"
-        repository, path = _repository_and_path(file.address)
+        repository, path = repository_and_path(file.address)
         self._at_hub = backend.place(f"/{repository}/resolve/{file.pin['commit']}/{quote(path, safe='/~')}")
         self._target: Target | None = None
         self._reader: Reader | None = None
@@ -340,7 +367,7 @@ class _Range:
                 self._follow(moved.headers)
                 continue
             if self._is_asking and count:
-                self._learnt(_ADDRESS_SECONDS)
+                self._learnt(ADDRESS_SECONDS)
             return count
 
     def request(self, file: RemoteFile, *, renewed: bool) -> tuple[Target, Mapping[str, str]]:
@@ -390,7 +417,7 @@ class _Range:
         if self._backend.is_hub(target):
             self._check_promise(headers)
         self._target = follow(self._where, target, headers["location"])
-        self._learnt(_lifetime(self._target, headers))
+        self._learnt(lifetime(self._target, headers))
 
     def _learnt(self, seconds: float) -> None:
         self._is_asking = False
@@ -407,81 +434,6 @@ class _Range:
         for name, value in listed.items():
             if value is not None and headers.get(name, value).removeprefix("W/").strip('"') != value:
                 raise SourceChangedError(self._where, str(entry.path))
-
-
-def _parse(ref: ModelRef) -> _Wish:
-    match = _LOCATION.fullmatch(ref.location)
-    if match is None or not _is_repository(match[1]):
-        raise InvalidURIError(
-            ref.uri, "it names no model; write `hf://org/name`, `hf://org/name:revision` or `hf://org/name/directory`"
-        )
-    repository, named, path = match[1], match[2], match[3] or ""
-    if repository.partition("/")[0] in _OTHER_KINDS:
-        raise InvalidURIError(
-            ref.uri, "only models are served, and without a word for their kind; write `hf://org/name`"
-        )
-    if named is not None and ref.revision not in (None, named):
-        raise InvalidURIError(
-            ref.uri, f"it names the revision `{named}`, and the argument `{ref.revision}`; leave one out"
-        )
-    revision = named or ref.revision or "main"
-    if revision.startswith(".") or ".." in revision:
-        raise InvalidURIError(ref.uri, "no branch, tag or commit begins with a dot or holds two in a row")
-    if path:
-        check_name(path.removesuffix("/"))
-    return _Wish(repository, revision, path)
-
-
-def _is_repository(name: str) -> bool:
-    return _REPOSITORY.fullmatch(f"{name}/") is not None
-
-
-def _repository_and_path(address: str) -> tuple[str, str]:
-    organisation, name, path = address.split("/", 2)
-    return f"{organisation}/{name}", path
-
-
-def _endpoint(options: Mapping[str, Any], environ: Mapping[str, str]) -> Target:
-    name = "endpoint" if options.get("endpoint") else "HF_ENDPOINT"
-    url = str(options.get("endpoint") or environ.get("HF_ENDPOINT") or _HUB)
-    try:
-        target = target_of(url)
-        if "@" in urlsplit(url).netloc or "?" in url or "#" in url:
-            raise HTTPError("it holds more than an address")
-    except HTTPError as error:
-        shown = "not shown" if re.search(r"[@?#]", url) else url
-        raise SettingsError(name, shown, "write `https://host`; a token is given by `token` or HF_TOKEN") from error
-    return target._replace(path=target.path.rstrip("/"))
-
-
-def _token(options: Mapping[str, Any], environ: Mapping[str, str]) -> str | None:
-    """The token, with the precedence that huggingface_hub has. It is never shown, whatever is wrong with it."""
-    given = options.get("token")
-    if not isinstance(given, str | bool | None):
-        raise SettingsError("token", f"of type {type(given).__name__}", "give a text, or False for none")
-    if given is False or (given is None and _is_true(environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN"))):
-        return None
-    token = (
-        given
-        if isinstance(given, str)
-        else environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN") or _token_file(environ)
-    )
-    token = token.replace("\r", "").replace("\n", "").strip()
-    if not token.isascii() or not token.isprintable() or " " in token:
-        raise SettingsError("token", "not shown", "it holds characters that no token has")
-    return token or None
-
-
-def _token_file(environ: Mapping[str, str]) -> str:
-    home = environ.get("HF_HOME") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    # Without a home directory, or with one that may not be read, nobody has logged in.
-    with suppress(OSError, RuntimeError, ValueError):
-        return Path(environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")).expanduser().read_text()
-    return ""
-
-
-def _is_true(text: str | None) -> bool:
-    return (text or "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _from_json(uri: str, body: bytes) -> Any:
@@ -527,26 +479,6 @@ def _following(uri: str, link: str) -> Mapping[str, str] | None:
         return dict(parse_qsl(urlsplit(match[1]).query, keep_blank_values=True))
     except ValueError as error:
         raise _no_hub(uri, "the link to its next page is none") from error
-
-
-def _lifetime(target: Target, headers: Mapping[str, str]) -> float:
-    """For how many seconds a signed address is used: four fifths of what is left, by the clock of who signed it."""
-    from calendar import timegm
-    from email.utils import parsedate_to_datetime
-
-    signed = {name.lower(): value for name, value in parse_qsl(target.path.partition("?")[2])}
-    now = time.time()
-    with suppress(TypeError, ValueError, OverflowError):
-        now = parsedate_to_datetime(headers.get("date", "")).timestamp()
-    try:
-        if "x-amz-expires" in signed:
-            begin = timegm(time.strptime(signed.get("x-amz-date", ""), "%Y%m%dT%H%M%SZ"))
-            left = begin + int(signed["x-amz-expires"][:9]) - now
-        else:
-            left = int(signed["expires"][:12]) - now
-    except (KeyError, ValueError, OverflowError):
-        return _ADDRESS_SECONDS
-    return min(max(0.0, 0.8 * left), _MAX_ADDRESS_SECONDS)
 
 
 def _used_up(headers: Mapping[str, str]) -> float:

@@ -9,76 +9,79 @@ address.
 from __future__ import annotations
 
 import base64
-import ipaddress
-import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import attrs
 
-from kserve_pvc._archive.unpack import check_readable, is_archive
-from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, UnpackLimits, order_listing
+from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
+from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._options import Rule, configured_options, options_beyond
 from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, unavailable
+from kserve_pvc.backends._web_settings import OWN_OPTIONS, Headers, WebFile, parse_file, unpack_limits
 from kserve_pvc.errors import (
-    InvalidURIError,
     PolicyError,
-    SettingsError,
     SourceChangedError,
     SourceDeniedError,
     SourceNotFoundError,
     SourceUnavailableError,
     StoreError,
-    UnsafePathError,
 )
 
-ALLOW_PRIVATE = "KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES"
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
 _MAX_ONE_BYTE_ANSWER = 1024
 _CONTENT_RANGE = re.compile(r"bytes (?:0-0|\*)/([0-9]{1,18})")
 _LENGTH = re.compile(r"[0-9]{1,18}")
-_SHA256_FRAGMENT = re.compile(r"sha256=([0-9a-f]{64})")
 _REPRESENTATION_DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):")
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# What requests are made of: a header of the user's would change which bytes are asked for, or how answers are framed.
-_OWN_HEADERS = {
-    *(
-        "accept-encoding",
-        "connection",
-        "content-length",
-        "expect",
-        "host",
-        "if-match",
-        "if-none-match",
-        "if-range",
-        "range",
-    ),
-    *(
-        "if-modified-since",
-        "if-unmodified-since",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "proxy-authorization",
-    ),
-}
-# What lies inside and is not told as such by all versions of Python: what virtual machines of Azure and Oracle learn
-# secrets from, and the local addresses that IPv6 had first.
-_ALSO_INSIDE = [ipaddress.ip_network(network) for network in ("168.63.129.16/32", "192.0.0.0/24", "fec0::/10")]
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _PATH_SAFE = "%/:=&~+!$,;'@()*[]"
+RULES = (
+    Rule(configured_options, "is set in fsspec's configuration"),
+    Rule(options_beyond(OWN_OPTIONS), "is an argument of fsspec's HTTPFileSystem"),
+)
+
+
+def http_backend(options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Backend:
+    """
+    Make the backend for `http://` and `https://`: our own, or fsspec's `HTTPFileSystem` where an option is one of its
+    arguments.
+
+    Raises:
+        SettingsError: An option is unknown.
+    """
+    from kserve_pvc.backends._through_class import choose
+
+    def load() -> list[Any]:
+        from aiohttp import ClientSession
+        from fsspec.implementations.http import HTTPFileSystem
+
+        return [HTTPFileSystem, ClientSession._request]
+
+    def through(arguments: Mapping[str, Any]) -> Backend:
+        from kserve_pvc.backends._fsspec.web import web_backend
+
+        return web_backend(arguments, options, environ)
+
+    return choose(
+        "https",
+        options,
+        environ,
+        rules=RULES,
+        own=OWN_OPTIONS,
+        load=load,
+        direct=lambda given: HTTPBackend(given, environ),
+        through=through,
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -108,29 +111,25 @@ class HTTPBackend:
     """
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
-        self._given = _given_headers(options.get("headers") or {})
-        self._environ = environ
-        self._limits = _limits(options.get("unpack_limits") or {}) if options.get("unpack", True) else None
+        self._headers = Headers(options, environ)
+        self._limits = unpack_limits(options)
         self._client = HTTPClient(
-            environ=environ, ca_bundle=options.get("verify"), check_address=_make_check(options, environ)
+            environ=environ, ca_bundle=options.get("verify"), check_address=make_address_check(options, environ)
         )
         self._retry_seconds = 300.0
         self._places: dict[str, _Place] = {}
         self._guard = threading.Lock()
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        if ref.revision is not None:
-            raise InvalidURIError(ref.uri, "a URL has no revisions; pin its content with `#sha256=<64 hex digits>`")
-        address, _, fragment = ref.uri.partition("#")
-        name = _name(ref.uri, address)
-        limits = self._limits if is_archive(name) else None
-        if limits is not None:
-            check_readable(name)
-        promised = _SHA256_FRAGMENT.fullmatch(fragment)
-        place = self._ask(address, name, is_promised=promised is not None)
+        file = parse_file(ref, self._limits)
+        place = self._ask(file.address, file.name, is_promised=file.sha256 is not None)
         with self._guard:
-            self._places[address] = place
-        return order_listing(ref, [_remote_file(name, address, place, promised[1] if promised else None, limits)])
+            self._places[file.address] = place
+        return order_listing(ref, [_remote_file(file, place)])
+
+    def access(self, ref: ModelRef) -> str:
+        del ref
+        return "direct"
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         size = file.entry.size_bytes
@@ -179,18 +178,8 @@ class HTTPBackend:
         # A server that stands behind both usual ports is one, and leads from the open one to the other.
         is_upgrade = (origin.scheme, origin.port, target.scheme, target.port) == ("http", 80, "https", 443)
         if target.host == origin.host and (target[:3] == origin[:3] or is_upgrade):
-            given = self._own_headers(origin.host)
+            given = self._headers.for_host(origin.host)
         return given if any(name.lower() == "user-agent" for name in given) else {"User-Agent": "kserve-pvc", **given}
-
-    def _own_headers(self, host: str) -> Mapping[str, str]:
-        name = f"{host}-headers"
-        given = self._given.get(host)
-        if given is None and self._environ.get(name):
-            try:
-                given = json.loads(self._environ[name])
-            except (ValueError, RecursionError):
-                given = ()
-        return {} if given is None else _checked_headers(name, given)
 
     def _ask(self, address: str, name: str, *, is_promised: bool) -> _Place:
         """Find out what is there, asked again while the server is busy or the network fails."""
@@ -291,107 +280,13 @@ class _Rest:
         return None
 
 
-def check_address(host: str, address: str) -> None:
-    """
-    Refuse what lies inside of a network: whoever chooses a URL must not choose whom this machine talks to there.
-
-    Raises:
-        PolicyError: The address is private, loopback, link-local, of metadata, multicast or reserved.
-    """
-    for found in _addresses(ipaddress.ip_address(address)):
-        is_outside = found.is_global and not found.is_multicast and not found.is_reserved
-        if not is_outside or any(found in network for network in _ALSO_INSIDE):
-            rule = f"its address {address} is not public; allow it with `allow_private` or {ALLOW_PRIVATE}=1 if it is meant"
-            raise PolicyError(host, rule)
-
-
-def _addresses(
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
-) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """Where packets may end up: an address of IPv6 may hold one of IPv4."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return [address]
-    if address.ipv4_mapped is not None:
-        return [address.ipv4_mapped]
-    if address in _NAT64:
-        return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]
-    return [address, *(found for found in (address.sixtofour, *(address.teredo or ())) if found is not None)]
-
-
-def _make_check(options: Mapping[str, Any], environ: Mapping[str, str]) -> Callable[[str, str], None] | None:
-    given = options.get("allow_private")
-    if given is None:
-        text = environ.get(ALLOW_PRIVATE, "").strip()
-        given = text.lower() in ("1", "true", "yes", "on")
-        if not given and text.lower() not in ("", "0", "false", "no", "off"):
-            raise SettingsError(ALLOW_PRIVATE, text, "write 1, or leave it out")
-    if isinstance(given, bool):
-        return None if given else check_address
-    hosts = {str(host).lower() for host in ([given] if isinstance(given, str) else given)}
-
-    def check(host: str, address: str) -> None:
-        if host not in hosts:
-            check_address(host, address)
-
-    return check
-
-
-def _given_headers(given: Any) -> Mapping[str, Any]:
-    if not isinstance(given, Mapping) or not all(isinstance(headers, Mapping) for headers in given.values()):
-        raise SettingsError(
-            "headers", "not shown", 'write them by host, as {"models.example.org": {"Authorization": "Bearer …"}}'
-        )
-    return {str(host).lower(): headers for host, headers in given.items()}
-
-
-def _limits(given: Mapping[str, Any]) -> UnpackLimits:
-    known = {field.name for field in attrs.fields(UnpackLimits)}
-    for name, value in dict(given).items():
-        if name not in known or isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise SettingsError(
-                "unpack_limits", f"{name}={value!r}", f"write positive numbers for any of {', '.join(sorted(known))}"
-            )
-    return UnpackLimits(**given)
-
-
-def _checked_headers(name: str, given: Any) -> Mapping[str, str]:
-    """Headers of the user's. Their values are never shown, whatever is wrong with them."""
-    remedy = 'write a JSON object of texts such as {"Authorization": "Bearer …"}'
-    if not isinstance(given, Mapping):
-        raise SettingsError(name, "not shown", remedy)
-    for header, value in given.items():
-        if (
-            not isinstance(header, str)
-            or not _TOKEN.fullmatch(header)
-            or not isinstance(value, str)
-            or not value.isprintable()
-        ):
-            raise SettingsError(name, "not shown", remedy)
-        if header.lower() in _OWN_HEADERS:
-            raise SettingsError(name, f"{header}: not shown", "leave this header out; requests have their own")
-    return given
-
-
 def _target(address: str) -> Target:
     scheme, _, rest = address.partition("://")
     authority, _, path = rest.partition("/")
     return target_of(f"{scheme}://{authority}/{quote(path, safe=_PATH_SAFE)}")
 
 
-def _name(uri: str, address: str) -> str:
-    last = address.partition("://")[2].partition("/")[2].rpartition("/")[2]
-    if not last:
-        raise InvalidURIError(uri, "it names no file; a directory cannot be listed over HTTP")
-    # What is no UTF-8 becomes what no name may hold.
-    name = unquote(last, errors="surrogateescape")
-    if "/" in name:
-        raise UnsafePathError(name, "the last part of a URL is the name of one file, and holds no slash")
-    return str(check_name(name))
-
-
-def _remote_file(
-    name: str, address: str, place: _Place, promised: str | None, limits: UnpackLimits | None
-) -> RemoteFile:
+def _remote_file(file: WebFile, place: _Place) -> RemoteFile:
     is_strong = place.etag is not None and not place.etag.startswith("W/")
     token = (
         place.etag.strip('"') if is_strong and place.etag else " ".join(t for t in (place.etag, place.modified) if t)
@@ -402,12 +297,14 @@ def _remote_file(
     elif place.modified:
         pin["If-Unmodified-Since"] = place.modified
     return RemoteFile(
-        entry=FileEntry(path=name, size_bytes=place.size_bytes, sha256=promised, token=promised or token or None),
-        address=address,
+        entry=FileEntry(
+            path=file.name, size_bytes=place.size_bytes, sha256=file.sha256, token=file.sha256 or token or None
+        ),
+        address=file.address,
         pin=pin,
         digest=f"sha256:{place.sha256}" if place.sha256 else None,
         in_ranges=place.in_ranges,
-        unpack=limits,
+        unpack=file.limits,
     )
 
 
@@ -437,7 +334,10 @@ def _place(
             address, f"its server sends it as `{coding}` without being asked, so its bytes are not those of the file"
         )
     if not _LENGTH.fullmatch(size):
-        rule = "its server does not say how long it is, so nothing tells a whole file from a part of it; serve it with Content-Length"
+        rule = (
+            "its server does not say how long it is, so nothing tells "
+            "a whole file from a part of it; serve it with Content-Length"
+        )
         raise PolicyError(address, rule)
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if name is not None and kind == "text/html" and not name.lower().endswith((".html", ".htm")):
@@ -465,7 +365,10 @@ def _announced_digest(headers: Mapping[str, str]) -> str | None:
 def _refused(address: str, status: int, headers: Mapping[str, str]) -> StoreError | None:
     if status in (401, 403, 407):
         host = _target(address).host
-        reason = f"it answered {status}; headers for this host are given by the variable `{host}-headers` or the option `headers`"
+        reason = (
+            f"it answered {status}; headers for this host are given "
+            f"by the variable `{host}-headers` or the option `headers`"
+        )
         return SourceDeniedError(address, reason)
     if status in (404, 410):
         return SourceNotFoundError(address, f"it answered {status}")

@@ -1,8 +1,8 @@
 """
 `pvc://claim/path`: models on another volume that is mounted into this pod too.
 
-KServe names volumes by their claim. Where a claim is mounted only the pod's specification says, so it has to be told
-here: by the option `claims`, or by `KSERVE_PVC_CLAIMS=claim=/mnt/one,other=/mnt/two`.
+KServe names volumes by their claim. Only the pod's specification says where a claim is mounted, so it has to be set
+here too: by the option `claims`, or by `KSERVE_PVC_CLAIMS=claim=/mnt/one,other=/mnt/two`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import attrs
 
 from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
+from kserve_pvc.backends._options import check_options
 from kserve_pvc.backends.file import FileBackend
 from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
 
@@ -32,31 +33,36 @@ class PvcBackend:
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
+        check_options("pvc", options, ("claims",), list)
         given = options.get("claims")
         self._claims = _checked("claims", given) if given is not None else _parse(os.environ.get(CLAIMS, ""))
-        self._files = FileBackend(options)
+        self._files = FileBackend()
 
     def resolve(self, ref: ModelRef) -> Resolved:
         """
         List a model below a claim.
 
         Raises:
-            InvalidURIError: Nobody said where the claim is mounted.
+            InvalidURIError: It is not set where the claim is mounted.
             UnsafePathError: The path leads out of the claim.
         """
         claim, _, path = ref.location.partition("/")
         if claim not in self._claims:
             known = ", ".join(f"`{name}`" for name in sorted(self._claims)) or "none"
             raise InvalidURIError(
-                ref.uri, f"the claim `{claim}` is not mounted here; known are {known}; name others in `{CLAIMS}`"
+                ref.uri, f"no mount is set for the claim `{claim}`; set are {known}; add it to `{CLAIMS}`"
             )
         root = Path(os.path.realpath(self._claims[claim]))
-        # An alias such as `latest` is the claim's own business, as long as it stays inside.
+        # A link such as `latest` is followed, as long as it stays inside.
         place = Path(os.path.realpath(root / path.lstrip("/")))
         if ".." in path.split("/") or not place.is_relative_to(root):
             raise UnsafePathError(ref.location, "it leads out of the claim")
         found = self._files.resolve(attrs.evolve(ref, uri=f"file://{place}"))
         return order_listing(ref, found.files, version=found.version)
+
+    def access(self, ref: ModelRef) -> str:
+        del ref
+        return "direct"
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[RangeReader]:

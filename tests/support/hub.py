@@ -234,6 +234,8 @@ class Hub:
             if request.token not in (None, OWNER, STRANGER):
                 raise _RefusedError(401, "", "Invalid credentials in Authorization header")
             match parts:
+                case ["api", "models", organisation, name]:
+                    return self._info(request, f"{organisation}/{name}", "main")
                 case ["api", "models", organisation, name, "revision", revision]:
                     return self._info(request, f"{organisation}/{name}", revision)
                 case ["api", "models", organisation, name, "tree", revision, *inside]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -229,6 +229,29 @@ class FsspecMemoryRemote:
 
     def delete(self, path: str) -> None:
         self._files.rm_file(f"/{path}")
+
+
+class ThroughFsspec:
+    """
+    Another service, whose URIs request fsspec.
+
+    Args:
+        change: Makes options of the class out of those of our backend.
+    """
+
+    def __init__(self, remote: Any, *, change: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict) -> None:
+        self._remote = remote
+        for name in ("storage_options", "denied_options", "unreachable_options"):
+            setattr(self, name, change(getattr(remote, name)))
+
+    def uri(self, path: str) -> str:
+        return f"fsspec+{self._remote.uri(path)}"
+
+    def put(self, path: str, data: bytes) -> None:
+        self._remote.put(path, data)
+
+    def delete(self, path: str) -> None:
+        self._remote.delete(path)
 
 
 class MemoryRemote:

@@ -286,7 +286,10 @@ def first(event: Callable[[], object]) -> Misbehaviour:
 
 
 def error(status: int, code: str) -> Answer:
-    body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>The weather is {code}.</Message></Error>'.encode()
+    body = (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        f"<Error><Code>{code}</Code><Message>The weather is {code}.</Message></Error>"
+    ).encode()
     return Answer(
         status=status, headers={"Content-Type": "application/xml", "Content-Length": str(len(body))}, body=body
     )
@@ -769,9 +772,10 @@ class Authority:
             raise FileNotFoundError("openssl")
         self._directory = directory
         self.file = directory / "authority.pem"
-        self._openssl(
-            "req", "-x509", *self._new_key("authority"), "-days", "2", "-out", str(self.file), "-subj", "/CN=Weather"
-        )
+        # Python 3.13 and later refuse an authority that does not say what its key is for (RFC 5280, 4.2.1.3).
+        use = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+        subject = ["-days", "2", "-out", str(self.file), "-subj", "/CN=Weather"]
+        self._openssl("req", "-x509", *self._new_key("authority"), *use, *subject)
 
     def context(
         self, name: str, subjects: str = f"IP:{HERE},DNS:{UNKNOWN_HOST}", *, expired: bool = False

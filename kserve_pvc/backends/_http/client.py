@@ -2,8 +2,8 @@
 A small HTTP/1.1 client that only reads: bodies go straight from the socket into a buffer of the caller.
 
 The clients of the standard library and of the SDKs copy every byte several times, into buffers that are new each time,
-and spend more on the head of an answer than a small file costs. This one receives into the caller's memory with one
-system call for each buffer, keeps connections open, and trusts no answer further than it can see.
+and spend more on the header of a response than a small file costs. This one receives into the caller's memory with one
+system call for each buffer, keeps connections open, and trusts no response further than it can check.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Servers close idle connections after five seconds at the earliest; a younger one is worth trying.
 _MAX_IDLE_SECONDS = 4.0
-# How long a server may think before its answer starts, where the caller does not say.
+# How long a response may take to begin, where the caller does not say.
 _ANSWER_SECONDS = 30.0
 
 
@@ -42,14 +42,14 @@ class HTTPClient:
     """
     Connections to servers, kept open between requests and used by any number of threads, each by one at a time.
 
-    `answer_seconds` is how long `open` waits for an answer to begin.
+    `answer_seconds` is how long `open` waits for a response to begin.
 
     Args:
         ca_bundle: File or directory of certificates to trust, False to check none, or None for those of the system.
-        environ: Where `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` are looked up, in either case.
-        check_address: Told the name and every address of a host before one of those very addresses is connected to;
-            raises if it may not be. Behind a proxy it is told only of hosts that are addresses, as the proxy looks up
-            names.
+        environ: Holds `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, in either case.
+        check_address: Called with the name and every address of a host before one of those addresses is connected
+            to; raises if it may not be. Behind a proxy it is called only for hosts that are addresses, as the proxy
+            looks up names.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class HTTPClient:
     @contextmanager
     def open(self, method: str, target: Target, headers: Mapping[str, str]) -> Iterator[Response]:
         """
-        Send a request, wait for its answer, and give it; its body is read inside the `with`.
+        Send a request and wait for its response, whose body is read inside the `with`.
 
         Raises:
-            HTTPError: There is no answer, or none that makes sense.
+            HTTPError: There is no response, or not a valid one.
         """
         with self.send(method, target, headers) as exchange:
             deadline = time.monotonic() + self.answer_seconds
-            while (answer := exchange.answer()) is None:
+            while (response := exchange.response()) is None:
                 if time.monotonic() > deadline:
-                    raise HTTPError(f"it did not answer within {self.answer_seconds:g} s")
-            yield answer
+                    raise HTTPError(f"no response within {self.answer_seconds:g} s")
+            yield response
 
     def send(self, method: str, target: Target, headers: Mapping[str, str]) -> Exchange:
         """
@@ -93,30 +93,30 @@ class HTTPClient:
 
     def head(self, method: str, target: Target, connection: Connection, headers: Mapping[str, str]) -> bytes:
         """
-        The head of a request as it goes over a connection.
+        Write the head of a request as it goes over a connection.
         """
         place = f"http://{target.authority}{target.path}" if connection.is_forwarded else target.path
-        # An answer in another encoding would have other bytes than the range that was asked for.
+        # A response in another encoding would have other bytes than the range that was requested.
         lines = [f"{method} {place} HTTP/1.1", f"Host: {target.authority}", "Accept-Encoding: identity"]
         if connection.is_forwarded and connection.proxy_password:
             lines.append(f"Proxy-Authorization: {connection.proxy_password}")
         lines += [f"{name}: {value}" for name, value in headers.items()]
         head = "\r\n".join(lines)
         if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
-            raise HTTPError("a header holds a line break", is_final=True)
+            raise HTTPError("a header contains a line break", is_final=True)
         try:
             return head.encode("latin-1") + b"\r\n\r\n"
         except UnicodeEncodeError as error:
-            raise HTTPError("a header holds what HTTP cannot carry", is_final=True) from error
+            raise HTTPError("a header contains characters that HTTP cannot carry", is_final=True) from error
 
     def take(self, target: Target) -> Connection | None:
         """
-        A connection that was kept, if there is a young one.
+        Return a connection that was kept, if it is recent enough.
         """
         with self._guard:
             idle = self._idle[target.scheme, target.host, target.port]
             while idle:
-                connection = idle.pop()  # The one used last is the likeliest to be alive.
+                connection = idle.pop()  # The one used last is the likeliest to be open.
                 if time.monotonic() - connection.used < _MAX_IDLE_SECONDS and connection.is_quiet():
                     return connection
                 connection.close()
@@ -135,7 +135,7 @@ class HTTPClient:
 
     def close(self) -> None:
         """
-        Close every connection that nobody uses.
+        Close every idle connection.
         """
         with self._guard:
             for idle in self._idle.values():
@@ -144,13 +144,13 @@ class HTTPClient:
 
     def connect(self, target: Target) -> Connection:
         """
-        Make a connection, through a proxy where one is named.
+        Open a connection, through a proxy where one is configured.
         """
         proxy = self._proxy(target)
         deadline = time.monotonic() + CONNECT_SECONDS
         if proxy and self._check_address and (literal := literal_address(target.host)):
             self._check_address(target.host, literal)
-        # Which proxy there is was chosen by whoever runs this.
+        # The proxy is configured locally, so its own address is trusted.
         sock = dial(proxy or target, None if proxy else self._check_address)
         try:
             password = basic_authorization(proxy) if proxy else ""
@@ -174,11 +174,11 @@ class HTTPClient:
         except ValueError:
             host, port = None, 0
         if not host or parts.scheme != "http":
-            raise HTTPError(f"the proxy for {target.scheme} is no `http://host:port`", is_final=True)
+            raise HTTPError(f"the proxy for {target.scheme} is not `http://host:port`", is_final=True)
         return Proxy(host, port, unquote(parts.username or ""), unquote(parts.password or ""))
 
     def _look(self, name: str) -> str:
-        # Whoever runs under CGI gets `HTTP_PROXY` from a header of a request, so there only the lower case counts.
+        # Under CGI `HTTP_PROXY` comes from a header of a request, so there only the lower case counts.
         is_forged = name == "http_proxy" and "REQUEST_METHOD" in self._environ
         return self._environ.get(name) or ("" if is_forged else self._environ.get(name.upper(), ""))
 
@@ -192,10 +192,10 @@ class HTTPClient:
 
 class Exchange:
     """
-    One request and its answer, on a connection of its own until it is closed.
+    One request and its response, on a connection of its own until it is closed.
 
-    A connection whose answer was read to the end is kept for others; any other is closed, since what it still holds
-    answers nobody's question.
+    A connection whose response was read to the end is kept for others; any other is closed, since what it still holds
+    belongs to no later request.
     """
 
     def __init__(self, client: HTTPClient, method: str, target: Target, headers: Mapping[str, str]) -> None:
@@ -203,7 +203,7 @@ class Exchange:
         self._method = method
         self._target = target
         self._headers = headers
-        self._answer: Response | None = None
+        self._response: Response | None = None
         kept = client.take(target)
         self._is_kept = kept is not None
         self._connection = kept or client.connect(target)
@@ -219,31 +219,31 @@ class Exchange:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        answer = self._answer
-        if kind is None and answer is not None and answer.is_over and answer.keeps_alive:
+        response = self._response
+        if kind is None and response is not None and response.is_over and response.keeps_alive:
             self._client.give_back(self._target, self._connection)
         else:
             self._connection.close()
 
-    def answer(self) -> Response | None:
+    def response(self) -> Response | None:
         """
-        The head of the answer, or None if it has not come within a moment.
+        Return the response once its header is complete, or None if that takes longer than one poll interval.
 
         Raises:
             HTTPError: There will be none.
         """
-        if self._answer is None:
+        if self._response is None:
             try:
-                self._answer = self._connection.receive_head(self._method)
+                self._response = self._connection.receive_head(self._method)
             except StaleConnectionError:
                 self._start_over()
-        return self._answer
+        return self._response
 
     def _send(self) -> None:
         self._connection.send(self._client.head(self._method, self._target, self._connection, self._headers))
 
     def _start_over(self) -> None:
-        """A server may close a connection that was kept at any time: then the request goes out once more, on a new one."""
+        """A server may close an idle connection at any time: then the request is sent once more, on a new one."""
         self._connection.close()
         if not self._is_kept:
             raise  # noqa: PLE0704

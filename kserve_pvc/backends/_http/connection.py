@@ -15,13 +15,13 @@ from kserve_pvc.backends._http.wire import POLL_SECONDS, Transport
 
 _MAX_HEAD_BYTES = 32 * 1024
 _HEAD_PIECE = 2048
-_MAX_INTERIM_ANSWERS = 8
+_MAX_INTERIM_RESPONSES = 8
 _MAX_TRAILERS = 100
 
 
 class Connection:
     """
-    One connection, and the bytes that came with a head but belong to what follows it.
+    One connection, and the bytes that arrived with a header but belong to what follows it.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Connection:
 
     def is_quiet(self) -> bool:
         """
-        Whether it can be used again: what came after an answer has no question, and must not answer the next one. After
-        a fork two processes hold one end of it, and only the one that made it may speak.
+        Whether it can be used again: bytes after a response belong to no request, and must not be taken for the next
+        response. After a fork two processes hold one end of it, and only the one that opened it may use it.
         """
         return self._owner == os.getpid() and self._start == self._stop and not self._wire.has_more()
 
@@ -52,23 +52,23 @@ class Connection:
         try:
             self._wire.send(data)
         except OSError as error:
-            raise StaleConnectionError(f"the connection broke: {error.strerror or error}") from error
+            raise StaleConnectionError(f"connection lost: {error.strerror or error}") from error
 
     def receive_head(self, method: str) -> Response | None:
         """
-        The head of the next answer, or None if it is not there within a moment.
+        Return the next response, or None if its header is not complete within a poll interval.
         """
         while (block := self._receive_block()) is not None:
-            answer = Response(self, method, block)
-            if answer.status >= 200:
-                return answer
+            response = Response(self, method, block)
+            if response.status >= 200:
+                return response
             self._interim += 1
-            if self._interim > _MAX_INTERIM_ANSWERS:
-                raise HTTPError(f"it sent {self._interim} interim answers and no final one")
+            if self._interim > _MAX_INTERIM_RESPONSES:
+                raise HTTPError(f"{self._interim} interim responses and no final one")
         return None
 
     def _receive_block(self) -> bytes | None:
-        """Receive up to the next empty line. None: it is not there within a moment."""
+        """Receive up to the next empty line. None: it did not arrive within a poll interval."""
         enough = time.monotonic() + POLL_SECONDS
         while True:
             found = bytes(self._buffer[self._start : self._stop])
@@ -79,16 +79,16 @@ class Connection:
             if self._stop == len(self._buffer):
                 self._shift()
             if self._stop == len(self._buffer):
-                raise HTTPError(f"the head of its answer is longer than {_MAX_HEAD_BYTES} bytes")
-            # Little more than a head: the body is to go straight into the caller's buffer.
+                raise HTTPError(f"response header longer than {_MAX_HEAD_BYTES} bytes")
+            # Little more than a header: the body is to go straight into the caller's buffer.
             count = self._receive(self._buffer[self._stop : self._stop + _HEAD_PIECE])
             if count is None or time.monotonic() > enough:
                 self._stop += count or 0
                 return None
             if count == 0:
                 if self._start == self._stop:
-                    raise StaleConnectionError("it closed the connection without an answer")
-                raise HTTPError("it closed the connection in the head of an answer")
+                    raise StaleConnectionError("connection closed without a response")
+                raise HTTPError("connection closed inside a response header")
             self._stop += count
 
     def _shift(self) -> None:
@@ -101,10 +101,10 @@ class Connection:
             return self._wire.receive(buffer)
         except OSError as error:
             kind = StaleConnectionError if self._start == self._stop else HTTPError
-            raise kind(f"the connection broke: {error.strerror or error}") from error
+            raise kind(f"connection lost: {error.strerror or error}") from error
 
     def read(self, buffer: memoryview) -> int | None:
-        """What came with the head first, then from the wire: together, so that a small body is whole at once."""
+        """Read what arrived with the header, then from the wire: together, so that a small body is whole at once."""
         early = min(len(buffer), self._stop - self._start)
         if early:
             buffer[:early] = self._buffer[self._start : self._start + early]
@@ -117,29 +117,29 @@ class Connection:
             count = self._wire.fill(buffer[early:] if early else buffer)
         except OSError as error:
             if early:
-                return early  # Whoever asks for more will hear of it.
-            raise HTTPError(f"the connection broke: {error.strerror or error}") from error
+                return early  # The next read raises it.
+            raise HTTPError(f"connection lost: {error.strerror or error}") from error
         return early + (count or 0) if early else count
 
     @property
     def worked(self) -> float:
         """
-        Seconds that reading took without waiting for anybody.
+        Seconds that reading took without waiting for the server.
         """
         return self._wire.worked
 
     def read_line(self) -> bytes | None:
         """
-        A short line of a chunked body, or None if it is not there within a moment.
+        Read a short line of a chunked body, or None if it did not arrive within a poll interval.
         """
         enough = time.monotonic() + POLL_SECONDS
         while (end := bytes(self._buffer[self._start : self._stop]).find(b"\r\n")) < 0:
             if self._stop - self._start > 1024:
-                raise HTTPError("a line of its chunked answer does not end")
+                raise HTTPError("a line of the chunked response is too long")
             self._shift()
             count = self._receive(self._buffer[self._stop : self._stop + _HEAD_PIECE])
             if count == 0:
-                raise HTTPError("it closed the connection inside an answer")
+                raise HTTPError("connection closed inside a response")
             self._stop += count or 0
             if count is None or time.monotonic() > enough:
                 return None
@@ -150,19 +150,19 @@ class Connection:
 
 class Response:
     """
-    The head of an answer, and its body being read.
+    The header of a response, and its body being read.
 
-    `status` is its number, `length` is how many bytes the body has, if the server said so.
+    `length` is how many bytes the body has, if the server said so.
     """
 
     def __init__(self, connection: Connection, method: str, head: bytes) -> None:
         self._connection = connection
-        # Found when they are asked for: a small file is soon fetched, and few headers matter.
+        # Parsed on demand: a small file is soon fetched, and few headers matter.
         self._head = head + b"\r\n"
         self._lower = self._head.lower()
         code = head[9:12]
         if not head.startswith((b"HTTP/1.1 ", b"HTTP/1.0 ")) or not code.isdigit() or len(code) < 3:
-            raise HTTPError("its answer is no HTTP")
+            raise HTTPError("response is not HTTP")
         self.status = int(code)
         words = (self.header("connection") or "").lower()
         self.keeps_alive = "keep-alive" in words if head.startswith(b"HTTP/1.0") else "close" not in words
@@ -170,7 +170,7 @@ class Response:
 
     def header(self, name: str) -> str | None:
         """
-        The value of a header by its lower-case name; of one that comes twice, both, joined by a comma.
+        Return the value of a header by its lower-case name; of one that is repeated, all values, joined by a comma.
         """
         found, wanted, start = None, f"\r\n{name}:".encode(), 0
         while (start := self._lower.find(wanted, start)) >= 0:
@@ -200,13 +200,13 @@ class Response:
         ):
             self._left, self.is_over = 0, True
         elif coding is not None:
-            # Both at once is how one answer is made to look like two.
+            # Both at once is how one response is made to look like two.
             if coding.lower() != "chunked" or length is not None:
-                raise HTTPError(f"its answer has the transfer encoding `{coding[:40]}`")
+                raise HTTPError(f"unsupported transfer encoding `{coding[:40]}`")
             self._is_chunked, self._left = True, 0
         elif length is not None:
             if not length.isascii() or not length.isdigit() or len(length) > 18:
-                raise HTTPError(f"its answer has the length `{length[:40]}`")
+                raise HTTPError(f"invalid Content-Length `{length[:40]}`")
             self.length = self._left = int(length)
             self.is_over = self._left == 0
         else:
@@ -214,10 +214,10 @@ class Response:
 
     def readinto(self, buffer: memoryview) -> int | None:
         """
-        Receive the bytes that come next. None: nothing has come for a moment; 0: the body is over.
+        Receive the bytes that come next. None: nothing arrived within a poll interval; 0: the body is over.
 
         Raises:
-            HTTPError: The connection broke, or ended before the body did.
+            HTTPError: The connection was lost, or ended before the body did.
         """
         if self._is_chunked and self._left == 0 and not self.is_over and not self._next_chunk():
             return None
@@ -230,7 +230,7 @@ class Response:
             if self._left < 0:
                 self.is_over, self.keeps_alive = True, False
                 return 0
-            raise HTTPError(f"it closed the connection {self._left} bytes before the end of its answer")
+            raise HTTPError(f"connection closed {self._left} bytes before the end of the response")
         if self._left > 0:
             self._left -= count
             self._is_framed = self._left > 0
@@ -245,7 +245,7 @@ class Response:
         return self._connection.worked
 
     def _next_chunk(self) -> bool:
-        """Read what stands between two chunks, or after the last. False: not all of it is there yet."""
+        """Read what stands between two chunks, or after the last. False: not all of it has arrived yet."""
         while (line := self._connection.read_line()) is not None:
             if self._is_trailer:
                 self._trailers += 1
@@ -253,16 +253,16 @@ class Response:
                     self.is_over = True
                     return True
                 if self._trailers > _MAX_TRAILERS:
-                    raise HTTPError("the trailer of its answer does not end")
+                    raise HTTPError("response trailer too long")
             elif not self._is_framed:
                 # The line break that ends a chunk.
                 if line:
-                    raise HTTPError("a chunk of its answer is longer than it said")
+                    raise HTTPError("chunk longer than announced")
                 self._is_framed = True
             else:
                 size = line.partition(b";")[0].strip()
                 if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
-                    raise HTTPError("a chunk of its answer has no length")
+                    raise HTTPError("chunk without a valid length")
                 self._left = int(size, 16)
                 if self._left:
                     return True
@@ -280,7 +280,7 @@ class Response:
         while (count := self.readinto(buffer)) != 0:
             data += buffer[: count or 0]
             if len(data) > limit:
-                raise HTTPError(f"its answer is longer than {limit} bytes")
+                raise HTTPError(f"response longer than {limit} bytes")
             if time.monotonic() > deadline:
-                raise HTTPError("its answer did not end in time")
+                raise HTTPError("response did not end in time")
         return bytes(data)

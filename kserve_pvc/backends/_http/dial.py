@@ -39,7 +39,7 @@ def basic_authorization(proxy: Proxy) -> str:
 
 
 def literal_address(host: str) -> str | None:
-    """The address that a host is, in any of the spellings that a resolver takes for one; None for a name."""
+    """Return the address that a host is, in any of the spellings that a resolver accepts; None for a name."""
     try:
         socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
         return host
@@ -53,7 +53,7 @@ def literal_address(host: str) -> str | None:
 
 
 def _connect_checked(host: str, port: int, check: Callable[[str, str], None]) -> socket.socket:
-    """Look a host up once, and connect to what was checked: a second look could be told something else."""
+    """Look a host up once, and connect to what was checked: a second look-up could return something else."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for *_, address in found:
         check(host, str(address[0]))
@@ -67,7 +67,7 @@ def _connect_checked(host: str, port: int, check: Callable[[str, str], None]) ->
         except OSError as error:
             sock.close()
             failure = error
-    raise failure or OSError("it has no address")
+    raise failure or OSError("the host has no address")
 
 
 def dial(place: Target | Proxy, check: Callable[[str, str], None] | None = None) -> socket.socket:
@@ -86,10 +86,10 @@ def dial(place: Target | Proxy, check: Callable[[str, str], None] | None = None)
         )
         raise HTTPError(f"no connection to {name}: {error.strerror or error}") from error
     except UnicodeError as error:
-        raise HTTPError(f"`{place.host}` is no name of a host", is_final=True) from error
+        raise HTTPError(f"`{place.host}` is not a host name", is_final=True) from error
     sock.settimeout(None)
-    moment = struct.pack("ll", int(POLL_SECONDS), int(POLL_SECONDS % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, moment)
+    poll_interval = struct.pack("ll", int(POLL_SECONDS), int(POLL_SECONDS % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, poll_interval)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CONNECT_SECONDS), 0))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
@@ -102,10 +102,11 @@ def open_tunnel(sock: socket.socket, target: Target, password: str, deadline: fl
         lines.append(f"Proxy-Authorization: {password}")
     connection = Connection(sock, PlainTransport(sock))
     connection.send("\r\n".join([*lines, "", ""]).encode("latin-1"))
-    while (answer := connection.receive_head("CONNECT")) is None:
+    while (response := connection.receive_head("CONNECT")) is None:
         if time.monotonic() > deadline:
-            raise HTTPError("the proxy did not answer CONNECT in time")
-    if answer.status != 200:
+            raise HTTPError("the proxy did not respond to CONNECT in time")
+    if response.status != 200:
         raise HTTPError(
-            f"the proxy answered {answer.status} to CONNECT", is_final=answer.status in (401, 403, 405, 407)
+            f"the proxy responded to CONNECT with HTTP {response.status}",
+            is_final=response.status in (401, 403, 405, 407),
         )

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 class HTTPError(Exception):
     """
-    A request that got no proper answer. With `is_final` another try would end the same.
+    A request without a valid response. With `is_final` a retry would not help.
     """
 
     def __init__(self, reason: str, *, is_final: bool = False) -> None:
@@ -19,12 +19,12 @@ class HTTPError(Exception):
 
 
 class StaleConnectionError(HTTPError):
-    """A connection that was kept open had been closed by the server before the request came."""
+    """The server had closed a kept connection before the request arrived."""
 
 
 class Target(NamedTuple):
     """
-    Where a URL leads: what to connect to, and what to ask for there.
+    Where a URL leads: what to connect to, and what to request there.
     """
 
     scheme: str
@@ -47,14 +47,14 @@ def target_of(url: str) -> Target:
     Take a URL apart.
 
     Raises:
-        HTTPError: It is no http or https URL.
+        HTTPError: It is not an http or https URL.
     """
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise HTTPError("its address is no http or https URL", is_final=True) from error
+        raise HTTPError("not an http or https URL", is_final=True) from error
     if parts.scheme not in _PORTS or not parts.hostname or port == 0:
-        raise HTTPError("its address is no http or https URL", is_final=True)
+        raise HTTPError("not an http or https URL", is_final=True)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Target(parts.scheme, parts.hostname, port or _PORTS[parts.scheme], path)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     import ssl
 
 CONNECT_SECONDS = 5.0
-# How long a read waits before its caller may look up: whoever is told to stop does so within this time.
+# How long a read blocks before its caller can check whether it should stop.
 POLL_SECONDS = 0.25
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
 class Transport(Protocol):
     """
-    How bytes come and go; two ways of it, in the clear and under TLS. `worked` is how many seconds reading took without
+    How bytes are sent and received, in the clear or under TLS. `worked` is how many seconds reading took without
     waiting.
     """
 
@@ -31,13 +31,13 @@ class Transport(Protocol):
     def send(self, data: bytes) -> None: ...
 
     def receive(self, buffer: memoryview) -> int | None:
-        """Receive into a buffer. None: nothing has come for a moment; 0: nothing will come any more."""
+        """Receive into a buffer. None: nothing arrived within a poll interval; 0: the other side has ended."""
 
     def fill(self, buffer: memoryview) -> int | None:
-        """Receive until a buffer is full, the other side has ended, or a moment has passed."""
+        """Receive until a buffer is full, the other side has ended, or a poll interval has passed."""
 
     def has_more(self) -> bool:
-        """Whether there is something to receive already, be it the end."""
+        """Whether there is something to receive already, or the other side has ended."""
 
 
 class PlainTransport:
@@ -79,10 +79,11 @@ class TLSTransport:
         except TimeoutError:
             raise HTTPError(f"the TLS handshake took more than {CONNECT_SECONDS:g} s") from None
         except ssl.SSLCertVerificationError as error:
-            reason = f"certificate verification failed: {error.verify_message}; name the CA to trust in AWS_CA_BUNDLE or SSL_CERT_FILE"
+            hint = "name the CA to trust in AWS_CA_BUNDLE or SSL_CERT_FILE"
+            reason = f"certificate verification failed: {error.verify_message}; {hint}"
             raise HTTPError(reason, is_final=True) from error
         except (ssl.SSLError, OSError) as error:
-            # A broken-off handshake may be the weather; an answer that is no TLS will stay that.
+            # An interrupted handshake may be transient; a response that is not TLS will stay that.
             is_end = isinstance(error, ssl.SSLEOFError | ConnectionError)
             raise HTTPError(
                 f"the TLS handshake failed: {getattr(error, 'reason', None) or error}", is_final=not is_end
@@ -107,7 +108,7 @@ class TLSTransport:
                 return 0
 
     def _wait(self) -> bool:
-        """Wait for more, a moment at most."""
+        """Wait for more, one poll interval at most."""
         began = time.monotonic()
         try:
             return bool(self._poll.poll(POLL_SECONDS * 1000))

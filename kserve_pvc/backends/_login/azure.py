@@ -1,5 +1,6 @@
 """
-Who asks Azure, and where: what options and environment say, turned into a query or a header for each request.
+Credentials for Azure Blob Storage, and the address of the account: found in options and environment, and turned into a
+query or a header for each request.
 
 Signatures are queries, tokens are headers. An SDK is imported only where it is needed: to get tokens.
 """
@@ -14,13 +15,14 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlencode
 
 import attrs
 
 from kserve_pvc._source.ref import redact
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._login.contract import Anonymous, Authorization, Login, LoginError, Scope
 from kserve_pvc.errors import SettingsError
 
 OPTIONS = (
@@ -35,7 +37,7 @@ OPTIONS = (
     "sas_token",
     "tenant_id",
 )
-# Any of these among the options, and the credentials of the environment do not count.
+# With any of these among the options, the credentials of the environment are ignored.
 _CREDENTIALS = ("account_key", "client_id", "client_secret", "connection_string", "credential", "sas_token")
 # The names of adlfs, then those of Azure's SDK, then what KServe took before it took those.
 _VARIABLES = {
@@ -47,15 +49,15 @@ _VARIABLES = {
     "client_secret": ("AZURE_STORAGE_CLIENT_SECRET", "AZURE_CLIENT_SECRET", "AZ_CLIENT_SECRET"),
     "tenant_id": ("AZURE_STORAGE_TENANT_ID", "AZURE_TENANT_ID", "AZ_TENANT_ID"),
 }
-# KServe asks for it after a client id.
+# KServe uses it if there is no client id.
 _LAST_KEY = "AZURE_STORAGE_ACCESS_KEY"
 _USUAL_SUFFIX = "core.windows.net"
 _SCOPE = "https://storage.azure.com/.default"
 _ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
-# A signature is part of a request line: no blank, no control character, no fragment.
+# A signature is part of a request line: no space, no control character, no fragment.
 _SIGNATURE = re.compile(r"(?!.*#)[!-~]+")
-# What a request asks for is never said by a signature.
-_OURS = {
+# What a request reads is never set by a signature.
+_REQUEST_PARAMETERS = {
     "comp",
     "delimiter",
     "include",
@@ -70,76 +72,26 @@ _OURS = {
 _SIGNED_SECONDS = 3600
 # It decides what a signature is made of.
 _SIGNED_VERSION = "2021-02-12"
-# Signed anew early enough that clocks may differ and no request begins with a signature that is over.
+# Signed again early enough that clocks may differ and no request begins with an expired signature.
 _RENEW_SECONDS = 1800.0
 _TOKEN_SPARE_SECONDS = 300
 _HIDDEN = "(not shown)"
-
-
-class TokenError(Exception):
-    """
-    No token to ask with. With `is_denied` whoever issues them refused, else nobody was there to ask.
-    """
-
-    def __init__(self, reason: str, *, is_denied: bool) -> None:
-        super().__init__(reason)
-        self.is_denied = is_denied
-
-
-class Credential(Protocol):
-    """
-    What makes a request one of somebody who may. `is_bound` if it is good for one account only.
-
-    Called from many threads at once.
-    """
-
-    is_bound: ClassVar[bool]
-
-    def authorize(
-        self, account: str, container: str, *, is_sealed: bool, renewed: bool
-    ) -> tuple[str, Mapping[str, str]]:
-        """
-        What to add to the query and to the headers. `is_sealed` if the request goes over TLS; `renewed` if what was
-        given before was refused. Raises `TokenError`.
-        """
-
-    def hint(self) -> str:
-        """What to tell whom the service denies, if anything."""
+_NO_CREDENTIALS = (
+    "no credentials are configured; set AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or AZURE_CLIENT_ID"
+)
 
 
 @attrs.frozen
-class Anonymous:
+class Signature(Login):
     """
-    Nobody in particular, who may read public containers.
-    """
-
-    reason: str = (
-        "no credentials were given, so set AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or AZURE_CLIENT_ID"
-    )
-    is_bound: ClassVar[bool] = False
-
-    def authorize(
-        self, account: str, container: str, *, is_sealed: bool, renewed: bool
-    ) -> tuple[str, Mapping[str, str]]:
-        return "", {}
-
-    def hint(self) -> str:
-        return self.reason
-
-
-@attrs.frozen
-class Signature:
-    """
-    A shared access signature (SAS) that somebody else made.
+    A shared access signature (SAS) that was configured.
     """
 
     query: str = attrs.field(repr=False)
     is_bound: ClassVar[bool] = True
 
-    def authorize(
-        self, account: str, container: str, *, is_sealed: bool, renewed: bool
-    ) -> tuple[str, Mapping[str, str]]:
-        return self.query, {}
+    def authorize(self, scope: Scope, *, renewed: bool) -> Authorization:
+        return Authorization(self.query, {})
 
     def hint(self) -> str:
         try:
@@ -150,7 +102,7 @@ class Signature:
         return f"the signature expired at {end:%Y-%m-%dT%H:%MZ}" if end < datetime.now(UTC) else ""
 
 
-class AccountKey:
+class AccountKey(Login):
     """
     The key of an account, which is never sent: it makes signatures for one container each, to read and list, for an
     hour.
@@ -161,24 +113,22 @@ class AccountKey:
     def __init__(self, key: str) -> None:
         self._key = key
         self._guard = threading.Lock()
-        self._made: dict[tuple[str, str, bool], tuple[float, str]] = {}
+        self._made: dict[Scope, tuple[float, str]] = {}
 
-    def authorize(
-        self, account: str, container: str, *, is_sealed: bool, renewed: bool
-    ) -> tuple[str, Mapping[str, str]]:
-        place = (account, container, is_sealed)
+    def authorize(self, scope: Scope, *, renewed: bool) -> Authorization:
         with self._guard:
-            made_at, query = self._made.get(place, (0.0, ""))
+            made_at, query = self._made.get(scope, (0.0, ""))
             if not query or renewed or time.monotonic() - made_at > _RENEW_SECONDS:
-                query = self._sign(account, container, is_sealed)
-                self._made[place] = (time.monotonic(), query)
-        return query, {}
+                query = self._sign(scope)
+                self._made[scope] = (time.monotonic(), query)
+        return Authorization(query, {})
 
-    def _sign(self, account: str, container: str, is_sealed: bool) -> str:
+    def _sign(self, scope: Scope) -> str:
         # What `generate_container_sas` makes, which takes half a CPU second and 33 MiB to be imported.
         end = f"{datetime.now(UTC) + timedelta(seconds=_SIGNED_SECONDS):%Y-%m-%dT%H:%M:%SZ}"
-        protocol = "https" if is_sealed else ""
-        lines = ["rl", "", end, f"/blob/{account}/{container}", "", "", protocol, _SIGNED_VERSION, "c", *[""] * 7]
+        protocol = "https" if scope.is_encrypted else ""
+        resource = f"/blob/{scope.account}/{scope.container}"
+        lines = ["rl", "", end, resource, "", "", protocol, _SIGNED_VERSION, "c", *[""] * 7]
         digest = hmac.digest(base64.b64decode(self._key), "\n".join(lines).encode(), "sha256")
         fields = {
             "sv": _SIGNED_VERSION,
@@ -190,21 +140,16 @@ class AccountKey:
         }
         return urlencode({name: value for name, value in fields.items() if value})
 
-    def hint(self) -> str:
-        return ""
 
-
-class Token:
+class Token(Login):
     """
     Tokens of Microsoft Entra ID, kept until shortly before they expire.
 
     Args:
-        credential: What gives them: an object with `get_token`, or None for one that is made when it is needed.
+        credential: Issues them: an object with `get_token`, or None for one that is made when it is needed.
         arguments: Of `azure.identity.ClientSecretCredential` if there is a secret among them, else of
             `DefaultAzureCredential`.
     """
-
-    is_bound: ClassVar[bool] = False
 
     def __init__(self, credential: Any = None, arguments: Mapping[str, str] | None = None) -> None:
         self._given = credential
@@ -214,15 +159,13 @@ class Token:
         self._token = ""
         self._expires = 0.0
 
-    def authorize(
-        self, account: str, container: str, *, is_sealed: bool, renewed: bool
-    ) -> tuple[str, Mapping[str, str]]:
-        if not is_sealed:
-            raise TokenError("tokens are sent over https only", is_denied=True)
+    def authorize(self, scope: Scope, *, renewed: bool) -> Authorization:
+        if not scope.is_encrypted:
+            raise LoginError("tokens are sent over https only", is_denied=True)
         with self._guard:
             if renewed or time.time() > self._expires - _TOKEN_SPARE_SECONDS:
                 self._token, self._expires = self._get()
-            return "", {"Authorization": f"Bearer {self._token}"}
+            return Authorization("", {"Authorization": f"Bearer {self._token}"})
 
     def _get(self) -> tuple[str, float]:
         from azure.core.exceptions import AzureError, ClientAuthenticationError
@@ -232,11 +175,11 @@ class Token:
                 self._made = self._make()
             token = (self._given or self._made).get_token(_SCOPE)
             return str(token.token), float(token.expires_on)
-        except (AzureError, ValueError) as error:  # A ValueError is a tenant or an authority that cannot be one.
+        except (AzureError, ValueError) as error:  # A ValueError: a tenant or an authority that is not valid.
             reason = redact(str(error).strip().partition("\n")[0])
             is_denied = isinstance(error, ClientAuthenticationError | ValueError)
-            # What the SDK chains to it may hold the whole request.
-            raise TokenError(f"no token: {reason}", is_denied=is_denied) from None
+            # Not chained: the context may hold the whole request.
+            raise LoginError(reason, is_denied=is_denied) from None
 
     def _make(self) -> Any:
         from azure.identity import ClientSecretCredential, DefaultAzureCredential
@@ -249,13 +192,7 @@ class Token:
             more["workload_identity_client_id"] = self._arguments["client_id"]
         return DefaultAzureCredential(**more)
 
-    def hint(self) -> str:
-        return ""
-
     def close(self) -> None:
-        """
-        Let go of idle connections. Whoever goes on gets new ones.
-        """
         with self._guard:
             made, self._made = self._made, None
         if made is not None:
@@ -263,53 +200,50 @@ class Token:
 
 
 @attrs.frozen
-class Login:
+class Account:
     """
-    What is configured: who asks, for which account, and where that is reached.
+    The storage account that is configured: its name, its address, and the login for it.
 
-    `account` is None if nothing says which; then what is given counts for the account that a URI names. `endpoint` is
-    None if the account has its usual host.
+    `name` is None if none is configured; the login is then used for the account that a URI names. `endpoint` is None
+    if the account has its usual host.
     """
 
-    account: str | None
+    name: str | None
     endpoint: Target | None
-    credential: Credential
+    login: Login
 
     @property
     def host(self) -> str | None:
         """The usual host of the account."""
-        return None if self.account is None else f"{self.account}.blob.{_USUAL_SUFFIX}"
+        return None if self.name is None else f"{self.name}.blob.{_USUAL_SUFFIX}"
 
-    def reach(self, host: str) -> tuple[Target, Credential]:
+    def reach(self, host: str) -> tuple[Target, Login]:
         """
-        Where the account of a host is reached, and as whom. What belongs to one account is never shown to another.
+        Return the address of the account with a host, and the login for it.
+
+        Credentials of one account are never sent to another.
         """
-        account = host.partition(".")[0]
-        if self.account is not None and self.account != account:
-            is_other = self.credential.is_bound
-            stranger = Anonymous(f"the credentials given are those of the account `{self.account}`")
-            return Target("https", host, 443, ""), stranger if is_other else self.credential
-        return self.endpoint or Target("https", host, 443, ""), self.credential
+        usual = Target("https", host, 443, "")
+        if self.name in (None, host.partition(".")[0]):
+            return self.endpoint or usual, self.login
+        if self.login.is_bound:
+            return usual, Anonymous(f"the configured credentials are those of the account `{self.name}`")
+        return usual, self.login
 
 
-def find_login(options: Mapping[str, Any], environ: Mapping[str, str]) -> Login:
+def find_account(options: Mapping[str, Any], environ: Mapping[str, str]) -> Account:
     """
-    Decide who asks.
+    Find the account, its address and its login. Sends no request.
 
-    Options win over the environment, and are not mixed with it, but for the name of the account. Among several the
-    first
-    counts: connection string, account key, signature, given credential, client id, KServe's access key, `anon=False`.
+    Options win over the environment, and are not mixed with it, except for the name of the account. Among several
+    credentials the first counts: connection string, account key, signature, `credential`, client id, KServe's access
+    key, `anon=False`.
 
     Raises:
-        SettingsError: An option is unknown, or a value means nothing.
-        ImportError: The package that is needed is not there.
+        SettingsError: A value is not valid.
+        ImportError: The package that is needed is not installed.
     """
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise SettingsError(
-            "storage_options", ", ".join(unknown), f"write {', '.join(f'`{name}`' for name in OPTIONS)} or `check_md5`"
-        )
-    given = {name: value for name, value in options.items() if value not in (None, "")}
+    given = {name: options[name] for name in OPTIONS if options.get(name) not in (None, "")}
     found = {name: _look(environ, names) for name, names in _VARIABLES.items()}
     if any(name in given for name in _CREDENTIALS) or given.get("anon"):
         found = {"account_name": found["account_name"]}
@@ -317,74 +251,86 @@ def find_login(options: Mapping[str, Any], environ: Mapping[str, str]) -> Login:
         given.setdefault("anon", environ.get("AZURE_STORAGE_ANON", "true").lower() not in ("false", "0", "f"))
         found["last_key"] = environ.get(_LAST_KEY, "")
     settings = {**{name: value for name, value in found.items() if value}, **given}
-    return _login(settings)
+    return _account(settings)
 
 
 def _look(environ: Mapping[str, str], names: tuple[str, ...]) -> str:
     return next((environ[name] for name in names if environ.get(name)), "")
 
 
-def _login(settings: Mapping[str, Any]) -> Login:
-    account, endpoint = settings.get("account_name"), None
+def _account(settings: Mapping[str, Any]) -> Account:
+    name = settings.get("account_name")
+    endpoint = None
     if "account_host" in settings:
-        endpoint = _endpoint("account_host", f"https://{settings['account_host']}")
-        account = account or endpoint.host.partition(".")[0]
+        endpoint = find_endpoint("account_host", f"https://{settings['account_host']}")
+        name = name or endpoint.host.partition(".")[0]
     if "connection_string" in settings:
-        account, endpoint, credential = _read_connection_string(str(settings["connection_string"]))
+        name, endpoint, login = _read_connection_string(str(settings["connection_string"]))
     else:
-        credential = _credential(settings)
-    if account is not None and not _ACCOUNT.fullmatch(str(account)):
+        login = _find_login(settings)
+    if name is not None and not _ACCOUNT.fullmatch(str(name)):
         raise SettingsError(
-            "account_name", str(account), "the name of a storage account has 3 to 24 lower-case letters and digits"
+            "account_name", str(name), "the name of a storage account has 3 to 24 lower-case letters and digits"
         )
-    return Login(account, endpoint, credential)
+    return Account(name, endpoint, login)
 
 
-def _credential(settings: Mapping[str, Any]) -> Credential:
+def _find_login(settings: Mapping[str, Any]) -> Login:
     if settings.get("anon") and not any(name in settings for name in (*_CREDENTIALS, "last_key")):
-        return Anonymous()
+        return Anonymous(_NO_CREDENTIALS)
     if "account_key" in settings:
-        return _account_key("account_key", settings["account_key"])
+        return make_key("account_key", settings["account_key"])
     if "sas_token" in settings:
         return read_signature("sas_token", str(settings["sas_token"]))
     if "credential" in settings:
-        return _given_credential(settings["credential"])
+        return read_credential(settings["credential"])
     arguments = {name: str(settings[name]) for name in ("tenant_id", "client_id", "client_secret") if name in settings}
     if "client_id" in arguments or "last_key" not in settings:
         if "client_secret" in arguments and len(arguments) < 3:
-            raise SettingsError("client_secret", _HIDDEN, "give `client_id` and `tenant_id` with it")
+            raise SettingsError("client_secret", _HIDDEN, "pass `client_id` and `tenant_id` with it")
         _need("azure.identity")
         return Token(arguments=arguments)
-    return _account_key(_LAST_KEY, settings["last_key"])
+    return make_key(_LAST_KEY, settings["last_key"])
 
 
-def _given_credential(credential: Any) -> Credential:
+def read_credential(credential: Any) -> Login:
+    """
+    Take a credential as `azure.storage.blob` takes it, unless it is asynchronous.
+
+    Raises:
+        SettingsError: It is not a signature, a key or a credential of `azure.identity`.
+    """
     if isinstance(credential, str):
-        return read_signature("credential", credential)
-    if not callable(getattr(credential, "get_token", None)) or hasattr(credential, "__aenter__"):
+        is_signature = "sig=" in credential
+        return read_signature("credential", credential) if is_signature else make_key("credential", credential)
+    if not callable(getattr(credential, "get_token", None)):
         raise SettingsError(
-            "credential",
-            type(credential).__name__,
-            "give a signature, or a credential of azure.identity (not of its aio)",
+            "credential", type(credential).__name__, "pass a signature, a key, or a credential of `azure.identity`"
         )
     _need("azure.core")
     return Token(credential)
 
 
-def _account_key(name: str, key: Any) -> AccountKey:
+def make_key(name: str, key: Any) -> AccountKey:
+    """
+    Take the key of an account, which the setting `name` holds.
+
+    Raises:
+        SettingsError: It is not base64.
+    """
     try:
         base64.b64decode(key, validate=True)
     except (TypeError, ValueError):
-        raise SettingsError(name, _HIDDEN, "an account's key is written in base64") from None
+        raise SettingsError(name, _HIDDEN, "the key of an account is base64") from None
     return AccountKey(str(key))
 
 
 def read_signature(name: str, text: str) -> Signature:
     """
-    Take a signature as it is written, with or without its question mark.
+    Take a signature with or without its question mark.
 
     Raises:
-        SettingsError: It is none, or says what to ask for.
+        SettingsError: It is not a signature, or has parameters of a request.
     """
     query = text.strip().removeprefix("?")
     try:
@@ -393,34 +339,42 @@ def read_signature(name: str, text: str) -> Signature:
         fields = {}
     if "sig" not in fields or not _SIGNATURE.fullmatch(query):
         raise SettingsError(name, _HIDDEN, "a shared access signature looks like `sv=…&sp=rl&se=…&sig=…`")
-    if said := sorted(_OURS & {field.lower() for field in fields}):
-        raise SettingsError(name, _HIDDEN, f"leave `{said[0]}` out of the query; a version goes into `revision=`")
+    if found := sorted(_REQUEST_PARAMETERS & {field.lower() for field in fields}):
+        raise SettingsError(name, _HIDDEN, f"leave `{found[0]}` out of the query; a version goes into `revision=`")
     return Signature(query)
 
 
-def _read_connection_string(text: str) -> tuple[str, Target | None, Credential]:
+def _read_connection_string(text: str) -> tuple[str, Target | None, Login]:
     parts = {
         name.strip().lower(): value.strip()
         for name, _, value in (part.partition("=") for part in text.split(";") if part.strip())
     }
-    account, endpoint = parts.get("accountname"), None
-    scheme, suffix = parts.get("defaultendpointsprotocol", "https").lower(), parts.get("endpointsuffix", _USUAL_SUFFIX)
+    account = parts.get("accountname")
+    endpoint = None
+    scheme = parts.get("defaultendpointsprotocol", "https").lower()
+    suffix = parts.get("endpointsuffix", _USUAL_SUFFIX)
     if "blobendpoint" in parts:
-        endpoint = _endpoint("connection_string", parts["blobendpoint"])
+        endpoint = find_endpoint("connection_string", parts["blobendpoint"])
         # An emulator has the account in the path, Azure in the name of the host.
         account = account or endpoint.path.strip("/") or endpoint.host.partition(".")[0]
     elif account and (scheme, suffix) != ("https", _USUAL_SUFFIX):
-        endpoint = _endpoint("connection_string", f"{scheme}://{account}.blob.{suffix}")
+        endpoint = find_endpoint("connection_string", f"{scheme}://{account}.blob.{suffix}")
     if not account:
-        raise SettingsError("connection_string", _HIDDEN, "it names neither `AccountName` nor `BlobEndpoint`")
+        raise SettingsError("connection_string", _HIDDEN, "it has neither `AccountName` nor `BlobEndpoint`")
     if "accountkey" in parts:
-        return account, endpoint, _account_key("connection_string", parts["accountkey"])
+        return account, endpoint, make_key("connection_string", parts["accountkey"])
     if "sharedaccesssignature" in parts:
         return account, endpoint, read_signature("connection_string", parts["sharedaccesssignature"])
-    return account, endpoint, Anonymous()
+    return account, endpoint, Anonymous(_NO_CREDENTIALS)
 
 
-def _endpoint(name: str, url: str) -> Target:
+def find_endpoint(name: str, url: str) -> Target:
+    """
+    Take the address of an account apart, which the setting `name` holds.
+
+    Raises:
+        SettingsError: It is not a URL, or has a user or a query.
+    """
     try:
         if "?" in url or "@" in url:
             raise HTTPError("")

@@ -23,7 +23,7 @@ _EMPTY_BODY = hashlib.sha256(b"").hexdigest()
 @attrs.frozen
 class Credentials:
     """
-    What signs a request. `session_token` belongs to credentials that expire.
+    Credentials that sign a request. `session_token` belongs to credentials that expire.
     """
 
     key: str
@@ -39,7 +39,7 @@ def sign(
     headers: Mapping[str, str],
     credentials: Credentials,
     region: str,
-    moment: float,
+    timestamp: float,
 ) -> dict[str, str]:
     """
     Sign a request to S3, and return the headers given and those that sign it.
@@ -48,10 +48,10 @@ def sign(
         host: As the `Host` header has it.
         path: As the request line has it, quoted.
         query: Not quoted.
-        headers: In lower case. S3 wants those that begin with `x-amz-` signed; others are, too.
-        moment: Seconds since 1970; servers refuse a time that is more than a quarter of an hour off.
+        headers: In lower case. Those that begin with `x-amz-` have to be signed; others are, too.
+        timestamp: Seconds since 1970; servers refuse one that is more than a quarter of an hour off.
     """
-    stamp = _stamp(int(moment))
+    stamp = _stamp(int(timestamp))
     signed = {**headers, "host": host, "x-amz-content-sha256": _EMPTY_BODY, "x-amz-date": stamp}
     if credentials.session_token:
         signed["x-amz-security-token"] = credentials.session_token
@@ -76,7 +76,7 @@ def _stamp(second: int) -> str:
 
 def encode_query(query: Mapping[str, str]) -> str:
     """
-    Write a query as signatures want it: sorted, everything but unreserved characters quoted.
+    Write a query as signatures need it: sorted, everything but unreserved characters quoted.
     """
     pairs = sorted((quote(name, safe=""), quote(value, safe="")) for name, value in query.items())
     return "&".join(f"{name}={value}" for name, value in pairs)

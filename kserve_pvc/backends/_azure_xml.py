@@ -1,0 +1,108 @@
+"""
+The REST API of Azure Blob Storage: properties of blobs, pages of a listing, and errors.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from urllib.parse import unquote
+
+from kserve_pvc.backends._object_store import Object, md5_digest
+from kserve_pvc.backends._ranges import RefusedError, from_base64, retry_after, unavailable
+from kserve_pvc.backends._xml import is_size, parse_xml
+
+_BUSY = {"ServerBusy", "OperationTimedOut"}
+_NOT_A_SERVICE = "is this an Azure Blob Storage endpoint?"
+
+
+def make_object(
+    name: str,
+    size_bytes: int,
+    etag: str,
+    *,
+    md5: str | None = None,
+    version: str | None = None,
+    is_directory: bool = False,
+) -> Object:
+    """
+    Describe a blob.
+
+    Args:
+        etag: With or without quotes: listings have it without those that a condition needs.
+        md5: Its Content-MD5, in hex.
+        version: Its version id, if it is one version of a blob.
+    """
+    bare = etag.strip('"')
+    pin = {"If-Match": f'"{bare}"'} | ({} if version is None else {"versionid": version})
+    digest = md5_digest(md5, size_bytes)
+    return Object(
+        name=name, size_bytes=size_bytes, token=version or bare, pin=pin, digest=digest, is_directory=is_directory
+    )
+
+
+def parse_properties(name: str, headers: Mapping[str, str], version: str | None) -> Object:
+    """
+    Read the response to a request for the properties of one blob.
+
+    Raises:
+        RefusedError: It does not describe a blob.
+    """
+    is_directory = is_marker(headers.get("x-ms-resource-type"), headers.get("x-ms-meta-hdi_isfolder"))
+    size, etag = headers.get("content-length", ""), headers.get("etag")
+    if not is_size(size) or not etag:
+        raise RefusedError(f"response lacks Content-Length or ETag; {_NOT_A_SERVICE}")
+    md5 = from_base64(headers.get("content-md5"), 16)
+    return make_object(name, int(size), etag, md5=md5, version=version, is_directory=is_directory)
+
+
+def parse_listing(body: bytes) -> tuple[list[Object], str | None]:
+    """
+    Read one response of List Blobs: the blobs, and the marker of the next page.
+
+    Raises:
+        RefusedError: It is not such a response.
+    """
+    root = parse_xml(body)
+    if root is None or root.tag != "EnumerationResults":
+        raise RefusedError(f"response is not a listing of blobs; {_NOT_A_SERVICE}")
+    return [_parse_blob(item) for item in root.iterfind("Blobs/Blob")], root.findtext("NextMarker") or None
+
+
+def _parse_blob(item: ET.Element) -> Object:
+    named, properties = item.find("Name"), item.find("Properties")
+    if named is None or not named.text or properties is None:
+        raise RefusedError(f"the listing has a blob without name or properties; {_NOT_A_SERVICE}")
+    size, etag = properties.findtext("Content-Length", ""), properties.findtext("Etag", "")
+    if not is_size(size) or not etag:
+        raise RefusedError(f"the listing has a blob without length or ETag; {_NOT_A_SERVICE}")
+    # What XML cannot hold is percent-encoded, and marked as such.
+    name = unquote(named.text) if named.get("Encoded") == "true" else named.text
+    metadata = {child.tag.lower(): child.text for child in item.find("Metadata") or ()}
+    is_directory = is_marker(properties.findtext("ResourceType"), metadata.get("hdi_isfolder"))
+    is_empty_name = size == "0" and name.endswith("/")
+    md5 = from_base64(properties.findtext("Content-MD5"), 16)
+    return make_object(name, int(size), etag, md5=md5, is_directory=is_directory or is_empty_name)
+
+
+def is_marker(kind: str | None, is_folder: str | None) -> bool:
+    """
+    Whether a blob stands for a directory: accounts with directories say so; in others, tools mark empty blobs.
+    """
+    return kind == "directory" or (is_folder or "").lower() == "true"
+
+
+def read_error(status: int, headers: Mapping[str, str], body: bytes) -> RefusedError:
+    """
+    Read an error response.
+    """
+    root = parse_xml(body) if body else None
+    words = {child.tag: child.text or "" for child in root} if root is not None and root.tag == "Error" else {}
+    if 300 <= status < 400:
+        return RefusedError(unavailable("", status, headers).reason, status=status)
+    code = headers.get("x-ms-error-code") or words.get("Code") or str(status)
+    # After the first line there are only numbers of the request.
+    message = words.get("Message", "").strip().partition("\n")[0]
+    reason = f"{code}: {message}" if message else code if code != str(status) else f"HTTP {status}"
+    busy = retry_after(headers) if status in (429, 503) or code in _BUSY else None
+    return RefusedError(reason, status=status, code=code, busy=busy)

@@ -1,0 +1,114 @@
+"""
+Listing a model through a file system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+from fsspec import AbstractFileSystem as FileSystem
+from fsspec.asyn import AsyncFileSystem
+
+from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import MAX_FILES, RemoteFile
+from kserve_pvc.backends._fsspec.filesystems import Lender
+from kserve_pvc.backends._fsspec.identity import identity, large_file_digest, token
+from kserve_pvc.backends._fsspec.spelling import Spelling
+from kserve_pvc.errors import PolicyError, SourceNotFoundError, SourceUnavailableError, UnsafePathError
+
+# Beside what identifies the content: where the file system is found, and what a reader knows the model by.
+URL, URI = "url", "uri"
+
+# Does one call of a file system, with a limit for how long it may take.
+Run = Callable[[Callable[[], Any]], Any]
+
+
+@attrs.frozen
+class Listing:
+    """
+    The files of a directory, or one file, at a URL.
+
+    Args:
+        uri: Named in errors.
+    """
+
+    uri: str
+    spelling: Spelling
+    lender: Lender
+    run: Run
+
+    def files(self) -> Iterator[RemoteFile]:
+        """
+        List every file, each with what identifies its content.
+        """
+        url = self.spelling.url
+        path = str(self.lender.kind._strip_protocol(url))
+        with self.lender.borrowed() as fs:
+            self.lender.forget(fs, path)
+            info = None if url.endswith("/") else self.run(lambda: fs.info(path))
+            if info is not None and info["type"] != "directory":
+                name = self.spelling.name or str(info["name"]).rstrip("/").rpartition("/")[2]
+                yield self._file(info, name)
+                return
+            for info in self._below(fs, path):
+                if info["name"] == path:
+                    raise SourceNotFoundError(self.uri, "it is a file, not a directory; remove the slash at its end")
+                yield self._file(info, self._inside(path, info["name"]))
+
+    def _below(self, fs: FileSystem, path: str) -> Iterator[Mapping[str, Any]]:
+        """
+        List what lies below a directory, each with what the file system says about it.
+
+        Where `find` is the one that fsspec brings for all, the tree is walked here: that one leaves out whatever it
+        fails to list, without an error, even with `on_error="raise"`.
+        """
+        if _has_own_find(fs):
+            yield from self.run(lambda: fs.find(path, detail=True)).values()
+            return
+        waiting, number = [path], 0
+        while waiting:
+            directory = waiting.pop()
+            number += 1
+            if number > MAX_FILES:
+                raise PolicyError(self.uri, f"it has more than {MAX_FILES} directories; name a smaller part of it")
+            self.lender.forget(fs, directory)
+            for info in self.run(lambda: fs.ls(directory, detail=True)):  # noqa: B023
+                name = str(info["name"]).rstrip("/")
+                if info["type"] != "directory":
+                    yield info
+                elif name != directory.rstrip("/"):
+                    check_name(self._inside(path, name))
+                    waiting.append(name)
+
+    def _inside(self, path: str, name: object) -> str:
+        prefix = path.rstrip("/") + "/"
+        if not isinstance(name, str) or not name.startswith(prefix):
+            reason = f"the listing of `{prefix}` contains `{name}`, which is elsewhere"
+            raise SourceUnavailableError(self.uri, reason, is_final=True)
+        return name[len(prefix) :]
+
+    def _file(self, info: Mapping[str, Any], name: str) -> RemoteFile:
+        if info["type"] != "file" or info.get("islink"):
+            raise UnsafePathError(name, "only regular files are copied; links and devices are refused")
+        size = info.get("size")
+        if not isinstance(size, int) or size < 0:
+            raise SourceUnavailableError(self.uri, f"the listing gives no size for `{name}`", is_final=True)
+        said = identity(info)
+        promised = self.spelling.sha256
+        entry = FileEntry(
+            path=name,
+            size_bytes=size,
+            sha256=promised or large_file_digest(info),
+            token=promised or token(self.spelling.protocol, said),
+        )
+        pin = {**said, URL: self.spelling.url, URI: self.uri}
+        return RemoteFile(entry=entry, address=info["name"], pin=pin, unpack=self.spelling.unpack)
+
+
+def _has_own_find(fs: FileSystem) -> bool:
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._find is not AsyncFileSystem._find
+    return type(fs).find is not FileSystem.find

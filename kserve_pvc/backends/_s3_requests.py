@@ -1,0 +1,197 @@
+"""
+Requests to S3 that are made and signed here, and what the responses say.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+from urllib.parse import quote, unquote_plus
+
+from kserve_pvc._source.contract import RangeReader
+from kserve_pvc.backends._http.target import Target
+from kserve_pvc.backends._login.sigv4 import encode_query, sign
+from kserve_pvc.backends._object_store import MetadataRequests, Request
+from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError, retry_after, unavailable
+from kserve_pvc.backends._s3_settings import Account
+from kserve_pvc.backends._xml import is_size, parse_xml
+
+DENIED = frozenset(
+    (
+        *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403"),
+        *("AccountProblem", "TokenRefreshRequired", NO_CREDENTIALS),
+    )
+)
+_BUSY = frozenset(
+    (
+        *("SlowDown", "TooManyRequests", "RequestLimitExceeded", "Throttling", "429", "503", "ServiceUnavailable"),
+        "RequestTimeout",
+    )
+)
+# A bucket that can be part of a host's name, and a host that can have none in front.
+_HOST_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_ADDRESS = re.compile(r"[0-9.]+|.*:.*")
+_REGION = re.compile(r"[a-z0-9-]{1,40}")
+_NOT_S3 = "is this an S3 endpoint?"
+
+Listed = tuple[str, int, str]
+
+
+class Access(Protocol):
+    """
+    One way to reach S3. Methods raise `RefusedError` or `HTTPError`.
+    """
+
+    # As `SupportsAccess` names it.
+    way: str
+
+    def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
+        """Return the headers of one object, by lower-case name."""
+
+    def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Listed], str | None]:
+        """Return key, size and ETag of a page of objects below a prefix, and the token of the next page."""
+
+    def read(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> Request:
+        """Return the address and headers that read a pinned object."""
+
+    def reader(
+        self, bucket: str, key: str, pin: Mapping[str, str], start: int, stop: int
+    ) -> AbstractContextManager[RangeReader] | None:
+        """Return a reader of its own; None where `read` is enough."""
+
+
+class SignedAccess:
+    """
+    Requests that are signed here, or are anonymous.
+    """
+
+    def __init__(self, account: Account, requests: MetadataRequests, way: str) -> None:
+        self.account = account
+        self.way = way
+        self._requests = requests
+        self._payer = {"x-amz-request-payer": "requester"} if account.is_payer else {}
+        # Learnt from S3 itself, by bucket.
+        self._regions: dict[str, str] = {}
+
+    def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
+        query = {} if version is None else {"versionId": version}
+        return self._send("HEAD", bucket, key, query, {"x-amz-checksum-mode": "ENABLED"})[0]
+
+    def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Listed], str | None]:
+        query = {"list-type": "2", "prefix": prefix, "encoding-type": "url"}
+        if token is not None:
+            query["continuation-token"] = token
+        return parse_listing(self._send("GET", bucket, "", query, {})[1])
+
+    def read(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> Request:
+        if renewed:
+            self.account.source.renew()
+        if "VersionId" in pin:
+            return self._signed("GET", bucket, key, {"versionId": pin["VersionId"]}, {})
+        return self._signed(
+            "GET", bucket, key, {}, {"if-match": pin["If-Match"]} if self.account.has_conditions else {}
+        )
+
+    def reader(self, bucket: str, key: str, pin: Mapping[str, str], start: int, stop: int) -> None:
+        return None
+
+    def _signed(
+        self, method: str, bucket: str, key: str, query: Mapping[str, str], headers: Mapping[str, str]
+    ) -> Request:
+        region = self._regions.get(bucket, self.account.region)
+        host_target, path = self._address(bucket, key, region)
+        target = host_target._replace(path=f"{path}?{encode_query(query)}" if query else path)
+        headers = {**headers, **self._payer}
+        credentials = self.account.source.get()
+        if credentials is None:
+            return target, headers
+        return target, sign(method, target.authority, path, query, headers, credentials, region, time.time())
+
+    def _address(self, bucket: str, key: str, region: str) -> tuple[Target, str]:
+        """Host and path of an object, with the bucket in one of the two."""
+        secure = self.account.scheme == "https"
+        amazons = Target(self.account.scheme, f"s3.{region}.amazonaws.com", 443 if secure else 80, "")
+        endpoint = self.account.endpoint or amazons
+        path = f"/{quote(key, safe='/~')}"
+        is_in_host = (
+            self.account.is_virtual
+            and _HOST_BUCKET.fullmatch(bucket)
+            and ("." not in bucket or endpoint.scheme == "http")
+            and not _ADDRESS.fullmatch(endpoint.host)
+        )
+        if is_in_host:
+            endpoint = endpoint._replace(host=f"{bucket}.{endpoint.host}")
+        else:
+            path = f"/{bucket}{path if key else ''}"
+        return endpoint, endpoint.path.rstrip("/") + path
+
+    def _send(
+        self, method: str, bucket: str, key: str, query: Mapping[str, str], headers: Mapping[str, str]
+    ) -> tuple[Mapping[str, str], bytes]:
+        return self._requests.send(
+            method,
+            lambda: self._signed(method, bucket, key, query, headers),
+            lambda refusal: self._renew(bucket, refusal),
+        )
+
+    def _renew(self, bucket: str, refusal: RefusedError) -> bool:
+        """Learn the region of a bucket, which S3 says at whatever status and is believed once; else renew."""
+        region = refusal.headers.get("x-amz-bucket-region", "")
+        if bucket not in self._regions and region != self.account.region and _REGION.fullmatch(region):
+            self._regions[bucket] = region
+            return True
+        return refusal.code in DENIED and refusal.code != NO_CREDENTIALS and self.account.source.renew()
+
+
+def parse_listing(body: bytes) -> tuple[list[Listed], str | None]:
+    """
+    Read one response to ListObjectsV2: key, size and ETag of each object, and the token of the next page.
+
+    Raises:
+        RefusedError: It is not such a response.
+    """
+    root = parse_xml(body)
+    if root is None or root.tag.rpartition("}")[2] != "ListBucketResult":
+        raise RefusedError(f"the listing is not a ListBucketResult; {_NOT_S3}")
+    space = root.tag[: -len("ListBucketResult")]
+    # Blanks come as `+`, and `+` as `%2B`.
+    decode = unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
+    page = []
+    names = (f"{space}Key", f"{space}Size", f"{space}ETag")
+    for item in root.iter(f"{space}Contents"):
+        key, size, etag = map(item.findtext, names)
+        if key is None or etag is None or size is None or not is_size(size):
+            raise RefusedError(f"the listing has an object without key, size or ETag; {_NOT_S3}")
+        page.append((decode(key), int(size), etag))
+    if root.findtext(f"{space}IsTruncated") != "true":
+        return page, None
+    token = root.findtext(f"{space}NextContinuationToken")
+    if not token:
+        raise RefusedError(f"the listing is truncated and has no continuation token; {_NOT_S3}")
+    return page, token
+
+
+def parse_refusal(status: int, headers: Mapping[str, str], body: bytes) -> RefusedError:
+    """
+    Read a response that is not a success.
+    """
+    if 300 <= status < 400:
+        reason = unavailable("", status, headers).reason
+        return RefusedError(reason, status=status, code=str(status), headers=headers)
+    code, message = _error_of(body)
+    code = code or str(status)
+    says_when = status >= 500 and "retry-after" in headers
+    busy = retry_after(headers) if status in (429, 503) or code in _BUSY or says_when else None
+    reason = f"{code}: {message}" if message else f"HTTP {status}" + (f" ({code})" if code != str(status) else "")
+    return RefusedError(reason, status=status, code=code, busy=busy, headers=headers)
+
+
+def _error_of(body: bytes) -> tuple[str | None, str | None]:
+    root = parse_xml(body) if body else None
+    if root is None or root.tag.rpartition("}")[2] != "Error":
+        return None, None
+    words = {child.tag.rpartition("}")[2]: child.text for child in root}
+    return words.get("Code"), words.get("Message")
