@@ -41,7 +41,6 @@ IMPURE = {"ctypes", "multiprocessing", "os", "random", "select", "socket", "subp
 FOREIGN = {
     "backends": {"fsspec", "s3fs", "aiobotocore", "botocore", "aiohttp", "azure", "gcsfs", "google"}
     | {"google_crc32c", "huggingface_hub", "requests", "yarl"},
-    "_filesystem": {"fsspec"},
     "locks": {"portalocker", "redis", "kubernetes"},
     "testing": {"pytest"},
     "_show": {"tqdm"},
