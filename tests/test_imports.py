@@ -46,7 +46,6 @@ FOREIGN = {
     "_show": {"tqdm"},
     "kserve": {"yaml", "starlette", "uvicorn", "prometheus_client"},
     "_cli": {"shtab"},
-    "_filesystem": {"fsspec"},
     # For types only: callers may pass file systems.
     **{room: {"fsspec"} for room in ("_opening", "_sources", "_store")},
 }

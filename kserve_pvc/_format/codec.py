@@ -42,7 +42,7 @@ def integer(_: object, field: attrs.Attribute[Any], value: object) -> None:
         raise TypeError(f"`{field.name}` must be an integer of 64 bits")
 
 
-def texts(_: object, field: attrs.Attribute[Any], value: Iterable[object]) -> None:
+def strings(_: object, field: attrs.Attribute[Any], value: Iterable[object]) -> None:
     if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
         raise TypeError(f"`{field.name}` must be a list of strings")
 
@@ -52,7 +52,7 @@ size = and_(integer, ge(0))
 number = and_(integer, ge(1), lt(10**12))
 
 
-def moment(value: str | datetime) -> datetime:
+def timestamp(value: str | datetime) -> datetime:
     """
     Convert what was written to a time, which has a zone.
     """

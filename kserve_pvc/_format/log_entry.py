@@ -23,11 +23,11 @@ from kserve_pvc._format.codec import (
     decode_plain,
     encode_plain,
     integer,
-    moment,
     number,
     size,
+    strings,
     text,
-    texts,
+    timestamp,
 )
 
 MIN_LEASE_SECONDS = 0.1
@@ -81,7 +81,7 @@ class StoreSettings:
     store_id: str = attrs.field(validator=matches_re(r"[0-9a-f]{32}"))
     locker: str = attrs.field(validator=text)
     lease_seconds: float = attrs.field(converter=_seconds, validator=and_(ge(MIN_LEASE_SECONDS), le(MAX_LEASE_SECONDS)))
-    created_at: datetime = attrs.field(converter=moment)
+    created_at: datetime = attrs.field(converter=timestamp)
 
 
 @attrs.frozen(kw_only=True)
@@ -99,8 +99,8 @@ class LogEntry:
     key: str = attrs.field(validator=matches_re(KEY))
     uri: str = attrs.field(validator=text)
     revision: str | None = attrs.field(validator=optional(text))
-    allow_patterns: tuple[str, ...] | None = attrs.field(converter=to_tuple, validator=optional(texts))
-    ignore_patterns: tuple[str, ...] = attrs.field(converter=to_tuple, validator=texts)
+    allow_patterns: tuple[str, ...] | None = attrs.field(converter=to_tuple, validator=optional(strings))
+    ignore_patterns: tuple[str, ...] = attrs.field(converter=to_tuple, validator=strings)
     generation: str = attrs.field(validator=matches_re(GENERATION))
     version: str = attrs.field(validator=text)
     files: int = attrs.field(validator=size)
@@ -108,7 +108,7 @@ class LogEntry:
     manifest_sha256: str = attrs.field(validator=matches_re(SHA256))
     digest: Literal["sha256", "none"] = attrs.field(validator=matches_re("sha256|none"))
     policy: Literal["allow"] = attrs.field(validator=matches_re("allow"))
-    created_at: datetime = attrs.field(converter=moment)
+    created_at: datetime = attrs.field(converter=timestamp)
     writer: Holder = attrs.field(converter=to_holder)
 
     @property

@@ -11,7 +11,19 @@ from typing import Any
 import attrs
 from attrs.validators import and_, instance_of, lt, matches_re, optional
 
-from kserve_pvc._format.codec import GENERATION, KEY, OMITTED, SHA256, build, decode, encode, moment, number, size, text
+from kserve_pvc._format.codec import (
+    GENERATION,
+    KEY,
+    OMITTED,
+    SHA256,
+    build,
+    decode,
+    encode,
+    number,
+    size,
+    text,
+    timestamp,
+)
 from kserve_pvc._format.file_names import check_collisions, check_name
 from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now, to_holder
 
@@ -141,7 +153,7 @@ class Claim:
     nonce: str = attrs.field(validator=matches_re(r"[0-9a-f]{32}"))
     uri: str = attrs.field(validator=text)
     holder: Holder = attrs.field(converter=to_holder)
-    claimed_at: datetime = attrs.field(converter=moment)
+    claimed_at: datetime = attrs.field(converter=timestamp)
 
     @property
     def generation(self) -> str:

@@ -123,14 +123,16 @@ def parse_ref(
         PolicyError: It carries credentials. They are not repeated in the message.
         SettingsError: A `ModelRef` came with a revision or patterns.
     """
-    if type(uri) is str and "?" not in uri and revision is allow_patterns is ignore_patterns is None:
-        return _parse_plain(uri)
-    # A `Model` is a path too, but stands for what it is a copy of.
-    given = uri if isinstance(uri, ModelRef) else getattr(uri, "ref", None)
-    if isinstance(given, ModelRef):
-        selection = {"revision": revision, "allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
-        return _check_ref(given, selection)
-    return _parse(_spelling(uri), revision, allow_patterns, ignore_patterns)
+    if type(uri) is not str:
+        # A `Model` is a path too, but stands for what it is a copy of.
+        given = uri if isinstance(uri, ModelRef) else getattr(uri, "ref", None)
+        if isinstance(given, ModelRef):
+            selection = {"revision": revision, "allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+            return _check_ref(given, selection)
+    spelled = _spelling(uri)
+    if type(spelled) is str and "?" not in spelled and revision is allow_patterns is ignore_patterns is None:
+        return _parse_plain(spelled)
+    return _parse(spelled, revision, allow_patterns, ignore_patterns)
 
 
 @lru_cache(maxsize=256)
