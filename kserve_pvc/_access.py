@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
 
 
-class Sources:
+class SourceAccess:
     """
     How one store reaches its sources.
 
@@ -55,7 +55,7 @@ class Sources:
 
     def with_arguments(
         self, storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None
-    ) -> Sources:
+    ) -> SourceAccess:
         """
         Return these sources with other storage options or a file system for one call, and with backends of its own.
 
@@ -90,15 +90,21 @@ class Sources:
                 str(ref), "this store is offline; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of the model"
             )
 
-    def check_scheme(self, ref: ModelRef) -> None:
+    def check(self, ref: ModelRef) -> None:
         """
+        Make sure that there is a way to the source, before anything is claimed.
+
         Raises:
             UnknownSchemeError: No backend serves the scheme.
+            SettingsError: The file system cannot be used by this thread.
         """
-        from kserve_pvc.backends import check_scheme
+        from kserve_pvc.backends import check_filesystem, check_scheme
 
-        if self._filesystem_for(ref) is None:
+        filesystem = self._filesystem_for(ref)
+        if filesystem is None:
             check_scheme(self._service(ref), self._factories)
+        else:
+            check_filesystem(filesystem)
 
     def resolve(self, ref: ModelRef, cancel: Cancel | None = None) -> Resolved:
         """
