@@ -39,8 +39,6 @@ DEPENDENCIES = {
     "tqdm": ("tqdm", "test_progress.py"),
     "uvicorn": ("uvicorn", "test_kserve_webhook.py"),
 }
-# Declared, and not imported yet.
-OPEN = {"adlfs", "gcsfs"}
 
 
 def default_sessions() -> list[str]:
@@ -125,15 +123,7 @@ def test_every_dependency_has_tests_that_run_it():
     assert [file for _, file in DEPENDENCIES.values() if "def test_" not in (TESTS / file).read_text()] == []
 
 
-@pytest.mark.parametrize(
-    "distribution",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=f"`{name}` is not imported yet")])
-        if name in OPEN
-        else name
-        for name in sorted(DEPENDENCIES)
-    ],
-)
+@pytest.mark.parametrize("distribution", sorted(DEPENDENCIES))
 def test_every_dependency_is_imported(distribution):
     """
     The package imports something of each declared dependency, so users install nothing in vain.
