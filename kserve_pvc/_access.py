@@ -5,7 +5,7 @@ The sources of one store: which backend serves a model, and whether a source may
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,16 @@ class SourceAccess:
                     backend.close()
 
         return resolve() if cancel is None else run_detachable(resolve, Cancellation(str(ref), cancel))
+
+    def explain(self) -> Mapping[str, Sequence[str]]:
+        """
+        Say for each scheme why it goes through its fsspec class, where it does.
+        """
+        from kserve_pvc.backends import options_for
+        from kserve_pvc.backends._options import explain_all
+
+        # A name that no source needs to have: only the scheme counts.
+        return explain_all(lambda scheme: options_for(ModelRef(uri=f"{scheme}://x"), self._options, self._factories))
 
     def backend(self, ref: ModelRef) -> Backend:
         """

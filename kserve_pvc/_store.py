@@ -782,7 +782,14 @@ class ModelStore:
         from kserve_pvc._doctor.doctor import diagnose
 
         timeout = check_timeout(timeout)
-        return diagnose(self.root, writes=self._writing is not None, holder=this_process(), peer=peer, timeout=timeout)
+        return diagnose(
+            self.root,
+            writes=self._writing is not None,
+            holder=this_process(),
+            peer=peer,
+            timeout=timeout,
+            sources=self._sources.explain(),
+        )
 
     def locks(self) -> Sequence[LockInfo]:
         """
