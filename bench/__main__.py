@@ -97,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         "--peers",
         type=_words,
         metavar="NAME,…",
-        help="only those whose name, without its commas, contains one of these; `then openssl` and the like are left out unless named",
+        help=(
+            "only those whose name, without its commas, contains one of "
+            "these; `then openssl` and the like are left out unless named"
+        ),
     )
     parser.add_argument(
         "--credentials",

@@ -73,7 +73,8 @@ class Model:
         """
         found = {str(path.relative_to(directory)): path.stat().st_size for path in _files(directory)}
         if found != self.sizes:
-            return f"{len(found)} files of {sum(found.values())} bytes arrived instead of {len(self.sizes)} of {self.size_bytes}"
+            expected = f"{len(self.sizes)} of {self.size_bytes}"
+            return f"{len(found)} files of {sum(found.values())} bytes arrived instead of {expected}"
         for number, name in enumerate(self.sizes):
             if self.is_stamped and not _is_stamped(directory / name, number):
                 return f"a part of `{name}` is missing or in another's place"
@@ -147,7 +148,7 @@ def _pack(source: Path, directory: Path) -> Model:
 
 
 def _write(path: Path, size: int, number: int, *, sparse: bool) -> None:
-    """One random block again and again, each time stamped with the file's number and the place, so that no two are alike."""
+    """Write one random block repeatedly; each copy is stamped with the file's number and offset, so that all differ."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         os.truncate(descriptor, size)

@@ -247,14 +247,16 @@ class FileOrigin:
             f"{kind}_temp_path {scratch}/tmp;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
         return f"""
-            daemon off; user {_user()}; worker_processes {os.cpu_count()}; pid {scratch}/nginx.pid; worker_rlimit_nofile 8192;
+            daemon off; user {_user()}; worker_processes {os.cpu_count()}; pid {scratch}/nginx.pid;
+            worker_rlimit_nofile 8192;
             events {{ worker_connections 2048; }}
             http {{
                 {temporary}
                 log_format counted '$request_method $status $body_bytes_sent $request_uri';
                 access_log {self._log} counted;
                 sendfile on; tcp_nopush on; tcp_nodelay on; keepalive_requests 1000000; keepalive_timeout 60s;
-                open_file_cache max=20000 inactive=600s; server_tokens off; default_type application/octet-stream; types {{ }}
+                open_file_cache max=20000 inactive=600s; server_tokens off;
+                default_type application/octet-stream; types {{ }}
                 upstream listings {{ server unix:{socket_of_listings}; keepalive 4; }}
                 server {{
                     listen {LOOPBACK}:{self._port}{" ssl" if self._shape.tls else ""} backlog=1024;

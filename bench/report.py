@@ -313,7 +313,8 @@ def plot(series: Series, value: str = "wall", unit: str = "s", scale: float = 1.
         opacity = "1" if peer.startswith("ours") else "0.35"
         lines += [
             f'<text x="{label - 8}" y="{top + 14}" text-anchor="end">{peer}</text>',
-            f'<rect x="{label}" y="{top}" width="{length:.1f}" height="{row - 6}" rx="2" fill="{colour}" fill-opacity="{opacity}"/>',
+            f'<rect x="{label}" y="{top}" width="{length:.1f}" '
+            f'height="{row - 6}" rx="2" fill="{colour}" fill-opacity="{opacity}"/>',
             f'<text x="{label + length + 6:.1f}" y="{top + 14}">{median:.2f} {unit}</text>',
         ]
     return "\n".join([*lines, "</svg>\n"])

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from kserve_pvc._arguments import check_choice, check_count, check_seconds
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES
 from kserve_pvc._format.log_entry import (
@@ -19,12 +18,15 @@ from kserve_pvc._format.log_entry import (
     encode_settings,
     now,
 )
+from kserve_pvc._source.arguments import check_choice, check_count, check_seconds
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or talks to a source is imported by the method that does it.
 if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
     from kserve_pvc._settings import Mode
     from kserve_pvc._show.events import Listener
     from kserve_pvc._source.contract import BackendFactory
@@ -44,6 +46,7 @@ class StoreArguments(TypedDict, total=False):
     lease_seconds: float | None
     backends: Mapping[str, BackendFactory] | None
     storage_options: Mapping[str, Any] | None
+    filesystems: Mapping[str, AbstractFileSystem] | None
     part_bytes: int
     digest: Literal["sha256", "none"]
     stall_seconds: float
@@ -82,14 +85,40 @@ def read_store_settings(volume: Volume) -> StoreSettings | None:
     return None if data is None else decode_settings(data, str(layout.SETTINGS))
 
 
+def open_store(
+    volume: Volume, mode: Mode, locker: str | None, lease_seconds: float | None
+) -> tuple[tuple[VolumeWriter, StoreSettings] | None, str]:
+    """
+    Open a store, and create it if it is opened for writing and has no settings yet.
+
+    Returns:
+        What writes, with the settings that all writers share, if the mode is read-write; and what this process knows
+        the store by, however often it is opened.
+
+    Raises:
+        LockerMismatchError: It was created with other settings.
+        StoreRootError: The volume cannot hold a store.
+    """
+    settings = read_store_settings(volume)
+    if mode == "r":
+        return None, str(volume.root) if settings is None else settings.store_id
+    from kserve_pvc._volume.writing import VolumeWriter
+
+    writer = VolumeWriter(volume.root)
+    settings = settings or create_store(writer, locker, lease_seconds)
+    # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
+    check_agreement(volume, settings, locker, lease_seconds)
+    return (writer, settings), settings.store_id
+
+
 def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
     from kserve_pvc._volume.profile import probe_here
 
     chosen = "lease"
     if locker is not None:
-        from kserve_pvc.locks.choice import parse_locker, settled
+        from kserve_pvc.locks.choice import parse_locker, resolve_namespace
 
-        chosen = str(settled(parse_locker(locker), os.environ))
+        chosen = str(resolve_namespace(parse_locker(locker), os.environ))
     # A volume on which no store can be correct is refused before there is one.
     default = probe_here(writer).lease_seconds
     settings = StoreSettings(
@@ -120,5 +149,5 @@ def _check_same_locker(volume: Volume, stored: str, requested: str | None) -> No
         raise StoreFormatError(
             str(layout.SETTINGS), f"this version does not have the locker `{stored}`; upgrade kserve_pvc"
         ) from error
-    if requested is not None and not parse_locker(requested).agrees_with(choice):
+    if requested is not None and not parse_locker(requested).matches(choice):
         raise LockerMismatchError(str(volume.root), "locker", stored, requested)

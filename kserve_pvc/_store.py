@@ -1,5 +1,7 @@
 """
-`ModelStore`: one shared volume, and everything a person or a server does with it.
+`ModelStore`: one shared volume, and everything that a person or a server does with it.
+
+Longer than other modules: it is the public interface, so most of it are signatures and docstrings.
 """
 
 from __future__ import annotations
@@ -15,44 +17,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Unpack
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc._arguments import check_cancel, check_count, check_listener, check_timeout
+from kserve_pvc._access import SourceAccess
 from kserve_pvc._format import layout
-from kserve_pvc._format.codec import KEY
-from kserve_pvc._format.log_entry import LogEntry
-from kserve_pvc._keys.log import LogView, read_log, read_log_of, read_manifest
-from kserve_pvc._model import Model, Status
+from kserve_pvc._format.log_entry import LogEntry, StoreSettings
+from kserve_pvc._keys.log import LogView, read_log, read_manifest
+from kserve_pvc._model import Lookup, Model, Status
 from kserve_pvc._opening import (
     StoreArguments,
-    check_agreement,
     check_arguments,
     check_tuning,
-    create_store,
-    read_store_settings,
+    open_store,
 )
-from kserve_pvc._process import flight_of, newest_returned, remember_returned, this_process
+from kserve_pvc._process import flight_of, this_process
+from kserve_pvc._source.arguments import check_cancel, check_choice, check_count, check_listener, check_timeout
 from kserve_pvc._source.ref import ModelRef, Patterns, Source, parse_ref
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc.errors import (
-    DamagedRecordError,
-    LockTimeoutError,
-    ModelNotFoundError,
-    PolicyError,
-    ReadOnlyStoreError,
-    SettingsError,
-    StoreFormatError,
-    UnsafePathError,
-)
+from kserve_pvc.errors import ReadOnlyStoreError, StoreFormatError
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
-# or talks to a source is imported by the method that does it.
+# or requests a source is imported by the method that does it.
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable
     from concurrent.futures import Executor
 
     from kserve_pvc._archive.export import Exported
     from kserve_pvc._doctor.diagnosis import Diagnosis
-    from kserve_pvc._download.cancellation import Cancel, Cancellation
-    from kserve_pvc._download.download import Outcome
+    from kserve_pvc._download.call import Call, CallOptions
+    from kserve_pvc._download.cancellation import Cancel
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Item, Listen, Warmed
     from kserve_pvc._keys.claims import LockInfo
@@ -64,6 +55,9 @@ if TYPE_CHECKING:
     from kserve_pvc._volume.writing import VolumeWriter
     from kserve_pvc.backends import AbstractFileSystem
 
+    # What writes, with the settings that all writers share.
+    Writing = tuple[VolumeWriter, StoreSettings]
+
 
 class ModelStore:
     """
@@ -72,42 +66,41 @@ class ModelStore:
     Args:
         root: An existing directory, usually where the volume is mounted.
         mode: `"r"` never writes one byte to the volume; `"rw"` may download and remove.
-        locker: Who says which process downloads. Counts when the store is created, and is read from it ever after; who
-            wants another one is refused. No locker carries safety.
+        locker: What decides which process downloads. Counts when the store is created, and is read from the store
+            afterwards; a different one is an error. Safety depends on no locker.
 
             - `"lease"` (default): claims on the volume, which need `mkdir` to exclude.
             - `"flock"`: a file lock, which must reach all nodes. On NFS it needs a file opened for writing, which it
               is; on a SeaweedFS mount with `-dlm` one opened for reading, which it is not, so choose another one there.
             - `"redis://HOST:PORT/DB"` (or `rediss://`; extra `redis`): portalocker's `RedisLock`, which lets a holder
-              that stood still for a second be taken over. To be said by every process that downloads.
+              that was paused for a second be taken over. Every downloading process must pass it.
             - `"kubernetes"` or `"kubernetes://NAMESPACE"` (extra `kubernetes`): Leases, as client-go's leader election.
-        lease_seconds: After how long without a sign of life a downloader is taken over. Counts when the store is
-            created; default 30 on local and 60 on network file systems.
+        lease_seconds: How long after its last heartbeat a downloader is taken over. Counts when the store is created;
+            default 30 on local and 60 on network file systems.
         backends: Factories by URI scheme, preferred to installed ones.
-        storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …), or such arguments by
-            scheme: `{"s3": {…}, "hf": {…}}`. Never written down.
+        storage_options: Arguments for the backend, as in fsspec (endpoint, credentials, …), or such arguments by
+            scheme: `{"s3": {…}, "hf": {…}}`. Never stored.
         filesystems: Configured fsspec file systems by URI scheme, as `{"s3": S3FileSystem(…)}`: models of that scheme
             are read through them.
-        part_bytes: The most that a killed process costs per stream in bytes fetched again.
-        digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume; the record
-            says so, and `verify` can compare only sizes.
-        stall_seconds: After how long without a byte a range is asked for again on another connection.
-        retry_seconds: How long a range is tried without any progress before `ensure` gives up.
-        offline: True asks no source for anything; what is present is served. None leaves it to `KSERVE_PVC_OFFLINE`,
-            which is read when a source would be asked.
+        part_bytes: The most bytes per stream that are fetched again after a process was killed.
+        digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume, which is
+            recorded, and `verify` can compare only sizes.
+        stall_seconds: How long a range may bring no byte before it is requested again on another connection.
+        retry_seconds: How long a range is retried without any progress before `ensure` fails.
+        offline: True requests no source; models that are present are served. None leaves it to `KSERVE_PVC_OFFLINE`,
+            which is read before a source is requested.
         on_event: Called with every `Event` of every call on this store, see the events page of the reference.
 
     Raises:
-        StoreRootError: The root is missing or no directory, or a store is to be created on a volume that cannot hold
-            one.
-        ReadOnlyStoreError: Read-write was asked for and the volume refuses.
+        StoreRootError: The root is not a directory, or the volume cannot hold a store.
+        ReadOnlyStoreError: The mode is read-write and the volume refuses to be written.
         StoreFormatError: The store was made by a newer version, or its settings are damaged.
         LockerMismatchError: The store was created with other settings.
-        SettingsError: An argument means nothing.
-        LockServiceError: (by what downloads) the service that keeps the locks refuses this process.
+        SettingsError: An argument is invalid.
+        LockServiceError: (by methods that download) the lock service refuses this process.
 
-    What is not guaranteed: that a model stays while nobody holds it with `open`, and that two stores on two roots
-    share anything. Threads and processes may share a store freely; after a fork the child may go on using it.
+    What is not guaranteed: that a model stays while no process holds it with `open`, and that two stores on two roots
+    share anything. Threads and processes may share a store freely, also after a fork.
     """
 
     def __init__(
@@ -131,30 +124,20 @@ class ModelStore:
         check_listener(on_event)
         check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
         self._volume = Volume(root)
-        self._settings = read_store_settings(self._volume)
-        # The tool that writes exists only here: a read-only store has nothing to write with.
-        self._writer: VolumeWriter | None = None
-        if mode == "rw":
-            from kserve_pvc._volume.writing import VolumeWriter
-
-            self._writer = VolumeWriter(root)
-            self._settings = self._settings or create_store(self._writer, locker, lease_seconds)
-            # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
-            check_agreement(self._volume, self._settings, locker, lease_seconds)
+        # What writes exists only here: a read-only store has nothing to write with.
+        self._writing, identity = open_store(self._volume, mode, locker, lease_seconds)
+        self._lookup = Lookup(self._volume, identity)
         self._locker = locker
-        self._offline = offline
         self._on_event = on_event
-        self._factories = dict(backends or {})
-        self._options = dict(storage_options or {})
-        self._filesystems = dict(filesystems or {})
-        self._filesystem: AbstractFileSystem | None = None
-        self._tuning: Mapping[str, Any] = {
-            "part_bytes": part_bytes,
-            "digest": digest,
-            "stall_seconds": stall_seconds,
-            "retry_seconds": retry_seconds,
-        }
-        self._backends: dict[tuple[int, str, str], Backend] = {}
+        patience = {"stall_seconds": stall_seconds, "retry_seconds": retry_seconds}
+        self._tuning: Mapping[str, Any] = {"part_bytes": part_bytes, "digest": digest, **patience}
+        self._sources = SourceAccess(
+            factories=backends or {},
+            storage_options=storage_options or {},
+            filesystems=filesystems or {},
+            patience=patience,
+            offline=offline,
+        )
 
     @classmethod
     def from_env(
@@ -166,7 +149,7 @@ class ModelStore:
         **arguments: Unpack[StoreArguments],
     ) -> ModelStore:
         """
-        Open the store the environment describes: `KSERVE_PVC_STORE`, `KSERVE_PVC_MODE`, or the pod's annotations.
+        Open the store that the environment describes: `KSERVE_PVC_STORE`, `KSERVE_PVC_MODE`, or the pod's annotations.
 
         The mode is `KSERVE_PVC_MODE` (`r` or `rw`) if it is set; else read-write for exactly the annotation
         `storage.kserve.io/readonly: "false"`, which is looked up in `annotations` or in the downward-API file
@@ -194,7 +177,7 @@ class ModelStore:
 
     @property
     def mode(self) -> Mode:
-        return "r" if self._writer is None else "rw"
+        return "r" if self._writing is None else "rw"
 
     def __repr__(self) -> str:
         return f"ModelStore({str(self.root)!r}, mode={self.mode!r})"
@@ -203,11 +186,6 @@ class ModelStore:
         from kserve_pvc._show.html import show_store
 
         return show_store(str(self.root), self.mode, (model._facts() for model in self.list()))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Clients of remote services do not travel, not even into a copy of this object, which may ask with other
-        # options. The storage options do, secrets included: to a process, not to a file.
-        return {**self.__dict__, "_backends": {}}
 
     def ensure(
         self,
@@ -229,46 +207,46 @@ class ModelStore:
         filesystem: AbstractFileSystem | None = None,
     ) -> Model:
         """
-        Return a complete, verified directory of the model, downloading it once however many ask.
+        Return a complete, verified directory of the model, downloading it once for all processes.
 
         A model that is present is returned at once: no network, no lock, no write. Otherwise one process downloads
-        and all others wait for it, and take over from what it wrote if it dies.
+        while all others wait, and one of them continues from what it wrote if it dies.
 
         Args:
             uri: As KServe spells it, such as `s3://bucket/path`; an absolute path; or a `ModelRef` or `Model`, which
                 have revision and patterns in themselves.
-            revision: Which version of the source; what it means is the back end's (an S3 VersionId, …).
-            refresh: Ask the source, and fetch a newer version beside the old one; files that have not changed are
-                linked or copied once their digest is proven.
-            force_download: Fetch even if it is present, into a new directory, taking nothing from complete models.
+            revision: Which version of the source; the backend defines what it means (an S3 VersionId, …).
+            refresh: Request what the source holds now, and fetch a newer version beside the old one; unchanged files
+                are linked or copied after their digest is checked.
+            force_download: Fetch a model that is present too, into a new directory, reusing nothing of complete models.
             local_files_only: Never use the network.
             timeout: Seconds to wait for another downloader; None waits without limit.
-            max_workers: The most streams at the same time; how many are worth while is found out on the way.
-            callback: Told the size and every step in bytes, as fsspec does it.
+            max_workers: The most streams at the same time; how many are used depends on the measured gain.
+            callback: Receives the size and every step in bytes, as in fsspec.
             progress: None shows bars on a terminal and lines elsewhere, False nothing.
             on_event: Called with every `Event` of this call, after the store's own listener.
             cancel: Ends the call once it is set, within a second and whatever the source does. What was fetched is
                 kept for the next call. A model that is present is returned all the same.
-            storage_options: For this call, instead of all of the store's. A model that is present is returned whoever
-                asks.
+            storage_options: For this call, instead of all of the store's. A model that is present is returned in any
+                case.
             filesystem: A configured fsspec file system to read the source through, for this call. It must be one for
                 the scheme of the URI, which stays the identity of the model.
 
         Raises:
-            ReadOnlyStoreError: It is absent, and the store may only be read. The network was not touched.
-            ModelNotFoundError: It is absent, and `local_files_only` was asked for.
+            ReadOnlyStoreError: It is absent, and the store is read-only. The network was not used.
+            ModelNotFoundError: It is absent, and `local_files_only` is true.
             LockTimeoutError: Another process was still downloading it.
             DownloadCancelledError: `cancel` was set.
             InsufficientSpaceError: It does not fit.
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The source failed.
-            DigestMismatchError, UnsafePathError, PolicyError: What the source offers is not acceptable.
+            DigestMismatchError, UnsafePathError, PolicyError: What the source holds is refused.
         """
         timeout = check_timeout(timeout)
         check_count("max_workers", max_workers)
         check_listener(on_event)
         check_cancel(cancel)
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        return self._asking_with(storage_options, filesystem)._ensure(
+        return self._with_sources(storage_options, filesystem)._ensure(
             ref,
             listen=partial(_listen, progress, callback),
             on_event=on_event,
@@ -290,97 +268,60 @@ class ModelStore:
         refresh: bool,
         force_download: bool,
         local_files_only: bool,
-        timeout: float,
-        max_workers: int,
+        **options: Unpack[CallOptions],
     ) -> Model:
         started = time.monotonic()
-        view = self._look(ref)
-        entry = _present(view)
+        view = self._lookup.view(ref)
+        entry = view.present
         if entry is not None and (local_files_only or not (refresh or force_download)):
             return self._found(ref, entry, started, on_event)
-        if local_files_only:
-            raise self._absent(ref, view)
-        if self._is_offline:
-            raise self._absent(ref, view) if entry is None else _offline(ref)
-        if self._writer is None and (entry is None or force_download):
-            raise ReadOnlyStoreError(str(self.root), f"download `{ref}`", _HOW_TO_WRITE) from view.damage
-        resolved = self._resolve(ref, cancel) if refresh else None
+        if entry is None and (local_files_only or self._sources.is_offline):
+            raise self._lookup.absent(ref, view)
+        self._sources.check_online(ref)
+        if entry is None or force_download:
+            self._writer(f"download `{ref}`", view.damage)
+        resolved = self._sources.resolve(ref, cancel) if refresh else None
         if entry is not None and resolved is not None and not force_download and entry.version == resolved.version:
             return self._found(ref, entry, started, on_event)
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"download the newer version of `{ref}`", _HOW_TO_WRITE)
-        after_seq = view.seq if force_download else 0
-        outcome = self._download(
-            self._writer, ref, after_seq, resolved, timeout, started, max_workers, listen, on_event, cancel
-        )
-        status: Status = "waited" if outcome.status == "present" else outcome.status
-        return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
+        writing = self._writer(f"download the newer version of `{ref}`")
+        options["resolved"] = resolved
+        options["after_seq"] = view.seq if force_download else 0
+        call = self._call(ref, started, listen, on_event, cancel, **options)
+        self._sources.check(ref)
+        return self._download(writing, ref, call, partial(self._sources.backend, ref))
 
-    def _download(
+    def _call(
         self,
-        writer: VolumeWriter,
         ref: ModelRef,
-        after_seq: int,
-        resolved: Resolved | None,
-        timeout: float,
         started: float,
-        max_workers: int,
         listen: Listen,
         on_event: Listener | None,
         cancel: Cancel | None,
-        source: Backend | None = None,
-    ) -> Outcome:
-        from kserve_pvc._download.cancellation import Cancellation
-        from kserve_pvc._download.download import Download, Request
-        from kserve_pvc._download.streams import Tuning
-        from kserve_pvc._keys.aliases import settle_view_quietly
-        from kserve_pvc._show.events import CallFinished
-        from kserve_pvc._show.observing import observing
+        **options: Unpack[CallOptions],
+    ) -> Call:
+        """Describe a call that downloads, with what is the same for all calls of this store."""
+        from kserve_pvc._download.call import Call
+
+        options.setdefault("tuning", self._tuning)
+        return Call(
+            **options,
+            subject=self._subject(ref),
+            listen=listen,
+            listeners=self._listeners(on_event),
+            cancel=cancel,
+            holder=this_process(),
+            flight=flight_of(self._lookup.identity, ref.key),
+            started=started,
+        )
+
+    def _download(self, writing: Writing, ref: ModelRef, call: Call, make_backend: Callable[[], Backend]) -> Model:
         from kserve_pvc.locks.choice import check_confirmed
 
-        assert self._settings is not None  # A read-write store has created them.
-        check_confirmed(self._settings.locker, self._locker)
-        if source is None:
-            self._check_way(ref)
-        # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
-        tuning = self._tuning if source is None else {**self._tuning, "digest": "sha256"}
-        subject, cancellation = self._subject(ref), Cancellation(str(ref), cancel)
-        with (
-            listen() as show,
-            observing(subject, show, self._listeners(on_event)) as listener,
-            self._flight(ref, timeout, cancellation),
-        ):
-            download = Download(
-                writer,
-                self._settings,
-                ref,
-                partial(self._backend, ref) if source is None else lambda: source,
-                holder=this_process(),
-                timeout=max(0.0, timeout - (time.monotonic() - started)),
-                subject=subject,
-                listener=listener,
-                cancellation=cancellation,
-                request=Request(
-                    after_seq=after_seq,
-                    version=resolved.version if resolved else None,
-                    resolved=resolved,
-                    activity="downloading" if source is None else "importing",
-                ),
-                tuning=Tuning(max_workers=max_workers, **tuning),
-            )
-            outcome = download.run()
-            if outcome.status == "downloaded":
-                settle_view_quietly(writer, ref.key)
-            listener(
-                CallFinished(
-                    **subject,
-                    status="waited" if outcome.status == "present" else outcome.status,
-                    size_bytes=outcome.entry.size_bytes,
-                    bytes_fetched=outcome.bytes_fetched,
-                    seconds=time.monotonic() - started,
-                )
-            )
-        return outcome
+        writer, settings = writing
+        check_confirmed(settings.locker, self._locker)
+        outcome = call.run(writer, settings, ref, make_backend)
+        status: Status = "waited" if outcome.status == "present" else outcome.status
+        return self._lookup.model(outcome.entry, status, call.started, bytes_fetched=outcome.bytes_fetched)
 
     def _subject(self, ref: ModelRef) -> Subject:
         return {"store": str(self.root), "key": ref.key, "uri": ref.uri, "ref": str(ref)}
@@ -389,19 +330,18 @@ class ModelStore:
         return [listener for listener in (self._on_event, on_event) if listener is not None]
 
     def _found(self, ref: ModelRef, entry: LogEntry, started: float, on_event: Listener | None) -> Model:
-        """A model that is present. Without a listener this costs nothing: a hit is fast."""
-        model = self._model(entry, "present", started)
+        """Describe a model that is present. Without a listener nothing else happens: a hit is fast."""
+        model = self._lookup.model(entry, "present", started)
         if on_event is not None or self._on_event is not None:
             from kserve_pvc._show.events import CallFinished
             from kserve_pvc._show.observing import notify
 
-            seconds = time.monotonic() - started
             finished = CallFinished(
                 **self._subject(ref),
                 status="present",
                 size_bytes=entry.size_bytes,
                 bytes_fetched=0,
-                seconds=seconds,
+                seconds=time.monotonic() - started,
             )
             notify(self._listeners(on_event), finished)
         return model
@@ -422,22 +362,22 @@ class ModelStore:
         filesystem: AbstractFileSystem | None = None,
     ) -> Generator[Warmed, None, None]:
         """
-        Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no
-        other.
+        Ensure several models, and yield a result for each once it is present or has failed. A failure stops no other
+        model.
 
-        A model that is named twice is fetched once and has one result. Nothing begins before the first result is asked
-        for. Closing the iterator cancels what has not begun; an exception that is raised in it, such as a
+        A model that is named twice is fetched once and has one result. Nothing begins before the first result is
+        requested. Closing the iterator cancels what has not begun; an exception that is raised in it, such as a
         KeyboardInterrupt, also stops what runs in threads.
 
         Args:
-            items: URIs, `ModelRef`s, or mappings with `uri` and, if need be, `revision`, `allow_patterns` and
-                `ignore_patterns`.
+            items: URIs, absolute paths, `ModelRef`s, or mappings with `uri` and, if needed, `revision`,
+                `allow_patterns` and `ignore_patterns`.
             executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched
                 one after the other, each by several streams. The store is sent to an executor of processes, with its
                 `backends`, `storage_options` and `filesystems`, so these must pickle then; lines take the place of
                 bars there.
             refresh, timeout, max_workers: As in `ensure`, for each model.
-            callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with
+            callback: Receives the total size of what is being downloaded, and every step in bytes. Not with
                 processes.
             progress: As in `ensure`; several bars or lines at a time.
             on_event: As in `ensure`, for each model; several calls at a time where several models are fetched at a
@@ -447,8 +387,8 @@ class ModelStore:
             storage_options, filesystem: As in `ensure`, for all of them.
 
         Raises:
-            SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model
-                is the `error` of its result.
+            SettingsError: An argument is invalid, or cannot be sent to other processes. An invalid item is the `error`
+                of its result.
         """
         from kserve_pvc._download.warm import warm
 
@@ -458,7 +398,7 @@ class ModelStore:
         check_cancel(cancel)
         how: Mapping[str, Any] = {"refresh": refresh, "force_download": False, "local_files_only": False}
         ensure = partial(
-            self._asking_with(storage_options, filesystem)._ensure, **how, timeout=timeout, max_workers=max_workers
+            self._with_sources(storage_options, filesystem)._ensure, **how, timeout=timeout, max_workers=max_workers
         )
         return warm(
             ensure,
@@ -468,19 +408,8 @@ class ModelStore:
             callback=callback,
             on_event=on_event,
             cancel=cancel,
-            remember=lambda model: self._remember(model._entry),
+            remember=lambda model: self._lookup.remember(model._entry),
         )
-
-    @contextmanager
-    def _flight(self, ref: ModelRef, timeout: float, cancellation: Cancellation) -> Iterator[None]:
-        """Among the threads of this process, one goes ahead and the others wait here."""
-        lock = flight_of(self._identity, ref.key)
-        if not cancellation.acquire(lock, timeout):
-            raise LockTimeoutError(str(ref), "another thread of this process", timeout, 0.0, 0, 0)
-        try:
-            yield
-        finally:
-            lock.release()
 
     def get(
         self,
@@ -497,25 +426,16 @@ class ModelStore:
             ModelNotFoundError: It is absent.
             DamagedRecordError: Its newest record is damaged; also a `ModelNotFoundError` and a `StoreFormatError`.
         """
-        return self._get(_ref(uri, revision, allow_patterns, ignore_patterns))
-
-    def _get(self, ref: ModelRef) -> Model:
-        started = time.monotonic()
-        view = self._look(ref)
-        entry = _present(view)
-        if entry is None:
-            raise self._absent(ref, view)
-        return self._model(entry, "present", started)
+        return self._lookup.get(_ref(uri, revision, allow_patterns, ignore_patterns))
 
     def __contains__(self, uri: Source) -> bool:
-        return _present(self._look(parse_ref(uri))) is not None
+        return self._lookup.view(parse_ref(uri)).present is not None
 
     def list(self) -> list[Model]:
         """
         Every complete model, by key. A model whose newest record is damaged is left out; `verify` names it.
         """
-        entries = (_present(read_log(self._volume, key)) for key in self._keys())
-        return [self._model(entry, "present", time.monotonic()) for entry in entries if entry is not None]
+        return self._lookup.models()
 
     def resolve(
         self,
@@ -528,7 +448,7 @@ class ModelStore:
         filesystem: AbstractFileSystem | None = None,
     ) -> Resolved:
         """
-        Ask the source what it holds now. Network, but no write.
+        Request what the source holds now. Network, but no write.
 
         Args:
             storage_options, filesystem: As in `ensure`.
@@ -537,7 +457,7 @@ class ModelStore:
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, UnsafePathError: As `ensure`.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        return self._asking_with(storage_options, filesystem)._resolve(ref)
+        return self._sources.with_arguments(storage_options, filesystem).resolve(ref)
 
     def plan(
         self,
@@ -551,24 +471,23 @@ class ModelStore:
         filesystem: AbstractFileSystem | None = None,
     ) -> Plan:
         """
-        Say what `ensure` would do, without doing it. The source is asked unless the model is present.
+        Return what `ensure` would do, without doing it. The source is requested unless the model is present.
 
         Args:
             storage_options, filesystem: As in `ensure`.
 
-        What is not guaranteed: that the free space is real (some network volumes make it up), and that nobody else
-        changes anything in between.
+        What is not guaranteed: that the free space is real (some network volumes invent it), and that no other
+        process changes anything in between.
         """
         from kserve_pvc._download.plan import plan_download, plan_nothing
 
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        entry = _present(self._look(ref))
-        resolved = (
-            None if entry is not None and not refresh else self._asking_with(storage_options, filesystem)._resolve(ref)
-        )
+        sources = self._sources.with_arguments(storage_options, filesystem)
+        entry = self._lookup.view(ref).present
+        resolved = None if entry is not None and not refresh else sources.resolve(ref)
         if entry is not None and (resolved is None or resolved.version == entry.version):
             return plan_nothing(self._volume, ref, entry)
-        assert resolved is not None  # Without an entry the source was asked.
+        assert resolved is not None  # Without an entry it was requested.
         newest = sorted(self.list(), key=lambda model: model.created_at, reverse=True)
         shares = self._tuning["digest"] != "none"
         return plan_download(self._volume, ref, resolved, shares=shares, newest_keys=[model.key for model in newest])
@@ -583,7 +502,7 @@ class ModelStore:
         ignore_patterns: Patterns = None,
     ) -> Verification:
         """
-        Compare a model with its record: every file there, none too many, sizes, and at level `full` digests.
+        Compare a model with its record: missing and foreign files, sizes, and at level `full` digests.
 
         Works offline and on a read-only mount, and changes nothing.
 
@@ -591,45 +510,31 @@ class ModelStore:
             ModelNotFoundError: It is absent.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        view = self._look(ref)
+        view = self._lookup.view(ref)
         if view.entry is None and view.damage is None:
-            raise self._absent(ref, view)
+            raise self._lookup.absent(ref, view)
         return self._verify(ref.uri, view, level)
 
     def verify_all(self, level: Level = "size") -> Iterator[Verification]:
         """
         Verify every model, those with a damaged record included, one after the other.
         """
-        for key in self._keys():
-            view = read_log(self._volume, key)
-            if view.damage is not None or _present(view) is not None:
+        for key, view in self._lookup.views():
+            if view.damage is not None or view.present is not None:
                 yield self._verify(view.entry.uri if view.entry else key, view, level)
 
     def _verify(self, uri: str, view: LogView, level: Level) -> Verification:
-        from kserve_pvc._volume.verify import Problem, Verification, compare
+        from kserve_pvc._volume.verify import report_damage, verify_files
 
-        if level not in ("size", "full"):
-            raise SettingsError("level", str(level), "use `size` or `full`")
-        entry = _present(view)
+        check_choice("level", level, ("size", "full"))
         try:
-            if entry is None:
+            if view.present is None:
                 raise view.damage or StoreFormatError(uri, "it has no record")
-            manifest = read_manifest(self._volume, entry)
+            manifest = read_manifest(self._volume, view.present)
         except StoreFormatError as damage:
-            problem = Problem(path=damage.path, kind="record", detail=damage.reason)
-            return Verification(uri=uri, level=level, files=0, bytes=0, problems=(problem,))
-        place = layout.generation_dir(entry.key, entry.generation)
-        try:
-            problems = tuple(
-                compare(
-                    manifest.files, self._volume.tree(place), lambda path: self._volume.open_file(place / path), level
-                )
-            )
-        except UnsafePathError as planted:
-            problems = (Problem(path=planted.name, kind="type", detail=planted.rule),)
-        return Verification(
-            uri=uri, level=level, files=len(manifest.files), bytes=manifest.size_bytes, problems=problems
-        )
+            return report_damage(damage, uri=uri, level=level)
+        place = layout.generation_dir(view.present.key, view.present.generation)
+        return verify_files(self._volume, place, manifest, uri=uri, level=level)
 
     def remove(
         self,
@@ -643,30 +548,28 @@ class ModelStore:
         """
         Remove a model, or what is left of an unfinished download of it.
 
-        It is gone for everybody at once. Its bytes are kept until the change is visible on all nodes and no reader
-        holds it, then moved to the trash, and deleted once they have been there for `trash_seconds`, by this or a
-        later writer. On a network volume this waits for the attribute caches of other nodes, minutes if need be.
+        It is absent for all processes at once. Its bytes are kept until the change is visible on all nodes and no
+        reader holds it, then moved to the trash, and deleted after `trash_seconds` there, by this or a later writer. On
+        a network volume this waits for the attribute caches of other nodes, which may take minutes.
 
         Raises:
-            ModelNotFoundError: There is nothing of it.
-            ModelInUseError: Somebody reads or downloads it; it is there as before, unless somebody else removes it too.
-            ReadOnlyStoreError: The store may only be read.
+            ModelNotFoundError: The store has nothing of it.
+            ModelInUseError: A process reads or downloads it; it stays, unless another process removes it too.
+            ReadOnlyStoreError: The store is read-only.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         check_timeout(trash_seconds, "trash_seconds")
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"remove `{ref}`", _HOW_TO_WRITE)
+        writer, settings = self._writer(f"remove `{ref}`")
         from kserve_pvc._keys.aliases import settle_view_quietly
         from kserve_pvc._keys.removal import Removal
         from kserve_pvc._show.events import ModelRemoved
         from kserve_pvc._show.observing import notify
 
-        assert self._settings is not None  # A read-write store has created them.
         try:
-            if not Removal(self._writer, self._settings, ref, this_process()).run(trash_seconds):
-                raise self._absent(ref, self._look(ref))
+            if not Removal(writer, settings, ref, this_process()).run(trash_seconds):
+                raise self._lookup.absent(ref, self._lookup.view(ref))
         finally:
-            settle_view_quietly(self._writer, ref.key)
+            settle_view_quietly(writer, ref.key)
         notify(self._listeners(None), ModelRemoved(**self._subject(ref)))
 
     def alias(
@@ -687,36 +590,34 @@ class ModelStore:
 
         Raises:
             ModelNotFoundError: The model is absent.
-            UnsafePathError: It is no name of 1 to 63 letters, digits, `-`, `_` and `.`.
-            VolumeError: Something that is no link has that name, or the volume has no symbolic links.
-            ReadOnlyStoreError: The store may only be read.
+            UnsafePathError: The name is not 1 to 63 letters, digits, `-`, `_` and `.`.
+            VolumeError: Something other than a link has that name, or the volume has no symbolic links.
+            ReadOnlyStoreError: The store is read-only.
         """
         from kserve_pvc._keys.aliases import check_alias, point_alias
 
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         check_alias(name)
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"name `{ref}`", _HOW_TO_WRITE)
-        point_alias(self._writer, name, self._get(ref).key)
+        writer, _ = self._writer(f"name `{ref}`")
+        point_alias(writer, name, self._lookup.get(ref).key)
 
     def drop_alias(self, name: str) -> None:
         """
-        Take a name away, if it is there. The model stays.
+        Remove a name, if it exists. The model stays.
 
         Raises:
-            UnsafePathError: It is no name that an alias can have.
-            ReadOnlyStoreError: The store may only be read.
+            UnsafePathError: An alias cannot have that name.
+            ReadOnlyStoreError: The store is read-only.
         """
         from kserve_pvc._keys.aliases import check_alias, drop_alias
 
         check_alias(name)
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"drop the name `{name}`", _HOW_TO_WRITE)
-        drop_alias(self._writer, name)
+        writer, _ = self._writer(f"remove the name `{name}`")
+        drop_alias(writer, name)
 
     def aliases(self) -> Mapping[str, str]:
         """
-        Every name, with the key of its model, whether that is present or not. Links that lead elsewhere are left out.
+        Return every name with the key of its model, present or not. Links that lead elsewhere are left out.
         """
         from kserve_pvc._keys.aliases import read_aliases
 
@@ -735,11 +636,10 @@ class ModelStore:
         on_event: Listener | None = None,
     ) -> Exported:
         """
-        Write a model that is present as one file, to be imported where there is no network. Nothing is written to the
-        store.
+        Write a model that is present as one file, to be imported where there is no network. The store is not changed.
 
-        Every file is compared with its SHA-256 on the way. The file gets its name when it is whole and on the disk; an
-        export that was interrupted goes on where it was. The same version of a model gives the same bytes.
+        Every file is compared with its SHA-256 on the way. The file gets its name once it is complete and synced; an
+        interrupted export is resumed. The same version of a model gives the same bytes.
 
         Args:
             file: Where to write it, outside the store; or a binary stream, which cannot be resumed.
@@ -749,8 +649,8 @@ class ModelStore:
             ModelNotFoundError: It is absent.
             VolumeError: A file of the model is missing or damaged, or the bundle could not be written.
             InsufficientSpaceError: The bundle does not fit.
-            PolicyError: The model was fetched without hashing, so nothing proves its bytes.
-            SettingsError: The file would lie in the store, or something that is no regular file is there.
+            PolicyError: The model was fetched without hashing, so its bytes cannot be checked.
+            SettingsError: The file would lie in the store, or something other than a regular file is there.
         """
         from kserve_pvc._archive.bundle_manifest import manifest_of
         from kserve_pvc._archive.export import export_bundle
@@ -787,20 +687,20 @@ class ModelStore:
         cancel: threading.Event | None = None,
     ) -> Model:
         """
-        Take over a model from a file that `export` wrote. No source is asked, and no network is needed.
+        Import a model from a file that `export` wrote, without any network.
 
-        It is written as a download is: by one process, resumed after a crash, every file compared with its SHA-256, and
-        published last. A version that is present is returned at once; another one is put beside it and becomes the
+        It is written like a download: by one process, resumed after a crash, every file compared with its SHA-256, and
+        published last. A version that is present is returned at once; another one is written beside it and becomes the
         current one.
 
         Args:
-            sha256: The digest that `export` told. Without it the file is as good as where it comes from.
+            sha256: The digest that `export` returned. Without it the file is trusted.
             on_event, cancel: As in `ensure`.
 
         Raises:
-            ReadOnlyStoreError: The store may only be read.
-            StoreFormatError: It is no bundle, was cut off, or was changed.
-            DigestMismatchError: A file is not what the bundle says, or the bundle is not the one of `sha256`.
+            ReadOnlyStoreError: The store is read-only.
+            StoreFormatError: It is not a bundle, was truncated, or was changed.
+            DigestMismatchError: A file differs from its digest in the bundle, or the bundle from `sha256`.
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The file cannot be read.
             LockTimeoutError, DownloadCancelledError, InsufficientSpaceError: As `ensure`.
         """
@@ -808,21 +708,25 @@ class ModelStore:
         timeout = check_timeout(timeout)
         check_listener(on_event)
         check_cancel(cancel)
-        if self._writer is None:
-            raise ReadOnlyStoreError(str(self.root), f"import `{os.fspath(file)}`", _HOW_TO_WRITE)
+        writing = self._writer(f"import `{os.fspath(file)}`")
         from kserve_pvc._archive.bundle import open_bundle
 
         with open_bundle(file, sha256=sha256) as bundle:
             ref = bundle.manifest.ref
             resolved = bundle.resolve(ref)
-            entry = _present(self._look(ref))
+            entry = self._lookup.view(ref).present
             if entry is not None and entry.version == resolved.version:
                 return self._found(ref, entry, started, on_event)
-            listen = partial(_listen, progress, callback)
-            how = (timeout, started, defaults.MAX_WORKERS, listen, on_event, cancel)
-            outcome = self._download(self._writer, ref, 0, resolved, *how, source=bundle)
-        status: Status = "waited" if outcome.status == "present" else outcome.status
-        return self._model(outcome.entry, status, started, bytes_fetched=outcome.bytes_fetched)
+            # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
+            options: CallOptions = {
+                "timeout": timeout,
+                "max_workers": defaults.MAX_WORKERS,
+                "resolved": resolved,
+                "tuning": {**self._tuning, "digest": "sha256"},
+                "activity": "importing",
+            }
+            call = self._call(ref, started, partial(_listen, progress, callback), on_event, cancel, **options)
+            return self._download(writing, ref, call, lambda: bundle)
 
     @contextmanager
     def open(
@@ -834,58 +738,66 @@ class ModelStore:
         ignore_patterns: Patterns = None,
     ) -> Iterator[Model]:
         """
-        Hold a model that is present, so that nobody removes it inside the `with`.
+        Hold a model that is present, so that no process removes it inside the `with`.
 
-        A read-only store, or a volume that refuses, cannot keep a lease: there the model is protected only by the
-        time its bytes stay in the trash.
+        A read-only store, or a volume that refuses to be written, cannot hold a lease: there only the time that bytes
+        stay in the trash protects the model.
 
         Raises:
             ModelNotFoundError: It is absent.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         while True:
-            model = self._get(ref)
-            if self._writer is None or self._settings is None:
+            model = self._lookup.get(ref)
+            if self._writing is None:
                 yield model
                 return
             from kserve_pvc._keys.claims import reading
 
-            generation = model.path.name
+            (writer, settings), generation = self._writing, model.path.name
             with ExitStack() as lease:
                 with suppress(ReadOnlyStoreError):
-                    lasting, holder = self._settings.lease_seconds, this_process()
-                    lease.enter_context(reading(self._writer, generation, lease_seconds=lasting, holder=holder))
-                # Whoever removes looks for leases after its tombstone is visible: looking again closes the gap.
-                entry = _present(read_log(self._volume, model.key))
+                    lease.enter_context(
+                        reading(writer, generation, lease_seconds=settings.lease_seconds, holder=this_process())
+                    )
+                # A remover looks for leases after its tombstone is visible: looking again closes the gap.
+                entry = read_log(self._volume, model.key).present
                 if entry is not None and entry.generation == generation:
                     yield model
                     return
 
     def doctor(self, *, peer: str | None = None, timeout: float | None = defaults.DOCTOR_TIMEOUT) -> Diagnosis:
         """
-        Examine the volume: what it is and can do, how fast it is, what should be changed. A read-only store only looks.
+        Examine the volume: its kind, what it supports, its speed, and what to change. A read-only store writes nothing.
 
         Args:
-            peer: A name, under which a doctor on another node is waited for that is given the same:
-                `store.doctor(peer="a")` there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
-            timeout: Seconds to wait for it; None waits without limit.
+            peer: A name that a doctor on another node is given too: `store.doctor(peer="a")` there, or
+                `kserve-pvc doctor DIR --peer a`. The two then test each other.
+            timeout: Seconds to wait for the peer; None waits without limit.
 
         Raises:
-            ReadOnlyStoreError: A peer was asked for, and the store may only be read.
-            SettingsError: The name or the time means nothing.
+            ReadOnlyStoreError: A peer is named, and the store is read-only.
+            SettingsError: The name or the timeout is invalid.
         """
         from kserve_pvc._doctor.doctor import diagnose
 
         timeout = check_timeout(timeout)
-        return diagnose(self.root, writes=self._writer is not None, holder=this_process(), peer=peer, timeout=timeout)
+        return diagnose(
+            self.root,
+            writes=self._writing is not None,
+            holder=this_process(),
+            peer=peer,
+            timeout=timeout,
+            sources=self._sources.explain(),
+        )
 
     def locks(self) -> Sequence[LockInfo]:
         """
-        Every claim that has not been given back, by key. Changes nothing.
+        Return every claim that has not been released, by key. Changes nothing.
         """
         from kserve_pvc._keys.claims import read_lock
 
-        return [lock for key in self._keys() if (lock := read_lock(self._volume, key)) is not None]
+        return [lock for key in self._lookup.list_keys() if (lock := read_lock(self._volume, key)) is not None]
 
     def break_lock(
         self,
@@ -896,142 +808,35 @@ class ModelStore:
         ignore_patterns: Patterns = None,
     ) -> None:
         """
-        Take a claim away from its holder and give it back at once, so that another process may download.
+        Take a claim from its holder and release it at once, so that another process may download.
 
-        A holder that lives notices at its next beat, stops, and starts waiting. Whatever it does after that cannot
-        harm the model.
+        A live holder notices at its next heartbeat, stops, and starts waiting. What it does until then cannot harm the
+        model.
 
         Raises:
-            ReadOnlyStoreError: The store may only be read.
+            ReadOnlyStoreError: The store is read-only.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
-        if self._writer is None or self._settings is None:
-            raise ReadOnlyStoreError(str(self.root), f"break the claim on `{ref}`", _HOW_TO_WRITE)
+        writer, settings = self._writer(f"break the claim on `{ref}`")
         from kserve_pvc._keys.claims import break_claim
 
-        break_claim(
-            self._writer, ref.key, uri=ref.uri, holder=this_process(), lease_seconds=self._settings.lease_seconds
-        )
+        break_claim(writer, ref.key, uri=ref.uri, holder=this_process(), lease_seconds=settings.lease_seconds)
 
-    def _keys(self) -> Sequence[str]:
-        return [name for name in self._volume.list_names(layout.KEYS) if KEY.fullmatch(name)]
+    def _writer(self, operation: str, cause: Exception | None = None) -> Writing:
+        if self._writing is None:
+            raise ReadOnlyStoreError(str(self.root), operation, _HOW_TO_WRITE) from cause
+        return self._writing
 
-    @property
-    def _is_offline(self) -> bool:
-        if self._offline is None:
-            from kserve_pvc._settings import is_offline
-
-            self._offline = is_offline()
-        return self._offline
-
-    @property
-    def _identity(self) -> str:
-        return str(self.root) if self._settings is None else self._settings.store_id
-
-    def _look(self, ref: ModelRef) -> LogView:
-        """Read the newest record of a ref, and never an older one than this process has returned."""
-        # Before reading: another thread may return a newer one meanwhile.
-        seen = newest_returned(self._identity, ref.key)
-        view = read_log_of(self._volume, ref)
-        if view.seq < seen:
-            reason = f"its newest record is {view.seq}, but this process has returned {seen}; somebody deleted records"
-            raise StoreFormatError(str(layout.log_dir(ref.key)), reason)
-        return view
-
-    def _remember(self, entry: LogEntry) -> None:
-        remember_returned(self._identity, entry.key, entry.seq)
-
-    def _model(self, entry: LogEntry, status: Status, started: float, bytes_fetched: int = 0) -> Model:
-        self._remember(entry)
-        return Model(
-            uri=entry.uri,
-            revision=entry.revision,
-            allow_patterns=entry.allow_patterns,
-            ignore_patterns=entry.ignore_patterns,
-            key=entry.key,
-            version=entry.version,
-            path=self._volume.absolute(layout.generation_dir(entry.key, entry.generation)),
-            status=status,
-            size_bytes=entry.size_bytes,
-            files=entry.files,
-            created_at=entry.created_at,
-            bytes_fetched=bytes_fetched,
-            seconds=time.monotonic() - started,
-            entry=entry,
-            root=self.root,
-        )
-
-    def _asking_with(
-        self, storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None = None
+    def _with_sources(
+        self, storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None
     ) -> ModelStore:
-        """Return this store with other storage options or a file system for one call, and with backends of its own."""
-        if storage_options is None and filesystem is None:
+        """Return this store with other sources for one call."""
+        sources = self._sources.with_arguments(storage_options, filesystem)
+        if sources is self._sources:
             return self
-        if storage_options is not None and filesystem is not None:
-            raise SettingsError(
-                "storage_options", "not shown", "`filesystem` is configured already; pass one of the two"
-            )
-        asking = copy(self)
-        asking._options = self._options if storage_options is None else dict(storage_options)
-        asking._filesystem = filesystem
-        return asking
-
-    def _absent(self, ref: ModelRef, view: LogView) -> ModelNotFoundError:
-        if view.damage is not None:
-            return DamagedRecordError(str(ref), str(self.root), view.damage.path, view.damage.reason)
-        return ModelNotFoundError(str(ref), str(self.root))
-
-    def _resolve(self, ref: ModelRef, cancel: Cancel | None = None) -> Resolved:
-        if self._is_offline:
-            raise _offline(ref)
-        from kserve_pvc._download.cancellation import Cancellation, run_detachable
-        from kserve_pvc._source.contract import SupportsClose
-
-        backend = self._backend(ref)
-
-        def resolve() -> Resolved:
-            try:
-                return backend.resolve(ref)
-            finally:
-                if isinstance(backend, SupportsClose):
-                    backend.close()
-
-        return resolve() if cancel is None else run_detachable(resolve, Cancellation(str(ref), cancel))
-
-    def _service(self, ref: ModelRef) -> str:
-        """A factory that was given for the scheme itself wins."""
-        return ref.scheme if ref.scheme in self._factories else ref.service
-
-    def _check_way(self, ref: ModelRef) -> None:
-        """Check that there is a way to the source, before anything is claimed."""
-        from kserve_pvc.backends import check_filesystem, check_scheme
-
-        filesystem = self._filesystem_for(ref)
-        if filesystem is None:
-            check_scheme(self._service(ref), self._factories)
-        else:
-            check_filesystem(filesystem)
-
-    def _filesystem_for(self, ref: ModelRef) -> AbstractFileSystem | None:
-        return self._filesystem if self._filesystem is not None else self._filesystems.get(ref.scheme)
-
-    def _backend(self, ref: ModelRef) -> Backend:
-        from kserve_pvc._source.contract import SupportsTuning
-        from kserve_pvc.backends import make_backend, options_for
-
-        # Clients of remote services do not survive a fork, so each process has its own.
-        name = (os.getpid(), ref.scheme, self._service(ref))
-        if name not in self._backends:
-            backend = make_backend(
-                self._service(ref),
-                self._factories,
-                options_for(ref, self._options, self._factories),
-                filesystem=self._filesystem_for(ref),
-            )
-            if isinstance(backend, SupportsTuning):
-                backend.tune(stall_seconds=self._tuning["stall_seconds"], retry_seconds=self._tuning["retry_seconds"])
-            self._backends[name] = backend
-        return self._backends[name]
+        store = copy(self)
+        store._sources = sources
+        return store
 
 
 _HOW_TO_WRITE = (
@@ -1045,15 +850,5 @@ def _listen(progress: bool | None, callback: Callback | None) -> AbstractContext
     return make_listener(progress, callback)
 
 
-def _offline(ref: ModelRef) -> PolicyError:
-    return PolicyError(
-        str(ref), "this store is offline and asks no source; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of it"
-    )
-
-
 def _ref(uri: Source, revision: str | None, allow_patterns: Patterns, ignore_patterns: Patterns) -> ModelRef:
     return parse_ref(uri, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-
-
-def _present(view: LogView) -> LogEntry | None:
-    return view.entry if view.entry is not None and view.entry.is_present else None

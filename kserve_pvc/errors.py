@@ -356,9 +356,10 @@ class VolumeError(StoreError, OSError):
     path: str
     operation: str
     reason: str
+    hint: str = "check the logs of the volume, then retry"
 
     def _message(self) -> str:
-        return f"{self.operation} failed on `{self.path}`: {self.reason}; check the logs of the volume, then retry"
+        return f"{self.operation} failed on `{self.path}`: {self.reason}; {self.hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

@@ -160,7 +160,7 @@ def test_what_somebody_else_put_there_stays(root, uri, where, what):
     store = ModelStore(root, mode="rw")
     model = store.ensure(uri, progress=False)
 
-    with pytest.raises(VolumeError, match="something that is no link"):
+    with pytest.raises(VolumeError, match="is not a link"):
         store.alias("llama", uri)
     store.drop_alias("llama")
 

@@ -332,7 +332,7 @@ def test_the_claim_of_another_tenant_is_refused(hook, create):
     refused = create("production", claim="models-of-a", service_account="tenant-b", expect=403)
     granted = create("production", claim="models-of-a", service_account="tenant-a")
 
-    rule = "no rule lets service account `tenant-b` of namespace `production` mount it"
+    rule = "no rule allows service account `tenant-b` of namespace `production` mount it"
     assert refused["message"].endswith(f"kserve-pvc: `claim models-of-a` is refused: {rule}")
     assert storage(granted) == ({kserve_rules.VOLUME: "models-of-a"}, seen(is_server_writing=False))
 

@@ -464,8 +464,8 @@ def test_what_an_error_gives_away_is_hidden(source, strange):
 
     def info(self, path, **kwargs):
         raise OSError(
-            f"cannot reach http://reader:{options['password']}@host/?sig={options['nested']['a']}"
-            f" with {options['password']}"
+            f"cannot reach http://reader:{options['password']}@host/?"
+            f"sig={options['nested']['a']} with {options['password']}"
         )
 
     strange(info=info)

@@ -129,7 +129,8 @@ from huggingface_hub import HfApi, snapshot_download
 name, revision = sys.argv[1:]
 place = snapshot_download(name, revision=revision)
 files = HfApi().list_repo_tree(name, revision=revision, recursive=True)
-print(json.dumps([place, {f.path: [f.size, f.lfs.sha256 if f.lfs else f.blob_id] for f in files if hasattr(f, "blob_id")}]))
+blobs = [f for f in files if hasattr(f, "blob_id")]
+print(json.dumps([place, {f.path: [f.size, f.lfs.sha256 if f.lfs else f.blob_id] for f in blobs}]))
 """
 WHAT_IT_RAISES = """
 import json, sys
@@ -629,9 +630,7 @@ def test_an_answer_of_another_length_is_refused(hub):
     file = big_file(source)
     hub.meddle = meddle_with("", lambda answer: replace(answer, body=answer.body + b"more"), host="storage")
 
-    with pytest.raises(
-        SourceUnavailableError, match="requested `bytes 0-999/700000`, received `bytes 0-999/700004`"
-    ):
+    with pytest.raises(SourceUnavailableError, match="requested `bytes 0-999/700000`, received `bytes 0-999/700004`"):
         read(source, file, 0, 1000)
 
 
@@ -1052,7 +1051,8 @@ import sys
 from kserve_pvc import ModelStore
 from kserve_pvc.backends.hf import HFBackend
 ModelStore(sys.argv[1], mode="rw", backends={"hf": HFBackend}).ensure(sys.argv[2], progress=False)
-print(sorted({name.partition(".")[0] for name in sys.modules} & {"huggingface_hub", "fsspec", "httpx2", "requests", "http", "ssl"}))
+heavy = {"huggingface_hub", "fsspec", "httpx2", "requests", "http", "ssl"}
+print(sorted({name.partition(".")[0] for name in sys.modules} & heavy))
 """
 
     assert shell.python(script, str(root), URI, env={"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": OWNER}).strip() == "[]"

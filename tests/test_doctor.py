@@ -23,9 +23,9 @@ from kserve_pvc import Diagnosis, LockTest, ModelStore, PeerReport, Profile, Rac
 from kserve_pvc._doctor import exchange
 from kserve_pvc._doctor.diagnosis import Speed, judge
 from kserve_pvc._doctor.doctor import diagnose, sweep
-from kserve_pvc._doctor.peer import beating, new_directory
+from kserve_pvc._doctor.peer import heartbeats, new_directory
 from kserve_pvc._doctor.reports import Hello, Message
-from kserve_pvc._doctor.text import tell
+from kserve_pvc._doctor.text import format_diagnosis
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import encode
 from kserve_pvc._volume.scratch import open_scratch
@@ -63,8 +63,8 @@ PEER = PeerReport(
     replaced_after=0.0,
     deleted_after=0.0,
     gone_after=0.0,
-    beat_after=0.5,
-    races={what: Race(rounds=40, contested=20, both_won=0, nobody_won=0, supported=True) for what in exchange.RACED},
+    heartbeat_after=0.5,
+    races={what: Race(rounds=40, contested=20, both_won=0, neither_won=0, supported=True) for what in exchange.RACED},
     locks={kind: [LockTest(held="granted", second="refused", after_release="granted")] * 2 for kind in exchange.LOCKS},
     step="done",
 )
@@ -152,10 +152,10 @@ def test_a_read_only_store_is_only_looked_at(root):
     store = ModelStore(root)
 
     diagnosis = store.doctor()
-    with pytest.raises(ReadOnlyStoreError, match="cannot meet another doctor"):
+    with pytest.raises(ReadOnlyStoreError, match="cannot test with a peer"):
         store.doctor(peer="here")
 
-    assert (found(diagnosis)["not-tried"], diagnosis.ok, diagnosis.profile.mkdir, diagnosis.speed) == (
+    assert (found(diagnosis)["not-tested"], diagnosis.ok, diagnosis.profile.mkdir, diagnosis.speed) == (
         "note",
         True,
         None,
@@ -227,13 +227,13 @@ PEER_FIELDS = {
         "replaced_after",
         "deleted_after",
     ),
-    *("gone_after", "beat_after", "races", "locks", "step"),
+    *("gone_after", "heartbeat_after", "races", "locks", "step"),
 }
 
 
 def test_two_commands_meet_and_print_the_pinned_document(root):
     """
-    Two shells that name one meeting test each other on one directory; their documents have the fields that scripts
+    Two shells that give one peer name test each other on one directory; their documents have the fields that scripts
     read.
     """
     first, second = (shell.start(root, "doctor", str(root), "--peer", "one", "--json") for _ in range(2))
@@ -248,7 +248,7 @@ def test_two_commands_meet_and_print_the_pinned_document(root):
         tuple(sorted(attrs.asdict(PEER.races["link"])))
     }
     assert {tuple(sorted(finding)) for finding in document["findings"]} == {
-        ("level", "measured", "remedy", "rule", "what")
+        ("hint", "level", "measured", "rule", "what")
     }
     assert (document["peer"]["step"], document["peer"]["same_mount"]) == ("done", True)
     assert [race["both_won"] for race in document["peer"]["races"].values()] == [0] * 4
@@ -266,11 +266,11 @@ def test_nobody_comes(root):
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "A", "-", "a" * 41, "a b", "a\n"])
-def test_a_meeting_needs_a_plain_name(root, name):
+def test_a_peer_name_is_plain(root, name):
     """
     A name that could be anything but a name is refused before anything is written.
     """
-    with pytest.raises(SettingsError, match="name the meeting by up to 40 small letters, digits and dashes"):
+    with pytest.raises(SettingsError, match="use up to 40 lowercase letters, digits and dashes"):
         examine(root, peer=name)
 
     assert list(root.iterdir()) == []
@@ -339,7 +339,7 @@ def test_a_quota_below_what_is_said_to_be_free_is_a_finding(root, tool):
     result = shell.run([*inject, *shell.COMMAND, "doctor", str(root), "--json"])
 
     assert [finding["what"] for finding in shell.document(result)["findings"] if finding["level"] == "change"] == [
-        "free-space-lies"
+        "free-space-wrong"
     ]
     assert (result.returncode, left(root)) == (1, [])
 
@@ -349,7 +349,7 @@ from pathlib import Path
 from kserve_pvc._doctor.doctor import diagnose
 from kserve_pvc.locks.liveness import here
 for finding in diagnose(sys.argv[1], writes=True, holder=here()).findings:
-    print(finding.level, finding.what, finding.remedy)
+    print(finding.level, finding.what, finding.hint)
 """
 
 
@@ -367,7 +367,7 @@ def test_who_may_not_write_is_told_what_to_set():
 
 def test_what_a_killed_doctor_leaves_goes_with_the_next(root):
     """
-    After a kill in the middle of a meeting the next doctor on the node takes away what was left.
+    After a kill during a test with a peer, the next doctor on the node takes away what was left.
     """
     waiting = shell.start(root, "doctor", str(root), "--peer", "one")
     place = root / ".kserve-pvc" / "doctor"
@@ -394,7 +394,7 @@ def test_a_doctor_that_is_stopped_in_order_leaves_nothing(root):
 
 def test_debris_of_other_nodes_goes_after_an_hour_without_a_beat(root):
     """
-    What is old by this clock and does not beat goes; what beats stays, whatever the clocks say, and so do foreign
+    Old directories without heartbeats are deleted; those with heartbeats stay, whatever the clocks say. So do foreign
     names.
     """
     writer, doctors = VolumeWriter(root), root / ".kserve-pvc" / "doctor"
@@ -402,13 +402,13 @@ def test_debris_of_other_nodes_goes_after_an_hour_without_a_beat(root):
     for name in (old, live, young, "somebody's"):
         writer.make_directory(layout.DOCTOR / name)
 
-    with beating(writer, layout.DOCTOR / live):
+    with heartbeats(writer, layout.DOCTOR / live):
         sweep(writer)
 
     assert sorted(path.name for path in doctors.iterdir()) == sorted([live, young, "somebody's"])
 
 
-HELLO = Hello(meeting="here", holder=here(), device=1)
+HELLO = Hello(rendezvous="here", holder=here(), device=1)
 
 
 def plant_a_link_to(root: Path, outside: Path) -> None:
@@ -470,29 +470,27 @@ def test_a_peer_that_lies_ends_no_doctor(root, lie, monkeypatch):
     """
     Whatever the other one answers in each step, the doctor ends and reports something printable.
     """
-    monkeypatch.setattr(exchange, "_WATCHED", 0.1)
-    monkeypatch.setattr(exchange, "_SILENCE", 0.1)
-    monkeypatch.setattr(exchange, "_LONGEST_LOOK", 0.2)
-    monkeypatch.setattr(exchange, "ROUNDS", 3)
+    limits = exchange.ExchangeLimits(rounds=3, silence=0.1, visibility=0.2, heartbeats=0.1)
     answers = iter(range(10**6))
 
     def hear(pair: exchange.Exchange) -> Message:
         return Message(
-            to=pair._own.name, step=pair._step, written=float(next(answers)), seen=1e10, answer=json.dumps(lie)
+            to=pair._own.name, step=pair._step, written=float(next(answers)), seen=1e10, payload=json.dumps(lie)
         )
 
-    monkeypatch.setattr(exchange.Exchange, "_await", hear)
+    monkeypatch.setattr(exchange.Exchange, "_receive", hear)
     # The other one is the first by its name, and so the one that proposes when to begin.
     writer, own, other = VolumeWriter(root), new_directory(), layout.DOCTOR / "000000000001-0123456789abcdef"
     writer.make_directory(other)
     writer.make_directory(own)
     with open_scratch(writer, own) as scratch:
-        report = exchange.Exchange(writer, scratch, own, other, HELLO, HELLO).run()
+        report = exchange.Exchange(writer, scratch, own, other, HELLO, HELLO, limits).run()
     diagnosis = attrs.evolve(WELL, peer=report)
 
     assert report.is_done
     assert all(
-        line.isprintable() for line in tell(attrs.evolve(diagnosis, findings=tuple(judge(diagnosis, wanted_peer=True))))
+        line.isprintable()
+        for line in format_diagnosis(attrs.evolve(diagnosis, findings=tuple(judge(diagnosis, expects_peer=True))))
     )
     json.dumps(attrs.asdict(report), allow_nan=False)
 
@@ -559,13 +557,13 @@ def test_a_volume_of_the_users_is_examined_by_both_nodes(roots):
     pair = nodes.examine_together(roots)
 
     for diagnosis in pair:
-        print(*tell(diagnosis), sep="\n")
+        print(*format_diagnosis(diagnosis), sep="\n")
         assert (diagnosis.peer.is_done, diagnosis.peer.races["mkdir"].both_won, diagnosis.profile.obstacles) == (
             True,
             0,
             (),
         )
-        assert None not in (diagnosis.peer.listed_after, diagnosis.peer.beat_after)
+        assert None not in (diagnosis.peer.listed_after, diagnosis.peer.heartbeat_after)
     sweep(
         VolumeWriter(roots[0])
     )  # While an NFS server recovers, a lock that hangs keeps its file open until the process has ended.
@@ -584,13 +582,13 @@ def test_honest_locks_are_found_honest(roots):
     for diagnosis in pair:
         assert [[test.verdict for test in tests] for tests in diagnosis.peer.locks.values()] == [["excludes"] * 2] * 2
         assert [race.both_won for race in diagnosis.peer.races.values()] == [0] * 4
-        assert [what for what, level in found(diagnosis).items() if level != "note"] == ["free-space-made-up"]
+        assert [what for what, level in found(diagnosis).items() if level != "note"] == ["free-space-implausible"]
         assert (diagnosis.peer.is_done, diagnosis.peer.same_mount, diagnosis.peer.listed_after is None) == (
             True,
             False,
             False,
         )
-        assert 0.3 < diagnosis.peer.beat_after < 10
+        assert 0.3 < diagnosis.peer.heartbeat_after < 10
     assert os.listdir(roots[0] / ".kserve-pvc" / "doctor") == []
 
 
@@ -604,8 +602,8 @@ def test_lying_locks_are_found_to_lie(roots):
     pair = nodes.examine_together(roots)
 
     for diagnosis in pair:
-        assert found(diagnosis)["flock-lies"] == "unsafe"
-        assert {test.verdict for tests in diagnosis.peer.locks.values() for test in tests} == {"lies"}
+        assert found(diagnosis)["flock-not-exclusive"] == "unsafe"
+        assert {test.verdict for tests in diagnosis.peer.locks.values() for test in tests} == {"not exclusive"}
         won = {what: race.both_won for what, race in diagnosis.peer.races.items()}
         assert won["mkdir"] == 0
         assert {what for what in won if f"{what}-not-exclusive" in found(diagnosis)} == {
@@ -622,19 +620,19 @@ def test_a_name_with_two_winners_is_counted(root):
     """
     writer, own, other = VolumeWriter(root), new_directory(), new_directory()
     with open_scratch(writer, own) as scratch:
-        pair = exchange.Exchange(writer, scratch, own, other, HELLO, HELLO)
+        pair = exchange.Exchange(writer, scratch, own, other, HELLO, HELLO, exchange.ExchangeLimits())
         pair._clock_ahead = 100.0
         mine = [[1.0, 2.0, 1.0], [3.0, 4.0, 1.0], [5.0, 6.0, 0.0], [7.0, 8.0, 0.0]]
         theirs = [[101.5, 102.5, 1.0], [104.5, 105.5, 1.0], [105.5, 105.6, 0.0], [109.0, 110.0, 1.0]]
 
         judged = pair._judge(mine, theirs), pair._judge(mine, None)
 
-    assert judged[0] == Race(rounds=4, contested=2, both_won=2, nobody_won=1, supported=True)
-    assert judged[1] == Race(rounds=0, contested=0, both_won=0, nobody_won=0, supported=False)
+    assert judged[0] == Race(rounds=4, contested=2, both_won=2, neither_won=1, supported=True)
+    assert judged[1] == Race(rounds=0, contested=0, both_won=0, neither_won=0, supported=False)
 
 
 def race(both_won: int, contested: int = 20) -> dict[str, Race]:
-    return {"mkdir": Race(rounds=40, contested=contested, both_won=both_won, nobody_won=0, supported=True)}
+    return {"mkdir": Race(rounds=40, contested=contested, both_won=both_won, neither_won=0, supported=True)}
 
 
 def nfs(*options: str) -> Profile:
@@ -663,16 +661,16 @@ LYING = {
         ({"profile": attrs.evolve(PROFILE, type="tmpfs")}, "memory", "note"),
         ({"profile": nfs("soft", "actimeo=1")}, "nfs-soft", "change"),
         ({"profile": nfs("hard")}, "slow-removal", "note"),
-        ({"profile": nfs("nolock", "noac"), "locker": "flock"}, "flock-lies", "unsafe"),
+        ({"profile": nfs("nolock", "noac"), "locker": "flock"}, "flock-not-exclusive", "unsafe"),
         ({"profile": nfs("noac"), "locker": "flock", "peer": None}, "flock-unproven", "change"),
         (
             {"profile": attrs.evolve(PROFILE, type="cifs", options=("nobrl",)), "locker": "flock"},
-            "flock-lies",
+            "flock-not-exclusive",
             "unsafe",
         ),
         ({"profile": attrs.evolve(PROFILE, type="cifs", options=("cache=loose",))}, "smb-loose-cache", "unsafe"),
         ({"uid": 0, "mode": 0o755}, "only-root-writes", "note"),
-        ({"total_bytes": 1 << 50}, "free-space-made-up", "change"),
+        ({"total_bytes": 1 << 50}, "free-space-implausible", "change"),
         ({"speed": attrs.evolve(WELL.speed, free_dropped_bytes=0)}, "free-space-lags", "note"),
         ({"clock_ahead": -3600.0}, "clock-of-volume", "change"),
         ({"peer": attrs.evolve(PEER, clock_ahead=3600.0)}, "clock-of-peer", "change"),
@@ -680,40 +678,40 @@ LYING = {
         ({"peer": attrs.evolve(PEER, same_mount=True)}, "peer-on-same-mount", "note"),
         ({"peer": attrs.evolve(PEER, races=race(1))}, "mkdir-not-exclusive", "unsafe"),
         ({"peer": attrs.evolve(PEER, races=race(0, contested=0))}, "mkdir-not-contested", "note"),
-        ({"peer": attrs.evolve(PEER, locks=LYING)}, "flock-lies", "note"),
-        ({"peer": attrs.evolve(PEER, locks=LYING), "locker": "flock"}, "flock-lies", "unsafe"),
+        ({"peer": attrs.evolve(PEER, locks=LYING)}, "flock-not-exclusive", "note"),
+        ({"peer": attrs.evolve(PEER, locks=LYING), "locker": "flock"}, "flock-not-exclusive", "unsafe"),
         ({"peer": attrs.evolve(PEER, locks={}), "locker": "flock"}, "flock-unproven", "change"),
         ({"peer": attrs.evolve(PEER, listed_after=None)}, "not-listed", "unsafe"),
         ({"peer": attrs.evolve(PEER, found_after=29.0)}, "hidden-name", "note"),
         ({"peer": attrs.evolve(PEER, replaced_after=None)}, "stale-content", "note"),
-        ({"peer": attrs.evolve(PEER, beat_after=None)}, "beats-not-seen", "unsafe"),
-        ({"peer": attrs.evolve(PEER, beat_after=25.0)}, "beats-not-seen", "change"),
+        ({"peer": attrs.evolve(PEER, heartbeat_after=None)}, "heartbeats-not-seen", "unsafe"),
+        ({"peer": attrs.evolve(PEER, heartbeat_after=25.0)}, "heartbeats-not-seen", "change"),
     ],
 )
 def test_each_flaw_is_its_own_finding(change, what, level):
     """
-    A diagnosis that is well but for one thing has just the finding that names it, with its level and a remedy.
+    A diagnosis that is well but for one thing has just the finding that names it, with its level and a hint.
     """
-    (finding,) = judge(attrs.evolve(WELL, **change), wanted_peer=False)
+    (finding,) = judge(attrs.evolve(WELL, **change), expects_peer=False)
 
     assert (finding.what, finding.level) == (what, level)
-    assert all((finding.measured, finding.rule, finding.remedy))
+    assert all((finding.measured, finding.rule, finding.hint))
 
 
 def test_what_is_well_has_no_finding():
     """
     Nothing is said about a volume with which nothing is wrong.
     """
-    assert list(judge(WELL, wanted_peer=True)) == []
+    assert list(judge(WELL, expects_peer=True)) == []
     assert WELL.ok
-    assert list(tell(WELL))[-1] == "nothing has to be changed"
+    assert list(format_diagnosis(WELL))[-1] == "no changes needed"
 
 
 def test_what_others_say_is_printed_harmlessly():
     """
     A peer's name with control characters is shown escaped, on one line.
     """
-    lines = list(tell(attrs.evolve(WELL, peer=attrs.evolve(PEER, name="pod \x1b[2J\nok\u202e"))))
+    lines = list(format_diagnosis(attrs.evolve(WELL, peer=attrs.evolve(PEER, name="pod \x1b[2J\nok\u202e"))))
 
     assert all(line.isprintable() for line in lines)
     assert PurePosixPath("/mnt/models").as_posix() in lines[0]

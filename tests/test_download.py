@@ -4,6 +4,7 @@ Downloads that overlap where locks have failed: what the log decides, and what i
 
 from __future__ import annotations
 
+import threading
 from threading import Event, Thread
 
 import pytest
@@ -20,21 +21,13 @@ FILES = {"a.bin": b"a" * 1000, "b.bin": b"b" * 1000, "c.bin": b"c" * 1000}
 
 
 @pytest.fixture
-def stores(root) -> list[ModelStore]:
+def stores(root, monkeypatch) -> list[ModelStore]:
     """
     Two writers, as on two nodes, that do not share the lock which threads of one process share.
     """
     source = MemorySource({URI: FILES})
-    made = [ModelStore(root, mode="rw", lease_seconds=1, backends={"s3": source}) for _ in range(2)]
-    for store in made:
-        store._flight = lambda ref, timeout, cancellation: NoFlight()  # type: ignore[method-assign]
-    return made
-
-
-class NoFlight:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    monkeypatch.setattr("kserve_pvc._store.flight_of", lambda identity, key: threading.Lock())
+    return [ModelStore(root, mode="rw", lease_seconds=1, backends={"s3": source}) for _ in range(2)]
 
 
 def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, monkeypatch):
@@ -53,7 +46,7 @@ def test_a_late_collector_spares_what_was_begun_on_its_own_record(root, stores, 
         return honest_collect(*args)
 
     def create(self, path):
-        if self._writer is second._writer and path.name == "b.bin":
+        if self._writer is second._writing[0] and path.name == "b.bin":
             second_is_writing.set()
             assert first_has_collected.wait(10)
         return honest_create(self, path)
@@ -85,7 +78,7 @@ def test_a_record_that_is_published_too_late_is_not_returned(stores, monkeypatch
     meanwhile: list[Model] = []
 
     def publish(self, place, data, private):
-        if self is first._writer and place.parent.name == "log" and not meanwhile:
+        if self is first._writing[0] and place.parent.name == "log" and not meanwhile:
             second.break_lock(URI)
             meanwhile.append(second.ensure(URI, progress=False))
         return honest(self, place, data, private)
@@ -108,7 +101,7 @@ def test_a_loser_collects_what_it_wrote(root, stores, monkeypatch):
     meanwhile: list[Model] = []
 
     def create(self, path):
-        if self._writer is first._writer and path.name == "b.bin":
+        if self._writer is first._writing[0] and path.name == "b.bin":
             second.break_lock(URI)
             meanwhile.append(second.ensure(URI, progress=False))
         return honest(self, path)
@@ -164,7 +157,7 @@ def test_a_claim_that_is_thrown_away_while_it_is_made_is_a_lost_race(root, store
 
     def ensure_directory(self, place):
         fd = honest(self, place)
-        if place.parent.name == "claims" and self is first._writer:
+        if place.parent.name == "claims" and self is first._writing[0]:
             opened.append(place.name)
             if opened == ["000000000001"] * 2:
                 second.ensure(URI, timeout=10, progress=False)

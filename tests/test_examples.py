@@ -7,12 +7,19 @@ import importlib.util
 import io
 import json
 import re
+import socket
+import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import shell
+from silence import SilentProxy
 from trees import model_files, read_tree, write_files
+from waiting import until
 
 from kserve_pvc import ModelStore
 
@@ -31,6 +38,64 @@ def test_two_replicas_serve_and_fetch_an_adapter():
 
     promises = re.findall(r"^  ([✓✗]) ", result.stdout, re.MULTILINE)
     assert (result.returncode, promises) == (0, ["✓"] * 6), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("phase", ["loading", "serving"])
+def test_a_terminated_server_releases_its_claim(root, origin, upload, phase):
+    """
+    Whether it loads its model or fetches an adapter for a request, SIGTERM frees the claim of a silent source in a
+    second.
+    """
+    pytest.importorskip("kserve")
+    import numpy as np
+
+    arrays = {"weights.npy": np.eye(2), "adapters/one/a.npy": np.ones((2, 1)), "adapters/one/b.npy": np.ones((1, 2))}
+    files = {}
+    for name, array in arrays.items():
+        file = io.BytesIO()
+        np.save(file, array)
+        files[name] = file.getvalue()
+    name = "/weights.npy" if phase == "loading" else "/a.npy"
+    with SilentProxy(origin.endpoint, at=lambda target: name in target) as silent, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        environ = {**origin.environ, "AWS_ENDPOINT_URL": silent.endpoint, "MODEL_URI": upload(files)}
+        environ |= {"KSERVE_PVC_STORE": str(root), "KSERVE_PVC_MODE": "rw"}
+        command = [sys.executable, str(EXAMPLES / "custom_server/server.py"), "--http_port", str(port)]
+        command += ["--model_name", "linear", "--enable_grpc=false"]
+        server = subprocess.Popen(command, env=shell.clean_environ(environ), stderr=subprocess.PIPE, text=True)
+        if phase == "serving":
+            until(lambda: ask(port) is not None, 60)
+            threading.Thread(target=ask, args=(port, "one"), daemon=True).start()
+        assert silent.silenced.wait(60)
+        until(lambda: ModelStore(root).locks())
+        time.sleep(0.3)
+
+        began = time.monotonic()
+        server.terminate()
+        until(lambda: not ModelStore(root).locks())
+        seconds = time.monotonic() - began
+        _, stderr = server.communicate(timeout=60)
+
+    assert seconds < 1.5, stderr
+
+
+def ask(port: int, adapter: str | None = None) -> object:
+    """
+    Predict over HTTP; None if the server does not respond with a prediction.
+    """
+    body = {"instances": [[1.0, 2.0]]} | ({} if adapter is None else {"adapter": adapter})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/models/linear:predict",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
+            return json.load(response)["predictions"]
+    except OSError:
+        return None
 
 
 @pytest.fixture

@@ -130,9 +130,10 @@ AS_OTHER = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
 from kserve_pvc._download import download as _download
-from kserve_pvc._download import transfer as _transfer
+from kserve_pvc._download import attempt as _attempt
 from kserve_pvc._keys import removal as _removal
 from kserve_pvc._keys import claims as _claims
+from kserve_pvc._show import observing as _observing
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes
@@ -140,7 +141,8 @@ import ctypes
 os.umask(0o077)
 os.setgroups([int(group) for group in sys.argv[6:]]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))
 try:
-    model = ModelStore(sys.argv[3], mode=sys.argv[4], backends={"file": FileBackend}).ensure(sys.argv[5], progress=False)
+    store = ModelStore(sys.argv[3], mode=sys.argv[4], backends={"file": FileBackend})
+    model = store.ensure(sys.argv[5], progress=False)
     names = [p for p in model.path.rglob("*") if p.is_file()]
     print(model.status, sum(len(p.read_bytes()) for p in names))
 except StoreError as error:

@@ -237,7 +237,8 @@ BODIES = {
     "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n",
     "Chunked": b"HTTP/1.1 200 OK\r\nTRANSFER-ENCODING: CHUNKED\r\n\r\n05\r\nhello\r\n000\r\n\r\n",
     "extensions": b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a="b";c\r\nhello\r\n0;z\r\n\r\n',
-    "trailers": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX-Sum: 1\r\nX-More: 2\r\n\r\n",
+    "trailers": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+    b"\r\n5\r\nhello\r\n0\r\nX-Sum: 1\r\nX-More: 2\r\n\r\n",
 }
 
 
@@ -323,7 +324,10 @@ def test_the_headers_of_an_answer_are_found_by_name(client):
     """
     Names are compared without case, values come without blanks, and one that comes twice has both.
     """
-    head = b'HTTP/1.1 200 OK\r\nETag:  "x"\r\nX-Twice: 1\r\nx-twice: 2\r\nX-Empty:\r\nX-ETag: no\r\nContent-Length: 0\r\n\r\n'
+    head = (
+        b'HTTP/1.1 200 OK\r\nETag:  "x"\r\nX-Twice: 1\r\nx-twice: '
+        b"2\r\nX-Empty:\r\nX-ETag: no\r\nContent-Length: 0\r\n\r\n"
+    )
     with answering(head) as server, client.open("GET", server.target(), {}) as answer:
         found = [answer.header(name) for name in ("etag", "x-twice", "x-empty", "none")]
         everything = answer.headers
@@ -343,7 +347,8 @@ MALFORMED = {
     "underlined-length": b"HTTP/1.1 200 OK\r\nContent-Length: 0_5\r\n\r\nhello",
     "endless-length": b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\nhello",
     "foreign-digits": "HTTP/1.1 200 OK\r\nContent-Length: ²\r\n\r\nhello".encode("latin-1"),
-    "length-and-chunks": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    "length-and-chunks": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
     "folded-coding": b"HTTP/1.1 200 OK\r\nTransfer-Encoding:\r\n chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
     "two-codings": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
     "gzip": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nhello",
@@ -606,7 +611,7 @@ def test_an_answer_that_does_not_come_is_given_up(client):
     """
     Whoever waits for an answer waits for a time that is known.
     """
-    client.answer_seconds = 0.3
+    client.response_seconds = 0.3
     with (
         answering(lambda connection, turn: b""),
         answering(b"") as server,

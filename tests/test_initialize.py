@@ -44,8 +44,9 @@ from kserve_pvc import *
 from kserve_pvc._archive import unpack as _unpack
 from kserve_pvc._archive import bundle as _bundle
 from kserve_pvc._download import download as _download
-from kserve_pvc._download import transfer as _transfer
+from kserve_pvc._download import attempt as _attempt
 from kserve_pvc._keys import removal as _removal
+from kserve_pvc._show import observing as _observing
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends import file
 from kserve_pvc.kserve._initialize import main
@@ -206,9 +207,9 @@ def test_a_failure_is_one_line_in_the_termination_log(tmp_path, place):
     good = run(f"file://{tmp_path}/missing", place, env=env)
 
     assert bad.returncode == 1
-    assert (
-        said
-        == f"nothing found at `file://{tmp_path}/missing`: No such file or directory; check the URI, the revision and the patterns"
+    assert said == (
+        f"nothing found at `file://{tmp_path}/missing`: No such file "
+        "or directory; check the URI, the revision and the patterns"
     )
     assert bad.stderr.endswith(f"storage.initializer ERROR {said}\n")
     assert (good.returncode, log.read_text()) == (0, "")

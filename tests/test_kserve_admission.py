@@ -143,13 +143,13 @@ def test_a_dry_run_is_answered_as_any_other():
             pod("secret-models"),
             {},
             403,
-            "`claim secret-models` is refused: no rule lets service account `default` of namespace `team`",
+            "`claim secret-models` is refused: no rule allows service account `default` of namespace `team`",
         ),
         (
             pod(),
             {"namespace": "elsewhere"},
             403,
-            "no rule lets service account `default` of namespace `elsewhere` mount it",
+            "no rule allows service account `default` of namespace `elsewhere` to mount it",
         ),
         (pod(sub_path="tenants/team/../other"), {}, 403, "a name may not climb with `..`"),
         (pod(sub_path="tenants/other"), {}, 403, "`tenants/other` is outside of `tenants/team`"),
@@ -158,19 +158,20 @@ def test_a_dry_run_is_answered_as_any_other():
             pod("models,secret-models"),
             {},
             400,
-            "`models,secret-models` for `metadata.annotations[kserve-pvc/claim]`; write lower-case letters",
+            "`models,secret-models` for `metadata.annotations[kserve-pvc/claim]`; expected up to 253 lowercase letters",
         ),
         (
             pod("models\nsecret-models"),
             {},
             400,
-            "`models\\nsecret-models` for `metadata.annotations[kserve-pvc/claim]`; write lower-case letters",
+            "`models\\nsecret-models` for `metadata.annotations[kserve-pvc/claim]`; "
+            "expected up to 253 lowercase letters",
         ),
         (pod("m" * 100_000), {}, 400, "kserve-pvc: invalid value `mmm"),
-        (pod(), {"namespace": ""}, 400, "the request names no namespace"),
-        (pod(), {"namespace": 7}, 400, "the request names no namespace"),
-        (pod(), {"object": None}, 400, "invalid value `NoneType` for `manifest`; give a Pod"),
-        (pod(), {"object": {"kind": "Pod", "spec": []}}, 400, "invalid value `list` for `spec`; it must be a mapping"),
+        (pod(), {"namespace": ""}, 400, "the request has no `namespace`"),
+        (pod(), {"namespace": 7}, 400, "the request has no `namespace`"),
+        (pod(), {"object": None}, 400, "invalid value `NoneType` for `manifest`; expected a Pod"),
+        (pod(), {"object": {"kind": "Pod", "spec": []}}, 400, "invalid value `list` for `spec`; expected a mapping"),
     ],
 )
 def test_what_is_not_granted_is_denied_with_a_reason(found, request_fields, code, message):
@@ -197,7 +198,7 @@ def test_the_namespace_of_a_pod_counts_for_nothing():
 
     decision = decided(review(found))
 
-    assert "of namespace `team` mount it" in decision.response["response"]["status"]["message"]
+    assert "of namespace `team` to mount it" in decision.response["response"]["status"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_the_owner_is_warned():
     decision = decided(review(found))
 
     first, second = decision.response["response"]["warnings"]
-    assert first == '`storage.kserve.io/readonly: "false"` is not granted here, the model is mounted read-only'
+    assert first == '`storage.kserve.io/readonly: "false"` is not granted; the model is mounted read-only'
     assert len(second) == 256
     changed = jsonpatch.apply_patch(found, operations(decision))
     assert changed["metadata"]["annotations"]["storage.kserve.io/readonly"] == "true"
@@ -314,36 +315,36 @@ def test_a_patch_makes_one_document_of_another(before, after):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "no JSON that can be read"),
-        (b"{", "no JSON that can be read"),
-        (b"\xff\xfe{", "no JSON that can be read"),
-        (b'{"a": NaN}', "no JSON that can be read"),
-        (b'{"kind": "AdmissionReview", "kind": "Pod"}', "no JSON that can be read"),
-        (b"9" * 5000, "no JSON that can be read"),
-        (b"[" * 400_000, "no JSON that can be read"),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe{", "not valid JSON"),
+        (b'{"a": NaN}', "not valid JSON"),
+        (b'{"kind": "AdmissionReview", "kind": "Pod"}', "not valid JSON"),
+        (b"9" * 5000, "not valid JSON"),
+        (b"[" * 400_000, "not valid JSON"),
         (b"[" * 1_000_000, "the body holds more than 500000 values"),
         (b"[" + b"{}," * 300_000 + b"{}]", "the body holds more than 500000 values"),
-        (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, "no JSON that can be read"),
-        (b"[]", "send an AdmissionReview of admission.k8s.io/v1 or admission.k8s.io/v1beta1"),
-        (b"null", "send an AdmissionReview"),
+        (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, "not valid JSON"),
+        (b"[]", "expected an AdmissionReview of admission.k8s.io/v1 or admission.k8s.io/v1beta1"),
+        (b"null", "expected an AdmissionReview"),
         (
             b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v2", "request": {"uid": "x"}}',
-            "send an AdmissionReview",
+            "expected an AdmissionReview",
         ),
         (
             b'{"kind": "AdmissionReview", "apiVersion": ["admission.k8s.io/v1"], "request": {"uid": "x"}}',
-            "send an AdmissionReview",
+            "expected an AdmissionReview",
         ),
-        (b'{"kind": "Pod", "apiVersion": "admission.k8s.io/v1"}', "send an AdmissionReview"),
-        (b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1"}', "the review has no request with a uid"),
-        (b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1", "request": {}}', "no request with a uid"),
+        (b'{"kind": "Pod", "apiVersion": "admission.k8s.io/v1"}', "expected an AdmissionReview"),
+        (b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1"}', "the review has no `request.uid`"),
+        (b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1", "request": {}}', "has no `request.uid`"),
         (
             b'{"kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1", "request": {"uid": 3}}',
-            "no request with a uid",
+            "has no `request.uid`",
         ),
         (
             json.dumps(review(object={"a": [[]]})).encode().replace(b"[[]]", b"[" * MAX_DEPTH + b"]" * MAX_DEPTH),
-            "nests deeper than 64",
+            "nested deeper than 64",
         ),
     ],
     ids=range(19),

@@ -257,19 +257,19 @@ def test_no_mount_is_looser_than_the_policy(given, grants):
         (
             served(claim="models"),
             (),
-            "`claim models` is refused: no rule lets service account `default` of namespace `team` mount it",
+            "`claim models` is refused: no rule allows service account `default` of namespace `team` to mount it",
         ),
         (
             served(claim="models"),
             (rule(namespaces=["other"]),),
-            "no rule lets service account `default` of namespace `team` mount it",
+            "no rule allows service account `default` of namespace `team` to mount it",
         ),
         (
             served(claim="models"),
             (rule(serviceAccounts=["trainer"]),),
-            "no rule lets service account `default` of namespace `team`",
+            "no rule allows service account `default` of namespace `team`",
         ),
-        (served(claim="others"), (rule(),), "`claim others` is refused: no rule lets"),
+        (served(claim="others"), (rule(),), "`claim others` is refused: no rule allows"),
         (served(claim="models", sub_path="../other"), (rule(),), "a name may not climb with `..`"),
         (served(claim="models", sub_path="models/../../x"), (rule(),), "a name may not climb with `..`"),
         (served(claim="models", sub_path="/models"), (rule(),), "a name must be relative"),
@@ -295,7 +295,7 @@ def test_no_mount_is_looser_than_the_policy(given, grants):
         (
             served(source="pvc://models/x"),
             (rule(serviceAccounts=["trainer"]),),
-            "no rule lets service account `default`",
+            "no rule allows service account `default`",
         ),
     ],
 )
@@ -327,8 +327,8 @@ def mounting(claim, mount=None, device=None, kind="containers"):
 @pytest.mark.parametrize(
     ("spec", "grants", "message"),
     [
-        (mounting("models", {}), rule(serviceAccounts=["trainer"]), "no rule lets service account `default`"),
-        (mounting("models"), rule(serviceAccounts=["trainer"]), "no rule lets service account `default`"),
+        (mounting("models", {}), rule(serviceAccounts=["trainer"]), "no rule allows service account `default`"),
+        (mounting("models"), rule(serviceAccounts=["trainer"]), "no rule allows service account `default`"),
         (mounting("models", {}), rule(subPath="tenants/a"), "`/` is outside of `tenants/a`"),
         (mounting("models", {"subPath": "tenants/b"}), rule(subPath="tenants/a"), "`tenants/b` is outside"),
         (mounting("models", {"subPath": "tenants/a/../b"}), rule(subPath="tenants/a"), "is outside of"),
@@ -343,7 +343,7 @@ def mounting(claim, mount=None, device=None, kind="containers"):
             rule(subPath="tenants/a"),
             "`tenants/b` is outside",
         ),
-        (mounting("models", device=True), rule(), "container `c` would have it as a block device"),
+        (mounting("models", device=True), rule(), "container `c` requests it as a block device"),
     ],
 )
 def test_what_a_pod_mounts_by_itself_is_refused(spec, grants, message):
@@ -408,8 +408,8 @@ def test_what_was_done_is_told():
     notes = [admit(given, policy(rule())).notes for given in (own, writing, closed)]
 
     assert notes == [
-        (f"claim `models` is not mounted: the pod has a volume `{VOLUME}` of its own",),
-        (f'`{READONLY}: "false"` is not granted here, the model is mounted read-only',),
+        (f"claim `models` is not mounted: the pod has its own volume `{VOLUME}`",),
+        (f'`{READONLY}: "false"` is not granted; the model is mounted read-only',),
         ("container `a\\x1b[2J` mounts claim `models` read-only: the policy grants `download`",),
     ]
 
@@ -417,17 +417,17 @@ def test_what_was_done_is_told():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, "invalid value `NoneType` for `manifest`; give a Pod as a mapping"),
-        ({"kind": "Deployment"}, "invalid value `Deployment` for `kind`; give a Pod"),
-        ({"kind": "Pod"}, "`metadata.namespace` is missing; say in which namespace the pod will run"),
-        ({"kind": "Pod", "metadata": [], "spec": {}}, "invalid value `list` for `metadata`; it must be a mapping"),
+        (None, "invalid value `NoneType` for `manifest`; expected a Pod as a mapping"),
+        ({"kind": "Deployment"}, "invalid value `Deployment` for `kind`; expected a Pod"),
+        ({"kind": "Pod"}, "`metadata.namespace` is missing; pass the namespace of the pod"),
+        ({"kind": "Pod", "metadata": [], "spec": {}}, "invalid value `list` for `metadata`; expected a mapping"),
         (
             pod({"containers": "many"}) | {"metadata": {"namespace": "t", "annotations": {SOURCE: "s3://a/b"}}},
             "invalid value `str` for `spec.containers`",
         ),
         (
             pod(annotations={READONLY: False}),
-            f"invalid value `False` for `metadata.annotations[{READONLY}]`; it must be a text: put the value in quotes",
+            f"invalid value `False` for `metadata.annotations[{READONLY}]`; expected a string: put the value in quotes",
         ),
         (
             pod(
@@ -443,7 +443,8 @@ def test_what_was_done_is_told():
         (pod({"serviceAccountName": 7}), "invalid value `7` for `spec.serviceAccountName`"),
         (
             served(claim="Models_"),
-            "invalid value `Models_` for `metadata.annotations[kserve-pvc/claim]`; write lower-case letters",
+            "invalid value `Models_` for `metadata.annotations[kserve-pvc/claim]`; "
+            "expected up to 253 lowercase letters",
         ),
     ],
 )
@@ -460,32 +461,32 @@ def test_what_is_no_pod_is_named(given, message):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ([], "invalid value `[]` for `the policy`; write a mapping with version, rules"),
-        ({"rules": []}, "`version` is missing; write `version: 1`"),
+        ([], "invalid value `[]` for `the policy`; expected a mapping with `version`, `rules`"),
+        ({"rules": []}, "`version` is missing; expected `version: 1`"),
         ({"version": True, "rules": []}, "invalid value `True` for `version`"),
-        ({"version": 1}, "`rules` is missing; write a list of rules"),
+        ({"version": 1}, "`rules` is missing; expected a list of up to 10000 rules"),
         (
             {"version": 1, "rules": [], "rule": 2},
             "unknown field `rule`; did you mean `rules`? supported: `version`, `rules`",
         ),
-        ({"version": 1, "rules": [[]]}, "invalid value `[]` for `rules[0]`; write a mapping with namespaces"),
+        ({"version": 1, "rules": [[]]}, "invalid value `[]` for `rules[0]`; expected a mapping with `namespaces`"),
         (
             {"version": 1, "rules": [rule(), rule(acces="read")]},
             "unknown field `rules[1].acces`; did you mean `access`? supported: ",
         ),
-        ({"version": 1, "rules": [{"claim": "models"}]}, "`rules[0].namespaces` is missing; write a list of names"),
+        ({"version": 1, "rules": [{"claim": "models"}]}, "`rules[0].namespaces` is missing; expected a list of names"),
         (
             {"version": 1, "rules": [{"namespaces": ["team"]}]},
-            "`rules[0].claim` is missing; name a PersistentVolumeClaim",
+            "`rules[0].claim` is missing; expected the name of a PersistentVolumeClaim",
         ),
         (
             {"version": 1, "rules": [rule(namespaces="team")]},
-            "invalid value `team` for `rules[0].namespaces`; write a list of names",
+            "invalid value `team` for `rules[0].namespaces`; expected a list of names",
         ),
-        ({"version": 1, "rules": [rule(namespaces=[])]}, "`rules[0].namespaces` is missing; name at least one"),
+        ({"version": 1, "rules": [rule(namespaces=[])]}, "`rules[0].namespaces` is missing; list at least one name"),
         (
             {"version": 1, "rules": [rule(namespaces=["team-*"])]},
-            "invalid value `team-*` for `rules[0].namespaces`; write lower-case letters",
+            "invalid value `team-*` for `rules[0].namespaces`; expected up to 253 lowercase letters",
         ),
         (
             {"version": 1, "rules": [rule(serviceAccounts=["A b"])]},
@@ -496,13 +497,13 @@ def test_what_is_no_pod_is_named(given, message):
         ({"version": 1, "rules": [rule(claim=None)]}, "`rules[0].claim` is missing"),
         (
             {"version": 1, "rules": [rule(access="rw")]},
-            "invalid value `rw` for `rules[0].access`; write `read`, `download` or `write`",
+            "invalid value `rw` for `rules[0].access`; supported: `read`, `download`, `write`",
         ),
         (
             {"version": 1, "rules": [rule(default="yes")]},
-            "invalid value `yes` for `rules[0].default`; write `true` or `false`",
+            "invalid value `yes` for `rules[0].default`; expected `true` or `false`",
         ),
-        ({"version": 1, "rules": [rule(subPath=3)]}, "invalid value `3` for `rules[0].subPath`; write a directory"),
+        ({"version": 1, "rules": [rule(subPath=3)]}, "invalid value `3` for `rules[0].subPath`; expected a directory"),
     ],
 )
 def test_a_policy_that_means_nothing_names_the_field(document, message):
@@ -662,7 +663,7 @@ def test_a_service_shares_a_claim(given, arguments, expected):
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (service({"model": {"storageUri": "pvc://claim/x"}}), "its model is served from a claim where it lies"),
+        (service({"model": {"storageUri": "pvc://claim/x"}}), "its model is served directly from a claim"),
         (service({"model": {"storageUri": "oci://registry/x"}}), "its model comes from an image"),
         (service({"model": {"storageUri": "oci+native://registry/x"}}), "its model comes from an image"),
         (
@@ -683,33 +684,33 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
 @pytest.mark.parametrize(
     ("given", "arguments", "error", "message"),
     [
-        (None, {}, SettingsError, "invalid value `NoneType` for `manifest`; give a InferenceService"),
+        (None, {}, SettingsError, "invalid value `NoneType` for `manifest`; expected a InferenceService"),
         ({"kind": "Pod"}, {}, SettingsError, "invalid value `Pod` for `kind`"),
         ({**service(), "apiVersion": "v1"}, {}, SettingsError, "invalid value `v1` for `apiVersion`"),
         (
             {**service(), "spec": {}},
             {},
             SettingsError,
-            "`spec.predictor` is missing; an InferenceService has a predictor",
+            "`spec.predictor` is missing; an InferenceService needs a predictor",
         ),
-        (service({"minReplicas": 1}), {}, SettingsError, "names a `model`, or `containers`"),
+        (service({"minReplicas": 1}), {}, SettingsError, "a predictor needs `model` or `containers`"),
         (
             {**service(), "spec": {"predictor": []}},
             {},
             SettingsError,
-            "invalid value `list` for `spec.predictor`; it must be a mapping",
+            "invalid value `list` for `spec.predictor`; expected a mapping",
         ),
         (service(annotations={READONLY: False}), {}, SettingsError, "put the value in quotes"),
-        (service(), {"claim": ""}, SettingsError, "`claim` is missing; name a PersistentVolumeClaim"),
+        (service(), {"claim": ""}, SettingsError, "`claim` is missing; expected the name of a PersistentVolumeClaim"),
         (
             service(),
             {"claim": "My_Claim"},
             SettingsError,
-            "invalid value `My_Claim` for `claim`; write lower-case letters",
+            "invalid value `My_Claim` for `claim`; expected up to 253 lowercase letters",
         ),
         (service(), {"claim": "a\n"}, SettingsError, "invalid value `a\\n` for `claim`"),
-        (service(), {"claim": "ä"}, SettingsError, "write lower-case letters"),
-        (service(), {"sub_path": None}, SettingsError, "invalid value `None` for `sub_path`; write a directory"),
+        (service(), {"claim": "ä"}, SettingsError, "expected up to 253 lowercase letters"),
+        (service(), {"sub_path": None}, SettingsError, "invalid value `None` for `sub_path`; expected a directory"),
         (service(), {"sub_path": "../x"}, PolicyError, "`sub_path: ../x` is refused: a name may not climb with `..`"),
         (service(), {"sub_path": "/x"}, PolicyError, "a name must be relative"),
         (service(), {"sub_path": "x/"}, PolicyError, "a name may have no empty or `.` part"),
@@ -717,7 +718,8 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
             service({"model": MODEL, "volumes": [VOLUMES["a free claim"]]}),
             {},
             SettingsError,
-            f"invalid value `claim free` for `spec.predictor.volumes[{VOLUME}]`; remove this volume, or share the claim that it names",
+            f"invalid value `claim free` for `spec.predictor.volumes[{VOLUME}]`; "
+            "remove this volume, or share its claim",
         ),
         (
             service({"model": MODEL, "volumes": [VOLUMES["emptyDir"]]}),

@@ -114,20 +114,20 @@ def test_a_service_that_has_nothing_to_share_is_told(patch):
     told, quiet = patch(text, "--claim", "models"), patch(text, "--claim", "models", "-q")
 
     assert yaml.safe_load(told[1]) == yaml.safe_load(text)
-    assert told[2] == "kserve-pvc: llama is left as it is: its model is served from a claim where it lies\n"
+    assert told[2] == "kserve-pvc: llama is unchanged: its model is served directly from a claim\n"
     assert quiet == (0, told[1], "")
 
 
 @pytest.mark.parametrize(
     ("text", "options", "code", "message"),
     [
-        (SERVICE, (), 2, "`--claim` is missing; name the PersistentVolumeClaim"),
+        (SERVICE, (), 2, "`--claim` is missing; set the PersistentVolumeClaim"),
         (SERVICE, ("--claim", "No_Claim"), 2, "invalid value `No_Claim` for `claim`"),
         (SERVICE, ("--claim", "models", "--sub-path", "../x"), 8, "may not climb with `..`"),
-        (CONFIG, ("--claim", "models"), 2, "invalid value `without an InferenceService` for `standard input`"),
-        ("", ("--claim", "models"), 2, "without an InferenceService"),
+        (CONFIG, ("--claim", "models"), 2, "invalid value `no InferenceService` for `standard input`"),
+        ("", ("--claim", "models"), 2, "no InferenceService"),
         ("{", ("--claim", "models"), 2, "`standard input`: invalid YAML: "),
-        ("a: 1\na: 2\n", ("--claim", "models"), 2, "`a` is there twice in line 2"),
+        ("a: 1\na: 2\n", ("--claim", "models"), 2, "line 2: duplicate key `a`"),
         ("[" * 100_000, ("--claim", "models"), 2, "invalid YAML"),
         ("a: !!python/object:os.system {}", ("--claim", "models"), 2, "invalid YAML"),
         (
@@ -189,16 +189,17 @@ def test_a_krm_function_may_find_nothing_to_do(patch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "`--claim` is missing; name the PersistentVolumeClaim, here or in the `functionConfig`"),
+        (None, "`--claim` is missing; set the PersistentVolumeClaim, here or in the `functionConfig`"),
         (
             {**FUNCTION, "spec": {"claim": "models", "subpath": "x"}},
-            "unknown field `functionConfig.spec.subpath`; did you mean `subPath`? supported: `claim`, `subPath`, `readOnly`",
+            "unknown field `functionConfig.spec.subpath`; did you "
+            "mean `subPath`? supported: `claim`, `subPath`, `readOnly`",
         ),
         (
             {**FUNCTION, "spec": {"claim": "models", "readOnly": "no"}},
-            "invalid value `no` for `functionConfig.spec.readOnly`; write `true` or `false`",
+            "invalid value `no` for `functionConfig.spec.readOnly`; expected `true` or `false`",
         ),
-        ({**FUNCTION, "spec": ["claim"]}, "invalid value `list` for `functionConfig.spec`; it must be a mapping"),
+        ({**FUNCTION, "spec": ["claim"]}, "invalid value `list` for `functionConfig.spec`; expected a mapping"),
         ({**FUNCTION, "spec": {"claim": ["models"]}}, "invalid value `['models']` for `claim`"),
         ({**FUNCTION, "spec": {"claim": "models", "subPath": "../x"}}, "may not climb with `..`"),
     ],
@@ -221,7 +222,10 @@ def test_numbers_and_texts_stay_what_they_are():
     """
     What Kubernetes reads as a text or a number is written so that it reads the same again.
     """
-    text = 'a: 12:30\nb: 2026-11-22\nc: 1e3\nd: "1e3"\ne: 0017\nf: 0o17\ng: "0o17"\nh: 1_000\ni: yes\nj: "yes"\nk: y\nl: .5\nm: ~\nn: -7\n'
+    text = (
+        'a: 12:30\nb: 2026-11-22\nc: 1e3\nd: "1e3"\ne: 0017\nf: 0o17\ng: '
+        '"0o17"\nh: 1_000\ni: yes\nj: "yes"\nk: y\nl: .5\nm: ~\nn: -7\n'
+    )
 
     (found,) = read_documents(text, "text")
 

@@ -18,8 +18,8 @@ from trees import model_files, read_tree
 from waiting import until
 
 from kserve_pvc import LockerMismatchError, LockServiceError, ModelStore, SettingsError
-from kserve_pvc.locks.choice import outside_lock, parse_locker
-from kserve_pvc.locks.lease import BEATS_PER_LEASE, RENEW_DEADLINE
+from kserve_pvc.locks.choice import external_lock, parse_locker
+from kserve_pvc.locks.lease import HEARTBEATS_PER_LEASE, RENEW_DEADLINE
 
 KINDS = ["lease", "flock", "redis", "kubernetes"]
 LEASE_SECONDS = 1.5
@@ -96,8 +96,8 @@ def a_lock(root: Path, service: Service):
     place = root / ".kserve-pvc/keys/model-0123456789abcdef"
     place.mkdir(parents=True, exist_ok=True)
     path = place / "lock"
-    lock = outside_lock(
-        store._settings, place.name, holder="pod-1", open_file=lambda: os.open(path, os.O_RDWR | os.O_CREAT)
+    lock = external_lock(
+        store._writing[1], place.name, holder="pod-1", open_file=lambda: os.open(path, os.O_RDWR | os.O_CREAT)
     )
     assert lock is not None
     return lock
@@ -320,7 +320,7 @@ def test_times_keep_the_rule_of_client_go():
     """
     Duration > renew deadline > 1.2 retry periods, for every lease.
     """
-    assert 1 > RENEW_DEADLINE > 1.2 / BEATS_PER_LEASE
+    assert 1 > RENEW_DEADLINE > 1.2 / HEARTBEATS_PER_LEASE
 
 
 @pytest.mark.parametrize(

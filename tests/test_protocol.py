@@ -41,8 +41,8 @@ LEASE = 30.0
 RULES = Rules(lease_seconds=LEASE, timeout=3600)
 FLOCK = Rules(lease_seconds=LEASE, timeout=3600, lock_decides=True)
 
-NOBODY = "nobody has claimed it"
-LET_GO = "its holder has let go"
+UNCLAIMED = "it is unclaimed"
+RELEASED = "its holder has released it"
 DEAD = "its process no longer exists"
 SILENT = "no sign of life for 30 s"
 FREE_LOCK = "its lock is free"
@@ -50,15 +50,15 @@ FREE_LOCK = "its lock is free"
 
 def play(*events: Event, rules: Rules = RULES) -> list[tuple[Action, ...]]:
     """
-    What the machine answers to each event of one call.
+    What the machine decides after each event of one call.
     """
     state, actions = begin(rules)
     assert actions == (Look(),)
-    answers = []
+    steps = []
     for event in events:
         state, actions = step(state, event)
-        answers.append(actions)
-    return answers
+        steps.append(actions)
+    return steps
 
 
 def look(
@@ -102,10 +102,10 @@ def test_an_absent_model_is_claimed_checked_fetched_and_published():
     """
     The first caller claims the first number, looks again under its claim, fetches, publishes and lets go.
     """
-    answers = play(look(), WON, look(epoch=1, seq=4), Fetched(), Published(won=True))
+    steps = play(look(), WON, look(epoch=1, seq=4), Fetched(), Published(won=True))
 
-    assert answers == [
-        claim(1, NOBODY),
+    assert steps == [
+        claim(1, UNCLAIMED),
         (Look(),),
         (Fetch(),),
         (Publish(after_seq=4),),
@@ -117,36 +117,36 @@ def test_what_is_published_follows_the_record_seen_under_the_claim():
     """
     The record number comes from the look after the claim was made, never from an older one.
     """
-    answers = play(look(seq=2), WON, look(epoch=1, seq=5), Fetched())
+    steps = play(look(seq=2), WON, look(epoch=1, seq=5), Fetched())
 
-    assert answers[-1] == (Publish(after_seq=5),)
+    assert steps[-1] == (Publish(after_seq=5),)
 
 
 @pytest.mark.parametrize(
-    ("seen", "answer"),
+    ("seen", "step_taken"),
     [
-        (look(), claim(1, NOBODY)),
-        (look(epoch=7, released=True), claim(8, LET_GO)),
+        (look(), claim(1, UNCLAIMED)),
+        (look(epoch=7, released=True), claim(8, RELEASED)),
         (look(epoch=7, dead=True), claim(8, DEAD)),
         (look(epoch=7, sign=b"a"), WAIT),
     ],
-    ids=["nobody", "released", "dead", "alive"],
+    ids=["unclaimed", "released", "dead", "alive"],
 )
-def test_the_first_look_tells_whether_to_wait(seen, answer):
+def test_the_first_look_decides_whether_to_wait(seen, step_taken):
     """
-    A key that nobody claims, or whose holder has let go or provably died, is claimed at once; any other holder is
+    A key without a claim, or whose holder has released it or provably died, is claimed at once; any other holder is
     waited for.
     """
-    assert play(seen) == [answer]
+    assert play(seen) == [step_taken]
 
 
 def test_a_waiting_call_returns_as_soon_as_the_model_is_there():
     """
-    Whoever waited gets the model with the status that says so.
+    A caller that waited gets the model with the status that says so.
     """
-    answers = play(look(0, epoch=1, sign=b"a"), Paused(), look(0.05, epoch=1, sign=b"b"), Paused(), found(0.04))
+    steps = play(look(0, epoch=1, sign=b"a"), Paused(), look(0.05, epoch=1, sign=b"b"), Paused(), found(0.04))
 
-    assert answers == [WAIT, (Look(),), WAIT, (Look(),), (Return(status="waited"),)]
+    assert steps == [WAIT, (Look(),), WAIT, (Look(),), (Return(status="waited"),)]
 
 
 def test_a_changing_sign_of_life_is_never_taken_over():
@@ -155,22 +155,22 @@ def test_a_changing_sign_of_life_is_never_taken_over():
     """
     looks = [look(second, epoch=1, sign=b"%d" % (second // 29)) for second in range(3000)]
 
-    answers = play(*looks)
+    steps = play(*looks)
 
-    assert {type(action) for actions in answers for action in actions} == {Pause}
+    assert {type(action) for actions in steps for action in actions} == {Pause}
 
 
 def test_an_unchanged_sign_of_life_is_taken_over_after_the_lease():
     """
-    A claim is dead once its sign has not changed for the whole lease on the observer's own clock, and not a moment
+    A claim is dead once its sign has not changed for the whole lease on the observer's own clock, and not
     before.
     """
     seen = [look(now, epoch=4, sign=b"a") for now in (1000.0, 1015.0, 1029.999, 1030.0)]
 
-    answers = play(*seen)
+    steps = play(*seen)
 
-    assert [type(actions[0]) for actions in answers[:3]] == [Pause] * 3
-    assert answers[3] == claim(5, SILENT)
+    assert [type(actions[0]) for actions in steps[:3]] == [Pause] * 3
+    assert steps[3] == claim(5, SILENT)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_each_change_starts_the_lease_anew(changed):
     """
     A new sign, a new number or a claim that came back all count as life.
     """
-    answers = play(
+    steps = play(
         look(0, epoch=4, sign=b"a"),
         changed,
         Claimed(now=29, won=False),
@@ -188,25 +188,25 @@ def test_each_change_starts_the_lease_anew(changed):
         look(58.9, epoch=5, sign=b"b"),
     )
 
-    assert [type(actions[-1]) for actions in answers[-2:]] == [Pause, Pause]
+    assert [type(actions[-1]) for actions in steps[-2:]] == [Pause, Pause]
 
 
 def test_time_before_the_first_look_does_not_count():
     """
     A sign of life that is seen for the first time is fresh, whatever the clock says.
     """
-    answers = play(look(10**6, epoch=1, sign=b"old"))
+    steps = play(look(10**6, epoch=1, sign=b"old"))
 
-    assert answers == [WAIT]
+    assert steps == [WAIT]
 
 
 def test_a_lost_claim_means_looking_again():
     """
-    Whoever loses a number to somebody else gives back what it may hold, pauses, looks again, and waits for the winner.
+    A process that loses a number releases what it may hold, pauses, looks again, and waits for the winner.
     """
-    answers = play(look(), Claimed(now=0, won=False), Paused(), look(0.1, epoch=1, sign=b"a"), Paused(), found(0.2))
+    steps = play(look(), Claimed(now=0, won=False), Paused(), look(0.1, epoch=1, sign=b"a"), Paused(), found(0.2))
 
-    assert answers == [claim(1, NOBODY), (Release(), *WAIT), (Look(),), WAIT, (Look(),), (Return(status="waited"),)]
+    assert steps == [claim(1, UNCLAIMED), (Release(), *WAIT), (Look(),), WAIT, (Look(),), (Return(status="waited"),)]
 
 
 def test_claims_that_are_lost_for_ever_end_with_the_timeout():
@@ -215,27 +215,27 @@ def test_claims_that_are_lost_for_ever_end_with_the_timeout():
     """
     rules = Rules(lease_seconds=LEASE, timeout=10)
 
-    answers = play(look(0), Claimed(now=0, won=False), look(11), Claimed(now=11, won=False), rules=rules)
+    steps = play(look(0), Claimed(now=0, won=False), look(11), Claimed(now=11, won=False), rules=rules)
 
-    assert answers[-1] == (Release(), GiveUp(reason="timeout", waited=11.0, idle=0.0))
+    assert steps[-1] == (Release(), GiveUp(reason="timeout", waited=11.0, idle=0.0))
 
 
 def test_a_model_that_appears_under_the_claim_is_not_fetched_again():
     """
     A look that was stale is made good under the claim: it is given back and the model returned.
     """
-    answers = play(look(epoch=1, released=True), WON, found())
+    steps = play(look(epoch=1, released=True), WON, found())
 
-    assert answers == [claim(2, LET_GO), (Look(),), (Release(), Return(status="waited"))]
+    assert steps == [claim(2, RELEASED), (Look(),), (Release(), Return(status="waited"))]
 
 
 def test_a_higher_claim_under_the_own_one_wins():
     """
-    Whoever finds a higher number after claiming gives way and waits.
+    A process that finds a higher number after claiming gives way and waits.
     """
-    answers = play(look(), WON, look(0.1, epoch=2, sign=b"a"), look(0.2, epoch=2, sign=b"a"), found(0.3))
+    steps = play(look(), WON, look(0.1, epoch=2, sign=b"a"), look(0.2, epoch=2, sign=b"a"), found(0.3))
 
-    assert answers == [claim(1, NOBODY), (Look(),), AGAIN, WAIT, (Return(status="waited"),)]
+    assert steps == [claim(1, UNCLAIMED), (Look(),), AGAIN, WAIT, (Return(status="waited"),)]
 
 
 @pytest.mark.parametrize("seen", [look(epoch=2), look(epoch=1), look()], ids=["own", "older", "nothing"])
@@ -243,41 +243,41 @@ def test_the_own_claim_under_which_nothing_changed_leads_to_a_fetch(seen):
     """
     The own claim, an older one or a listing that shows none yet are no reason not to fetch.
     """
-    answers = play(look(epoch=1, dead=True), WON, seen)
+    steps = play(look(epoch=1, dead=True), WON, seen)
 
-    assert answers == [claim(2, DEAD), (Look(),), (Fetch(),)]
+    assert steps == [claim(2, DEAD), (Look(),), (Fetch(),)]
 
 
 def test_a_claim_that_is_lost_during_the_fetch_ends_it():
     """
-    Whoever was taken over while fetching publishes nothing and waits for the one who took over.
+    A process that lost its claim while fetching publishes nothing and waits for the one that took over.
     """
-    answers = play(look(), WON, look(epoch=1), ClaimLost(), look(50, epoch=2, sign=b"a"), Paused(), found(60))
+    steps = play(look(), WON, look(epoch=1), ClaimLost(), look(50, epoch=2, sign=b"a"), Paused(), found(60))
 
-    assert answers[3:] == [AGAIN, (Pause(seconds=1.0),), (Look(),), (Return(status="waited"),)]
+    assert steps[3:] == [AGAIN, (Pause(seconds=1.0),), (Look(),), (Return(status="waited"),)]
 
 
 def test_a_commit_that_came_second_is_no_failure():
     """
-    Whoever fetched and was not the first to publish returns the other's model, which is just as good.
+    A process that was not the first to publish returns the other's model, which is just as good.
     """
-    answers = play(look(), WON, look(epoch=1), Fetched(), Published(won=False), found())
+    steps = play(look(), WON, look(epoch=1), Fetched(), Published(won=False), found())
 
-    assert answers[3:] == [(Publish(after_seq=0),), AGAIN, (Return(status="waited"),)]
+    assert steps[3:] == [(Publish(after_seq=0),), AGAIN, (Return(status="waited"),)]
 
 
 def test_a_spoiled_attempt_is_made_again_under_a_new_number():
     """
-    When the volume fails a generation a new one is made, a limited number of times, and the failure is then told.
+    When the volume fails a generation a new one is made, a limited number of times, and the failure is then raised.
     """
     events: list[Event] = []
     for attempt in range(MAX_SPOILED_ATTEMPTS):
         events += [look(epoch=attempt, released=True), WON, look(epoch=attempt + 1), Spoiled()]
 
-    answers = play(*events)
+    steps = play(*events)
 
-    assert [answers[i][0] for i in (0, 4, 8)] == [MakeClaim(epoch=epoch, reason=LET_GO) for epoch in (1, 2, 3)]
-    assert answers[3::4] == [AGAIN, AGAIN, (Release(), GiveUp(reason="volume"))]
+    assert [steps[i][0] for i in (0, 4, 8)] == [MakeClaim(epoch=epoch, reason=RELEASED) for epoch in (1, 2, 3)]
+    assert steps[3::4] == [AGAIN, AGAIN, (Release(), GiveUp(reason="volume"))]
 
 
 def test_spoiled_attempts_add_up_over_a_whole_call():
@@ -287,10 +287,10 @@ def test_spoiled_attempts_add_up_over_a_whole_call():
     spoiled = [look(), WON, look(epoch=1), Spoiled()]
     lost = [look(), Claimed(now=0, won=False), look(epoch=1, released=True), WON, look(epoch=2), ClaimLost()]
 
-    answers = play(*spoiled, *lost, *spoiled, *lost, *spoiled)
+    steps = play(*spoiled, *lost, *spoiled, *lost, *spoiled)
 
-    assert answers[-1] == (Release(), GiveUp(reason="volume"))
-    assert sum(isinstance(action, GiveUp) for actions in answers for action in actions) == 1
+    assert steps[-1] == (Release(), GiveUp(reason="volume"))
+    assert sum(isinstance(action, GiveUp) for actions in steps for action in actions) == 1
 
 
 def test_waiting_ends_with_the_timeout():
@@ -299,7 +299,7 @@ def test_waiting_ends_with_the_timeout():
     """
     rules = Rules(lease_seconds=LEASE, timeout=10)
 
-    answers = play(
+    steps = play(
         look(100, epoch=1, sign=b"a"),
         look(104, epoch=1, sign=b"b"),
         look(109.5, epoch=1, sign=b"b"),
@@ -307,7 +307,7 @@ def test_waiting_ends_with_the_timeout():
         rules=rules,
     )
 
-    assert answers[2:] == [(Pause(seconds=0.475),), (GiveUp(reason="timeout", waited=10.0, idle=6.0),)]
+    assert steps[2:] == [(Pause(seconds=0.475),), (GiveUp(reason="timeout", waited=10.0, idle=6.0),)]
 
 
 def test_a_timeout_of_zero_never_waits():
@@ -318,8 +318,8 @@ def test_a_timeout_of_zero_never_waits():
 
     assert play(look(5, epoch=1, sign=b"a"), rules=rules) == [(GiveUp(reason="timeout", waited=0.0, idle=0.0),)]
     assert play(found(5), rules=rules) == [(Return(status="present"),)]
-    assert play(look(5), rules=rules) == [claim(1, NOBODY)]
-    assert play(look(5, epoch=1, released=True), rules=rules) == [claim(2, LET_GO)]
+    assert play(look(5), rules=rules) == [claim(1, UNCLAIMED)]
+    assert play(look(5, epoch=1, released=True), rules=rules) == [claim(2, RELEASED)]
 
 
 def test_a_model_that_is_there_beats_the_timeout():
@@ -340,15 +340,22 @@ def test_a_dead_holder_beats_the_timeout():
     assert play(look(0, epoch=1, sign=b"a"), look(99, epoch=1, sign=b"a"), rules=rules)[-1] == claim(2, SILENT)
 
 
+def test_a_holder_that_dies_while_it_is_waited_for_is_taken_over_at_the_next_look():
+    """
+    A dead process changes nothing in its claim, and is taken over all the same before its lease is over.
+    """
+    assert play(look(0, epoch=1, sign=b"a"), look(0.1, epoch=1, sign=b"a", dead=True))[-1] == claim(2, DEAD)
+
+
 def test_an_endless_timeout_waits_for_ever():
     """
     With `math.inf` no time is too long.
     """
     rules = Rules(lease_seconds=LEASE, timeout=math.inf)
 
-    answers = play(look(0, epoch=1, sign=b"a"), look(10**9, epoch=1, sign=b"b"), rules=rules)
+    steps = play(look(0, epoch=1, sign=b"a"), look(10**9, epoch=1, sign=b"b"), rules=rules)
 
-    assert answers == [WAIT, (Pause(seconds=1.0),)]
+    assert steps == [WAIT, (Pause(seconds=1.0),)]
 
 
 def test_the_time_to_wait_begins_with_the_first_look():
@@ -357,9 +364,9 @@ def test_the_time_to_wait_begins_with_the_first_look():
     """
     rules = Rules(lease_seconds=LEASE, timeout=10)
 
-    answers = play(look(0), WON, look(1, epoch=1), ClaimLost(), look(10, epoch=2, sign=b"a"), rules=rules)
+    steps = play(look(0), WON, look(1, epoch=1), ClaimLost(), look(10, epoch=2, sign=b"a"), rules=rules)
 
-    assert answers[-1] == (GiveUp(reason="timeout", waited=10.0, idle=0.0),)
+    assert steps[-1] == (GiveUp(reason="timeout", waited=10.0, idle=0.0),)
 
 
 @given(
@@ -415,9 +422,9 @@ def test_an_outside_lock_is_tried_before_anything_is_claimed():
     """
     Where a lock decides, it is tried first, and the claim that follows only says who downloads.
     """
-    answers = play(look(), Locked(now=0, granted=True), WON, look(epoch=1), Fetched(), Published(won=True), rules=FLOCK)
+    steps = play(look(), Locked(now=0, granted=True), WON, look(epoch=1), Fetched(), Published(won=True), rules=FLOCK)
 
-    assert answers == [
+    assert steps == [
         (TryLock(),),
         claim(1, FREE_LOCK),
         (Look(),),
@@ -429,15 +436,15 @@ def test_an_outside_lock_is_tried_before_anything_is_claimed():
 
 def test_a_lock_that_is_not_granted_is_waited_for():
     """
-    Where a lock decides, whoever holds it and shows signs of life is waited for, however long it takes.
+    Where a lock decides, a holder that shows signs of life is waited for, however long it takes.
     """
     events: list[Event] = []
     for now, sign in ((0, b"a"), (20, b"b"), (500, b"c")):
         events += [look(now, epoch=1, sign=sign), Locked(now=now, granted=False), Paused()]
 
-    answers = play(*events, found(501), rules=FLOCK)
+    steps = play(*events, found(501), rules=FLOCK)
 
-    assert answers == [
+    assert steps == [
         (TryLock(),),
         WAIT,
         (Look(),),
@@ -449,33 +456,33 @@ def test_a_lock_that_is_not_granted_is_waited_for():
 @pytest.mark.parametrize("seen", [look(epoch=6, released=True), look(epoch=6, dead=True)], ids=["released", "dead"])
 def test_a_granted_lock_of_one_who_is_gone_takes_the_next_number(seen):
     """
-    Whoever gets the lock supersedes at once the claim of a holder who has let go or provably died.
+    With the lock, the claim of a holder that has released it or provably died is superseded at once.
     """
     assert play(seen, Locked(now=0, granted=True), rules=FLOCK) == [(TryLock(),), claim(7, FREE_LOCK)]
 
 
 def test_a_granted_lock_of_a_silent_holder_takes_the_next_number_after_a_third_of_the_lease():
     """
-    A holder that beats six times a lease has missed two beats once its sign stood still for a third of it: then the
-    lock is believed, and not a moment before.
+    A holder with six heartbeats a lease has missed two once its sign is unchanged for a third of it: then the lock
+    is trusted, and not before.
     """
     events: list[Event] = []
     for now in (1000.0, 1005.0, 1009.999, 1010.0):
         events += [look(now, epoch=6, sign=b"a"), Locked(now=now, granted=True)]
 
-    answers = play(*events, rules=FLOCK)
+    steps = play(*events, rules=FLOCK)
 
-    assert answers[0::2] == [(TryLock(),)] * 4
-    assert [type(actions[0]) for actions in answers[1:7:2]] == [Pause] * 3
-    assert answers[7] == claim(7, FREE_LOCK)
+    assert steps[0::2] == [(TryLock(),)] * 4
+    assert [type(actions[0]) for actions in steps[1:7:2]] == [Pause] * 3
+    assert steps[7] == claim(7, FREE_LOCK)
 
 
 @pytest.mark.parametrize(
-    "seen", [look(epoch=6, released=True), look(epoch=6, dead=True), look()], ids=["released", "dead", "nobody"]
+    "seen", [look(epoch=6, released=True), look(epoch=6, dead=True), look()], ids=["released", "dead", "unclaimed"]
 )
 def test_a_lock_that_is_held_is_stronger_than_a_claim_that_is_free(seen):
     """
-    Where a lock decides, whoever does not get it waits, even if no claim stands in the way.
+    Where a lock decides, a process that does not get it waits, even if no claim stands in the way.
     """
     assert play(seen, Locked(now=0, granted=False), rules=FLOCK) == [(TryLock(),), WAIT]
 
@@ -484,39 +491,39 @@ def test_a_lock_that_is_held_is_stronger_than_a_claim_that_is_free(seen):
     ("seen", "granted", "silence", "epoch", "reason"),
     [
         ({"epoch": 6, "sign": b"a"}, False, LEASE, 7, "no sign of life for 30 s"),
-        ({"epoch": 6, "released": True}, False, LEASE / 3, 7, "its holder has let go"),
+        ({"epoch": 6, "released": True}, False, LEASE / 3, 7, "its holder has released it"),
         ({"epoch": 6, "dead": True}, False, LEASE / 3, 7, "its process no longer exists"),
         ({}, False, LEASE, 1, "no sign of life for 30 s"),
         ({"epoch": 6, "sign": b"a"}, None, LEASE, 7, "no sign of life for 30 s"),
     ],
-    ids=["silent", "released", "dead", "nobody", "no lock"],
+    ids=["silent", "released", "dead", "unclaimed", "no lock"],
 )
 def test_a_lock_that_stays_away_holds_nobody_up_for_ever(seen, granted, silence, epoch, reason):
     """
-    A lock that a silent process keeps, or that cannot be had, is passed over, and not a moment before it may be.
+    A lock that a silent process keeps, or that is unavailable, is passed over, and not before its time.
     """
     events: list[Event] = []
     for now in (1000.0, 1000.0 + silence - 0.001, 1000.0 + silence):
         events += [look(now, **seen), Locked(now=now, granted=granted)]
 
-    answers = play(*events, rules=FLOCK)
+    steps = play(*events, rules=FLOCK)
 
-    assert [type(actions[-1]) for actions in answers[1:5:2]] == [Pause] * 2
-    assert answers[5] == claim(epoch, reason)
+    assert [type(actions[-1]) for actions in steps[1:5:2]] == [Pause] * 2
+    assert steps[5] == claim(epoch, reason)
 
 
 @pytest.mark.parametrize(
     ("seen", "epoch", "reason"),
     [
-        ({"epoch": 6, "released": True}, 7, "its holder has let go"),
+        ({"epoch": 6, "released": True}, 7, "its holder has released it"),
         ({"epoch": 6, "dead": True}, 7, "its process no longer exists"),
-        ({}, 1, "nobody has claimed it"),
+        ({}, 1, "it is unclaimed"),
     ],
-    ids=["released", "dead", "nobody"],
+    ids=["released", "dead", "unclaimed"],
 )
 def test_without_a_lock_the_claim_is_the_lock(seen, epoch, reason):
     """
-    Where no lock is to be had a free claim is taken at once, as with the locker `lease`.
+    Where no lock is available a free claim is taken at once, as with the locker `lease`.
     """
     assert play(look(**seen), Locked(now=0, granted=None), rules=FLOCK) == [(TryLock(),), claim(epoch, reason)]
 
@@ -527,9 +534,9 @@ def test_a_granted_lock_that_is_not_believed_ends_with_the_timeout():
     """
     rules = Rules(lease_seconds=LEASE, timeout=0, lock_decides=True)
 
-    answers = play(look(0, epoch=6, sign=b"a"), Locked(now=1, granted=True), rules=rules)
+    steps = play(look(0, epoch=6, sign=b"a"), Locked(now=1, granted=True), rules=rules)
 
-    assert answers[-1] == (GiveUp(reason="timeout", waited=1.0, idle=1.0),)
+    assert steps[-1] == (GiveUp(reason="timeout", waited=1.0, idle=1.0),)
 
 
 def test_waiting_for_a_lock_ends_with_the_timeout():
@@ -538,7 +545,7 @@ def test_waiting_for_a_lock_ends_with_the_timeout():
     """
     rules = Rules(lease_seconds=LEASE, timeout=10, lock_decides=True)
 
-    answers = play(
+    steps = play(
         look(0, epoch=1, sign=b"a"),
         Locked(now=1, granted=False),
         look(9, epoch=1, sign=b"a"),
@@ -546,21 +553,21 @@ def test_waiting_for_a_lock_ends_with_the_timeout():
         rules=rules,
     )
 
-    assert answers[-1] == (GiveUp(reason="timeout", waited=12.0, idle=12.0),)
+    assert steps[-1] == (GiveUp(reason="timeout", waited=12.0, idle=12.0),)
 
 
 def test_a_lock_is_given_back_with_a_claim_that_was_not_won():
     """
-    Whoever holds the lock and loses the number gives the lock back before looking again.
+    A process that holds the lock and loses the number releases the lock before looking again.
     """
-    answers = play(look(), Locked(now=0, granted=True), Claimed(now=0, won=False), rules=FLOCK)
+    steps = play(look(), Locked(now=0, granted=True), Claimed(now=0, won=False), rules=FLOCK)
 
-    assert answers[-1] == (Release(), *WAIT)
+    assert steps[-1] == (Release(), *WAIT)
 
 
 def test_a_lock_that_is_granted_beside_a_beating_holder_is_not_believed():
     """
-    Where locks do nothing, whoever beats is alive: a granted lock takes over only from a sign that stood still.
+    Where locks do nothing, heartbeats decide: a granted lock takes over only from a sign that is unchanged.
     """
     beating = [
         look(0, epoch=1, sign=b"a"),
@@ -570,9 +577,9 @@ def test_a_lock_that_is_granted_beside_a_beating_holder_is_not_believed():
     ]
     silent = [look(20, epoch=1, sign=b"b"), Locked(now=20, granted=True)]
 
-    answers = play(*beating, *silent, rules=FLOCK)
+    steps = play(*beating, *silent, rules=FLOCK)
 
-    assert [type(actions[-1]) for actions in answers[1::2]] == [Pause, Pause, MakeClaim]
+    assert [type(actions[-1]) for actions in steps[1::2]] == [Pause, Pause, MakeClaim]
 
 
 # From here on: several callers on one small model of a volume, every order of their steps, and every kind of fault.
@@ -743,12 +750,12 @@ class Volume:
             self.faults += 1
 
     def finish(self) -> None:
-        """Run whoever still runs until all have ended; time passes only while all of them pause."""
+        """Run all processes until they have ended; time passes only while all of them pause."""
         deadline = self.now + self.rules.lease_seconds + 3 * LONGEST_PAUSE
         rounds = 0
         while running := [caller for caller in self.callers if caller.is_running]:
             rounds += 1
-            assert rounds < 10_000, "somebody never pauses"
+            assert rounds < 10_000, "a process never pauses"
             assert self.now <= deadline, "it takes longer than a lease and a few looks"
             for caller in running:
                 self.run(caller)
@@ -820,7 +827,7 @@ def test_without_faults_exactly_one_caller_fetches(lock_decides, schedule, shows
 def test_whatever_happens_one_record_is_written_and_whoever_lives_gets_it(lock_decides, schedule, shows_death):
     """
     However callers crash, freeze, come back and fail, there is one new record, each fault costs at most one more fetch,
-    nobody returns without having seen the model, and the living end within a lease and a few looks.
+    no process returns without having seen the model, and the living end within a lease and a few looks.
     """
     volume = Volume(Rules(lease_seconds=LEASE, timeout=math.inf, lock_decides=lock_decides), shows_death=shows_death)
     for _ in range(4):
@@ -848,8 +855,8 @@ def test_whatever_happens_one_record_is_written_and_whoever_lives_gets_it(lock_d
 @given(schedule=st.lists(ordinary | faults, max_size=60), shows_death=st.booleans())
 def test_a_lock_that_everybody_gets_costs_fetches_and_nothing_else(schedule, shows_death):
     """
-    Where locks do nothing there is one new record all the same, nobody returns without having seen the model, and the
-    living end within a lease and a few looks.
+    Where locks do nothing there is one new record all the same, no process returns without having seen the model, and
+    the living end within a lease and a few looks.
     """
     rules = Rules(lease_seconds=LEASE, timeout=math.inf, lock_decides=True)
     volume = Volume(rules, shows_death=shows_death, lock_lies=True)
@@ -901,7 +908,7 @@ def test_a_dead_holder_is_replaced_within_its_lease_and_one_pause(lease, steps, 
 
 def test_a_lock_that_everybody_gets_still_leads_to_one_download():
     """
-    Where locks do nothing and each part takes longer than a beat, the second caller waits for the first.
+    Where locks do nothing and each part takes longer than a heartbeat, the second caller waits for the first.
     """
     volume = Volume(Rules(lease_seconds=LEASE, timeout=math.inf, lock_decides=True), lock_lies=True, parts=50)
     callers = [volume.start(), volume.start()]

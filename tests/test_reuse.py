@@ -87,7 +87,7 @@ def test_a_refresh_fetches_what_has_changed(store, source, old):
 
 def test_a_refresh_leaves_the_old_model_as_it_was(store, source, old):
     """
-    Whoever still reads the generation before sees every byte of it, links or not.
+    A reader of the generation before sees every byte of it, links or not.
     """
     source.models[URI] = NEW
 

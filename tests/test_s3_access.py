@@ -344,7 +344,7 @@ def test_a_model_comes_each_way(root, way, through_s3fs, proxy, upload):
     assert store.verify(uri, "full").ok
     asked = sorted(r.range for r in proxy.requests if r.method == "GET" and r.path.endswith("a.bin"))
     assert asked == sorted(f"bytes={start}-{start + 99_999}" for start in range(0, 700_000, 100_000))
-    signed_here = isinstance(store._backend(parse_ref(uri)).service.way(BUCKET), SignedAccess)
+    signed_here = isinstance(store._sources.backend(parse_ref(uri)).service.way(BUCKET), SignedAccess)
     assert signed_here == (way in ("keys", "profile"))
     assert model.record.access == WAYS[way][0]
 
@@ -439,3 +439,78 @@ def test_nobody_to_be_is_told_through_s3fs(home, root, origin, upload, monkeypat
         ModelStore(root, mode="rw", storage_options={"endpoint_url": origin.endpoint}).ensure(
             upload(FILES), progress=False
         )
+
+
+@pytest.mark.parametrize(
+    "options", [{"key": "AKIA"}, {"secret": "secret"}, {"client_kwargs": {"aws_access_key_id": "A"}}]
+)
+def test_half_of_the_credentials_is_refused(home, options):
+    """
+    A key is never completed from another place.
+    """
+    missing = "key" if "secret" in options else "secret"
+
+    with pytest.raises(SettingsError, match=f"`{missing}` is missing"):
+        S3Backend(options, {"HOME": str(home), "AWS_SECRET_ACCESS_KEY": "of another", "AWS_ACCESS_KEY_ID": "other"})
+
+
+def requested(options: dict, home) -> tuple[str, dict]:
+    """
+    The address and headers of a read, without what signs them.
+    """
+    backend = S3Backend({**KEYS, **options}, {"HOME": str(home)})
+    target, headers = backend.service.read(Place("bucket", "k"), {"If-Match": '"e"'}, renewed=False)
+    unsigned = ("authorization", "x-amz-date", "x-amz-content-sha256")
+    return target.scheme, {name: value for name, value in headers.items() if name.lower() not in unsigned}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"default_block_size": 5}, ("https", {"if-match": '"e"'})),
+        ({"requester_pays": True}, ("https", {"if-match": '"e"', "x-amz-request-payer": "requester"})),
+        ({"local_expiry_check": True}, ("https", {})),
+        ({"use_ssl": False}, ("http", {"if-match": '"e"'})),
+        ({"use_ssl": True, "client_kwargs": {"use_ssl": False}}, ("http", {"if-match": '"e"'})),
+    ],
+)
+def test_arguments_of_s3fs_are_obeyed_by_requests_of_our_own(home, options, expected):
+    """
+    Who pays, whether the server knows conditions, and whether it speaks TLS change requests that are signed here.
+    """
+    assert requested(options, home) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({"max_concurrency": 2}, "direct:s3fs"),
+        ({"config_kwargs": {"connect_timeout": 1}}, "direct:s3fs"),
+        ({"config_kwargs": {"signature_version": "s3"}}, "direct:s3fs"),
+        ({"config_kwargs": {"use_fips_endpoint": True}}, "direct:s3fs"),
+        ({"config_kwargs": {"proxies": {"https": "http://proxy"}}}, "fsspec:s3fs"),
+        ({"config_kwargs": {"connector_args": {}}}, "fsspec:s3fs"),
+        ({"client_kwargs": {"api_version": "2006-03-01"}}, "fsspec:s3fs"),
+        ({"s3_additional_kwargs": {"SSECustomerKey": "k"}}, "fsspec:s3fs"),
+        ({"include_builtin_handlers": True}, "fsspec:s3fs"),
+    ],
+)
+def test_each_setting_leads_one_way(home, options, way):
+    """
+    What the record will say follows from the settings alone.
+    """
+    assert S3Backend({**KEYS, **options}, {"HOME": str(home)}).access(parse_ref("s3://bucket/m")) == way
+
+
+def test_a_profile_with_unknown_settings_is_signed_for_by_the_sdk(home):
+    """
+    What a profile says that is not known here is left to botocore's client.
+    """
+    (home / ".aws").mkdir()
+    (home / ".aws/config").write_text("[default]\nregion = eu-west-3\n")
+    ordinary = S3Backend(KEYS, {"HOME": str(home)}).signed
+    (home / ".aws/config").write_text("[default]\nregion = eu-west-3\ns3 =\n    use_accelerate_endpoint = true\n")
+
+    assert ordinary is not None
+    assert ordinary.account.region == "eu-west-3"
+    assert S3Backend(KEYS, {"HOME": str(home)}).signed is None

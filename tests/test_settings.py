@@ -205,7 +205,10 @@ def mode_from_file(tmp_path):
 
 
 # As the kubelet writes it: sorted names, values quoted by Go's %q.
-POD = r"""kubectl.kubernetes.io/last-applied-configuration="{\"apiVersion\":\"v1\",\"metadata\":{\"annotations\":{\"a\":\"b=c\"}}}\n"
+POD = r"""kubectl.kubernetes.io/last-applied-configuration=(
+    "{\"apiVersion\":\"v1\",\"metadata\":{\"annotations\":{\"a\":\"b=c\"}}}\n"
+    ""
+)
 kubernetes.io/config.seen="2026-02-03T04:05:06.000000007Z"
 note="a \\ b \"c\" \t é"
 storage.kserve.io/readonly="false"

@@ -249,7 +249,10 @@ def test_a_waiting_call_keeps_its_time_although_the_volume_hangs_for_the_holder(
     Row 20: a call gives up waiting when its time is over, whatever hangs elsewhere.
     """
     ModelStore(root, mode="rw", lease_seconds=30)
-    script = "import sys; from kserve_pvc import ModelStore; ModelStore(sys.argv[1], mode='rw').ensure(sys.argv[2], progress=False)"
+    script = (
+        "import sys; from kserve_pvc import ModelStore; "
+        "ModelStore(sys.argv[1], mode='rw').ensure(sys.argv[2], progress=False)"
+    )
     options = ["-f", "-qq", "-o", os.devnull, "-e", "trace=linkat", "-e", "inject=linkat:delay_enter=60000000:when=1"]
     command = [tool("strace"), *options, sys.executable, "-I", "-c", script, str(root), f"file://{source}"]
     hanging = subprocess.Popen(command, start_new_session=True)

@@ -583,21 +583,21 @@ def make_a_pipe(path) -> None:
     os.mkfifo(path / "weights/b.bin")
 
 
-NOT_REGULAR = ("weights/b.bin", "type", "it is a link or no regular file")
+NOT_REGULAR = ("weights/b.bin", "type", "not a regular file")
 DAMAGES = {
     "missing": (
         lambda path: (path / "config.json").unlink(),
-        ("config.json", "missing", "it is recorded and not there"),
+        ("config.json", "missing", "missing"),
     ),
     "extra": (
         lambda path: (path / "weights/.git").write_bytes(b"x"),
-        ("weights/.git", "extra", "it is there and not recorded"),
+        ("weights/.git", "extra", "not in the manifest"),
     ),
     "truncated": (
         lambda path: replace(path / "weights/b.bin", FILES["weights/b.bin"][:-1]),
-        ("weights/b.bin", "size", "it has 999 bytes instead of 1000"),
+        ("weights/b.bin", "size", "999 bytes instead of 1000"),
     ),
-    "grown": (lambda path: replace(path / "empty", b"x"), ("empty", "size", "it has 1 bytes instead of 0")),
+    "grown": (lambda path: replace(path / "empty", b"x"), ("empty", "size", "1 bytes instead of 0")),
     "link": (link_elsewhere, NOT_REGULAR),
     "pipe": (make_a_pipe, NOT_REGULAR),
 }
@@ -962,7 +962,8 @@ def test_whoever_waited_too_long_is_told_for_whom(root, on_s3, slow_pod):
     assert (error.ref, error.bytes_total, 0 < error.bytes_done < SIZE) == (on_s3.uri, SIZE, True)
     assert isinstance(error, TimeoutError)
     assert all(
-        word in str(error) for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "raise `timeout`", "kserve-pvc locks")
+        word in str(error)
+        for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "raise `timeout`", "kserve-pvc locks")
     )
 
 
@@ -1185,7 +1186,8 @@ if not child:
         code = 0 if store.ensure(second, progress=False).status == "downloaded" else 2
     finally:
         os._exit(code)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), store.ensure(second).status, store.ensure(third, progress=False).status)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(code, store.ensure(second).status, store.ensure(third, progress=False).status)
 """
 
 

@@ -287,7 +287,10 @@ def test_only_regular_files_come_out_of_a_tar(kind, what):
     """
     data = tar(("fine", b"1"))[:1024] + raw(kind, "planted") + bytes(1024)
 
-    assert refused(data, "m.tar", UnsafePathError).startswith(f"`m.tar: planted` is refused: it is {what}")
+    message = refused(data, "m.tar", UnsafePathError)
+
+    assert "`m.tar: planted`" in message
+    assert f": it is {what}" in message
 
 
 def test_a_link_with_a_long_target_is_refused():
@@ -296,13 +299,13 @@ def test_a_link_with_a_long_target_is_refused():
     """
     link = header("planted", tarfile.SYMTYPE, linkname="../" * 80 + "etc/passwd")
 
-    assert [
-        refused(tar(link, form=f), "m.tar", UnsafePathError)[:17] for f in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)
-    ] == ["`m.tar: planted` "] * 2
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        assert "`m.tar: planted`" in refused(tar(link, form=form), "m.tar", UnsafePathError)
 
 
 @pytest.mark.parametrize(
-    ("kind", "what"), [(stat.S_IFLNK, "a link"), (stat.S_IFCHR, "no regular file"), (stat.S_IFIFO, "no regular file")]
+    ("kind", "what"),
+    [(stat.S_IFLNK, "a link"), (stat.S_IFCHR, "not a regular file"), (stat.S_IFIFO, "not a regular file")],
 )
 def test_only_regular_files_come_out_of_a_zip(kind, what):
     """
@@ -310,7 +313,10 @@ def test_only_regular_files_come_out_of_a_zip(kind, what):
     """
     data = zipped((zip_info("planted", external_attr=(kind | 0o644) << 16), b"/etc/passwd"))
 
-    assert refused(data, "m.zip", UnsafePathError).startswith(f"`m.zip: planted` is refused: it is {what}")
+    message = refused(data, "m.zip", UnsafePathError)
+
+    assert "`m.zip: planted`" in message
+    assert f": it is {what}" in message
 
 
 def patched(data: bytes, offset: int, value: bytes, *, local: int | None = None) -> bytes:
@@ -329,15 +335,15 @@ def patched(data: bytes, offset: int, value: bytes, *, local: int | None = None)
     ("data", "kind", "says"),
     [
         (patched(zipped(("a", b"1")), 8, b"\x01\x00", local=6), PolicyError, "it is encrypted"),
-        (zipped(("a", b"1"), method=zipfile.ZIP_LZMA), PolicyError, "compressed in another way"),
-        (zipped(("a", b"1"), method=zipfile.ZIP_BZIP2), PolicyError, "compressed in another way"),
-        (patched(zipped(("a", b"x" * 99)), 24, struct.pack("<I", 100), local=22), PolicyError, "and has 99"),
+        (zipped(("a", b"1"), method=zipfile.ZIP_LZMA), PolicyError, "its compression is not supported"),
+        (zipped(("a", b"1"), method=zipfile.ZIP_BZIP2), PolicyError, "its compression is not supported"),
+        (patched(zipped(("a", b"x" * 99)), 24, struct.pack("<I", 100), local=22), PolicyError, "but has 99"),
         (patched(zipped(("a", b"x" * 99)), 24, struct.pack("<I", 98), local=22), DigestMismatchError, "Bad CRC-32"),
         (patched(zipped(("a", b"x" * 99)), 16, b"abcd", local=14), DigestMismatchError, "Bad CRC-32"),
         (patched(zipped(("a", b"x")), 46, b"b"), DigestMismatchError, "differ"),
         (zipped(("a", b"x"))[:-8], DigestMismatchError, "not a zip file"),
         (b"PK", DigestMismatchError, "not a zip file"),
-        (b"", DigestMismatchError, "it is empty"),
+        (b"", DigestMismatchError, "the file is empty"),
     ],
     ids=["encrypted", "lzma", "bzip2", "longer", "shorter", "crc", "two-names", "truncated", "nothing-much", "empty"],
 )
@@ -367,7 +373,7 @@ def test_an_unmarked_name_of_a_zip_is_not_guessed():
     data = zipped(("n\u00e9", b"1"))
     flagless = data.replace(struct.pack("<HH", 0x800, 8), struct.pack("<HH", 0, 8))
 
-    assert "nothing says that it is UTF-8" in refused(flagless, "m.zip", UnsafePathError)
+    assert "not marked as UTF-8" in refused(flagless, "m.zip", UnsafePathError)
 
 
 @pytest.mark.parametrize("coding", CODINGS)
@@ -418,7 +424,7 @@ def test_what_follows_the_end_is_refused():
     """
     A second tar behind the first, which others would read, is not passed over in silence.
     """
-    assert "something follows the end" in refused(tar(("a", b"1")) + tar(("b", b"2")), "m.tar", PolicyError)
+    assert "data follows the end" in refused(tar(("a", b"1")) + tar(("b", b"2")), "m.tar", PolicyError)
 
 
 @pytest.mark.parametrize(
@@ -427,15 +433,15 @@ def test_what_follows_the_end_is_refused():
         (raw(b"L", data=b"a" * 70_000) + tar(("x", b"")), PolicyError, "is longer than"),
         (raw(b"x", size=2**40), PolicyError, "is longer than"),
         (raw(b"x", data=b"30 path=../../etc/passwd-here\n") + tar(("x", b"")), UnsafePathError, ".."),
-        (raw(b"x", data=b"11 size=-1\n") + tar(("x", b"")), DigestMismatchError, "is no number"),
-        (raw(b"x", data=b"12 size=9999\n"[:12] + b"\n") + tar(("x", b"")), DigestMismatchError, "no list"),
-        (raw(b"x", data=b"9" * 50_000) + tar(("x", b"")), DigestMismatchError, "no list"),
-        (raw(b"x", data=b"0 a=b\n") + tar(("x", b"")), DigestMismatchError, "no list"),
+        (raw(b"x", data=b"11 size=-1\n") + tar(("x", b"")), DigestMismatchError, "not a number"),
+        (raw(b"x", data=b"12 size=9999\n"[:12] + b"\n") + tar(("x", b"")), DigestMismatchError, "malformed"),
+        (raw(b"x", data=b"9" * 50_000) + tar(("x", b"")), DigestMismatchError, "malformed"),
+        (raw(b"x", data=b"0 a=b\n") + tar(("x", b"")), DigestMismatchError, "malformed"),
         (raw(b"x", data=b"22 GNU.sparse.major=1\n") + tar(("x", b"")), PolicyError, "sparse"),
         (raw(b"g", data=b"13 path=a/b/\n") + tar(("x", b"")), PolicyError, "one path"),
-        (raw(b"x", data=b"18 size=999999999\n") + tar(("x", b"1")), DigestMismatchError, "ends early"),
+        (raw(b"x", data=b"18 size=999999999\n") + tar(("x", b"1")), DigestMismatchError, "unexpected end of data"),
         (raw(b"0", size=-512) + bytes(1024), DigestMismatchError, "negative"),
-        (raw(b"0", size=2**62) + bytes(1024), DigestMismatchError, "ends early"),
+        (raw(b"0", size=2**62) + bytes(1024), DigestMismatchError, "unexpected end of data"),
     ],
     ids=[
         "name-bomb",
@@ -479,7 +485,7 @@ def test_a_bomb_stops_at_the_limit(name):
             came.extend(len(piece) for piece in member.pieces)
 
     tracemalloc.start()
-    with pytest.raises(PolicyError, match=f"it holds more than {_HARMLESS_BYTES} bytes"):
+    with pytest.raises(PolicyError, match=f"it unpacks to more than {_HARMLESS_BYTES} bytes"):
         unpack_all()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -495,7 +501,7 @@ def test_limits_can_be_moved():
     data = gzip.compress(bytes(40_000_000))
 
     assert len(read(data, "m.gz", ratio=2000)["m"]) == 40_000_000
-    assert "it holds more than 1000 bytes" in refused(data, "m.gz", PolicyError, ratio=2000, size_bytes=1000)
+    assert "it unpacks to more than 1000 bytes" in refused(data, "m.gz", PolicyError, ratio=2000, size_bytes=1000)
 
 
 @pytest.mark.parametrize("name", ["m.tar", "m.zip"])
@@ -517,7 +523,7 @@ def test_a_huge_directory_is_not_even_read():
     """
     end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, 17 * 1024 * 1024, 0, 0)
 
-    assert "its directory is longer" in refused(bytes(17 * 1024 * 1024) + end, "m.zip", PolicyError)
+    assert "its central directory is longer" in refused(bytes(17 * 1024 * 1024) + end, "m.zip", PolicyError)
 
 
 def test_room_is_asked_for():

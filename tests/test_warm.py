@@ -422,17 +422,17 @@ def test_an_interruption_between_results_stops_what_runs(two_at_work, monkeypatc
     assert store.locks() == []
 
 
-def test_a_store_and_its_results_travel(root, uris, s3):
+def test_a_store_and_its_results_travel(root, buckets, s3):
     """
     A store pickles without its clients, and what it finds pickles too.
     """
-    store = ModelStore(root, mode="rw", storage_options={"s3": s3["storage_options"]})
-    (warmed,) = store.warm([uris["tiny"]], progress=False)
+    store = ModelStore(root, mode="rw", **s3)
+    (warmed,) = store.warm([buckets["tiny"]], progress=False)
 
     copy, travelled = pickle.loads(pickle.dumps((store, warmed)))
 
     assert (repr(copy), travelled) == (repr(store), warmed)
-    assert copy.get(uris["tiny"]).path == travelled.model.path
+    assert copy.get(buckets["tiny"]).path == travelled.model.path
     assert travelled.model.record == warmed.model.record
 
 
@@ -446,7 +446,7 @@ def test_what_other_processes_found_is_remembered(root, uris):
         (warmed,) = store.warm([uris["tiny"]], pool, progress=False)
     next(root.glob(".kserve-pvc/keys/*/log/*")).unlink()
 
-    with pytest.raises(StoreFormatError, match="somebody deleted records"):
+    with pytest.raises(StoreFormatError, match="records were deleted"):
         store.get(warmed.uri)
 
 

@@ -1,9 +1,9 @@
 """
-A model as one file, to carry it to where there is no network.
+A bundle: one model as one file, for sites without a network.
 
-A bundle is a tar archive whose every byte follows from its first member, the manifest, and from the files that this one
-names. So the same model gives the same bytes; what an interrupted export left is proven by reading it; and nobody
-parses an archive that others made up: whoever reads a bundle works out what it has to look like, and compares.
+A bundle is a tar archive whose every byte follows from its first member, the manifest, and from the files that the
+manifest names. So the same model gives the same bytes, an interrupted export is resumed by comparing what it left, and
+a reader parses no untrusted archive: it computes what the bundle has to look like, and compares.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from kserve_pvc._archive.bundle_bytes import (
     BLOCK,
     MANIFEST_NAME,
     SIZE_FIELD,
-    BundlePlan,
+    BundleLayout,
     bundle_length,
     bundle_pieces,
-    plan_bundle,
+    lay_out_bundle,
     tar_header,
 )
 from kserve_pvc._archive.bundle_manifest import BundleManifest
@@ -51,21 +51,22 @@ BUFFER_BYTES = 1024 * 1024
 @contextmanager
 def open_bundle(file: str | os.PathLike[str], *, sha256: str | None = None) -> Iterator[Bundle]:
     """
-    Open a bundle and compare everything with its manifest but the content of the files, whose digests are compared
-    when they are read.
+    Open a bundle and compare all of it with its manifest, except for the content of the files: their digests are
+    compared when they are read.
 
     Args:
-        sha256: The digest its manifest must have, as `export` told it. Without it a bundle is as good as where it comes
-            from.
+        sha256: The digest that the manifest must have, as printed by `export`. Without it a bundle is only as
+            trustworthy as its origin.
 
     Raises:
-        SourceNotFoundError, SourceDeniedError: It is not there, or may not be read.
-        StoreFormatError: It is no bundle, was cut off, changed, packed anew, or comes from a newer version.
-        DigestMismatchError: It is another one than `sha256` says.
-        SettingsError: It is no regular file, or `sha256` is no digest.
+        SourceNotFoundError: The file does not exist.
+        SourceDeniedError: The file may not be read.
+        StoreFormatError: It is not a bundle, was truncated, modified or repacked, or has a newer format.
+        DigestMismatchError: Its manifest does not have the digest `sha256`.
+        SettingsError: It is not a regular file, or `sha256` is not a digest.
     """
     if sha256 is not None and re.fullmatch(SHA256, sha256) is None:
-        raise SettingsError("sha256", sha256, "write the 64 hex digits that `export` has told")
+        raise SettingsError("sha256", sha256, "expected 64 hex digits, as printed by `export`")
     name = os.fspath(file)
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -84,97 +85,95 @@ def _translate(name: str, error: OSError) -> StoreError:
     reason = os.strerror(error.errno or errno.EIO)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return SourceNotFoundError(name, reason)
-    # Asking a disk again does not help.
-    return (
-        SourceDeniedError(name, reason)
-        if isinstance(error, PermissionError)
-        else SourceUnavailableError(name, reason, is_final=True)
-    )
+    if isinstance(error, PermissionError):
+        return SourceDeniedError(name, reason)
+    # A retry does not help with a local file.
+    return SourceUnavailableError(name, reason, is_final=True)
 
 
 def _read_bundle(fd: int, name: str) -> Bundle:
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
         raise SettingsError(
-            "file", name, "a bundle is read from any place in it, so it must be a regular file; write it to one first"
+            "file", name, "reading a bundle needs random access, so it must be a regular file; save it to one first"
         )
     try:
-        plan = _read_plan(fd, name, found.st_size)
-        places = _compare(fd, name, plan, found.st_size)
+        layout = _read_layout(fd, name, found.st_size)
+        offsets = _compare(fd, name, layout, found.st_size)
     except OSError as error:
         if isinstance(error, StoreError):
             raise
         raise _translate(name, error) from error
-    return Bundle(path=name, manifest=plan.manifest, sha256=plan.sha256, places=places, fd=fd)
+    return Bundle(path=name, manifest=layout.manifest, sha256=layout.sha256, offsets=offsets, fd=fd)
 
 
-def _read_plan(fd: int, name: str, bundle_bytes: int) -> BundlePlan:
+def _read_layout(fd: int, name: str, bundle_bytes: int) -> BundleLayout:
     head = os.pread(fd, BLOCK, 0)
     try:
         size_bytes = int(head[SIZE_FIELD], 8)
     except ValueError:
         size_bytes = -1
     if size_bytes < 0 or head != tar_header(MANIFEST_NAME, size_bytes):
-        raise StoreFormatError(name, "it does not begin as a bundle does")
+        raise StoreFormatError(name, "it is not a bundle: the header of the manifest is missing")
     if size_bytes > MAX_MANIFEST_BYTES:
         raise StoreFormatError(name, f"its manifest is larger than {MAX_MANIFEST_BYTES} bytes")
     if BLOCK + size_bytes > bundle_bytes:
-        raise StoreFormatError(name, "it ends inside its manifest, so it was cut off; copy it again")
+        raise StoreFormatError(name, "it was truncated inside its manifest; copy it again")
     data = os.pread(fd, size_bytes, BLOCK)
     manifest = decode(BundleManifest, data, name)
     if encode(manifest) != data:
-        raise StoreFormatError(name, "its manifest is not written as a manifest is")
-    return plan_bundle(manifest, data)
+        raise StoreFormatError(name, "its manifest is not in canonical form")
+    return lay_out_bundle(manifest, data)
 
 
-def _compare(fd: int, name: str, plan: BundlePlan, size_bytes: int) -> Mapping[PurePosixPath, int]:
-    """Compare all but the files with what it has to be, and return where these lie."""
-    if size_bytes < plan.size_bytes:
-        reason = f"it has {size_bytes} of {plan.size_bytes} bytes, so it was cut off; copy it again, or end its export"
+def _compare(fd: int, name: str, layout: BundleLayout, size_bytes: int) -> Mapping[PurePosixPath, int]:
+    """Compare all bytes but those of the files with the layout, and return the offset of each file."""
+    if size_bytes < layout.size_bytes:
+        reason = f"it was truncated to {size_bytes} of {layout.size_bytes} bytes; copy it again, or finish its export"
         raise StoreFormatError(name, reason)
-    if size_bytes > plan.size_bytes:
-        raise StoreFormatError(name, f"{size_bytes - plan.size_bytes} bytes follow its end")
-    places, at = {}, 0
-    for piece in bundle_pieces(plan.manifest, plan.data):
+    if size_bytes > layout.size_bytes:
+        raise StoreFormatError(name, f"{size_bytes - layout.size_bytes} bytes follow its end")
+    offsets, offset = {}, 0
+    for piece in bundle_pieces(layout.manifest, layout.data):
         if not isinstance(piece, bytes):
-            places[piece.path] = at
-        elif os.pread(fd, len(piece), at) != piece:
+            offsets[piece.path] = offset
+        elif os.pread(fd, len(piece), offset) != piece:
             raise StoreFormatError(
-                name, f"what begins at byte {at} is not what its manifest makes it, so it was changed or packed anew"
+                name, f"at byte {offset} it differs from what its manifest implies, so it was modified or repacked"
             )
-        at += bundle_length(piece)
-    return places
+        offset += bundle_length(piece)
+    return offsets
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Bundle:
     """
-    An open bundle, as the back end of the one model that it holds.
+    An open bundle, as the backend of the one model that it holds.
 
     Args:
-        sha256: The digest of the manifest, as it was written.
+        sha256: The digest of the manifest.
     """
 
     path: str
     manifest: BundleManifest
     sha256: str
-    _places: Mapping[PurePosixPath, int] = attrs.field(repr=False)
+    _offsets: Mapping[PurePosixPath, int] = attrs.field(repr=False)
     _fd: int = attrs.field(repr=False)
 
     def resolve(self, ref: ModelRef) -> Resolved:
         if ref != self.manifest.ref:
             raise SourceNotFoundError(str(ref), f"`{self.path}` holds `{self.manifest.ref}`")
-        remote = (RemoteFile(entry=file, address=str(self._places[file.path]), pin={}) for file in self.manifest.files)
+        remote = (RemoteFile(entry=file, address=str(self._offsets[file.path]), pin={}) for file in self.manifest.files)
         return order_listing(ref, remote, version=self.manifest.version)
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_Reader]:
-        place = int(file.address)
-        yield _Reader(self, str(file.entry.path), self._fd, place + start, place + stop)
+        offset = int(file.address)
+        yield _Reader(self, str(file.entry.path), self._fd, offset + start, offset + stop)
 
-    def is_right(self) -> bool:
+    def has_valid_digests(self) -> bool:
         """
-        Whether every file has the digest that the manifest names.
+        Whether every file has the digest in the manifest.
         """
         buffer = memoryview(bytearray(BUFFER_BYTES))
         for file in self.resolve(self.manifest.ref).files:
@@ -202,7 +201,7 @@ class _Reader:
             count = os.preadv(self.fd, [buffer[: self.stop - self.offset]], self.offset)
         except OSError as error:
             raise _translate(self.bundle.path, error) from error
-        if not count:  # It was whole when it was opened.
+        if not count:  # It was complete when it was opened.
             raise SourceChangedError(self.bundle.path, self.name)
         self.offset += count
         return count

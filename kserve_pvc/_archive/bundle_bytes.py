@@ -1,5 +1,5 @@
 """
-The bytes of a bundle, which follow from its manifest.
+The bytes of a bundle, as its manifest implies them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _MAX_PLAIN_SIZE = 8**11 - 1
 
 
 @attrs.frozen
-class BundlePlan:
+class BundleLayout:
     """
-    A manifest, as it is written, and what follows from it.
+    An encoded manifest, and the digest and the bundle size that follow from it.
     """
 
     manifest: BundleManifest
@@ -36,18 +36,14 @@ class BundlePlan:
     size_bytes: int
 
 
-def plan_bundle(manifest: BundleManifest, data: bytes) -> BundlePlan:
-    return BundlePlan(
-        manifest,
-        data,
-        hashlib.sha256(data).hexdigest(),
-        sum(bundle_length(piece) for piece in bundle_pieces(manifest, data)),
-    )
+def lay_out_bundle(manifest: BundleManifest, data: bytes) -> BundleLayout:
+    size_bytes = sum(bundle_length(piece) for piece in bundle_pieces(manifest, data))
+    return BundleLayout(manifest, data, hashlib.sha256(data).hexdigest(), size_bytes)
 
 
 def bundle_pieces(manifest: BundleManifest, data: bytes) -> Iterator[bytes | FileEntry]:
     """
-    A bundle from its first byte to its last: bytes that follow from the manifest, and files of the model.
+    Yield a bundle from its first byte to its last: bytes that follow from the manifest, and files of the model.
     """
     yield tar_header(MANIFEST_NAME, len(data)) + data + _padding(len(data))
     for file in manifest.files:
@@ -69,9 +65,9 @@ def _padding(size_bytes: int) -> bytes:
 
 def tar_header(name: str, size_bytes: int) -> bytes:
     """
-    What comes before the content of a member: a POSIX header that names nobody and no time.
+    Return the POSIX header of a member, without owner and time.
 
-    Names that are long or not ASCII, and sizes from 8 GiB, stand in an extended header before it.
+    Names that are long or not ASCII, and sizes from 8 GiB, go into an extended header before it.
     """
     extended = b""
     if not name.isascii() or len(name) > _NAME_BYTES:
@@ -103,6 +99,6 @@ def _block(name: str, size_bytes: int, kind: bytes) -> bytes:
         b"00000000000\0",
     ]
     rest: list[bytes] = [kind, none, b"ustar\0", b"00", none, none, none, none, none]
-    # The checksum is taken with blanks in its own place.
+    # The checksum is computed with blanks in its own field.
     checksum = b"%06o\0 " % sum(_HEADER.pack(*fields, b" " * 8, *rest))
     return _HEADER.pack(*fields, checksum, *rest)

@@ -5,28 +5,17 @@ The manifest at the head of a bundle.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import attrs
 from attrs.validators import matches_re, optional
 
-from kserve_pvc._format.codec import KEY, build, size, text, texts
+from kserve_pvc._format.codec import KEY, size, strings, text
 from kserve_pvc._format.file_names import check_collisions
-from kserve_pvc._format.log_entry import LogEntry
-from kserve_pvc._format.records import FileEntry
+from kserve_pvc._format.log_entry import LogEntry, to_tuple
+from kserve_pvc._format.records import FileEntry, to_files
 from kserve_pvc._source.contract import MAX_FILES
 from kserve_pvc._source.ref import ModelRef, parse_ref
 from kserve_pvc.errors import PolicyError
-
-
-def _files(value: Any) -> tuple[FileEntry, ...]:
-    if not isinstance(value, list | tuple):
-        raise TypeError("`files` must be a list")
-    return tuple(f if isinstance(f, FileEntry) else build(FileEntry, f) for f in value)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 @attrs.frozen(kw_only=True)
@@ -40,29 +29,29 @@ class BundleManifest:
 
     uri: str = attrs.field(validator=text)
     revision: str | None = attrs.field(validator=optional(text))
-    allow_patterns: tuple[str, ...] | None = attrs.field(converter=_tuple, validator=optional(texts))
-    ignore_patterns: tuple[str, ...] = attrs.field(converter=_tuple, validator=texts)
+    allow_patterns: tuple[str, ...] | None = attrs.field(converter=to_tuple, validator=optional(strings))
+    ignore_patterns: tuple[str, ...] = attrs.field(converter=to_tuple, validator=strings)
     key: str = attrs.field(validator=matches_re(KEY))
     version: str = attrs.field(validator=text)
     size_bytes: int = attrs.field(validator=size)
-    files: tuple[FileEntry, ...] = attrs.field(converter=_files)
+    files: tuple[FileEntry, ...] = attrs.field(converter=to_files)
 
     def __attrs_post_init__(self) -> None:
         ref = self._parse_ref()
         if not 0 < len(self.files) <= MAX_FILES:
             raise ValueError(f"a model has 1 to {MAX_FILES} files")
         if any(file.sha256 is None or file.evidence is not None for file in self.files):
-            raise ValueError("every file needs its `sha256`, and nothing else vouches for it")
+            raise ValueError("every file must have a `sha256` and no `evidence`")
         if list(self.files) != sorted(self.files, key=_order) or not all(ref.selects(file.path) for file in self.files):
-            raise ValueError("its files are not in order, or not those that its patterns let through")
+            raise ValueError("`files` are not sorted, or not all of them match the patterns")
         if sum(file.size_bytes for file in self.files) != self.size_bytes:
-            raise ValueError("`size_bytes` is not the sum of its files")
+            raise ValueError("`size_bytes` is not the total size of `files`")
         check_collisions(file.path for file in self.files)
 
     @property
     def ref(self) -> ModelRef:
         """
-        What a caller asks for to get this model.
+        The reference under which a caller requests this model.
         """
         return ModelRef(
             uri=self.uri,
@@ -79,28 +68,31 @@ class BundleManifest:
                 allow_patterns=self.allow_patterns,
                 ignore_patterns=self.ignore_patterns,
             )
-        except PolicyError as error:  # The other one that it raises is a ValueError, as is expected here.
+        except PolicyError as error:  # `InvalidURIError` is already a ValueError, as `decode` expects.
             raise ValueError(str(error)) from error
         if ref != self.ref or ref.key != self.key:
-            raise ValueError("`key`, `uri` and patterns do not belong together")
+            raise ValueError("`key` does not match `uri` and patterns")
         return ref
 
 
 def _order(file: FileEntry) -> str:
-    # As the listing of a source is put in order: part by part.
+    # Component by component, as `order_listing` sorts the listing of a source.
     return str(file.path).replace("/", "\0")
 
 
 def manifest_of(entry: LogEntry, files: Iterable[FileEntry]) -> BundleManifest:
     """
-    Describe a model of a store as a bundle does.
+    Return the manifest of a bundle of a stored model.
 
     Raises:
-        PolicyError: It was never hashed, so nothing could tell its bytes from damaged ones.
+        PolicyError: The model was never hashed, so an import could not verify it.
     """
     bare = [file.with_digests(file.sha256, None) for file in files]
     if any(file.sha256 is None for file in bare):
-        rule = "it was fetched without hashing, so nothing proves its bytes; fetch it with `force_download=True` in a store that hashes"
+        rule = (
+            "it was downloaded without hashing, so an import could not verify it; "
+            "download it with `force_download=True` in a store that hashes"
+        )
         raise PolicyError(entry.uri, rule)
     return BundleManifest(
         uri=entry.uri,

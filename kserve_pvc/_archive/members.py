@@ -1,5 +1,5 @@
 """
-Members of an archive: their names checked, their bytes metered.
+Members of an archive: name checks and size limits.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc.errors import DamagedArchiveError, PolicyError, StoreError, UnsafePathError
 
 PIECE_BYTES = 256 * 1024
-# So much may come out of however small an archive: not worth a question about its ratio.
+# The compression ratio is not checked below this output size.
 _HARMLESS_BYTES = 16 * 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
 class Member:
     """
-    One regular file of an archive, whose pieces are read to their end before the next member is asked for.
+    One regular file of an archive. Its pieces must be read to the end before the next member is requested.
 
-    `evidence` is the digest that the archive gives it, as `name:hex`; the pieces end in an error if they do not have
-    it.
+    `evidence` is the digest that the archive stores for it, as `name:hex`. The iteration of the pieces raises an error
+    if they do not match it.
     """
 
     path: PurePosixPath
@@ -40,14 +40,14 @@ class Readable(Protocol):
 
 class NameCheck:
     """
-    The names of an archive so far, each checked by itself and against all others.
+    Checks each name of an archive by itself and for collisions with the names before it.
     """
 
     def __init__(self, archive: str, limits: UnpackLimits) -> None:
         self.archive = archive
         self.limits = limits
         self._left = limits.entries
-        # The archive itself lies where its members go, until they are all there.
+        # The archive itself is in the same directory as its members until all of them are unpacked.
         self._files = {fold(archive): archive}
         self._directories: dict[str, str] = {}
 
@@ -56,19 +56,29 @@ class NameCheck:
 
     def count(self) -> None:
         """
-        Count an entry of whatever kind.
+        Count an entry of any kind against the limit.
+
+        Raises:
+            PolicyError: The archive has too many entries.
         """
         self._left -= 1
         if self._left < 0:
             raise PolicyError(
-                self.archive, f"it has more than {self.limits.entries} entries; `unpack_limits` may allow more"
+                self.archive, f"it has more than {self.limits.entries} entries; raise `unpack_limits` to allow more"
             )
 
-    def take(self, name: str, *, is_directory: bool = False) -> PurePosixPath | None:
+    def add(self, name: str, *, is_directory: bool = False) -> PurePosixPath | None:
         """
-        Turn a name into a path inside the model. None: it is the name of the model's directory itself.
+        Check a name and convert it to a path inside the model.
+
+        Returns:
+            None if it names the model's directory itself.
+
+        Raises:
+            UnsafePathError: The name is unsafe, or collides with an earlier one.
+            PolicyError: The name is too long.
         """
-        # What `tar -C model .` puts before every name; it says nothing.
+        # `tar -C model .` puts this before every name.
         inside = name.removeprefix("./")
         if is_directory:
             inside = inside.rstrip("/") if inside.strip("/") else inside[:1]
@@ -81,9 +91,9 @@ class NameCheck:
         if len(inside.encode()) > self.limits.path_bytes:
             raise PolicyError(
                 self.shown(name),
-                f"its name is longer than {self.limits.path_bytes} bytes; `unpack_limits` may allow more",
+                f"its name is longer than {self.limits.path_bytes} bytes; raise `unpack_limits` to allow more",
             )
-        self._enter(name, inside if is_directory else inside.rpartition("/")[0])
+        self._add_directories(name, inside if is_directory else inside.rpartition("/")[0])
         if not is_directory:
             folded = fold(inside)
             twin = self._files.get(folded) or self._directories.get(folded)
@@ -92,7 +102,7 @@ class NameCheck:
             self._files[folded] = inside
         return path
 
-    def _enter(self, name: str, directory: str) -> None:
+    def _add_directories(self, name: str, directory: str) -> None:
         while directory and self._directories.get(folded := fold(directory)) != directory:
             twin = self._directories.get(folded) or self._files.get(folded)
             if twin is not None:
@@ -101,13 +111,13 @@ class NameCheck:
             directory = directory.rpartition("/")[0]
 
     def _collision(self, name: str, twin: str) -> UnsafePathError:
-        rule = f"it collides with `{twin}`, at least on a volume that ignores case or Unicode form"
+        rule = f"it collides with `{twin}` on volumes that ignore case or Unicode form"
         return UnsafePathError(self.shown(name), rule)
 
 
 class Meter:
     """
-    Counts what comes out of an archive, and ends it when that is too much.
+    Counts the bytes that are unpacked from an archive, and stops at a limit.
     """
 
     def __init__(self, archive: str, limits: UnpackLimits, archive_bytes: int) -> None:
@@ -121,16 +131,22 @@ class Meter:
 
     def check(self, total: int) -> None:
         """
-        Refuse an archive that holds so much in all.
+        Check a total number of unpacked bytes.
+
+        Raises:
+            PolicyError: It is over the limit.
         """
         if total > self._allowed:
-            rule = f"it holds more than {self._allowed} bytes, the most for its size; if you trust it, allow more with `unpack_limits`"
+            rule = (
+                f"it unpacks to more than {self._allowed} bytes, the limit for an archive of its size; "
+                "if you trust it, raise `unpack_limits`"
+            )
             raise PolicyError(self._archive, rule)
 
 
 class MeteredStream:
     """
-    What comes out of an archive, in order and counted.
+    A decompressed stream whose bytes are counted against the limit.
     """
 
     def __init__(self, source: Readable, meter: Meter) -> None:
@@ -147,7 +163,7 @@ class MeteredStream:
     def read_some(self, most: int) -> bytes:
         data = self.read(min(most, PIECE_BYTES))
         if not data:
-            raise EOFError("it ends early")
+            raise EOFError("unexpected end of data")
         return data
 
     def read_exactly(self, count: int) -> bytes:
@@ -163,6 +179,9 @@ class MeteredStream:
 
 @contextmanager
 def translating(archive: str) -> Iterator[None]:
+    """
+    Translate what the standard library raises for damaged data; errors of the volume pass.
+    """
     try:
         yield
     except StoreError:
@@ -170,10 +189,10 @@ def translating(archive: str) -> Iterator[None]:
     except Exception as error:
         import gzip
 
-        # An error of the volume. What gzip finds wrong calls itself one too.
+        # An error of the volume; `BadGzipFile` is an OSError too.
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
-        # Whatever a library says to bytes that somebody else has chosen.
+        # A decompressor may raise anything for untrusted bytes.
         raise DamagedArchiveError(archive, str(error)[:200] or type(error).__name__) from error
 
 

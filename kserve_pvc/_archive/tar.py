@@ -23,10 +23,10 @@ def tar_members(
     stream: MeteredStream, names: NameCheck, selects: Callable[[PurePosixPath], bool], make_room: Callable[[int], None]
 ) -> Iterator[Member]:
     """
-    Walk a tar by its headers.
+    Yield the selected regular files of a tar archive.
 
-    `tarfile` parses each of them. Walking is done here, since it keeps all members in memory, reads names of any
-    length, and lets a header send it backwards.
+    `tarfile` parses each header. It is not used to walk the archive, because it keeps all members in memory, reads
+    names of any length, and follows headers that point backwards.
     """
     import tarfile
 
@@ -45,11 +45,11 @@ def tar_members(
         name, size = extended.get("path", header.name), _size(extended.get("size"), header)
         extended = {}
         if header.type == b"5":
-            names.take(name, is_directory=True)
+            names.add(name, is_directory=True)
             continue
         if header.type not in _REGULAR_TYPES:
             raise UnsafePathError(names.shown(name), _wrong_type(header))
-        path = names.take(name)
+        path = names.add(name)
         end = stream.position + -(-size // _BLOCK) * _BLOCK
         if path is not None and selects(path):
             make_room(size)
@@ -58,7 +58,7 @@ def tar_members(
     while piece := stream.read(PIECE_BYTES):
         if piece.strip(b"\0"):
             raise PolicyError(
-                names.archive, "something follows the end of the archive, which others may take for a part of it"
+                names.archive, "data follows the end of the archive, which other tools may take for a part of it"
             )
 
 
@@ -71,7 +71,7 @@ def _tar_pieces(stream: MeteredStream, archive: str, size: int) -> Iterator[byte
 
 def _size(extended: str | None, header: tarfile.TarInfo) -> int:
     if extended is not None and not (extended.isascii() and extended.isdigit() and len(extended) <= 18):
-        raise ValueError("a size is no number")
+        raise ValueError("a size is not a number")
     size = header.size if extended is None else int(extended)
     if size < 0:
         raise ValueError("a size is negative")
@@ -88,37 +88,37 @@ def _wrong_type(header: tarfile.TarInfo) -> str:
 
 
 def _extension(stream: MeteredStream, header: tarfile.TarInfo, names: NameCheck) -> dict[str, str]:
-    """What a header says about the one that follows, as far as it matters: path and size."""
+    """Read the path and the size that an extended header sets for the next member."""
     if not 0 <= header.size <= _MAX_EXTENDED_BYTES:
-        raise PolicyError(names.archive, f"a header of it is longer than {_MAX_EXTENDED_BYTES} bytes")
+        raise PolicyError(names.archive, f"an extended header is longer than {_MAX_EXTENDED_BYTES} bytes")
     data = stream.read_exactly(-(-header.size // _BLOCK) * _BLOCK)[: header.size]
     if header.type == b"L":
-        return {"path": _text(data.partition(b"\0")[0])}
+        return {"path": _decode(data.partition(b"\0")[0])}
     if header.type == b"K":
-        return {}  # Where a link leads; links are refused when they come.
+        return {}  # The target of a link; links are refused by their own header.
     records = _records(data)
     if any(key.startswith("GNU.sparse.") for key in records):
         raise PolicyError(names.archive, "it holds a sparse file, which is not unpacked")
     found = {key: value for key, value in records.items() if key in ("path", "size")}
     if found and header.type == b"g":
-        raise PolicyError(names.archive, "a header of it gives all members one path or size")
+        raise PolicyError(names.archive, "a global header sets one path or size for all members")
     return found
 
 
 def _records(data: bytes) -> dict[str, str]:
-    """Records as `<length> <key>=<value>` and a line break, the length counting all of it."""
+    """Parse records of the form `<length> <key>=<value>\\n`, where the length counts the whole record."""
     records = {}
     while data:
         digits = data[:20].partition(b" ")[0]
         length = int(digits) if digits.isdigit() else 0
         if not len(digits) + 2 < length <= len(data) or data[length - 1 : length] != b"\n":
-            raise ValueError("an extended header is no list of records")
+            raise ValueError("an extended header is malformed")
         key, _, value = data[len(digits) + 1 : length - 1].partition(b"=")
-        records[_text(key)] = _text(value)
+        records[_decode(key)] = _decode(value)
         data = data[length:]
     return records
 
 
-def _text(data: bytes) -> str:
-    # What is no UTF-8 becomes what no name may hold.
+def _decode(data: bytes) -> str:
+    # Bytes that are not UTF-8 become surrogates, which `check_name` refuses.
     return data.decode("utf-8", "surrogateescape")

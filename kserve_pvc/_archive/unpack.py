@@ -1,9 +1,9 @@
 """
-What an archive holds, member by member, and nothing of it believed.
+Reading untrusted archives, member by member.
 
-Nothing is written here: whoever asks gets a checked path and the bytes, piece by piece, so that an archive of any size
-needs little memory. An archive comes from a stranger. It may name files outside of the model, claim sizes it does not
-have, turn a kilobyte into a terabyte, or hold links and devices; each is an error that names archive and member.
+Nothing is written here: the caller gets a checked path and the bytes in pieces, so that an archive of any size needs
+little memory. Archives are untrusted. One may name files outside of the model, claim sizes it does not have, turn a
+kilobyte into a terabyte, or hold links and devices; each of these is an error that names the archive and the member.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from kserve_pvc._archive.zip import zip_members
 from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc.errors import PolicyError
 
-# What a name ends in: what the archive is, and how it is compressed. The longer ones first.
-_ENDINGS = {
+# The format and the compression by file extension, the longer extensions first.
+_EXTENSIONS = {
     ".tar.gz": ("tar", "gz"),
     ".tar.xz": ("tar", "xz"),
     ".tar.zst": ("tar", "zst"),
@@ -40,7 +40,7 @@ _ENDINGS = {
     ".xz": ("", "xz"),
     ".zst": ("", "zst"),
 }
-# What is written without special wishes is unpacked with less; a header may ask for gigabytes.
+# Limits for decompressor memory, above what the presets of the compressors need. A header may request gigabytes.
 _WINDOW_LOG = 27
 _XZ_BYTES = 129 * 1024 * 1024
 _INSTALL = "install it with `pip install 'kserve-pvc[http]'`, or keep the file as it is with `unpack=False`"
@@ -48,20 +48,20 @@ _INSTALL = "install it with `pip install 'kserve-pvc[http]'`, or keep the file a
 
 def is_archive(name: str) -> bool:
     """
-    Whether a file is unpacked, by what its name ends in.
+    Whether a file is unpacked, by its extension.
     """
-    return _ending(name) is not None
+    return _extension(name) is not None
 
 
 def check_readable(name: str) -> None:
     """
-    Make sure that an archive of this name can be unpacked here, before it is fetched.
+    Check before the download that an archive of this name can be unpacked.
 
     Raises:
-        PolicyError: It needs a package that is not installed.
+        PolicyError: A package that unpacking needs is not installed.
     """
-    ending = _ending(name) or ""
-    if _ENDINGS[ending][1] == "zst":
+    extension = _extension(name) or ""
+    if _EXTENSIONS[extension][1] == "zst":
         try:
             _load_zstd()
         except ImportError as error:
@@ -77,45 +77,45 @@ def unpack(
     make_room: Callable[[int], None],
 ) -> Iterator[Member]:
     """
-    Yield the regular files of an archive that are wanted.
+    Yield the selected regular files of an archive.
 
     Args:
-        archive: It, open for reading, and seekable.
-        name: How it is called, which says what it is.
-        selects: Whether a file is wanted. Names of others are checked all the same.
-        make_room: Told how many bytes are about to be needed, where the archive says so.
+        archive: A seekable binary file, open for reading.
+        name: The file name, whose extension determines the format.
+        selects: Whether to unpack a path. The names of all other members are checked too.
+        make_room: Called with the number of bytes that are about to be needed, where the archive states it.
 
     Raises:
-        UnsafePathError: A member would leave its place, collides with another, or is no regular file.
-        PolicyError: It holds more than the limits allow, or is encrypted or compressed in ways that are not read.
-        DigestMismatchError: It is damaged.
+        UnsafePathError: A member has an unsafe or colliding name, or is not a regular file.
+        PolicyError: The archive exceeds the limits, is encrypted, or has an unsupported compression.
+        DigestMismatchError: The archive is damaged.
     """
-    ending = _ending(name)
-    assert ending is not None  # Nothing else is asked to be unpacked.
-    kind, coding = _ENDINGS[ending]
+    extension = _extension(name)
+    assert extension is not None  # The caller checks `is_archive`.
+    container, coding = _EXTENSIONS[extension]
     names = NameCheck(name, limits)
     size = archive.seek(0, io.SEEK_END)
     archive.seek(0)
     meter = Meter(name, limits, size)
     with translating(name):
         if not size:
-            raise EOFError("it is empty")
-        if kind == "zip":
+            raise EOFError("the file is empty")
+        if container == "zip":
             yield from zip_members(archive, names, meter, selects, make_room)
             return
         stream = MeteredStream(_decoded(archive, coding), meter)
-        if kind == "tar":
+        if container == "tar":
             yield from tar_members(stream, names, selects, make_room)
             return
-        path = names.take(name[: -len(ending)])
+        path = names.add(name[: -len(extension)])
         if path is not None and selects(path):
             yield Member(path=path, pieces=read_pieces(stream, name))
 
 
-def _ending(name: str) -> str | None:
+def _extension(name: str) -> str | None:
     last = name.rpartition("/")[2].lower()
-    ending = next((ending for ending in _ENDINGS if last.endswith(ending)), None)
-    return None if ending == last else ending
+    extension = next((extension for extension in _EXTENSIONS if last.endswith(extension)), None)
+    return None if extension == last else extension
 
 
 def _decoded(archive: BinaryIO, coding: str) -> Readable:
@@ -126,7 +126,7 @@ def _decoded(archive: BinaryIO, coding: str) -> Readable:
     if coding == "xz":
         import lzma
 
-        # The file object of `lzma` has no limit for memory, and ends quietly before what is no xz.
+        # `lzma.LZMAFile` has no memory limit, and silently ignores trailing data that is not xz.
         return _Decompressed(archive, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_BYTES))
     if coding == "zst":
         zstd = _load_zstd()
@@ -138,7 +138,7 @@ def _decoded(archive: BinaryIO, coding: str) -> Readable:
 def _load_zstd() -> Any:
     from importlib import import_module
 
-    # Python has it since 3.14; before that, the same comes as a package.
+    # In the standard library since Python 3.14; `backports.zstd` has the same interface.
     try:
         return import_module("compression.zstd")
     except ImportError:
@@ -147,7 +147,7 @@ def _load_zstd() -> Any:
 
 class _Decompressed:
     """
-    One stream after the other, decompressed without ever holding more than was asked for.
+    Decompresses concatenated streams, never more than the requested number of bytes at once.
     """
 
     def __init__(self, source: BinaryIO, make: Callable[[], Any]) -> None:
@@ -157,17 +157,17 @@ class _Decompressed:
 
     def read(self, most: int, /) -> bytes:
         while True:
-            given = b""
+            compressed = b""
             if self._decompressor.eof:
-                # Zeros may fill up what follows a stream of xz.
-                given = (self._decompressor.unused_data or self._source.read(PIECE_BYTES)).lstrip(b"\0")
-                if not given and not (given := self._source.read(PIECE_BYTES).lstrip(b"\0")):
+                # An xz stream may be followed by zero padding.
+                compressed = (self._decompressor.unused_data or self._source.read(PIECE_BYTES)).lstrip(b"\0")
+                if not compressed and not (compressed := self._source.read(PIECE_BYTES).lstrip(b"\0")):
                     return b""
                 self._decompressor = self._make()
             elif self._decompressor.needs_input:
-                given = self._source.read(PIECE_BYTES)
-                if not given:
-                    raise EOFError("it ends early")
-            data: bytes = self._decompressor.decompress(given, most)
+                compressed = self._source.read(PIECE_BYTES)
+                if not compressed:
+                    raise EOFError("unexpected end of data")
+            data: bytes = self._decompressor.decompress(compressed, most)
             if data:
                 return data

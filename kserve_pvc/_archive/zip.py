@@ -1,5 +1,5 @@
 """
-The members of a zip archive, read by its central directory.
+The members of a zip archive, read through its central directory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STORED, _DEFLATED = 0, 8
 
 class _BoundedFile:
     """
-    The file of a zip, whose directory is read whole: bounded before that becomes objects.
+    The file of a zip archive with a limit for its central directory, which `zipfile` reads into memory at once.
     """
 
     def __init__(self, file: BinaryIO, names: NameCheck) -> None:
@@ -35,13 +35,15 @@ class _BoundedFile:
         self.seekable, self.seek, self.tell = file.seekable, file.seek, file.tell
 
     def read(self, most: int = -1) -> bytes:
-        # The directory is the one thing that is read in its whole length while a zip is being opened.
+        # While an archive is being opened, only the central directory is read in one call.
         if self.is_opening and most > _MAX_DIRECTORY_BYTES:
-            raise PolicyError(self._names.archive, f"its directory is longer than {_MAX_DIRECTORY_BYTES} bytes")
+            raise PolicyError(self._names.archive, f"its central directory is longer than {_MAX_DIRECTORY_BYTES} bytes")
         data = self._file.read(most)
         limit = self._names.limits.entries
         if self.is_opening and most > 0 and data.count(_ENTRY_SIGNATURE) > limit:
-            raise PolicyError(self._names.archive, f"it has more than {limit} entries; `unpack_limits` may allow more")
+            raise PolicyError(
+                self._names.archive, f"it has more than {limit} entries; raise `unpack_limits` to allow more"
+            )
         return data
 
 
@@ -71,33 +73,33 @@ def zip_members(
 
 
 def _check_overlaps(infos: list[zipfile.ZipInfo], end: int, names: NameCheck) -> None:
-    """Refuse members that share bytes: a few of them become any number of files, each with a ratio of its own."""
+    """Refuse members that share bytes: overlapping members are how a zip bomb evades the limit for the ratio."""
     ordered = sorted(infos, key=lambda info: info.header_offset)
-    starts = [(info.header_offset, info.orig_filename) for info in ordered] + [(end, "the directory")]
+    starts = [(info.header_offset, info.orig_filename) for info in ordered] + [(end, "the central directory")]
     for info, ((start, name), (following, other)) in zip(ordered, pairwise(starts), strict=True):
         if start < 0 or start + _LOCAL_HEADER_BYTES + info.compress_size > following:
             raise UnsafePathError(names.shown(name), f"its bytes overlap with those of `{other}`")
 
 
 def _zip_path(info: zipfile.ZipInfo, names: NameCheck) -> PurePosixPath | None:
-    """The path of a member that is a regular file; None for a directory."""
+    """Return the path of a regular file, or None for a directory."""
     names.count()
-    # As it is spelled: `zipfile` itself cuts names at a NUL.
+    # The name as stored: `filename` is cut at a NUL.
     name = info.orig_filename
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        what = "a link" if kind == stat.S_IFLNK else "no regular file"
+        what = "a link" if kind == stat.S_IFLNK else "not a regular file"
         raise UnsafePathError(names.shown(name), f"it is {what}, and only regular files and directories are unpacked")
     if not info.flag_bits & _IS_UTF8 and not name.isascii():
-        raise UnsafePathError(names.shown(name), "its name is no ASCII, and nothing says that it is UTF-8")
+        raise UnsafePathError(names.shown(name), "its name is not ASCII and not marked as UTF-8")
     if name.endswith("/") or kind == stat.S_IFDIR:
-        names.take(name, is_directory=True)
+        names.add(name, is_directory=True)
         return None
     if info.flag_bits & _IS_ENCRYPTED:
         raise PolicyError(names.shown(name), "it is encrypted")
     if info.compress_type not in (_STORED, _DEFLATED):
-        raise PolicyError(names.shown(name), "it is compressed in another way than deflate, which is not read")
-    return names.take(name)
+        raise PolicyError(names.shown(name), "its compression is not supported (only stored and deflate are)")
+    return names.add(name)
 
 
 def _zip_pieces(stream: Any, info: zipfile.ZipInfo, names: NameCheck, meter: Meter) -> Iterator[bytes]:
@@ -108,6 +110,4 @@ def _zip_pieces(stream: Any, info: zipfile.ZipInfo, names: NameCheck, meter: Met
             meter.add(len(piece))
             yield piece
     if size != info.file_size:
-        raise PolicyError(
-            names.shown(info.orig_filename), f"it says that it has {info.file_size} bytes, and has {size}"
-        )
+        raise PolicyError(names.shown(info.orig_filename), f"it claims to have {info.file_size} bytes but has {size}")

@@ -306,7 +306,8 @@ def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     from kserve_pvc._doctor.doctor import diagnose
-    from kserve_pvc._doctor.text import tell
+    from kserve_pvc._doctor.text import format_diagnosis
+    from kserve_pvc.backends._options import explain_all
 
     settings = read_settings()
     if not arguments.timeout >= 0:
@@ -320,11 +321,12 @@ def doctor(arguments: argparse.Namespace) -> int:
         holder=this_process(),
         peer=arguments.peer,
         timeout=arguments.timeout,
+        sources=explain_all(),
     )
     if arguments.json:
         print_json({**attrs.asdict(diagnosis), "kind": diagnosis.profile.kind, "ok": diagnosis.ok})
     else:
-        for line in tell(diagnosis):
+        for line in format_diagnosis(diagnosis):
             print(line)
     return 0 if diagnosis.ok else 1
 

@@ -1,21 +1,23 @@
 """
-A diagnosis: what a doctor has measured about a volume, and what follows from it.
+A diagnosis: what a doctor measured on a volume, and the findings that follow from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import attrs
 
-from kserve_pvc._doctor.reports import LockTest, PeerReport, Race
+from kserve_pvc._doctor.reports import LockTest, LockVerdict, PeerReport, Race
 from kserve_pvc._show.units import format_bytes
 from kserve_pvc._volume.profile import Profile
 
-_INCREDIBLE_BYTES = 512 * 1024**4
+_IMPLAUSIBLE_BYTES = 512 * 1024**4
 _CLOCK_SECONDS = 60.0
+_NO_ACTION = "no action needed"
+_NO_ACTION_IF_INTENDED = "no action needed if intended"
 
 Level = Literal["unsafe", "change", "note"]
 
@@ -23,35 +25,35 @@ Level = Literal["unsafe", "change", "note"]
 @attrs.frozen(kw_only=True)
 class Finding:
     """
-    One thing about a volume that a person should know.
+    One fact about a volume that its operator should know.
 
     Args:
-        what: A short name that stays the same, for scripts.
-        level: `unsafe` can cost a model or a download, `change` should be changed, `note` is good to know.
-        measured: What was seen.
-        rule: What should be, and why.
-        remedy: What to do.
+        what: A short name for scripts, which does not change between versions.
+        level: `unsafe` can cost a model or a download, `change` should be changed, `note` is for information.
+        measured: The observation.
+        rule: What a store needs, and why.
+        hint: What to do.
     """
 
     what: str
     level: Level
     measured: str
     rule: str
-    remedy: str
+    hint: str
 
 
 @attrs.frozen(kw_only=True)
 class Speed:
     """
-    How fast one stream wrote and read a sample.
+    The throughput of one stream that writes and reads a sample.
 
     Args:
-        sample_bytes: How long the sample was; random bytes, so that nothing compresses them.
-        write_bytes_per_second: Until `fsync` had come back.
-        read_bytes_per_second: None if it could not be read back.
-        reading: `direct` went around the page cache of this node; `dropped` had asked the kernel to forget it, which it
-            may refuse. Caches of the volume's own client and server count in both.
-        free_dropped_bytes: By how much the free space went down meanwhile.
+        sample_bytes: The size of the sample; random bytes, so that it cannot be compressed.
+        write_bytes_per_second: Includes the time of `fsync`.
+        read_bytes_per_second: None if the sample could not be read back.
+        reading: `direct` bypassed the page cache of this node; `dropped` requested that the kernel drop it, which the
+            kernel may ignore. Caches of the volume's client and server are included in both.
+        free_dropped_bytes: By how much the free space decreased during the test.
     """
 
     sample_bytes: int
@@ -67,15 +69,16 @@ class Diagnosis:
     What a doctor found about one directory on a volume.
 
     Args:
-        is_store: A store has been created here.
-        locker, lease_seconds: Those of the store, or those of one that would be created here.
+        is_store: Whether the directory is a store.
+        locker, lease_seconds: Those of the store, or the defaults for a store created here.
         uid, gid: Of this process.
         owner_uid, owner_gid, mode: Of the directory.
-        free_bytes, total_bytes: What the volume says.
-        clock_ahead: By how many seconds the clock that dates files is ahead of this node's; None if nothing was
-            written.
-        peer: What two nodes found out about each other; None if none was waited for, or none came.
-        ok: Nothing is unsafe or to be changed.
+        free_bytes, total_bytes: As reported by the volume.
+        clock_ahead: How many seconds the clock that sets file times is ahead of the clock of this node; None if
+            nothing was written.
+        peer: The results of the tests with another node; None if no peer was requested, or none appeared.
+        sources: Why settings of sources are not plain, by scheme. Schemes whose settings are plain are left out.
+        ok: Whether no finding is `unsafe` or `change`.
     """
 
     root: Path
@@ -94,169 +97,154 @@ class Diagnosis:
     speed: Speed | None
     peer: PeerReport | None
     findings: tuple[Finding, ...]
+    sources: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
 
     @property
     def ok(self) -> bool:
         return all(finding.level == "note" for finding in self.findings)
 
 
-def judge(diagnosis: Diagnosis, *, wanted_peer: bool) -> Iterator[Finding]:
+def judge(diagnosis: Diagnosis, *, expects_peer: bool) -> Iterator[Finding]:
     """
-    Compare what was measured with what a store needs and what serves it best.
+    Compare the measurements with what a store needs and what suits it best.
     """
-    yield from _judge_profile(diagnosis)
+    yield from _judge_operations(diagnosis.profile)
+    yield from _judge_names(diagnosis.profile)
     yield from _judge_mount(diagnosis)
     yield from _judge_access(diagnosis)
     yield from _judge_space(diagnosis)
-    yield from _judge_clock(diagnosis)
+    yield from _judge_clocks(diagnosis)
     if diagnosis.peer is not None:
         yield from _judge_peer(diagnosis, diagnosis.peer)
-    elif wanted_peer:
-        nfs4 = diagnosis.profile.type == "nfs4"
-        yield Finding(
-            what="peer-missing",
-            level="change",
-            measured="no other doctor came to this meeting in time, or its signs were not seen here",
-            rule="two nodes see each other's files on a shared volume",
-            remedy="start `kserve-pvc doctor DIR --peer NAME` on both nodes with one NAME, within the time limit, on the same directory"
-            + ("; give each node a host name of its own, or its NFS client an `nfs4_unique_id`" if nfs4 else ""),
-        )
+    elif expects_peer:
+        yield _peer_missing(diagnosis.profile)
     elif diagnosis.locker == "flock" and diagnosis.profile.mount.is_network:
-        yield Finding(
-            what="flock-unproven",
-            level="change",
-            measured="the store's locker is `flock`, and one node cannot see whether it excludes others",
-            rule="`flock` is worth choosing only where it excludes across nodes",
-            remedy="run `kserve-pvc doctor DIR --peer NAME` on two nodes at once, or use a store with the locker `lease`",
+        yield _flock_unproven(
+            "the store's locker is `flock`, and one node cannot tell whether it excludes other nodes",
+            "run `kserve-pvc doctor DIR --peer NAME` on two nodes at once, or use a store with the locker `lease`",
         )
 
 
-def _judge_profile(diagnosis: Diagnosis) -> Iterator[Finding]:
-    profile = diagnosis.profile
+def _unsafe(what: str, measured: str, rule: str, hint: str) -> Finding:
+    return Finding(what=what, level="unsafe", measured=measured, rule=rule, hint=hint)
+
+
+def _change(what: str, measured: str, rule: str, hint: str) -> Finding:
+    return Finding(what=what, level="change", measured=measured, rule=rule, hint=hint)
+
+
+def _note(what: str, measured: str, rule: str, hint: str) -> Finding:
+    return Finding(what=what, level="note", measured=measured, rule=rule, hint=hint)
+
+
+def _judge_operations(profile: Profile) -> Iterator[Finding]:
     for obstacle in profile.obstacles:
-        rule = "no store can be correct on such a volume"
-        yield Finding(what="unusable", level="unsafe", measured=obstacle, rule=rule, remedy="use another volume")
+        yield _unsafe("unusable", obstacle, "no store can be correct on such a volume", "use another volume")
     if profile.read_only:
-        yield _note(
-            "read-only",
-            "the volume is mounted read-only",
-            "a replica may read; what downloads needs to write",
-            "nothing, if so meant",
-        )
+        rule = "model servers can read; downloaders need write access"
+        yield _note("read-only", "the volume is mounted read-only", rule, _NO_ACTION_IF_INTENDED)
     elif profile.mkdir is None:
-        yield _note(
-            "not-tried", "nothing was written", "only writing shows what a volume can do", "run it where it may write"
-        )
+        rule = "only write tests show what a volume supports"
+        yield _note("not-tested", "nothing was written", rule, "run it with write access")
     if profile.syncs_directories is False:
-        rule = "after a power failure a name may be gone that `fsync` of its directory would have kept"
         yield _note(
             "directories-not-synced",
             "`fsync` of a directory is not supported",
-            rule,
-            "nothing; the next `ensure` downloads again",
+            "new names may be lost in a power failure",
+            f"{_NO_ACTION}: the next `ensure` downloads again",
         )
     if "hangs" in (profile.flock, profile.range_lock):
         yield _note(
             "locks-hang",
-            "a lock that does not wait was not answered within a second",
-            "so it is while an NFS server recovers; the store asks in a thread of its own and counts it as refused",
-            "look at the server if it stays so; the locker `lease` needs no such locks",
+            "a non-blocking lock request got no response within a second",
+            "this happens while an NFS server is in its grace period; the store treats the lock as refused",
+            "check the server if it persists; the locker `lease` needs no such locks",
         )
     if profile.link == "unsupported":
-        yield _note(
-            "no-hard-links",
-            "there are no hard links",
-            "unchanged files of a new version are copied, not linked",
-            "nothing",
-        )
+        rule = "unchanged files of a new version are copied instead of linked"
+        yield _note("no-hard-links", "hard links are not supported", rule, _NO_ACTION)
+
+
+def _judge_names(profile: Profile) -> Iterator[Finding]:
     if profile.folds_case or profile.folds_unicode:
-        rule = "models with two such names are refused on every volume, so nothing gets lost"
-        yield _note("folds-names", "names that differ only in case or Unicode form are one", rule, "nothing")
+        measured = "names that differ only in case or Unicode form are the same file"
+        rule = "a model with two such names is refused on every volume, so no file is lost"
+        yield _note("folds-names", measured, rule, _NO_ACTION)
     if profile.keeps_names is False:
-        yield _note(
-            "changes-names",
-            "some letters of names are refused or changed",
-            "a model with such names is refused",
-            "rename its files",
-        )
+        measured = "some characters in names are refused or changed"
+        yield _note("changes-names", measured, "a model with such names is refused", "rename its files")
     if profile.name_bytes is not None and profile.name_bytes < 255:
-        measured = f"names may have {profile.name_bytes} bytes"
-        yield _note(
-            "short-names", measured, "a model with longer names is refused before it is fetched", "rename its files"
-        )
-
-
-def _note(what: str, measured: str, rule: str, remedy: str) -> Finding:
-    return Finding(what=what, level="note", measured=measured, rule=rule, remedy=remedy)
+        measured = f"names are limited to {profile.name_bytes} bytes"
+        rule = "a model with longer names is refused before it is downloaded"
+        yield _note("short-names", measured, rule, "rename its files")
 
 
 def _judge_mount(diagnosis: Diagnosis) -> Iterator[Finding]:
-    kind, options = diagnosis.profile.type, diagnosis.profile.options
+    kind = diagnosis.profile.type
     if kind == "overlay":
-        yield Finding(
-            what="no-volume",
-            level="change",
-            measured="the directory lies in the container's own layer",
-            rule="a store lies on a volume, or it is gone with the container",
-            remedy="mount the volume there, or name the directory where it is mounted",
+        yield _change(
+            "no-volume",
+            "the directory is in the container's own file system",
+            "a store must be on a volume, or it is deleted with the container",
+            "mount the volume at this path, or give the path where it is mounted",
         )
     if kind == "tmpfs":
-        yield _note(
-            "memory",
-            "the directory lies in memory",
-            "it is gone with the pod or the node, and counts as its memory",
-            "nothing, if so meant",
-        )
+        rule = "it is deleted with the pod or the node, and counts as memory of the pod"
+        yield _note("memory", "the directory is in memory", rule, _NO_ACTION_IF_INTENDED)
     if kind.startswith("nfs"):
-        yield from _judge_nfs(diagnosis, options)
+        yield from _judge_nfs(diagnosis)
     if kind.startswith(("cifs", "smb")):
-        yield from _judge_smb(diagnosis, options)
+        yield from _judge_smb(diagnosis)
     if kind == "fuse.seaweedfs" and diagnosis.locker == "flock" and diagnosis.peer is None:
-        yield _flock_lies("each SeaweedFS mount grants all locks to itself")
+        yield _flock_not_exclusive("each SeaweedFS mount grants all locks locally")
 
 
-def _judge_nfs(diagnosis: Diagnosis, options: tuple[str, ...]) -> Iterator[Finding]:
-    if {"soft", "softerr"} & set(options):
-        yield Finding(
-            what="nfs-soft",
-            level="change",
-            measured="it is mounted `soft`",
-            rule="with `soft` a slow server becomes an I/O error in the middle of a download or of a server that maps the model",
-            remedy="mount with `hard`",
+def _judge_nfs(diagnosis: Diagnosis) -> Iterator[Finding]:
+    options = set(diagnosis.profile.options)
+    if {"soft", "softerr"} & options:
+        yield _change(
+            "nfs-soft",
+            "it is mounted with `soft`",
+            "with `soft`, a slow server causes I/O errors in downloads and in servers that map a model",
+            "mount with `hard`",
         )
-    local = sorted({"nolock", "local_lock=all", "local_lock=flock"} & set(options))
+    local = sorted({"nolock", "local_lock=all", "local_lock=flock"} & options)
     if local and diagnosis.locker == "flock":
-        yield _flock_lies(f"it is mounted with `{local[0]}`, so locks stay on their node")
-    if diagnosis.profile.visibility_delay > 10:
+        yield _flock_not_exclusive(f"it is mounted with `{local[0]}`, so locks are local to each node")
+    delay = diagnosis.profile.visibility_delay
+    if delay > 10:
         yield _note(
             "slow-removal",
-            f"a node may keep what it knows of a directory for {diagnosis.profile.visibility_delay / 2:.0f} s",
-            f"a removal waits {diagnosis.profile.visibility_delay:.0f} s for it; downloads and hits do not wait",
+            f"a node may cache the attributes of a directory for {delay / 2:.0f} s",
+            f"a removal waits {delay:.0f} s for these caches; downloads and hits do not wait",
             "mount with a smaller `acdirmax` if that is too long",
         )
 
 
-def _judge_smb(diagnosis: Diagnosis, options: tuple[str, ...]) -> Iterator[Finding]:
+def _judge_smb(diagnosis: Diagnosis) -> Iterator[Finding]:
+    options = diagnosis.profile.options
     if "nobrl" in options and diagnosis.locker == "flock":
-        yield _flock_lies("it is mounted with `nobrl`, so locks stay on their node")
+        yield _flock_not_exclusive("it is mounted with `nobrl`, so locks are local to each node")
     if "cache=loose" in options:
-        yield Finding(
-            what="smb-loose-cache",
-            level="unsafe",
-            measured="it is mounted with `cache=loose`",
-            rule="a node may then read old bytes of a file without asking the server",
-            remedy="mount with `cache=strict`",
+        yield _unsafe(
+            "smb-loose-cache",
+            "it is mounted with `cache=loose`",
+            "a node may read stale bytes of a file from its cache",
+            "mount with `cache=strict`",
         )
 
 
-def _flock_lies(measured: str) -> Finding:
-    return Finding(
-        what="flock-lies",
-        level="unsafe",
-        measured=measured,
-        rule="`flock` must exclude across nodes to be the locker; models stay correct without, but work is done twice",
-        remedy="do not use `flock` here: create the store with the locker `lease`",
+def _flock_not_exclusive(measured: str) -> Finding:
+    return _unsafe(
+        "flock-not-exclusive",
+        measured,
+        "as the locker, `flock` must exclude across nodes; without that models stay correct, but are downloaded twice",
+        "create the store with the locker `lease`",
     )
+
+
+def _flock_unproven(measured: str, hint: str) -> Finding:
+    return _change("flock-unproven", measured, "`flock` saves work only if it excludes across nodes", hint)
 
 
 def _judge_access(diagnosis: Diagnosis) -> Iterator[Finding]:
@@ -265,169 +253,147 @@ def _judge_access(diagnosis: Diagnosis) -> Iterator[Finding]:
     yield _note(
         "only-root-writes",
         f"the directory belongs to uid {diagnosis.owner_uid} gid {diagnosis.owner_gid} with mode {diagnosis.mode:04o}",
-        "a pod with another uid may then not write, and its downloads fail",
+        "downloads in a pod with another uid may fail for lack of write permission",
         "set `fsGroup` in the pods' security context, or give the group write permission and the set-gid bit",
     )
 
 
 def _judge_space(diagnosis: Diagnosis) -> Iterator[Finding]:
-    if diagnosis.total_bytes >= _INCREDIBLE_BYTES:
-        yield Finding(
-            what="free-space-made-up",
-            level="change",
-            measured=f"the volume says that it has {format_bytes(diagnosis.total_bytes)}",
-            rule="a download asks first whether it fits, which a made-up number always answers with yes",
-            remedy="give the volume its true size, as by a quota or JuiceFS's `--capacity`",
+    if diagnosis.total_bytes >= _IMPLAUSIBLE_BYTES:
+        yield _change(
+            "free-space-implausible",
+            f"the volume reports a size of {format_bytes(diagnosis.total_bytes)}",
+            "a download checks first whether it fits, and against a made-up size it always does",
+            "give the volume its true size, for example by a quota or JuiceFS's `--capacity`",
         )
     speed = diagnosis.speed
     if speed is not None and speed.free_dropped_bytes < speed.sample_bytes // 2:
+        written, dropped = format_bytes(speed.sample_bytes), format_bytes(max(speed.free_dropped_bytes, 0))
         yield _note(
             "free-space-lags",
-            f"{format_bytes(speed.sample_bytes)} were written, and the free space went down by {format_bytes(max(speed.free_dropped_bytes, 0))}",
-            "what is said to be free may be gone already",
-            "leave room to spare; a download that does not fit after all fails and gives back what it took",
+            f"{written} were written, and the free space decreased by {dropped}",
+            "reported free space may already be used",
+            "leave a reserve; a download that does not fit fails and deletes what it wrote",
         )
 
 
-def _judge_clock(diagnosis: Diagnosis) -> Iterator[Finding]:
+def _judge_clocks(diagnosis: Diagnosis) -> Iterator[Finding]:
     peer = diagnosis.peer
-    for what, ahead in (
-        ("clock-of-volume", diagnosis.clock_ahead),
-        ("clock-of-peer", peer.clock_ahead if peer else None),
-    ):
-        if ahead is None or abs(ahead) <= _CLOCK_SECONDS:
-            continue
-        yield Finding(
-            what=what,
-            level="change",
-            measured=f"its clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this node's",
-            rule="no model depends on clocks, but the trash is emptied by them, and times that people read are wrong",
-            remedy="synchronise the clocks of the nodes",
-        )
+    clocks = {"clock-of-volume": diagnosis.clock_ahead, "clock-of-peer": peer.clock_ahead if peer else None}
+    for what, ahead in clocks.items():
+        if ahead is not None and abs(ahead) > _CLOCK_SECONDS:
+            yield _change(
+                what,
+                f"its clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this node's",
+                "no model depends on clocks, but the age of trash does, and displayed times are wrong",
+                "synchronise the clocks of the nodes",
+            )
+
+
+def _peer_missing(profile: Profile) -> Finding:
+    hint = "run `kserve-pvc doctor DIR --peer NAME` on both nodes, with the same NAME and directory, within the timeout"
+    if profile.type == "nfs4":
+        hint += "; give each node its own host name, or its NFS client an `nfs4_unique_id`"
+    return _change(
+        "peer-missing",
+        "no other doctor appeared in time, or its files were not visible here",
+        "nodes must see each other's files on a shared volume",
+        hint,
+    )
 
 
 def _judge_peer(diagnosis: Diagnosis, peer: PeerReport) -> Iterator[Finding]:
     if not peer.is_done:
-        yield Finding(
-            what="peer-lost",
-            level="change",
-            measured=f"{peer.name} stopped while both tested {peer.step}",
-            rule="a test needs both",
-            remedy="run it again on both nodes",
-        )
+        measured = f"{peer.name} stopped during the step `{peer.step}`"
+        yield _change("peer-lost", measured, "the tests need both doctors", "run it again on both nodes")
     if peer.same_mount:
-        rule = "what holds within one mount says nothing about other nodes"
-        yield _note("peer-on-same-mount", "both doctors use one mount of one node", rule, "run them on two nodes")
+        measured = "both doctors use the same mount of one node"
+        rule = "results within one mount say nothing about other nodes"
+        yield _note("peer-on-same-mount", measured, rule, "run them on two nodes")
     for what, race in peer.races.items():
         yield from _judge_race(what, race)
     yield from _judge_locks(diagnosis, peer)
-    if peer.is_done or peer.step not in ("hello", "clocks", "names"):
-        yield from _judge_names(peer)
+    if peer.has_compared_names:
+        yield from _judge_visibility(peer)
     if peer.is_done:
-        yield from _judge_beats(diagnosis, peer)
+        yield from _judge_heartbeats(diagnosis, peer)
 
 
 def _judge_race(what: str, race: Race) -> Iterator[Finding]:
     calls = {
         "mkdir": "`mkdir`",
-        "create": "an exclusive create",
+        "create": "exclusive create",
         "link": "`link`",
-        "rename": "a rename that replaces nothing",
+        "rename": "rename without replacing",
     }
-    measured = f"of {race.rounds} names that both nodes made at once by {calls[what]}, {race.both_won} had two winners"
+    measured = (
+        f"of {race.rounds} names that both nodes created at once by {calls[what]}, {race.both_won} had two winners"
+    )
     if race.both_won and what == "mkdir":
-        rule = "two writers may take one number or one claim; each still publishes only complete, verified models"
-        remedy = "do not let several nodes write here; use another volume"
-        yield Finding(what="mkdir-not-exclusive", level="unsafe", measured=measured, rule=rule, remedy=remedy)
+        rule = "two writers may take the same number or claim; each still publishes only complete, verified models"
+        yield _unsafe("mkdir-not-exclusive", measured, rule, "write from one node only, or use another volume")
     elif race.both_won:
-        yield _note(
-            f"{what}-not-exclusive",
-            measured,
-            "the store takes numbers by `mkdir` and does not rely on it",
-            "nothing; do not rely on it yourself",
-        )
+        rule = "the store does not rely on it: it takes numbers by `mkdir`"
+        yield _note(f"{what}-not-exclusive", measured, rule, f"{_NO_ACTION}; do not rely on it in your own code")
     elif race.supported and not race.contested:
-        rule = "exclusion shows only if two calls overlap"
-        yield _note(
-            f"{what}-not-contested",
-            f"no two of {race.rounds} calls overlapped",
-            rule,
-            "run it again while the nodes are idle",
-        )
+        measured = f"no two of {race.rounds} calls overlapped"
+        rule = "only overlapping calls can show whether one excludes the other"
+        yield _note(f"{what}-not-contested", measured, rule, "run it again while the nodes are idle")
 
 
 def _judge_locks(diagnosis: Diagnosis, peer: PeerReport) -> Iterator[Finding]:
     verdict = lock_verdict(peer.locks.get("flock", ()))
-    if verdict == "lies" and diagnosis.locker == "flock":
-        yield _flock_lies("both nodes held one `flock` at the same time")
-    elif verdict == "lies":
-        rule = "the locker `lease` does not need it"
-        yield _note(
-            "flock-lies",
-            "both nodes held one `flock` at the same time",
-            rule,
-            "do not use `flock` here; `lease` is right",
-        )
+    both = "both nodes held one `flock` at the same time"
+    if verdict == "not exclusive" and diagnosis.locker == "flock":
+        yield _flock_not_exclusive(both)
+    elif verdict == "not exclusive":
+        yield _note("flock-not-exclusive", both, "the locker `lease` does not need it", "keep the locker `lease`")
     elif verdict != "excludes" and diagnosis.locker == "flock":
-        yield Finding(
-            what="flock-unproven",
-            level="change",
-            measured=f"whether `flock` excludes between the nodes is {verdict}",
-            rule="`flock` is worth choosing only where it excludes across nodes",
-            remedy="use a store with the locker `lease`",
-        )
+        measured = f"the test whether `flock` excludes between the nodes gave `{verdict}`"
+        yield _flock_unproven(measured, "use a store with the locker `lease`")
 
 
-def lock_verdict(tests: Sequence[LockTest]) -> Literal["excludes", "lies", "unsupported", "unclear", "untested"]:
+def lock_verdict(tests: Sequence[LockTest]) -> LockVerdict | Literal["untested"]:
     """
-    What all tests of one kind of lock say together: one lie is enough, and all must exclude to be believed.
+    Summarise all tests of one kind of lock: one failure is enough, and all must exclude to pass.
     """
-    verdicts = [test.verdict for test in tests]
-    for verdict in ("lies", "unsupported", "unclear", "excludes"):
-        if verdict in verdicts:
-            return verdict
-    return "untested"
+    verdicts = {test.verdict for test in tests}
+    order: tuple[LockVerdict, ...] = ("not exclusive", "unsupported", "unclear", "excludes")
+    return next((verdict for verdict in order if verdict in verdicts), "untested")
 
 
-def _judge_names(peer: PeerReport) -> Iterator[Finding]:
+def _judge_visibility(peer: PeerReport) -> Iterator[Finding]:
     if peer.listed_after is None:
-        yield Finding(
-            what="not-listed",
-            level="unsafe",
-            measured="a new file of the other node was in no listing here",
-            rule="every model is found by listing a directory",
-            remedy="turn off the caching of directories in the mount options, or use another volume",
+        yield _unsafe(
+            "not-listed",
+            "a new file of the other node did not appear in any listing here",
+            "the store finds every model by listing a directory",
+            "turn off the caching of directories in the mount options, or use another volume",
         )
     hidden = peer.found_after
     if hidden is None or hidden > 2.0:
-        measured = "was not found within the test" if hidden is None else f"stayed hidden for {hidden:.0f} s"
-        rule = "the store lists instead of asking by name, so it does not wait for this"
+        delay = "for the whole test" if hidden is None else f"for {hidden:.0f} s"
         yield _note(
             "hidden-name",
-            f"a name that was looked for too early {measured}",
-            rule,
-            "for other programs: on NFS, `lookupcache=positive`",
+            f"a name that was looked up before it existed stayed hidden {delay}",
+            "the store lists directories instead of looking names up, so it is not affected",
+            "for other programs on NFS: mount with `lookupcache=positive`",
         )
     stale = peer.replaced_after
     if stale is None or stale > 2.0:
-        measured = "kept its old content" if stale is None else f"kept its old content for {stale:.0f} s"
-        yield _note(
-            "stale-content",
-            f"a file that was replaced {measured}",
-            "the store never replaces a file of a model",
-            "nothing",
-        )
+        delay = "for the whole test" if stale is None else f"for {stale:.0f} s"
+        measured = f"a replaced file kept its old content {delay}"
+        yield _note("stale-content", measured, "the store never replaces a file of a model", _NO_ACTION)
 
 
-def _judge_beats(diagnosis: Diagnosis, peer: PeerReport) -> Iterator[Finding]:
-    limit = diagnosis.lease_seconds / 3
-    if peer.beat_after is not None and peer.beat_after <= limit:
+def _judge_heartbeats(diagnosis: Diagnosis, peer: PeerReport) -> Iterator[Finding]:
+    if peer.heartbeat_after is not None and peer.heartbeat_after <= diagnosis.lease_seconds / 3:
         return
-    seen = "were not seen here" if peer.beat_after is None else f"were seen only after {peer.beat_after:.1f} s"
+    seen = "were not seen" if peer.heartbeat_after is None else f"were seen only after {peer.heartbeat_after:.1f} s"
     yield Finding(
-        what="beats-not-seen",
-        level="unsafe" if peer.beat_after is None else "change",
-        measured=f"beats that the other node writes every half second {seen}",
-        rule=f"a downloader whose beats are not seen for the lease ({diagnosis.lease_seconds:g} s) is taken over while it works",
-        remedy="mount with less caching, or create the store with a longer lease",
+        what="heartbeats-not-seen",
+        level="unsafe" if peer.heartbeat_after is None else "change",
+        measured=f"heartbeats that the other node writes every half second {seen}",
+        rule=f"a live downloader loses its claim if its heartbeats are not seen for {diagnosis.lease_seconds:g} s",
+        hint="mount with less caching, or create the store with a longer lease",
     )

@@ -1,10 +1,9 @@
 """
-The tests that two doctors do with each other, step by step, through numbered messages on the volume.
+The tests that two doctors run with each other, step by step, through numbered messages on the volume.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -14,9 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Any
 
+import attrs
+
 from kserve_pvc._doctor.reports import (
-    FARTHEST,
     MAX_MESSAGE_BYTES,
+    MAX_TIMESTAMP,
     Hello,
     LockTest,
     Message,
@@ -27,51 +28,70 @@ from kserve_pvc._doctor.reports import (
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import decode, encode
 from kserve_pvc._format.records import BEAT_BYTES
+from kserve_pvc._volume.calls import UNSUPPORTED
 from kserve_pvc._volume.profile import LockAnswer, lock_range, try_lock
 from kserve_pvc._volume.scratch import Scratch, open_scratch
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreError
 from kserve_pvc.locks.liveness import is_provably_dead
 
-# Ways to make a name of which at most one caller may be told that he made it.
+# Operations that must succeed for at most one caller.
 RACED = ("mkdir", "create", "link", "rename")
 LOCKS = ("flock", "range_lock")
-ROUNDS = 40
-_UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
-# On NFS a listing refreshes what the kernel believes of the directories in it, and so of their names. Messages are
-# found by listing, so names that are asked for without one lie deeper.
+# Listing a directory on NFS refreshes the kernel's attributes of its subdirectories, and so of the names in them.
+# Messages are found by listing, so names that are to be looked up without a listing are in a deeper directory.
 _UNLISTED = PurePosixPath("deep", "unlisted")
-_LONG_BEAT = 1.0
-_SILENCE = 20.0
-_POLL = 0.004
-_LONGEST_MEETING = 300.0
-_SLOT = 0.015
-_LEAD = 0.2
-_LONGEST_LOOK = 75.0  # NFS hides a name that was looked for too early for up to a minute.
-_WATCHED = 2.0
-_CLOCK_LOOKS = 6
-Seen = Mapping[str, float | None]
+_LATE_HEARTBEAT_SECONDS = 1.0
+_POLL_SECONDS = 0.004
+_SLOT_SECONDS = 0.015
+_LEAD_SECONDS = 0.2
+_LOCK_SECONDS = 5.0
+_CLOCK_MESSAGES = 6
+_Delays = Mapping[str, float | None]
 
 
-def read_beat(writer: VolumeWriter, name: str) -> bytes:
+@attrs.frozen(kw_only=True)
+class ExchangeLimits:
     """
-    The beat of a doctor as it is now, to be compared with another one of its beats.
+    How long the tests of two doctors may take.
+
+    Args:
+        rounds: How many names are raced for with each call.
+        silence: Seconds without a message or heartbeat after which the peer counts as lost.
+        visibility: Seconds to watch for changes of the peer. NFS hides a name that was looked up before it existed for
+            up to a minute.
+        heartbeats: Seconds to watch heartbeats.
+        total: Seconds for everything.
+    """
+
+    rounds: int = 40
+    silence: float = 20.0
+    visibility: float = 75.0
+    heartbeats: float = 2.0
+    total: float = 300.0
+
+
+def read_heartbeat(writer: VolumeWriter, name: str) -> bytes:
+    """
+    Return the current heartbeat of a doctor, to be compared with a later one.
     """
     return read_listed(writer, layout.DOCTOR / name / "beat", BEAT_BYTES)
 
 
 def read_listed(writer: VolumeWriter, place: PurePosixPath, limit: int) -> bytes:
     """
-    Read a file if it is listed: on NFS one that was asked for before it was made stays hidden for half a minute.
+    Read a file if a listing shows it. On NFS, looking up a name before it exists would hide it for half a minute.
     """
     with suppress(StoreError, OSError):
-        return (writer.read(place, limit, anew=True) or b"") if place.name in writer.list_names(place.parent) else b""
+        return (
+            (writer.read(place, limit, uncached=True) or b"") if place.name in writer.list_names(place.parent) else b""
+        )
     return b""
 
 
 class Exchange:
     """
-    The steps of two doctors that have found each other.
+    The tests of two doctors that have found each other. Both run the same steps in the same order.
     """
 
     def __init__(
@@ -80,36 +100,41 @@ class Exchange:
         scratch: Scratch,
         own: PurePosixPath,
         other: PurePosixPath,
-        their: Hello,
+        peer_hello: Hello,
         hello: Hello,
+        limits: ExchangeLimits,
     ) -> None:
         self._writer = writer
         self._scratch = scratch
         self._own = own
         self._other = other
-        self._their_holder = their.holder
+        self._peer_holder = peer_hello.holder
+        self._limits = limits
         self._is_first = own.name < other.name
         self._step = 0
-        self._ends_at = time.monotonic() + _LONGEST_MEETING
+        self._deadline = time.monotonic() + limits.total
         self._seen = 0.0
-        # What the other clock is ahead at least and at most, from who can have seen what of whom when.
+        # The bounds of how far the peer's clock is ahead, from the times at which messages were written and seen.
         self._ahead = [-math.inf, math.inf]
         self._clock_ahead = self._clock_error = 0.0
         self._written: dict[int, float] = {}
-        same_node = bool(hello.holder.boot_id) and hello.holder.boot_id == their.holder.boot_id
+        same_node = bool(hello.holder.boot_id) and hello.holder.boot_id == peer_hello.holder.boot_id
         self._report: dict[str, Any] = {
-            "name": str(their.holder),
+            "name": str(peer_hello.holder),
             "same_node": same_node,
-            "same_mount": same_node and hello.device == their.device,
+            "same_mount": same_node and hello.device == peer_hello.device,
         }
 
     def run(self) -> PeerReport:
+        """
+        Run all tests. If the peer stops, the report says at which step.
+        """
         steps = {
             "clocks": self._clocks,
             "names": self._names,
             "races": self._races,
             "locks": self._locks,
-            "beats": self._beats,
+            "heartbeats": self._heartbeats,
         }
         for name, step in steps.items():
             self._report["step"] = name
@@ -117,13 +142,13 @@ class Exchange:
                 self._report |= step()
             except PeerLostError:
                 return PeerReport(**self._report)
-        with suppress(PeerLostError):  # It has everything, and may have left before it saw this.
+        with suppress(PeerLostError):  # The peer has all results, and may be gone before it sees this message.
             self._exchange({})
         return PeerReport(**{**self._report, "step": "done"})
 
-    def _exchange(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _exchange(self, payload: Mapping[str, Any]) -> Mapping[str, Any]:
         """
-        Tell the other side, and wait for what it tells. Neither goes on before both are here.
+        Send a message and wait for the one of the peer: a barrier between two steps.
         """
         self._step += 1
         self._written[self._step] = time.time()
@@ -132,60 +157,60 @@ class Exchange:
             step=self._step,
             written=self._written[self._step],
             seen=self._seen,
-            answer=json.dumps(answer),
+            payload=json.dumps(payload),
         )
-        # Under another name first, so that it is whole when it is listed; not synced, as it may go with this kernel.
-        self._scratch.write("unsaid", encode(message))
-        self._scratch.replace("unsaid", self._name())
-        heard = self._await()
-        self._narrow(heard)
-        return _parsed(heard.answer)
+        # Renamed, so that a listed message is complete; not synced, since it need not survive a crash of this node.
+        self._scratch.write("draft", encode(message))
+        self._scratch.replace("draft", self._message_name())
+        received = self._receive()
+        self._narrow_clock_bounds(received)
+        return _parse(received.payload)
 
-    def _name(self) -> str:
+    def _message_name(self) -> str:
         return f"{self._step:06d}"
 
-    def _await(self) -> Message:
-        beat, began = b"", time.monotonic()
-        silent_since, ask_at = began, began + _LONG_BEAT
+    def _receive(self) -> Message:
+        heartbeat, began = b"", time.monotonic()
+        silent_since, read_at = began, began + _LATE_HEARTBEAT_SECONDS
+        longest = self._limits.silence + self._limits.visibility
         while True:
             now = time.monotonic()
             names = self._writer.list_names(self._other)
             if not names:
-                raise PeerLostError  # It has left, and taken its directory with it.
-            # NFS 3 tells a changed directory by its time alone, and so may keep a listing from the very tick of the
-            # change.
-            if self._name() in names or now >= ask_at:
-                ask_at = now + _LONG_BEAT
-                if (message := self._heard()) is not None:
+                raise PeerLostError  # It ended and deleted its directory.
+            # NFS 3 detects a changed directory by its timestamp, so a listing made within the same clock tick as the
+            # change may stay cached: the message is also read without being listed.
+            if self._message_name() in names or now >= read_at:
+                read_at = now + _LATE_HEARTBEAT_SECONDS
+                if (message := self._read_message()) is not None:
                     self._seen = time.time()
                     return message
-            newer = read_beat(self._writer, self._other.name)
-            if newer and newer != beat:
-                beat, silent_since = newer, now
-            if now - silent_since > _LONG_BEAT and is_provably_dead(self._their_holder):
+            newer = read_heartbeat(self._writer, self._other.name)
+            if newer and newer != heartbeat:
+                heartbeat, silent_since = newer, now
+            if now - silent_since > _LATE_HEARTBEAT_SECONDS and is_provably_dead(self._peer_holder):
                 raise PeerLostError
-            # It may beat and have nothing to say: its other half is somebody else.
-            if now - silent_since > _SILENCE or now - began > _SILENCE + _LONGEST_LOOK or now > self._ends_at:
+            # A peer may be alive and never send a message, if it is in an exchange with a third doctor.
+            if now - silent_since > self._limits.silence or now - began > longest or now > self._deadline:
                 raise PeerLostError
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
 
-    def _heard(self) -> Message | None:
+    def _read_message(self) -> Message | None:
         with suppress(StoreError, OSError):
-            message = decode(
-                Message, self._writer.read(self._other / self._name(), MAX_MESSAGE_BYTES) or b"", self._name()
-            )
+            name = self._message_name()
+            message = decode(Message, self._writer.read(self._other / name, MAX_MESSAGE_BYTES) or b"", name)
             if message.to == self._own.name and message.step == self._step:
                 return message
         return None
 
-    def _narrow(self, heard: Message) -> None:
-        # It wrote before I saw, and it saw what I wrote after I wrote it: the difference of the clocks lies between.
-        self._ahead[0] = max(self._ahead[0], heard.written - self._seen)
-        if heard.step > 1 and heard.seen > 0:
-            self._ahead[1] = min(self._ahead[1], heard.seen - self._written[heard.step - 1])
+    def _narrow_clock_bounds(self, received: Message) -> None:
+        # The peer wrote its message before it was seen here, and saw ours after it was written here.
+        self._ahead[0] = max(self._ahead[0], received.written - self._seen)
+        if received.step > 1 and received.seen > 0:
+            self._ahead[1] = min(self._ahead[1], received.seen - self._written[received.step - 1])
 
     def _clocks(self) -> Mapping[str, Any]:
-        for _ in range(_CLOCK_LOOKS):
+        for _ in range(_CLOCK_MESSAGES):
             self._exchange({})
         least, most = self._ahead
         if not (math.isfinite(least) and math.isfinite(most)):
@@ -201,7 +226,7 @@ class Exchange:
             for name in ("replaced", "deleted"):
                 unlisted.write(name, b"old")
             self._exchange({})
-            self._look_too_early()
+            self._look_up_early()
             self._exchange({})
             for directory, name in ((unlisted, "new"), (unlisted, "newer"), (listed, "new")):
                 directory.write(name, b"new")
@@ -209,17 +234,17 @@ class Exchange:
             unlisted.remove("deleted")
             self._exchange({})
             seen = self._watch()
-            self._exchange({})  # The other one may still be waiting for a cache of its own, and beats meanwhile.
+            self._exchange({})  # The peer may still wait for a cache to expire.
         return seen
 
-    def _look_too_early(self) -> None:
+    def _look_up_early(self) -> None:
         self._writer.list_names(self._other / "listed")
         for name in ("new", "replaced", "deleted"):
             self._is_gone(name)
             self._content(name)
 
     def _content(self, name: str) -> bytes | None:
-        """What a file of the other side holds; None if it cannot be opened, as whatever stands there instead."""
+        """Return the content of a file of the peer, or None if it cannot be opened."""
         with suppress(StoreError, OSError):
             return self._writer.read(self._other / _UNLISTED / name, 16)
         return None
@@ -231,7 +256,7 @@ class Exchange:
             return True
         return False
 
-    def _watch(self) -> Seen:
+    def _watch(self) -> _Delays:
         signs: dict[str, Callable[[], bool]] = {
             "listed_after": lambda: "new" in self._writer.list_names(self._other / "listed"),
             "found_after": lambda: self._content("new") == b"new",
@@ -241,11 +266,11 @@ class Exchange:
         }
         began = time.monotonic()
         seen: dict[str, float | None] = dict.fromkeys(signs)
-        while None in seen.values() and time.monotonic() - began < _LONGEST_LOOK:
+        while None in seen.values() and time.monotonic() - began < self._limits.visibility:
             for name, shows in signs.items():
                 if seen[name] is None and shows():
                     seen[name] = time.monotonic() - began
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
         return seen
 
     def _races(self) -> Mapping[str, Any]:
@@ -253,21 +278,24 @@ class Exchange:
         self._writer.make_directory(place)
         with open_scratch(self._writer, place) as arena:
             mine = {what: self._race(arena, what) for what in RACED}
-            theirs = self._exchange({"races": mine})
-        other = theirs.get("races")
-        return {"races": {what: self._judge(mine[what], _attempts(other, what)) for what in RACED}}
+            reply = self._exchange({"races": mine})
+        theirs = reply.get("races")
+        return {
+            "races": {what: self._judge(mine[what], _attempts(theirs, what, self._limits.rounds)) for what in RACED}
+        }
 
     def _race(self, arena: Scratch, what: str) -> list[list[float]] | None:
-        """Make names at agreed moments. Each attempt is when it began and ended, and 1 if it made the name."""
-        for number in range(ROUNDS if what in ("link", "rename") else 0):
+        """Create names at agreed times. Each attempt is its begin, its end, and 1 if it created the name."""
+        rounds = self._limits.rounds
+        for number in range(rounds if what in ("link", "rename") else 0):
             arena.write(self._private(what, number), b"")
         start = self._agree_on_start()
         attempts: list[list[float]] = []
-        for number in range(ROUNDS):
-            # The clocks are known only so far, and best in the middle: one of the two comes earlier, then later, mostly
-            # just a little.
-            sweep = min(self._clock_error, _SLOT) * (2 * number / ROUNDS - 1) ** 3 if self._is_first else 0.0
-            time.sleep(max(0.0, start + number * _SLOT + sweep - time.time()))
+        for number in range(rounds):
+            # The clock difference is known up to an error, and its middle is most likely: the first node sweeps from
+            # early to late, mostly close to the middle.
+            sweep = min(self._clock_error, _SLOT_SECONDS) * (2 * number / rounds - 1) ** 3 if self._is_first else 0.0
+            time.sleep(max(0.0, start + number * _SLOT_SECONDS + sweep - time.time()))
             began = time.time()
             won = self._attempt(arena, what, number)
             if won is None:
@@ -276,14 +304,15 @@ class Exchange:
         return attempts
 
     def _agree_on_start(self) -> float:
-        """The moment on this clock at which both begin: what the first by name proposes, once both are here."""
+        """Return the time by this clock at which both begin, which the first node by name proposes."""
         self._exchange({})
         now = time.time()
-        told = self._exchange({"start": now + _LEAD}).get("start")
+        start = self._exchange({"start": now + _LEAD_SECONDS}).get("start")
         if self._is_first:
-            return now + _LEAD
-        proposed = float(told) - self._clock_ahead if isinstance(told, int | float) and abs(told) < FARTHEST else now
-        return min(max(proposed, now), now + 10 * _LEAD)
+            return now + _LEAD_SECONDS
+        if not isinstance(start, int | float) or not abs(start) < MAX_TIMESTAMP:
+            return now
+        return min(max(start - self._clock_ahead, now), now + 10 * _LEAD_SECONDS)
 
     def _private(self, what: str, number: int) -> str:
         return f"{what}-{number}-{'first' if self._is_first else 'second'}"
@@ -301,12 +330,12 @@ class Exchange:
         except FileExistsError:
             return False
         except OSError as error:
-            return None if error.errno in _UNSUPPORTED else False
+            return None if error.errno in UNSUPPORTED else False
         return True
 
     def _judge(self, mine: Sequence[Sequence[float]] | None, theirs: Sequence[Sequence[float]] | None) -> Race:
         if mine is None or theirs is None:
-            return Race(rounds=0, contested=0, both_won=0, nobody_won=0, supported=False)
+            return Race(rounds=0, contested=0, both_won=0, neither_won=0, supported=False)
         pairs = list(zip(mine, theirs, strict=False))
         ahead = self._clock_ahead
         won = [m[2] + t[2] for m, t in pairs]
@@ -314,7 +343,7 @@ class Exchange:
             rounds=len(pairs),
             contested=sum(m[0] <= t[1] - ahead and t[0] - ahead <= m[1] for m, t in pairs),
             both_won=won.count(2.0),
-            nobody_won=won.count(0.0),
+            neither_won=won.count(0.0),
             supported=True,
         )
 
@@ -329,69 +358,68 @@ class Exchange:
         return {"locks": tests}
 
     def _lock(self, arena: Scratch, name: str, kind: str, holds: bool) -> LockTest:
-        """One node holds, the other tries meanwhile and again afterwards; each tells what it was answered."""
+        """One node holds the lock, the other requests it meanwhile and after its release; both share their results."""
         with _open_file(arena, name) as fd:
-            held = _ask(fd, kind) if holds else None
-            told = self._exchange({"lock": held})
-            second = _ask(fd, kind) if not holds else None
-            told_second = self._exchange({"lock": second})
+            first = _request_lock(fd, kind) if holds else None
+            peer_first = self._exchange({"lock": first})
+            second = _request_lock(fd, kind) if not holds else None
+            peer_second = self._exchange({"lock": second})
             if holds or second == "granted":
-                _let_go(fd, kind)
+                _release(fd, kind)
             self._exchange({})
-            third = _ask_until_granted(fd, kind) if not holds else None
-            told_third = self._exchange({"lock": third})
+            third = _retry_until_granted(fd, kind) if not holds else None
+            peer_third = self._exchange({"lock": third})
         return LockTest(
-            held=held or _answer(told) or "unsupported",
-            second=second or _answer(told_second),
-            after_release=third or _answer(told_third),
+            held=first or _lock_result(peer_first) or "unsupported",
+            second=second or _lock_result(peer_second),
+            after_release=third or _lock_result(peer_third),
         )
 
-    def _beats(self) -> Mapping[str, Any]:
+    def _heartbeats(self) -> Mapping[str, Any]:
         began = last = time.monotonic()
-        longest, beat, count = 0.0, b"", 0
-        while (now := time.monotonic()) - began < _WATCHED or (count < 2 and now - began < _SILENCE):
-            newer = read_beat(self._writer, self._other.name)
-            if newer and newer != beat:
+        longest, heartbeat, count = 0.0, b"", 0
+        limits = self._limits
+        while (now := time.monotonic()) - began < limits.heartbeats or (count < 2 and now - began < limits.silence):
+            newer = read_heartbeat(self._writer, self._other.name)
+            if newer and newer != heartbeat:
                 longest = max(longest, now - last) if count else 0.0
-                beat, last, count = newer, now, count + 1
-            time.sleep(_POLL)
+                heartbeat, last, count = newer, now, count + 1
+            time.sleep(_POLL_SECONDS)
         self._exchange({})
-        return {"beat_after": longest if count >= 2 else None}
+        return {"heartbeat_after": longest if count >= 2 else None}
 
 
-def _parsed(answer: str) -> Mapping[str, Any]:
+def _parse(payload: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(answer)
+        found = json.loads(payload)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _attempts(races: object, what: str) -> Sequence[Sequence[float]] | None:
-    """What the other one says that it did, or None if that makes no sense."""
+def _attempts(races: object, what: str, most: int) -> Sequence[Sequence[float]] | None:
+    """Return the attempts that the peer reports, or None if they are malformed."""
     found = races.get(what) if isinstance(races, dict) else None
-    if not isinstance(found, list) or len(found) > ROUNDS:
+    if not isinstance(found, list) or len(found) > most or not all(map(_is_attempt, found)):
         return None
-    for attempt in found:
-        if not isinstance(attempt, list) or len(attempt) != 3:
-            return None
-        if not all(isinstance(value, int | float) and abs(value) < FARTHEST for value in attempt) or attempt[2] not in (
-            0,
-            1,
-        ):
-            return None
     return found
 
 
-def _answer(told: Mapping[str, Any]) -> LockAnswer | None:
+def _is_attempt(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    return all(isinstance(item, int | float) and abs(item) < MAX_TIMESTAMP for item in value) and value[2] in (0, 1)
+
+
+def _lock_result(reply: Mapping[str, Any]) -> LockAnswer | None:
     known: Mapping[object, LockAnswer] = {
         "granted": "granted",
         "refused": "refused",
         "unsupported": "unsupported",
         "hangs": "hangs",
     }
-    answer = told.get("lock")
-    return known.get(answer) if isinstance(answer, str) else None
+    result = reply.get("lock")
+    return known.get(result) if isinstance(result, str) else None
 
 
 @contextmanager
@@ -403,24 +431,23 @@ def _open_file(arena: Scratch, name: str) -> Iterator[int]:
         os.close(fd)
 
 
-def _ask(fd: int, kind: str) -> LockAnswer:
+def _request_lock(fd: int, kind: str) -> LockAnswer:
     import fcntl
 
-    return try_lock(
-        lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) if kind == "flock" else lock_range(fd, release=False),
-        5.0,
-    )
+    if kind == "flock":
+        return try_lock(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB), _LOCK_SECONDS)
+    return try_lock(lambda: lock_range(fd, release=False), _LOCK_SECONDS)
 
 
-def _ask_until_granted(fd: int, kind: str) -> LockAnswer:
-    # Some volumes give a lock that was let go to another node only after a moment.
+def _retry_until_granted(fd: int, kind: str) -> LockAnswer:
+    # Some volumes grant a released lock to another node only after a delay.
     deadline = time.monotonic() + 3.0
-    while (answer := _ask(fd, kind)) == "refused" and time.monotonic() < deadline:
-        time.sleep(_POLL)
-    return answer
+    while (result := _request_lock(fd, kind)) == "refused" and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return result
 
 
-def _let_go(fd: int, kind: str) -> None:
+def _release(fd: int, kind: str) -> None:
     import fcntl
 
     with suppress(OSError):

@@ -1,10 +1,10 @@
 """
-Two doctors on two nodes test each other through the volume that they examine.
+Two doctors on two nodes find each other through the volume that they examine.
 
-Each has a directory of its own under `.kserve-pvc/doctor`, beats there, and writes numbered messages; both do the same
-steps in the same order, and wait for each other's message between them. Only fresh listings and complete files are
-relied on, never a lock. What the other one writes is read as strictly as any record, and where it stops beating the
-meeting ends with what was found until then.
+Each has a directory of its own under `.kserve-pvc/doctor`, where it writes heartbeats and numbered messages. Both run
+the same steps in the same order, and wait for each other's message between them. They rely on fresh listings and
+complete files only, never on a lock. Messages are decoded as strictly as any record, and if the peer's heartbeats stop,
+the tests end with the results so far.
 """
 
 from __future__ import annotations
@@ -16,67 +16,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 
-from kserve_pvc._doctor.exchange import Exchange, read_beat, read_listed
+from kserve_pvc._doctor.exchange import Exchange, ExchangeLimits, read_heartbeat, read_listed
 from kserve_pvc._doctor.reports import MAX_MESSAGE_BYTES, Hello, PeerReport
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import decode, encode
 from kserve_pvc._format.log_entry import Holder
-from kserve_pvc._keys.claims import start_heart
+from kserve_pvc._keys.claims import start_heartbeat
 from kserve_pvc._volume.calls import dated_name
 from kserve_pvc._volume.scratch import open_scratch
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import SettingsError, StoreFormatError
 
-MEETING = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 DIRECTORY = re.compile(r"[0-9]{12}-[0-9a-f]{16}")
-BEAT_LEASE = 3.0  # Beats are a sixth of it apart.
-_LOOK = 0.05
+LEASE_SECONDS = 3.0
+_RENDEZVOUS = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+_POLL_SECONDS = 0.05
 
 
 @contextmanager
-def beating(writer: VolumeWriter, own: PurePosixPath) -> Iterator[None]:
+def heartbeats(writer: VolumeWriter, own: PurePosixPath) -> Iterator[None]:
     """
-    Beat in the directory of a doctor, so that others meet it and do not take it for what a dead one left.
+    Write heartbeats into the directory of a doctor, so that a peer finds it and no other doctor deletes it.
     """
-    heart = start_heart(writer, own, lease_seconds=BEAT_LEASE)
+    heartbeat = start_heartbeat(writer, own, lease_seconds=LEASE_SECONDS)
     try:
         yield
     finally:
-        heart.stop()
+        heartbeat.stop()
 
 
-def check_meeting(name: str) -> str:
+def check_rendezvous(name: str) -> None:
     """
+    Check the name by which two doctors find each other.
+
     Raises:
-        SettingsError: Two doctors cannot meet by this name.
+        SettingsError: It is not a valid name.
     """
-    if MEETING.fullmatch(name) is None:
+    if _RENDEZVOUS.fullmatch(name) is None:
         raise SettingsError(
-            "peer", name, "name the meeting by up to 40 small letters, digits and dashes, the same on both nodes"
+            "peer", name, "use up to 40 lowercase letters, digits and dashes, and the same name on both nodes"
         )
-    return name
 
 
-def meet(writer: VolumeWriter, own: PurePosixPath, meeting: str, holder: Holder, timeout: float) -> PeerReport | None:
+def examine_with_peer(
+    writer: VolumeWriter, own: PurePosixPath, rendezvous: str, holder: Holder, timeout: float
+) -> PeerReport | None:
     """
-    Wait for the other doctor of a meeting and do all tests with it. None: nobody came in time.
+    Wait for a doctor on another node, and run all tests with it.
 
     Args:
-        own: The directory of this doctor, which beats there and takes it away.
+        own: The directory of this doctor, which must have heartbeats. The caller deletes it.
+
+    Returns:
+        None if no other doctor appeared in time.
     """
-    hello = Hello(meeting=meeting, holder=holder, device=os.stat(writer.root).st_dev)
+    hello = Hello(rendezvous=rendezvous, holder=holder, device=os.stat(writer.root).st_dev)
     writer.write_private(own / "hello", encode(hello))
-    found = _find_peer(writer, own, meeting, timeout)
+    found = _find_peer(writer, own, rendezvous, timeout)
     if found is None:
         return None
     with open_scratch(writer, own) as scratch:
-        return Exchange(writer, scratch, own, *found, hello).run()
+        return Exchange(writer, scratch, own, *found, hello, ExchangeLimits()).run()
 
 
 def _find_peer(
-    writer: VolumeWriter, own: PurePosixPath, meeting: str, timeout: float
+    writer: VolumeWriter, own: PurePosixPath, rendezvous: str, timeout: float
 ) -> tuple[PurePosixPath, Hello] | None:
-    """The one other doctor of this meeting that beats: what lies there may be years old."""
+    """Find the other doctor of this name whose heartbeat changes: directories may be left over from years ago."""
     deadline = time.monotonic() + timeout
     first: dict[str, bytes] = {}
     while True:
@@ -85,18 +91,18 @@ def _find_peer(
             if name == own.name or DIRECTORY.fullmatch(name) is None:
                 continue
             hello = _read_hello(writer, layout.DOCTOR / name)
-            if hello is None or hello.meeting != meeting:
+            if hello is None or hello.rendezvous != rendezvous:
                 continue
-            beat = read_beat(writer, name)
-            if first.setdefault(name, beat) != beat:
+            heartbeat = read_heartbeat(writer, name)
+            if first.setdefault(name, heartbeat) != heartbeat:
                 live[name] = hello
         if live:
-            # A third one finds the first two busy, or makes all of them fail: a meeting is for two.
+            # A rendezvous is for two: a third doctor finds the first two busy, or makes all of them fail.
             name = min(live)
             return layout.DOCTOR / name, live[name]
         if time.monotonic() >= deadline:
             return None
-        time.sleep(_LOOK)
+        time.sleep(_POLL_SECONDS)
 
 
 def _read_hello(writer: VolumeWriter, place: PurePosixPath) -> Hello | None:
@@ -107,4 +113,7 @@ def _read_hello(writer: VolumeWriter, place: PurePosixPath) -> Hello | None:
 
 
 def new_directory() -> PurePosixPath:
+    """
+    Return a new name for the directory of a doctor.
+    """
     return layout.DOCTOR / dated_name()

@@ -1,10 +1,9 @@
 """
-What two doctors on two nodes tell each other, and what they report.
+The messages between two doctors on two nodes, and their reports.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,32 +14,29 @@ from kserve_pvc._format.log_entry import Holder, to_holder
 from kserve_pvc._volume.profile import LockAnswer
 
 MAX_MESSAGE_BYTES = 64 * 1024
-FARTHEST = 1e11  # Seconds since 1970 that a clock may show.
+MAX_TIMESTAMP = 1e11
+
+LockVerdict = Literal["excludes", "not exclusive", "unsupported", "unclear"]
 
 
 class PeerLostError(Exception):
     """
-    The other doctor stopped. Not an error of the caller's.
+    The other doctor stopped. Internal: the report says how far the tests came.
     """
 
 
-def _time(_: object, field: attrs.Attribute[Any], value: object) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or abs(value) > FARTHEST
-    ):
-        raise TypeError(f"`{field.name}` must be a time")
+def _timestamp(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_TIMESTAMP:
+        raise TypeError(f"`{field.name}` must be a timestamp")
 
 
 @attrs.frozen(kw_only=True)
 class Hello:
     """
-    Who waits for whom. `device` tells two mounts of one node apart.
+    The announcement of a doctor that waits for a peer. `device` distinguishes two mounts on one node.
     """
 
-    meeting: str = attrs.field(validator=text)
+    rendezvous: str = attrs.field(validator=text)
     holder: Holder = attrs.field(converter=to_holder)
     device: int = attrs.field(validator=integer)
 
@@ -48,44 +44,50 @@ class Hello:
 @attrs.frozen(kw_only=True)
 class Message:
     """
-    One step of a meeting: when it was written, when the step before was seen from the other side, and a JSON text.
+    One numbered message of an exchange.
+
+    Args:
+        to: The directory name of the receiver.
+        written: When this message was written, by the clock of the sender.
+        seen: When the previous message of the receiver was seen, by the clock of the sender.
+        payload: A JSON object.
     """
 
     to: str = attrs.field(validator=text)
     step: int = attrs.field(validator=integer)
-    written: float = attrs.field(validator=_time)
-    seen: float = attrs.field(validator=_time)
-    answer: str = attrs.field(validator=text)
+    written: float = attrs.field(validator=_timestamp)
+    seen: float = attrs.field(validator=_timestamp)
+    payload: str = attrs.field(validator=text)
 
 
 @attrs.frozen(kw_only=True)
 class Race:
     """
-    What became of names that both nodes made at the same moment.
+    The outcome of names that both nodes created at the same time.
 
     Args:
-        rounds: How many names were made by both.
-        contested: In how many of them the two calls overlapped in time, as far as the clocks can tell.
-        both_won, nobody_won: In how many both, or neither, were told that they made it.
-        supported: False if a node cannot do it at all; then nothing was raced for.
+        rounds: How many names both nodes created.
+        contested: In how many rounds the two calls overlapped in time, as far as the clocks can tell.
+        both_won, neither_won: In how many rounds the call succeeded on both nodes, or on neither.
+        supported: False if a node does not support the call; then there were no rounds.
     """
 
     rounds: int
     contested: int
     both_won: int
-    nobody_won: int
+    neither_won: int
     supported: bool
 
 
 @attrs.frozen(kw_only=True)
 class LockTest:
     """
-    What two nodes were answered that asked for one lock.
+    The results of two nodes that requested the same lock.
 
     Args:
-        held: What the node that asked first was answered, and then held it.
-        second: What the other one was answered meanwhile. `granted` means that the lock excludes nobody.
-        after_release: What it was answered after the first had let go; None if it was never held.
+        held: The result of the first node, which holds the lock if it was granted.
+        second: The result of the second node meanwhile. `granted` means that the lock does not exclude.
+        after_release: The result of the second node after the first had released the lock; None if it was never held.
     """
 
     held: LockAnswer
@@ -93,9 +95,9 @@ class LockTest:
     after_release: LockAnswer | None
 
     @property
-    def verdict(self) -> Literal["excludes", "lies", "unsupported", "unclear"]:
+    def verdict(self) -> LockVerdict:
         if self.held == "granted" and self.second == "granted":
-            return "lies"
+            return "not exclusive"
         if (self.held, self.second, self.after_release) == ("granted", "refused", "granted"):
             return "excludes"
         return "unsupported" if "unsupported" in (self.held, self.second) else "unclear"
@@ -104,21 +106,21 @@ class LockTest:
 @attrs.frozen(kw_only=True)
 class PeerReport:
     """
-    What two nodes found out about each other through the volume. Times are seconds; None means never within the test.
+    What two nodes found out about each other through the volume. Times are in seconds; None means not within the test.
 
     Args:
         name: The other process.
-        same_node, same_mount: The other process shares this kernel, and this very mount: then nothing is known about
-            others.
-        clock_ahead: How far its clock is ahead of this one, give or take `clock_error`.
-        listed_after: A new name is in a listing.
-        found_after: A new name that was looked for too early is found.
-        replaced_after: A file that was replaced is opened with its new content.
-        deleted_after, gone_after: A deleted file can no longer be opened; `stat` says so too.
-        beat_after: The longest wait for a beat that is written every half second.
-        races: By what the nodes raced for.
+        same_node, same_mount: Whether the other process shares this kernel, and this very mount. Then the results say
+            nothing about other nodes.
+        clock_ahead: How far its clock is ahead of this one, plus or minus `clock_error`.
+        listed_after: Until a new name appeared in a listing.
+        found_after: Until a new name was found that had been looked up before it existed.
+        replaced_after: Until opening a replaced file returned the new content.
+        deleted_after, gone_after: Until a deleted file could not be opened, and until `stat` failed.
+        heartbeat_after: The longest wait for a heartbeat that is written every half second.
+        races: By the call that the nodes raced with.
         locks: By kind of lock, one test for each node that holds it first.
-        step: How far the two came; `done` if to the end.
+        step: The last step that was started; `done` if all were completed.
     """
 
     name: str
@@ -131,7 +133,7 @@ class PeerReport:
     replaced_after: float | None = None
     deleted_after: float | None = None
     gone_after: float | None = None
-    beat_after: float | None = None
+    heartbeat_after: float | None = None
     races: Mapping[str, Race] = attrs.field(factory=dict)
     locks: Mapping[str, Sequence[LockTest]] = attrs.field(factory=dict)
     step: str = "hello"
@@ -139,3 +141,10 @@ class PeerReport:
     @property
     def is_done(self) -> bool:
         return self.step == "done"
+
+    @property
+    def has_compared_names(self) -> bool:
+        """
+        Whether the step was completed that measures when changes of the other node are seen.
+        """
+        return self.step not in ("hello", "clocks", "names")

@@ -1,27 +1,138 @@
 """
-Taking over bytes that another writer left, once they prove themselves.
+Taking over bytes that another writer left on the volume, once they prove themselves.
+
+The files of other writers are read and never written to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
+from typing import Literal
 
 import attrs
 
-from kserve_pvc._format.records import PartNote
+from kserve_pvc._download.destination import Destination, Observer, Writing
+from kserve_pvc._download.hashes import CRC32, hash_range
+from kserve_pvc._download.schedule import Progress
+from kserve_pvc._format.records import FileEntry, PartNote
+from kserve_pvc._source.contract import RemoteFile
 
 
 @attrs.frozen(kw_only=True)
 class Donor:
     """
-    A file that somebody else wrote and that may hold the bytes we want.
+    A file that another process wrote and that may hold the bytes we want.
 
     `notes` says what of it is proven by which digest. A note of a whole file also says that its writer has closed it
-    for good, so that its inode may be shared: `link` gives it a second name in our generation, or says that it cannot.
+    for good, so that its inode may be shared: `link` gives it a second name in our generation, or returns False.
     """
 
     notes: tuple[PartNote, ...]
     open_file: Callable[[], AbstractContextManager[int]]
     link: Callable[[PurePosixPath], bool]
+
+
+class Adoption:
+    """
+    What one transfer takes over. A donor that cannot be used is passed over: its bytes are fetched.
+
+    Args:
+        check: Called before each read; ends what is done by raising.
+    """
+
+    def __init__(
+        self,
+        donors: Mapping[PurePosixPath, Sequence[Donor]],
+        destination: Destination,
+        observer: Observer,
+        *,
+        digest: Literal["sha256", "none"],
+        check: Callable[[], None],
+    ) -> None:
+        self._donors = donors
+        self._destination = destination
+        self._observer = observer
+        self._digest = digest
+        self._check = check
+
+    def share(self, file: RemoteFile, buffer: memoryview) -> FileEntry | None:
+        """
+        Give a whole file of another generation a second name instead of fetching it, if it proves itself.
+        """
+        if self._digest == "none":
+            return None
+        for donor, note in self._offers(file):
+            is_whole = note.sha256 is not None and (note.start, note.stop) == (0, file.entry.size_bytes)
+            if not is_whole or file.entry.sha256 not in (None, note.sha256):
+                continue
+            try:
+                if not self._is_as_noted(donor, note, buffer) or not donor.link(file.entry.path):
+                    continue
+            except (OSError, ValueError):
+                continue  # Collected, lost, replaced, or not readable.
+            self._observer.adopted(note.stop)
+            self._destination.note(note.path, note.token, 0, note.stop, note.sha256, None)
+            return file.entry.with_digests(note.sha256, None)
+        return None
+
+    def _is_as_noted(self, donor: Donor, note: PartNote, buffer: memoryview) -> bool:
+        with donor.open_file() as fd:
+            if os.fstat(fd).st_size != note.stop:
+                return False
+            digest = hashlib.sha256()
+            is_long_enough = hash_range(fd, 0, note.stop, buffer, digest.update, self._check)
+            return is_long_enough and digest.hexdigest() == note.sha256
+
+    def adopt(self, writing: Writing, progress: Progress, buffer: memoryview) -> None:
+        """
+        Copy what others have of a file, as far as it proves itself, into the file that is being written.
+
+        Args:
+            progress: Learns of what was copied; its gaps are left to be fetched.
+        """
+        offers = list(self._offers(writing.file))
+        # Beginnings first, each from where the one before ended; then what lies further on.
+        for donor, note in sorted(offers, key=lambda offer: (offer[1].sha256 is None, offer[1].start, offer[1].stop)):
+            is_front = note.sha256 is not None and writing.hashes.sha256 is not None
+            start = progress.hashed if is_front else note.start
+            is_provable = is_front or note.crc32 is not None or self._digest == "none"
+            if not is_provable or note.stop <= start or not progress.lacks(start, note.stop):
+                continue
+            try:
+                with donor.open_file() as source:
+                    if not self._take_over(writing, source, note, start, buffer, is_front=is_front):
+                        continue
+            except (OSError, ValueError):
+                continue
+            writing.is_adopted = True
+            progress.add(start, note.stop, is_front=is_front)
+            self._observer.adopted(note.stop - start)
+
+    def _offers(self, file: RemoteFile) -> Iterator[tuple[Donor, PartNote]]:
+        # Without a token there is no evidence that the source still means the same bytes.
+        for donor in self._donors.get(file.entry.path, ()) if file.entry.token else ():
+            for note in donor.notes:
+                if note.token == file.entry.token and note.stop <= file.entry.size_bytes:
+                    yield donor, note
+
+    def _take_over(
+        self, writing: Writing, source: int, note: PartNote, start: int, buffer: memoryview, *, is_front: bool
+    ) -> bool:
+        """Copy the range of a note and check the copy. False: it does not prove itself."""
+        if not self._destination.copy(source, writing.fd, start, note.stop):
+            return False
+        if is_front:
+            hashes = writing.hashes.copy()
+            is_there = hash_range(writing.fd, start, note.stop, buffer, hashes.update, self._check)
+            if not is_there or hashes.so_far() != note.sha256:
+                return False
+            writing.hashes = hashes
+        elif note.crc32 is not None:
+            crc = CRC32()
+            is_there = hash_range(writing.fd, start, note.stop, buffer, crc.update, self._check)
+            return is_there and crc.value == note.crc32
+        return True

@@ -16,9 +16,9 @@ from kserve_pvc._download.destination import Destination
 from kserve_pvc._download.journal import Journal
 from kserve_pvc._download.publication import Written
 from kserve_pvc._download.reuse import Found, find_donors, shared_bytes
-from kserve_pvc._download.streams import Tuning
 from kserve_pvc._download.tally import Tally
 from kserve_pvc._download.transfer import Transfer
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import FileEntry, Manifest, encode
 from kserve_pvc._show.events import TransferStarted

@@ -4,13 +4,17 @@ Where a transfer writes, and who observes it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Protocol
 
 import attrs
 
+from kserve_pvc._download.hashes import Hashes
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RemoteFile
 from kserve_pvc.errors import StoreError
 
 
@@ -20,7 +24,7 @@ class Destination:
     Where a generation is written.
 
     `create` opens a new file, `allocate` reserves room for it, `write` puts bytes at an offset, `copy` puts those of
-    another file there (from, to, start, stop), `finish` makes the file immutable and closed, and durable if asked,
+    another file there (from, to, start, stop), `finish` makes the file immutable and closed, and durable if requested,
     `note` appends to the journal the fields of a `PartNote`, `failure` says what an error of the volume means.
     """
 
@@ -33,9 +37,52 @@ class Destination:
     failure: Callable[[str, PurePosixPath, OSError], Exception]
 
 
+@attrs.define(eq=False)
+class Writing:
+    """
+    A file that is open at the destination. `is_adopted`: some of its bytes were taken over from another file.
+    """
+
+    destination: Destination
+    file: RemoteFile
+    fd: int
+    hashes: Hashes
+    is_adopted: bool = False
+
+    def note(self, start: int, stop: int, crc32: int | None, *, is_front: bool) -> None:
+        """
+        Make a range durable and note it: by its own checksum, or by the digest of all up to its end at the front.
+        """
+        os.fdatasync(self.fd)
+        path, token = self.file.entry.path, str(self.file.entry.token)
+        if is_front and self.hashes.sha256 is not None:
+            self.destination.note(path, token, 0, stop, self.hashes.so_far(), None)
+        else:
+            self.destination.note(path, token, start, stop, None, crc32)
+
+    def finish(self, promised: str | None, *, is_durable: bool) -> FileEntry:
+        """
+        Close the complete file, make it immutable, and note it.
+
+        Args:
+            promised: The digest by the source that it was found to have.
+        """
+        entry, sha256 = self.file.entry, self.hashes.so_far()
+        self.destination.finish(self.fd, entry.path, is_durable)
+        self.destination.note(entry.path, str(entry.token), 0, entry.size_bytes, sha256, None)
+        return entry.with_digests(sha256, promised)
+
+    def abandon(self) -> None:
+        """
+        Close a file that is not going to be complete.
+        """
+        with suppress(OSError):
+            os.close(self.fd)
+
+
 class Observer(Protocol):
     """
-    Hears of every byte, and ends the transfer by raising from `check`.
+    Is notified of every byte, and ends the transfer by raising from `check`.
     """
 
     def check(self) -> None: ...
@@ -53,7 +100,9 @@ class TransferCancelledError(Exception):
 
 @contextmanager
 def naming_errors(destination: Destination, path: PurePosixPath) -> Iterator[None]:
-    """Errors of the volume, in its words."""
+    """
+    Translate errors of the volume to those of the store.
+    """
     try:
         yield
     except StoreError:

@@ -17,11 +17,11 @@ import attrs
 from kserve_pvc._download import protocol
 from kserve_pvc._download.cancellation import PATIENCE_SECONDS, Cancellation, run_detachable
 from kserve_pvc._download.publication import Publication, Written
-from kserve_pvc._download.streams import Tuning
 from kserve_pvc._download.tally import StoppedError, Tally
+from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Claim, Holder, LogEntry, StoreSettings
-from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heart, take_claim
+from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heartbeat, take_claim
 from kserve_pvc._keys.log import LogView, read_log_of
 from kserve_pvc._show.events import ClaimLost, ClaimTakenOver, Listener, LockerUnavailable, Subject
 from kserve_pvc._source.contract import Backend, Resolved
@@ -36,7 +36,7 @@ from kserve_pvc.errors import (
     UnsafePathError,
     VolumeError,
 )
-from kserve_pvc.locks.choice import outside_lock
+from kserve_pvc.locks.choice import external_lock
 from kserve_pvc.locks.lease import LeaseLostError
 
 if TYPE_CHECKING:
@@ -109,13 +109,10 @@ class Download:
         self._holder = holder
         self._cancellation = cancellation
         self._request = request
-        self._resolved = request.resolved
         self._tuning = tuning
-        self._rules = protocol.Rules(
-            lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=settings.locker != "lease"
-        )
+        self._rules = _rules(settings, timeout)
         open_file = partial(writer.open_shared, layout.lock_file(self._key))
-        self._lock = outside_lock(settings, self._key, holder=holder.pod, open_file=open_file)
+        self._lock = external_lock(settings, self._key, holder=holder.pod, open_file=open_file)
         self._view = LogView()
         self._sign: Sign | None = None
         self._claim: Claim | None = None
@@ -216,7 +213,7 @@ class Download:
             return protocol.Claimed(now=time.monotonic(), won=False)
         if self._sign is not None and not self._sign.is_released:
             self._tally.tell(ClaimTakenOver(**self._tally.subject, holder=self._sign.holder, reason=reason))
-        self._tally.heart = start_heart(
+        self._tally.heart = start_heartbeat(
             self._writer,
             layout.claim_dir(self._key, epoch),
             lease_seconds=self._settings.lease_seconds,
@@ -275,7 +272,8 @@ class Download:
             self._cancellation.check()
             raise
         finally:
-            self._resolved = attempt.resolved
+            # Another attempt need not list the source again.
+            self._request = attrs.evolve(self._request, resolved=attempt.resolved)
 
     def _attempt(self, generation: str) -> Attempt:
         # Of eight processes that call at once, seven only wait.
@@ -286,7 +284,7 @@ class Download:
             self._ref,
             self._make_backend(),
             generation=generation,
-            resolved=self._resolved,
+            resolved=self._request.resolved,
             activity=self._request.activity,
             reuses_complete=not self._request.after_seq,
             tuning=self._tuning,
@@ -305,3 +303,8 @@ class Download:
             return protocol.Published(won=False)
         self._view = view
         return protocol.Published(won=True)
+
+
+def _rules(settings: StoreSettings, timeout: float) -> protocol.Rules:
+    lock_decides = settings.locker != "lease"
+    return protocol.Rules(lease_seconds=settings.lease_seconds, timeout=timeout, lock_decides=lock_decides)

@@ -21,14 +21,17 @@ _GATHERED_BYTES = 8 * 1024 * 1024
 
 class Journal:
     """
-    The notes of one attempt, each a line with its own checksum; several workers note, one file is written.
+    The notes of one attempt, each a line with its own checksum. Several threads may note at the same time.
     """
 
     def __init__(self, writer: VolumeWriter, generation: str, part_bytes: int) -> None:
         self._guard = threading.Lock()
         self._part_bytes = part_bytes
         self._notes: list[tuple[PurePosixPath, str, int, int, str | None, int | None]] = []
-        self._unwritten = self._unsynced = self._offset = 0
+        self._fronts: dict[PurePosixPath, int] = {}
+        self._unwritten = 0
+        self._unsynced = 0
+        self._offset = 0
         self._writer = writer
         self._is_closed = False
         self._place = layout.journal_file(generation)
@@ -38,7 +41,7 @@ class Journal:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # A download that is over has no heir; one that failed has. Notes are hints: one that is lost costs a fetch.
+        # Only a failed download is resumed. Notes are hints: a lost one costs a fetch.
         with self._guard:
             self._is_closed = True
             with suppress(OSError, StoreError):
@@ -59,16 +62,24 @@ class Journal:
         self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None
     ) -> None:
         """
-        Write down what is on the volume, as in `PartNote`. A lost note costs a fetch and never a lie.
+        Note what is on the volume, with the fields of a `PartNote`.
 
-        Notes of small files are gathered until together they speak of a part, or of a range long enough to matter:
-        many a download is over before that.
+        Notes of small files are gathered until together they cover a part: many downloads are complete before that.
         """
         with self._guard:
             self._notes.append((path, token, start, stop, sha256, crc32))
-            self._unwritten += stop - start
-            if self._unwritten >= self._part_bytes or stop - start >= _GATHERED_BYTES:
+            covered = self._newly_covered(path, start, stop, is_running=sha256 is not None)
+            self._unwritten += covered
+            if self._unwritten >= self._part_bytes or covered >= _GATHERED_BYTES:
                 self._write()
+
+    def _newly_covered(self, path: PurePosixPath, start: int, stop: int, *, is_running: bool) -> int:
+        """Count bytes once: a running digest covers those of the note before it too."""
+        if not is_running or stop < _GATHERED_BYTES:
+            return stop - start
+        before = self._fronts.get(path, 0)
+        self._fronts[path] = stop
+        return max(0, stop - before)  # A file that is fetched once more has smaller notes again.
 
     def _write(self) -> None:
         data = b"".join(

@@ -1,24 +1,26 @@
 """
-Reading a range patiently: stalls, retries and pauses.
+Reading from a source patiently: stalls, retries and pauses.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-from kserve_pvc._source.contract import RangeReader
-from kserve_pvc._source.retry import delays
+from kserve_pvc._download.streams import StreamLimit
+from kserve_pvc._download.tuning import Tuning
+from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, SupportsEvidence
+from kserve_pvc.errors import SourceUnavailableError, StoreError
 
-# A stream that brings less than this in the time of a stall is as good as silent.
-TRICKLE_BYTES = 16 * 1024
+_POLL_SECONDS = 0.5
 
 
 class OpenedRange:
     """
-    A range that was asked for before anybody reads it, as a context manager around its reader. It is closed once.
+    A range that was requested before it is read, as a context manager around its reader. It is closed once.
     """
 
     def __init__(self, context: AbstractContextManager[RangeReader]) -> None:
@@ -41,14 +43,16 @@ class Tries:
     How often and how long something is tried that makes no progress.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._pauses = delays(random.random())
-        self._last = 0.2
+    def __init__(self, tuning: Tuning) -> None:
+        self._deadline = time.monotonic() + tuning.retry_seconds
+        self._pauses = tuning.pauses(random.random())
+        self._last = tuning.retry_first_seconds
 
     def next_delay(self, retry_after: float | None) -> float | None:
         """
-        Seconds until the next try, or None after the last. A source that is busy may be for long: only time limits it.
+        Return the seconds until the next try, or None after the last.
+
+        A source that is busy may be so for long: only time limits it.
         """
         delay = next(self._pauses, None if retry_after is None else min(self._last * 2, 10.0))
         if delay is None:
@@ -56,3 +60,156 @@ class Tries:
         self._last = delay
         delay = max(delay, retry_after or 0.0)
         return None if time.monotonic() + delay > self._deadline else delay
+
+
+class PatientReader:
+    """
+    Reads from one source for all streams of a transfer; a source that is busy for one of them is so for all.
+
+    `received` counts bytes and `waited` the seconds that all streams together waited for them. They are for the number
+    of streams only, so an addition that is lost between threads does not matter.
+
+    Args:
+        limit: Is notified when the source refuses, or stalls.
+        check: Called before each read and during pauses; ends them by raising.
+        wait: Waits for at most so many seconds; may return at once when `check` is going to raise.
+        retried: Is notified of the reason and the length of each pause.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        uri: str,
+        tuning: Tuning,
+        *,
+        limit: StreamLimit,
+        check: Callable[[], None],
+        wait: Callable[[float], object],
+        retried: Callable[[str, float], None],
+    ) -> None:
+        self._backend = backend
+        self._uri = uri
+        self._tuning = tuning
+        self._limit = limit
+        self._check = check
+        self._wait = wait
+        self._retried = retried
+        self._evidence: Callable[[RemoteFile], str | None] = (
+            backend.evidence if isinstance(backend, SupportsEvidence) else lambda file: file.digest
+        )
+        self._busy_until = 0.0
+        self.received = 0
+        self.waited = 0.0
+
+    def pieces(
+        self,
+        file: RemoteFile,
+        start: int,
+        stop: int,
+        buffer: memoryview,
+        opened: OpenedRange | None = None,
+        streams: int = 1,
+    ) -> Iterator[memoryview]:
+        """
+        Yield the bytes of a range in order; after a failure continue with the byte after the last one.
+
+        Args:
+            buffer: What the pieces are received into, one after the other.
+            opened: The range, if it was requested before.
+            streams: How many streams wait when this one does.
+        """
+        tries = Tries(self._tuning)
+        while start < stop:
+            self._wait_until_welcome()
+            began, now = start, time.monotonic()
+            try:
+                opened_range, opened = opened or self._backend.open_range(file, start, stop), None
+                with opened_range as reader:
+                    for piece in self._receive(reader, file, (start, stop), buffer, now, streams):
+                        start += len(piece)
+                        yield piece
+            except SourceUnavailableError as error:
+                if start - began >= self._tuning.trickle_bytes:
+                    tries = Tries(self._tuning)  # The source is well, so the count starts anew.
+                self._pause(error, tries)
+
+    def _receive(
+        self,
+        reader: RangeReader,
+        file: RemoteFile,
+        span: tuple[int, int],
+        buffer: memoryview,
+        since: float,
+        streams: int,
+    ) -> Iterator[memoryview]:
+        """Yield what one response brings, as long as it is more than a trickle."""
+        start, stop = span
+        began = start
+        while start < stop:
+            self._check()
+            before, worked = time.monotonic(), getattr(reader, "worked", 0.0)
+            count = reader.readinto(buffer[: min(len(buffer), stop - start)])
+            now = time.monotonic()
+            # A reader that decrypts does not wait: more streams would only take turns with it.
+            self.waited += (now - before - getattr(reader, "worked", 0.0) + worked) * streams
+            if count == 0:
+                reason = f"the response for `{file.entry.path}` ended {stop - start} bytes early"
+                raise SourceUnavailableError(self._uri, reason)
+            if count is not None:
+                start += count
+                self.received += count
+                yield buffer[:count]
+            if now - since > self._tuning.stall_seconds:
+                if start - began < self._tuning.trickle_bytes and start < stop:
+                    self._limit.congested(now, 0.0)
+                    reason = f"only {start - began} bytes of `{file.entry.path}` came in {now - since:.3g} s"
+                    raise SourceUnavailableError(self._uri, reason)
+                began, since = start, now
+
+    def open_ahead(self, file: RemoteFile) -> OpenedRange | None:
+        """
+        Request a whole file before its turn.
+
+        Returns:
+            None if that fails, as it will then be requested again, or if there is nothing to request.
+        """
+        if not file.entry.size_bytes or self._busy_until > time.monotonic():
+            return None
+        try:
+            return OpenedRange(self._backend.open_range(file, 0, file.entry.size_bytes))
+        except StoreError:
+            return None
+
+    def evidence(self, file: RemoteFile) -> str | None:
+        """
+        Request the digest of a file, as patiently as its bytes.
+        """
+        tries = Tries(self._tuning)
+        while True:
+            self._wait_until_welcome()
+            try:
+                return self._evidence(file)
+            except SourceUnavailableError as error:
+                self._pause(error, tries)
+
+    def _pause(self, error: SourceUnavailableError, tries: Tries) -> None:
+        delay = None if error.is_final else tries.next_delay(error.retry_after)
+        if delay is None:
+            raise error
+        if error.retry_after is not None:
+            self._limit.congested(time.monotonic(), delay)
+        if error.retry_after:
+            # The source said when to come back, which is meant for every stream.
+            self._busy_until = max(self._busy_until, time.monotonic() + error.retry_after)
+        self._retried(str(error), delay)
+        self._sleep(delay)
+
+    def _wait_until_welcome(self) -> None:
+        while (seconds := self._busy_until - time.monotonic()) > 0:
+            self._sleep(seconds)
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self._check()
+            self._wait(min(left, _POLL_SECONDS))

@@ -1,5 +1,5 @@
 """
-What `ensure` would do, worked out without doing it.
+What `ensure` would do.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Plan:
     What `ensure` would do. Sizes are bytes; `seconds` is an estimate at the rate last measured, or None without one.
 
     Args:
-        bytes_reusable: What is on the volume already and will be taken over once it has proved itself.
-        bytes_shared: How much of that are whole files, which get a second name where the volume has hard links, and
-            take no room.
+        bytes_reusable: What is on the volume already and will be taken over if it proves itself.
+        bytes_shared: How much of that is in complete files, which get a second name where the volume has hard links,
+            and take no space.
     """
 
     uri: str
@@ -41,6 +41,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether there is enough free space."""
         return self.bytes_to_fetch + self.bytes_reusable - self.bytes_shared <= self.free_bytes
 
     def _repr_html_(self) -> str:
@@ -51,7 +52,7 @@ class Plan:
 
 def plan_nothing(volume: Volume, ref: ModelRef, entry: LogEntry) -> Plan:
     """
-    Plan for a model that is present as it is wanted.
+    Plan for a model that is present as requested.
     """
     return Plan(
         uri=ref.uri,
@@ -71,11 +72,11 @@ def plan_download(
     volume: Volume, ref: ModelRef, resolved: Resolved, *, shares: bool, newest_keys: Iterable[str]
 ) -> Plan:
     """
-    Plan for what the source holds, less what dead writers left of it.
+    Plan for what the source holds, without what is on the volume already.
 
     Args:
-        shares: Whether complete files get a second name. Without digests nothing proves itself, and nothing does.
-        newest_keys: The models of the store, newest first, whose downloads tell the rate.
+        shares: Whether complete files get a second name, which needs digests.
+        newest_keys: The models of the store, newest first. Their last heartbeats tell the rate.
     """
     donors = find_donors(volume, resolved.ref)
     reusable = reusable_bytes(donors, resolved)
@@ -98,7 +99,7 @@ def plan_download(
 
 
 def _measured_rate(volume: Volume, newest_keys: Iterable[str]) -> int:
-    """Bytes per second of the newest download whose last beat is still there; 0 if there is none."""
+    """Return the bytes per second of the newest download whose last heartbeat is still there, or 0."""
     from kserve_pvc._keys.claims import read_claim  # An empty store has no claims to read.
 
     signs = (read_claim(volume, key) for key in newest_keys)

@@ -1,11 +1,11 @@
 """
 The download protocol as a pure state machine: who may fetch, who waits, who takes over, and when a call is over.
 
-`step(state, event)` returns the next state and what to do now; the caller does it and comes back with what happened.
-Nothing here reads a clock, a disk or a network, so production and tests run the same decisions.
+`step(state, event)` returns the next state and what to do now; the caller does it and reports what happened. Nothing
+here reads a clock, a disk or a network, so production and tests run the same decisions.
 
-Safety never depends on this machine. Whoever fetches writes into a generation directory of its own, and only the
-numbered log decides which generation exists. The machine saves work: it keeps everybody but one from fetching.
+Safety never depends on this machine. Each process that fetches writes into a generation directory of its own, and only
+the numbered log decides which generation exists. The machine saves work: it keeps all processes but one from fetching.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _SHORTEST_PAUSE = 0.05
 @attrs.frozen(kw_only=True)
 class Rules:
     """
-    What one call and its store lay down.
+    The settings of one call and its store.
 
-    `timeout` is how many seconds to wait for another downloader. With `lock_decides` an outside lock says who is
+    `timeout` is how many seconds to wait for another downloader. With `lock_decides` an external lock decides who is
     next; without, the claim is the lock, and it is dead once unchanged for `lease_seconds` on the observer's clock.
     """
 
@@ -38,7 +38,7 @@ class ClaimSeen:
     """
     The current claim as the volume shows it.
 
-    `sign_of_life` is compared, never interpreted. `released` means that its holder said goodbye, `dead` that its
+    `sign_of_life` is compared, never interpreted. `released` means that its holder has released it, `dead` that its
     process provably no longer exists.
     """
 
@@ -50,7 +50,9 @@ class ClaimSeen:
 
 @attrs.frozen(kw_only=True)
 class Looked:
-    """The log and the claims were read. `present` means that the newest record satisfies this call."""
+    """
+    The log and the claims were read. `present` means that the newest record satisfies this call.
+    """
 
     now: float
     present: bool
@@ -60,7 +62,9 @@ class Looked:
 
 @attrs.frozen(kw_only=True)
 class Locked:
-    """`granted` is None where no lock is to be had."""
+    """
+    The external lock was tried. `granted` is None where it is unavailable.
+    """
 
     now: float
     granted: bool | None
@@ -68,33 +72,49 @@ class Locked:
 
 @attrs.frozen(kw_only=True)
 class Claimed:
+    """
+    The claim was tried.
+    """
+
     now: float
     won: bool
 
 
 @attrs.frozen(kw_only=True)
 class Fetched:
-    pass
+    """
+    The generation is complete.
+    """
 
 
 @attrs.frozen(kw_only=True)
 class ClaimLost:
-    """This process was paused or cut off for too long, or somebody claimed a higher number."""
+    """
+    This process was paused or cut off for too long, or another one made a claim with a higher number.
+    """
 
 
 @attrs.frozen(kw_only=True)
 class Spoiled:
-    """The volume failed an operation on this generation; a new one may do better."""
+    """
+    The volume failed an operation on this generation; a new one may succeed.
+    """
 
 
 @attrs.frozen(kw_only=True)
 class Published:
+    """
+    The commit was tried.
+    """
+
     won: bool
 
 
 @attrs.frozen(kw_only=True)
 class Paused:
-    pass
+    """
+    The pause is over.
+    """
 
 
 Event = Looked | Locked | Claimed | Fetched | ClaimLost | Spoiled | Published | Paused
@@ -102,17 +122,23 @@ Event = Looked | Locked | Claimed | Fetched | ClaimLost | Spoiled | Published | 
 
 @attrs.frozen(kw_only=True)
 class Look:
-    pass
+    """
+    Read the log and the claims.
+    """
 
 
 @attrs.frozen(kw_only=True)
 class TryLock:
-    pass
+    """
+    Try the external lock, without waiting.
+    """
 
 
 @attrs.frozen(kw_only=True)
 class MakeClaim:
-    """Create the claim `epoch` exclusively. `reason` says why the one before it no longer counts."""
+    """
+    Create the claim `epoch` exclusively. `reason` says why the one before it no longer counts.
+    """
 
     epoch: int
     reason: str
@@ -120,34 +146,52 @@ class MakeClaim:
 
 @attrs.frozen(kw_only=True)
 class Fetch:
-    """Fetch into a generation of its own."""
+    """
+    Fetch into a new generation.
+    """
 
 
 @attrs.frozen(kw_only=True)
 class Publish:
-    """Append a commit right after record `after_seq`, or learn that somebody else was first."""
+    """
+    Append a commit right after record `after_seq`, unless another process was first.
+    """
 
     after_seq: int
 
 
 @attrs.frozen(kw_only=True)
 class Pause:
+    """
+    Wait before looking again.
+    """
+
     seconds: float
 
 
 @attrs.frozen(kw_only=True)
 class Release:
-    """Say goodbye on the claim, and give the outside lock back."""
+    """
+    Mark the claim as released, and release the external lock.
+    """
 
 
 @attrs.frozen(kw_only=True)
 class Return:
+    """
+    End the call: the model is there.
+    """
+
     status: Literal["present", "downloaded", "waited"]
 
 
 @attrs.frozen(kw_only=True)
 class GiveUp:
-    """`timeout`: somebody else is still downloading. `volume`: every attempt was spoiled."""
+    """
+    End the call without the model.
+
+    `timeout`: another process is still downloading. `volume`: every attempt was spoiled.
+    """
 
     reason: Literal["timeout", "volume"]
     waited: float = 0.0
@@ -160,7 +204,7 @@ Action = Look | TryLock | MakeClaim | Fetch | Publish | Pause | Release | Return
 @attrs.frozen(kw_only=True)
 class State:
     """
-    Where one call stands. `looked` is when the claim was last read and `idle_since` when its sign of life last changed,
+    The state of one call. `looked` is when the claim was last read and `idle_since` when its sign of life last changed,
     both on the caller's monotonic clock.
     """
 
@@ -176,6 +220,9 @@ class State:
     spoiled: int = 0
 
     def waited_for(self, now: float) -> float:
+        """
+        Return the seconds since the call began to wait.
+        """
         return 0.0 if self.started is None else now - self.started
 
 
@@ -245,17 +292,17 @@ def _why_locked_is_free(state: State, granted: bool | None) -> str | None:
     is_free = claim is None or claim.released or claim.dead
     if granted and is_free:
         return "its lock is free"
-    # Where locks do nothing every try is granted. A holder that beats is alive all the same, and beats six times a
-    # lease. And a lock may stay with one who has let go of the claim, or was made to.
+    # Where locks do nothing every try is granted. A holder with a heartbeat is alive all the same, and there are six of
+    # them in a lease. And a lock may stay with a process that has released the claim, or has lost it.
     is_silent = state.looked - state.idle_since >= state.rules.lease_seconds / 3
     if is_silent and claim is not None and (granted or is_free):
         return "its lock is free" if granted else _why_free(state, state.looked)
-    # A lock says who is next among those who live. Who holds it and shows no sign of life is not waited for.
+    # A lock decides who is next among live processes. A holder without a sign of life is not waited for.
     return _why_dead(state, state.looked)
 
 
 def _rechecked(state: State, event: Looked) -> Step:
-    # Creating the claim has refreshed this node's view of the directory: what is true now was hidden a moment ago.
+    # Creating the claim has refreshed this node's view of the directory: the log may show more than before.
     if event.present:
         return attrs.evolve(state, phase="looking"), (Release(), Return(status="waited"))
     if event.claim is not None and event.claim.epoch > state.epoch:
@@ -267,7 +314,8 @@ def _observe(state: State, event: Looked) -> State:
     started = event.now if state.started is None else state.started
     if state.started is None or _signature(event.claim) != _signature(state.claim):
         return attrs.evolve(state, started=started, claim=event.claim, idle_since=event.now, looked=event.now)
-    return attrs.evolve(state, started=started, looked=event.now)
+    # Whether its process is dead is not part of the signature.
+    return attrs.evolve(state, started=started, claim=event.claim, looked=event.now)
 
 
 def _signature(claim: ClaimSeen | None) -> tuple[int, bytes] | None:
@@ -277,9 +325,9 @@ def _signature(claim: ClaimSeen | None) -> tuple[int, bytes] | None:
 def _why_free(state: State, now: float) -> str | None:
     claim = state.claim
     if claim is None:
-        return "nobody has claimed it"
+        return "it is unclaimed"
     if claim.released:
-        return "its holder has let go"
+        return "its holder has released it"
     if claim.dead:
         return "its process no longer exists"
     return _why_dead(state, now)
@@ -302,6 +350,6 @@ def _wait(state: State, now: float) -> Step:
         idle = 0.0 if state.claim is None else now - state.idle_since
         return state, (GiveUp(reason="timeout", waited=waited, idle=idle),)
     # A twentieth of the time waited so far: the last waiter is ready within 5 % of the download it waited for. Not less
-    # than a twentieth of a second: looking takes the processor from a downloader on the same node.
+    # than a twentieth of a second: looking takes processor time from a downloader on the same node.
     pause = min(max(_SHORTEST_PAUSE, waited / 20), _LONGEST_PAUSE, state.rules.lease_seconds / 4)
     return attrs.evolve(state, waited=True), (Pause(seconds=min(pause, max(state.rules.timeout - waited, 0.001))),)

@@ -1,7 +1,7 @@
 """
-What this volume has already of a model that is wanted: complete files of other generations, and what dead writers left.
+What this volume holds already of a requested model: complete files of other generations, and what dead writers left.
 
-Nothing of it is believed. A token chooses, and a digest proves when it is taken over.
+Nothing of it is trusted. A token selects it, and a digest proves it when it is taken over.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_JOURNAL_BYTES = 64 * 1024 * 1024
 @attrs.frozen
 class Found:
     """
-    A file of another generation and what is known to be right in it.
+    A file of another generation, and the notes about its content.
     """
 
     volume: Volume
@@ -42,6 +42,9 @@ class Found:
     notes: tuple[PartNote, ...]
 
     def donor(self, tree: Tree) -> Donor:
+        """
+        Offer the file to a transfer that writes into a tree.
+        """
         from kserve_pvc._download.adoption import Donor
 
         return Donor(
@@ -51,6 +54,9 @@ class Found:
         )
 
     def has_all(self, file: RemoteFile) -> bool:
+        """
+        Whether a note covers all of a file at the source.
+        """
         return any(
             n.sha256 is not None and n.token == file.entry.token and n.stop == file.entry.size_bytes for n in self.notes
         )
@@ -60,10 +66,12 @@ def find_donors(
     volume: Volume, ref: ModelRef, *, own: str = "", with_complete: bool = True
 ) -> Mapping[PurePosixPath, Sequence[Found]]:
     """
-    Files that may already hold what is wanted: complete ones of the same source first, then what dead writers left,
-    the newest attempt first. Nothing here is believed: tokens choose, digests prove.
+    Find files that may already hold what is requested: complete ones of the same source first, then what dead writers
+    left, the newest attempt first.
 
-    Whoever insists on a download does so because of doubts about what is there: then nothing complete is offered.
+    Args:
+        own: The generation that is being written.
+        with_complete: False for a download that is forced, as its caller doubts what is there.
     """
     donors: dict[PurePosixPath, list[Found]] = defaultdict(list)
     for key in volume.list_names(layout.KEYS) if with_complete else ():
@@ -89,17 +97,17 @@ def find_donors(
 
 def shared_bytes(donors: Mapping[PurePosixPath, Sequence[Found]], resolved: Resolved) -> int:
     """
-    How many bytes of a model are in whole files that others have, so that a hard link does for them.
+    Return how many bytes of a model are in complete files of other generations, so that hard links are enough.
     """
     return sum(f.entry.size_bytes for f in resolved.files if any(d.has_all(f) for d in donors.get(f.entry.path, ())))
 
 
 def reusable_bytes(donors: Mapping[PurePosixPath, Sequence[Found]], resolved: Resolved) -> int:
     """
-    How many bytes of a model need not be fetched, if all that others have of it proves itself.
+    Return how many bytes of a model need not be fetched, if all that is offered proves itself.
     """
     if not donors:
-        return 0  # What is usual, and a model may have many files.
+        return 0  # The usual case, and a model may have many files.
     total = 0
     for file in resolved.files:
         notes = [note for found in donors.get(file.entry.path, ()) for note in found.notes]
@@ -118,8 +126,7 @@ def _read_journal(volume: Volume, generation: str) -> dict[PurePosixPath, list[P
     notes: dict[PurePosixPath, list[PartNote]] = defaultdict(list)
     with suppress(StoreFormatError, VolumeError):
         for line in (volume.read(place, _MAX_JOURNAL_BYTES) or b"").splitlines():
-            # The first line that does not check out is the torn end of a killed writer, or forged: nothing after it
-            # counts.
+            # The first line that is invalid is the torn end of a killed writer, or forged: nothing after it counts.
             note = decode(PartNote, line, str(place))
             notes[note.path].append(note)
     return notes

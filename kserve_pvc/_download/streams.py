@@ -1,54 +1,28 @@
 """
-How a transfer goes about it: how patient it is, and how many streams are worth while.
+How many streams are worth while.
 
-The number of streams is found out by trying, as nobody knows the path between a volume and its source.
-More streams help where each is slow (a limit per connection, a long way), and only cost where the processor or the
-line is full. So a transfer begins with a few, doubles them while they mostly wait for bytes and that brings at least
-a seventh more, goes back by one step when it does not, and halves them when the source says that it is too much.
+That is found out by trying, as the path between a volume and its source is unknown. More streams help where each is
+slow (a limit per connection, a long round trip), and only cost where the processor or the network is saturated. So a
+transfer begins with a few, doubles them while they mostly wait for bytes and the rate rises by at least a seventh, goes
+back by one step when it does not, and halves them when the source refuses.
 """
 
 from __future__ import annotations
-
-from typing import Literal
-
-import attrs
-
-from kserve_pvc import _defaults as defaults
 
 FIRST_STREAMS = 4
 _WINDOW_SECONDS = 0.25
 _GAIN = 1.15
 _REST_SECONDS = 5.0
-# Streams that wait for the source less than this share of their time are kept busy by hashing and writing.
-_WAITING = 0.5
-
-
-@attrs.frozen(kw_only=True)
-class Tuning:
-    """
-    How bytes are fetched.
-
-    Args:
-        part_bytes: The longest range, and so the most that a killed process costs per stream.
-        max_workers: The most streams at once; how many are worth while is found out on the way.
-        digest: `sha256`, or `none` to trust the transport and the volume.
-        stall_seconds: After how long without a byte a range is asked for again on another connection.
-        retry_seconds: How long a range is tried without a byte of progress before the transfer fails.
-    """
-
-    part_bytes: int = defaults.PART_BYTES
-    max_workers: int = defaults.MAX_WORKERS
-    digest: Literal["sha256", "none"] = "sha256"
-    stall_seconds: float = defaults.STALL_SECONDS
-    retry_seconds: float = defaults.RETRY_SECONDS
+# Streams that wait for the source for a smaller share of their time are busy with hashing and writing.
+_WAITING_SHARE = 0.5
 
 
 class StreamLimit:
     """
-    The number of streams over time. Reads no clock: whoever asks says what time it is.
+    The number of streams over time. Reads no clock: the caller says what time it is.
 
     Args:
-        most: Never more than so many.
+        most: The most streams at once.
     """
 
     def __init__(self, most: int) -> None:
@@ -61,12 +35,12 @@ class StreamLimit:
 
     def look(self, now: float, received: int, waited: float) -> float:
         """
-        Judge what has come since the last look.
+        Judge what was received since the last look.
 
         Args:
             now: Monotonic seconds.
             received: Bytes so far.
-            waited: Seconds that all streams together have spent so far on getting them from the source.
+            waited: Seconds that all streams together have waited for them so far.
 
         Returns:
             In how many seconds to look again.
@@ -77,7 +51,7 @@ class StreamLimit:
         if now - since < _WINDOW_SECONDS:
             return _WINDOW_SECONDS - (now - since)
         rate = (received - before) / (now - since)
-        is_busy = (waited - waited_before) / ((now - since) * self.streams) < _WAITING
+        is_busy = (waited - waited_before) / ((now - since) * self.streams) < _WAITING_SHARE
         self._since = now, received, waited
         if now < self._rest_until:
             return _WINDOW_SECONDS
@@ -92,9 +66,13 @@ class StreamLimit:
 
     def congested(self, now: float, seconds: float) -> None:
         """
-        The source refused, or fell silent: half as many streams, and no more of them for a while.
+        Halve the streams, as the source refused or stalled, and try no more of them for a while.
+
+        Args:
+            now: Monotonic seconds.
+            seconds: How long at least.
         """
         if now < self._rest_until and not self._before:
-            return  # One storm is answered once.
+            return  # The refusals of many streams at the same time count once.
         self.streams, self._before = max(1, self.streams // 2), 0
         self._rest_until = now + max(seconds, _REST_SECONDS)

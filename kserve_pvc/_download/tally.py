@@ -19,7 +19,7 @@ from kserve_pvc._show.events import (
     Subject,
     WaitingForDownload,
 )
-from kserve_pvc.locks.lease import Heart, LeaseLostError
+from kserve_pvc.locks.lease import Heartbeat, LeaseLostError
 
 
 class StoppedError(Exception):
@@ -47,7 +47,7 @@ class Tally:
         self._last_sign = b""
         self._is_stopped = False
         self.fetched = 0
-        self.heart: Heart | None = None
+        self.heart: Heartbeat | None = None
 
     def tell(self, event: Event) -> None:
         """

@@ -1,6 +1,5 @@
 """
-What a notebook shows: small tables without scripts, colours of their own or anything from elsewhere, with all text
-escaped.
+What a notebook displays: small tables without scripts, colours or external resources, with all text escaped.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ from typing import Any
 from kserve_pvc._show.units import count, format_bytes
 from kserve_pvc.errors import printable
 
-# A table is for looking at. Whoever wants all of it has `list()` and `problems`.
+# A table is for people. Programs use `list()` and `problems`.
 MAX_ROWS = 100
 
-# What typesets formulas in a notebook, and would in names too, leaves out elements of these classes: MathJax 3 and
-# later, and 2.
+# MathJax, which would typeset formulas in names, skips elements of these classes: version 3 and later, and version 2.
 _PLAIN = 'class="mathjax_ignore tex2jax_ignore"'
-# Notebooks set cells to the right, and let a long word widen the table.
+# Notebooks align cells to the right, and a long word widens the table.
 _WORDS = "text-align:left;overflow-wrap:anywhere"
-# Among other columns a word would be broken after each letter.
+# Without a minimum a narrow column is broken after each letter.
 _COLUMN = f"{_WORDS};min-width:8em"
 _HEAD = "text-align:left;white-space:nowrap"
 _AMOUNT = "text-align:right;white-space:nowrap"
@@ -31,16 +29,16 @@ _AMOUNTS = frozenset({"Size", "Files", "Created"})
 
 def show_store(root: str, mode: str, models: Iterable[Mapping[str, Any]]) -> str:
     """
-    Show a store and the facts of each model that it holds.
+    Show a store, and each model in it.
     """
     access, total, rows = "read-write" if mode == "rw" else "read-only", 0, []
     for model in models:
         total += model["size_bytes"]
-        chosen = " ".join(f"{word.lower()} {what}" for word, what in _chosen(model).items())
+        selection = " ".join(f"{label.lower()} {value}" for label, value in _selection(model).items())
         rows.append(
             (
                 model["uri"],
-                chosen,
+                selection,
                 format_bytes(model["size_bytes"]),
                 str(model["files"]),
                 f"{model['created_at']:%Y-%m-%d %H:%M}",
@@ -63,15 +61,15 @@ def show_model(
     created_at: datetime,
     bytes_fetched: int,
     seconds: float,
-    **choice: Any,
+    **selection: Any,
 ) -> str:
     """
-    Show a model and how a call got it.
+    Show a model, and how a call obtained it.
     """
     return _facts(
         f"Model {uri}",
         {
-            **_chosen(choice),
+            **_selection(selection),
             "Status": f"{status}, {format_bytes(bytes_fetched)} fetched in {seconds:.1f} s"
             if status != "present"
             else status,
@@ -113,10 +111,10 @@ def show_plan(
             "Action": action,
             "Size": f"{format_bytes(size_bytes)} in {count(files, 'file')}",
             "To fetch": format_bytes(bytes_to_fetch),
-            "There already": format_bytes(bytes_reusable)
+            "On the volume": format_bytes(bytes_reusable)
             + (f", {format_bytes(bytes_shared)} of it in whole files" if bytes_shared else ""),
             "Free": f"{format_bytes(free_bytes)}: {'it fits' if fits else 'it does NOT fit'}",
-            "Time": "not known" if seconds is None else f"about {seconds:.0f} s",
+            "Time": "unknown" if seconds is None else f"about {seconds:.0f} s",
             "Version": version,
             "Key": key,
         },
@@ -127,7 +125,7 @@ def show_verification(
     uri: str, level: str, files: int, size_bytes: int, problems: Sequence[tuple[str, str, str]]
 ) -> str:
     """
-    Show what was compared, and every difference: its kind, path and detail.
+    Show what was compared, and every difference with its kind, path and detail.
     """
     compared = f"{count(files, 'file')}, {format_bytes(size_bytes)}, {'digests' if level == 'full' else 'sizes'}"
     found = f"{count(len(problems), 'problem')}" if problems else "no difference"
@@ -138,14 +136,14 @@ def show_verification(
     )
 
 
-def _chosen(model: Mapping[str, Any]) -> dict[str, str]:
-    """What makes this another model than the plain URI."""
-    chosen = {
+def _selection(model: Mapping[str, Any]) -> dict[str, str]:
+    """The revision and patterns of a model, by their labels."""
+    found = {
         "At": model["revision"],
         "Only": " ".join(model["allow_patterns"] or ()),
         "Without": " ".join(model["ignore_patterns"]),
     }
-    return {word: what for word, what in chosen.items() if what}
+    return {label: value for label, value in found.items() if value}
 
 
 def _facts(caption: str, facts: Mapping[str, str]) -> str:

@@ -240,12 +240,10 @@ class Lines:
         seconds = max(self._clock() - self._started, 1e-3)
         rate = self._received / seconds
         left = (self._total - self._done) / rate if rate else 0.0
-        return f"{self._activity} {printable(ref)}: {format_bytes(self._done)} of {format_bytes(self._total)}, {format_bytes(rate)}/s, {left:.0f} s left"
+        done = f"{format_bytes(self._done)} of {format_bytes(self._total)}"
+        return f"{self._activity} {printable(ref)}: {done}, {format_bytes(rate)}/s, {left:.0f} s left"
 
 
 def _named(event: Event, text: str, names_model: bool) -> str:
-    return (
-        f"{printable(event.ref)}: {text}"
-        if names_model and isinstance(event, WaitingForDownload | RequestRetried)
-        else text
-    )
+    needs_name = names_model and isinstance(event, WaitingForDownload | RequestRetried)
+    return f"{printable(event.ref)}: {text}" if needs_name else text

@@ -150,7 +150,8 @@ def _unknown(scheme: str, factories: Mapping[str, BackendFactory]) -> UnknownSch
     from importlib.metadata import entry_points
 
     installed = {point.name for point in entry_points(group=GROUP)} | set(_BUILT_IN) | set(factories)
-    near = get_close_matches(scheme, sorted(installed | _protocols_of_fsspec()), n=3)
+    known = (installed | _protocols_of_fsspec()) - {scheme}
+    near = get_close_matches(scheme, sorted(known), n=3)
     guess = f"did you mean {' or '.join(f'`{name}://`' for name in near)}? " if near else ""
     served = ", ".join(f"`{name}`" for name in sorted(installed))
     others = f"those of fsspec are served too, and a plug-in adds others by an entry point of `{GROUP}`"

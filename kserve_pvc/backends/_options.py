@@ -8,9 +8,7 @@ that no row names is plain. Nothing here reads a value into a message: only name
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -19,7 +17,7 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc.errors import SettingsError
+from kserve_pvc.errors import InvalidFileError, unknown_option
 
 # The protocols of each fsspec class, in the order in which fsspec looks them up in its configuration: the last wins.
 _PROTOCOLS = {
@@ -44,6 +42,8 @@ _TABLES = {
     "https": "kserve_pvc.backends.http",
     "s3": "kserve_pvc.backends._s3_settings",
 }
+# One name for each table, as people write it.
+_EXPLAINED = ("s3", "gs", "az", "hf", "http", "file")
 # Arguments of every fsspec class that change how objects are cached or awaited, and never which bytes are read.
 NEUTRAL_OPTIONS = frozenset(
     (
@@ -57,8 +57,6 @@ NEUTRAL_OPTIONS = frozenset(
     )
 )
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-_log = logging.getLogger("kserve_pvc")
 
 
 @attrs.frozen
@@ -102,7 +100,7 @@ def read_settings(scheme: str, options: Mapping[str, Any], environ: Mapping[str,
     Put options above fsspec's configuration, as fsspec does: a whole argument replaces another one.
 
     Raises:
-        SettingsError: A file of fsspec's configuration cannot be read.
+        InvalidFileError: A file of fsspec's configuration cannot be read.
     """
     configured = fsspec_configuration(scheme, environ)
     return Settings({**configured, **options}, configured.keys() - options.keys(), environ)
@@ -118,7 +116,7 @@ def fsspec_configuration(protocol: str, environ: Mapping[str, str] = os.environ)
     to find that there is nothing.
 
     Raises:
-        SettingsError: A file cannot be read.
+        InvalidFileError: A file cannot be read.
     """
     found: dict[str, dict[str, Any]] = {}
     loaded = sys.modules.get("fsspec.config") if environ is os.environ else None
@@ -147,7 +145,7 @@ def _add_files(found: dict[str, dict[str, Any]], environ: Mapping[str, str]) -> 
         set_conf_files(place, found)
     except Exception as error:  # fsspec has no error of its own for a file that is malformed or unreadable.
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SettingsError("FSSPEC_CONFIG_DIR", place, f"correct or remove its files: {reason}") from None
+        raise InvalidFileError(place, "fsspec cannot read its configuration here", reason) from None
 
 
 def _add_variables(found: dict[str, dict[str, Any]], environ: Mapping[str, str]) -> None:
@@ -180,7 +178,7 @@ def explain(scheme: str, options: Mapping[str, Any], environ: Mapping[str, str] 
         options: The `storage_options` of that scheme.
 
     Raises:
-        SettingsError: A file of fsspec's configuration cannot be read.
+        InvalidFileError: A file of fsspec's configuration cannot be read.
     """
     if scheme not in _TABLES:
         return ()
@@ -188,13 +186,45 @@ def explain(scheme: str, options: Mapping[str, Any], environ: Mapping[str, str] 
     return find_reasons(rules, read_settings(scheme, options, environ))
 
 
+def explain_all(
+    options: Callable[[str], Mapping[str, Any]] = lambda scheme: {}, environ: Mapping[str, str] = os.environ
+) -> Mapping[str, Sequence[str]]:
+    """
+    Say for each scheme why it goes through its fsspec class, where it does.
+
+    Args:
+        options: Gives the `storage_options` of a scheme.
+
+    Returns:
+        Schemes with their reasons. A configuration that cannot be read is the reason itself.
+    """
+    found: dict[str, Sequence[str]] = {}
+    for scheme in _EXPLAINED:
+        try:
+            reasons = tuple(map(str, explain(scheme, options(scheme), environ)))
+        except InvalidFileError as error:
+            reasons = (str(error),)
+        if reasons:
+            found[scheme] = reasons
+    return found
+
+
 def log_access(scheme: str, access: str, reasons: Sequence[Reason]) -> None:
     """
-    Log which way a scheme takes, and why.
+    Log which way a scheme takes, and why, at level `DEBUG`.
+
+    Nothing can be configured to receive a record before `logging` is imported, so it is not imported here.
     """
-    why = "; ".join(map(str, reasons)) or "all settings are plain"
-    _log.debug(
-        "%s:// is read by %s: %s", scheme, access, why, extra={"access": access, "reasons": [*map(str, reasons)]}
+    logging = sys.modules.get("logging")
+    if logging is None:
+        return
+    why = [*map(str, reasons)]
+    logging.getLogger("kserve_pvc").debug(
+        "%s:// is read by %s: %s",
+        scheme,
+        access,
+        "; ".join(why) or "all settings are plain",
+        extra={"access": access, "reasons": why},
     )
 
 
@@ -214,7 +244,7 @@ def check_options(
             `**kwargs` on to. Their named parameters are allowed, and those of base classes as far as `**kwargs` lead.
 
     Raises:
-        SettingsError: An option is unknown. It names the nearest supported one.
+        UnknownOptionError: An option is unknown. The error names the nearest supported one.
     """
     unknown = set(options) - set(known) - NEUTRAL_OPTIONS
     if not unknown:
@@ -223,14 +253,10 @@ def check_options(
         accepted = {name for target in load() for name in _parameters(target)}
     except ImportError:
         accepted = set()
-    supported = sorted({*known, *accepted, *NEUTRAL_OPTIONS})
     for name in sorted(unknown - accepted):
-        near = difflib.get_close_matches(name, supported, n=1)
-        guess = f"did you mean `{near[0]}`? " if near else ""
-        listed = ", ".join(f"`{known}`" for known in supported)
-        by_scheme = "where a store has several schemes, pass options by scheme, as `{'s3': {…}}`"
-        remedy = f"{guess}supported for {protocol}: {listed}; {by_scheme}"
-        raise SettingsError("storage_options", name, remedy)
+        supported = sorted({*known, *accepted, *NEUTRAL_OPTIONS})
+        hint = f"`{protocol}` has no such option; remove it, or pass options by scheme, as `{{'s3': {{…}}}}`"
+        raise unknown_option("storage option", name, supported, hint)
 
 
 def _parameters(target: Callable[..., Any]) -> Iterator[str]:

@@ -38,8 +38,8 @@ class RefusedError(Exception):
     """
     A refusal of a service: the HTTP status, the code of the service if there is one, and a sentence for people.
 
-    `busy` is how many seconds a busy service requests as a pause, None if it is not busy. A login that finds no
-    credentials raises it too, with the code `NO_CREDENTIALS`.
+    `busy` is how many seconds a busy service requests as a pause, None if it is not busy; `hint` is what to do. A login
+    that finds no credentials raises it too, with the code `NO_CREDENTIALS`.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class RefusedError(Exception):
         code: str = "",
         busy: float | None = None,
         headers: Mapping[str, str] | None = None,
+        hint: str = "",
     ) -> None:
         super().__init__(reason)
         self.reason = reason
@@ -57,6 +58,7 @@ class RefusedError(Exception):
         self.code = code
         self.busy = busy
         self.headers: Mapping[str, str] = headers or {}
+        self.hint = hint
 
     @property
     def is_transient(self) -> bool:
@@ -170,7 +172,7 @@ class Reader:
         raise refusal or unavailable(self._where, response.status, response.headers)
 
 
-def ask_patiently(attempt: Callable[[], _T], seconds: float) -> _T:
+def request_with_retries(attempt: Callable[[], _T], seconds: float) -> _T:
     """
     Make a small request, and retry it while the service is busy or the network fails.
 

@@ -197,7 +197,7 @@ def _given_source(settings: Settings, *, with_environ: bool = True) -> Credentia
     if not key and not secret:
         return None
     if not key or not secret:
-        raise SettingsError("storage_options", "key" if key else "secret", "give both `key` and `secret`")
+        raise SettingsError("secret" if key else "key", "", "give both `key` and `secret`")
     return FixedCredentials(Credentials(str(key), str(secret), token))
 
 

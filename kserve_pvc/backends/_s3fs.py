@@ -21,6 +21,7 @@ from s3fs import S3FileSystem
 
 from kserve_pvc._source.contract import RangeReader
 from kserve_pvc.backends._http.target import Target, target_of
+from kserve_pvc.backends._login.aws import NO_CREDENTIALS_HINT
 from kserve_pvc.backends._object_store import Request
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError
 from kserve_pvc.backends._s3_requests import Listed
@@ -131,7 +132,7 @@ def _refusal(error: Exception) -> RefusedError:
     if isinstance(source, ClientError):
         return RefusedError(reason, code=str(source.response.get("Error", {}).get("Code", "")))
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return RefusedError(reason, code=NO_CREDENTIALS)
+        return RefusedError(reason, code=NO_CREDENTIALS, hint=NO_CREDENTIALS_HINT)
     if isinstance(error, KeyError):
         return RefusedError(f"response lacks {reason}; is this an S3 endpoint?")
     if isinstance(error, PermissionError):

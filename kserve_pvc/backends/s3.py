@@ -30,7 +30,7 @@ from kserve_pvc.backends._object_store import (
     md5_digest,
 )
 from kserve_pvc.backends._options import check_options, find_reasons, log_access, read_settings
-from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError, from_base64
+from kserve_pvc.backends._ranges import RefusedError, from_base64
 from kserve_pvc.backends._s3_requests import DENIED, Access, SignedAccess, parse_refusal
 from kserve_pvc.backends._s3_settings import (
     BEYOND_URLS,
@@ -49,7 +49,6 @@ __all__ = ["RULES", "S3Backend"]
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
 _MD5 = re.compile(r'"([0-9a-f]{32})"')
-_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or anon"
 
 
 class S3Backend(ObjectStore):
@@ -181,8 +180,7 @@ class _S3:
         return "other" if refusal.busy is None else "busy"
 
     def describe(self, refusal: RefusedError, place: Place) -> str:
-        reason = redact(refusal.reason).rstrip(". ")
-        return f"{reason}; {_HINT}" if refusal.code == NO_CREDENTIALS else reason
+        return redact(refusal.reason).rstrip(". ")
 
     def access(self, place: Place) -> str:
         return self.way(place.bucket).way

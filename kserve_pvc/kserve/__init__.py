@@ -1,8 +1,8 @@
 """
-What KServe needs of a shared volume: InferenceServices and pods that mount it, as functions over plain dictionaries.
+KServe integration: functions over plain dictionaries that let InferenceServices and pods mount a shared volume.
 """
 
-# As in the package above: type checkers see the names, and what is not used is not loaded.
+# As in the package above: type checkers see the names, and modules are imported on first use.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:

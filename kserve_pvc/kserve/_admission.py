@@ -1,8 +1,8 @@
 """
-The decision about one AdmissionReview, as a function: what Kubernetes asks goes in, what it is answered comes out.
+The decision about one AdmissionReview, as a function from a request to a response.
 
-The namespace is that of the request, which the API server vouches for; what the pod says of itself counts for nothing.
-Nothing is stored or asked elsewhere, so a dry run needs no exception.
+The namespace is that of the request, which the API server guarantees; the one in the pod is ignored. Decisions have no
+side effects, so a dry run needs no special case.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from kserve_pvc.kserve._pods import Admitted, admit
 from kserve_pvc.kserve._policy import Policy
 
 MAX_BODY_BYTES = 3 * 1024 * 1024
-# A pod nests some ten deep, a schema of everything it may hold below thirty.
+# A typical pod is nested about ten levels deep, the full schema less than thirty.
 MAX_DEPTH = 64
-# A pod of a megabyte has some ten thousand. More would take longer to read than the API server waits.
+# A pod of a megabyte has about ten thousand values. Parsing more would exceed the timeout of the API server.
 MAX_VALUES = 500_000
 
 _GROUP = "admission.k8s.io"
 _VERSIONS = (f"{_GROUP}/v1", f"{_GROUP}/v1beta1")
-# What the API server takes of warnings without cutting them.
+# The API server truncates longer warnings.
 _MAX_WARNING = 256
 _MAX_WARNINGS = 16
-# What a pod asks for may be long, and its owner can find it there.
+# The values of a pod that a message quotes may be long.
 _MAX_REASON = 1024
 
 
 class BadReviewError(Exception):
     """
-    The body is no AdmissionReview that can be answered.
+    The body is not a valid AdmissionReview.
     """
 
 
 @attrs.frozen(kw_only=True)
 class Decision:
     """
-    An answer, and what an audit line says about it.
+    A response, and the fields of its audit line.
 
-    `outcome` is `mutated`, `unchanged`, `ignored` (it is no pod that is being created) or `denied`.
+    `outcome` is `mutated`, `unchanged`, `ignored` (it is not the creation of a pod) or `denied`.
     """
 
     response: Manifest
@@ -55,58 +55,58 @@ class Decision:
 
 def read_review(body: bytes) -> Manifest:
     """
-    Read an AdmissionReview and believe nothing of it but that it is one.
+    Parse an untrusted AdmissionReview.
 
     Raises:
-        BadReviewError: It is no JSON, nests too deeply, holds too much, has a field twice, is of another kind or
-            version, or lacks a part.
+        BadReviewError: It is not JSON, is nested too deeply, has too many values or a duplicate field, is of another
+            kind or version, or has no request.
     """
     if sum(map(body.count, (b"[", b"{", b","))) > MAX_VALUES:
         raise BadReviewError(f"the body holds more than {MAX_VALUES} values")
     try:
         review = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise BadReviewError(f"the body is no JSON that can be read ({type(error).__name__})") from None
+        raise BadReviewError(f"the body is not valid JSON ({type(error).__name__})") from None
     if (
         not isinstance(review, dict)
         or review.get("kind") != "AdmissionReview"
         or review.get("apiVersion") not in _VERSIONS
     ):
-        raise BadReviewError(f"send an AdmissionReview of {' or '.join(_VERSIONS)}")
+        raise BadReviewError(f"expected an AdmissionReview of {' or '.join(_VERSIONS)}")
     if not _is_shallow(review):
-        raise BadReviewError(f"the body nests deeper than {MAX_DEPTH}")
+        raise BadReviewError(f"the body is nested deeper than {MAX_DEPTH} levels")
     request = review.get("request")
     if not isinstance(request, dict) or not isinstance(request.get("uid"), str) or not request["uid"]:
-        raise BadReviewError("the review has no request with a uid")
+        raise BadReviewError("the review has no `request.uid`")
     return review
 
 
 def decide(review: Manifest, policy: Policy) -> Decision:
     """
-    Answer a review that `read_review` has read.
+    Decide about a review that `read_review` has parsed.
     """
     request = review["request"]
-    place = _place(request)
-    if place is None:
+    scope = _mutable_path(request)
+    if scope is None:
         return _decision(review, "ignored")
     namespace = request.get("namespace")
     if not isinstance(namespace, str) or not namespace:
-        return _denied(review, 400, "the request names no namespace")
+        return _denied(review, 400, "the request has no `namespace`")
     try:
         admitted = admit(request.get("object"), policy, namespace=namespace)
     except StoreError as error:
         return _denied(review, 403 if isinstance(error, PermissionError) else 400, str(error))
     operations = [
-        operation for operation in patch(request["object"], admitted.pod) if operation["path"].startswith(place)
+        operation for operation in patch(request["object"], admitted.pod) if operation["path"].startswith(scope)
     ]
     return _decision(review, "mutated" if operations else "unchanged", admitted=admitted, operations=operations)
 
 
 def patch(before: Any, after: Any, path: str = "") -> Iterator[dict[str, Any]]:
     """
-    The JSON Patch (RFC 6902) that makes one document of another.
+    Return the JSON Patch (RFC 6902) from one document to another.
 
-    Lists are compared place by place, as we append to lists and never move what is in them.
+    Lists are compared by index, since mutations append to lists and never reorder them.
     """
     if type(before) is not type(after) or not isinstance(before, dict | list):
         if before != after or type(before) is not type(after):
@@ -126,7 +126,7 @@ def patch(before: Any, after: Any, path: str = "") -> Iterator[dict[str, Any]]:
 
 
 def _pointer(path: str, key: str) -> str:
-    """A step deeper, as RFC 6901 writes it."""
+    """Extend a JSON Pointer (RFC 6901)."""
     return f"{path}/{key.replace('~', '~0').replace('/', '~1')}"
 
 
@@ -140,18 +140,18 @@ def _decision(
     if admitted and admitted.notes:
         response["warnings"] = [_shortened(note) for note in admitted.notes[:_MAX_WARNINGS]]
     facts = {"claim": admitted.claim, "notes": list(admitted.notes)} if admitted else {}
-    return _answer(review, response, outcome, facts)
+    return _respond(review, response, outcome, facts)
 
 
 def _denied(review: Manifest, code: int, reason: str) -> Decision:
     reason = _shortened(reason, _MAX_REASON)
     status = {"code": code, "reason": "Forbidden" if code == 403 else "BadRequest", "message": f"kserve-pvc: {reason}"}
-    return _answer(
+    return _respond(
         review, {"uid": review["request"]["uid"], "allowed": False, "status": status}, "denied", {"reason": reason}
     )
 
 
-def _answer(review: Manifest, response: Manifest, outcome: str, facts: dict[str, Any]) -> Decision:
+def _respond(review: Manifest, response: Manifest, outcome: str, facts: dict[str, Any]) -> Decision:
     return Decision(
         response={"apiVersion": review["apiVersion"], "kind": "AdmissionReview", "response": response},
         outcome=outcome,
@@ -160,7 +160,7 @@ def _answer(review: Manifest, response: Manifest, outcome: str, facts: dict[str,
 
 
 def _subject(request: Manifest) -> dict[str, Any]:
-    """Who and what a decision is about: names only, as a pod's fields may hold secrets."""
+    """Return names only for the audit line, since other fields of a pod may hold secrets."""
     pod = request.get("object")
     metadata = pod.get("metadata") if isinstance(pod, dict) else None
     metadata = metadata if isinstance(metadata, dict) else {}
@@ -184,10 +184,12 @@ def _shortened(text: str, length: int = _MAX_WARNING) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _place(request: Manifest) -> str | None:
+def _mutable_path(request: Manifest) -> str | None:
     """
-    What of a pod may be changed: all of one that is created, and the containers that are added to one for debugging,
-    which could mount its volumes anew; nothing of whatever else is asked about.
+    Return the JSON path below which a request may be changed, or None.
+
+    It is all of a pod that is created, and the ephemeral containers of a running pod, which could mount its volumes
+    again. Other requests are not changed.
     """
     kind = request.get("kind")
     if not isinstance(kind, dict) or (kind.get("group") or "", kind.get("version"), kind.get("kind")) != (
@@ -196,10 +198,10 @@ def _place(request: Manifest) -> str | None:
         "Pod",
     ):
         return None
-    places = {("CREATE", ""): "", ("UPDATE", "ephemeralcontainers"): "/spec/ephemeralContainers"}
+    paths = {("CREATE", ""): "", ("UPDATE", "ephemeralcontainers"): "/spec/ephemeralContainers"}
     operation, sub_resource = request.get("operation"), request.get("subResource") or ""
     return (
-        places.get((operation, sub_resource)) if isinstance(operation, str) and isinstance(sub_resource, str) else None
+        paths.get((operation, sub_resource)) if isinstance(operation, str) and isinstance(sub_resource, str) else None
     )
 
 
@@ -220,7 +222,7 @@ def _is_shallow(document: object) -> bool:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a field is there twice")
+        raise ValueError("duplicate field")
     return found
 
 

@@ -1,8 +1,7 @@
 """
-Archives where KServe unpacks them: a model that is one `.tar`, `.tar.gz`, `.tgz`, `.tar.xz` or `.zip` is what it holds.
+Unpacking archives as KServe does: a source with one `.tar`, `.tar.gz`, `.tgz`, `.tar.xz` or `.zip` file is unpacked.
 
-The store itself unpacks what it fetches over HTTP and keeps archives of other sources as they are. This is for those
-others.
+The store itself unpacks archives from HTTP only. These backends do it for the other sources.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from kserve_pvc.errors import PolicyError
 
 _UNPACKED = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 _REFUSED = (".tar.bz2", ".tbz2", ".tbz", ".txz")
-# Where KServe unpacks, but for HTTP, whose back end does so by itself.
+# The schemes that KServe unpacks, except for HTTP, whose backend unpacks itself.
 _SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file", "pvc")
 
 
@@ -41,20 +40,20 @@ def is_archive(name: str) -> bool:
 
 def unpacking() -> Mapping[str, BackendFactory]:
     """
-    The back ends of a store that unpacks as KServe does.
+    Return the backends of a store that unpacks as KServe does.
     """
     return {scheme: partial(_make, scheme) for scheme in _SCHEMES}
 
 
 def _make(scheme: str, options: Mapping[str, Any]) -> Backend:
     backend = make_backend(scheme, {}, options)
-    made: Backend = _Listing(backend, backend) if isinstance(backend, SupportsPages) else _Whole(backend)
+    made: Backend = _PagedUnpacking(backend, backend) if isinstance(backend, SupportsPages) else _Unpacking(backend)
     return made
 
 
-class _Whole:
+class _Unpacking:
     """
-    A back end that says of its only file that it is an archive, if it is one.
+    A backend that marks its only file as an archive, if it is one.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -74,9 +73,9 @@ class _Whole:
         return self._backend.open_range(file, start, stop)
 
 
-class _Listing(_Whole):
+class _PagedUnpacking(_Unpacking):
     """
-    The same, page by page.
+    The same for a backend that lists page by page.
     """
 
     def __init__(self, backend: Backend, lister: SupportsPages) -> None:
@@ -90,12 +89,12 @@ class _Listing(_Whole):
             first += page
             if len(first) > 1:
                 break
-        is_alone = len(first) == 1 and is_archive(first[0].entry.path.name)
-        yield [_marked(first[0], ref)] if is_alone else first
+        is_only_file = len(first) == 1 and is_archive(first[0].entry.path.name)
+        yield [_marked(first[0], ref)] if is_only_file else first
         yield from pages
 
 
 def _marked(file: RemoteFile, ref: ModelRef) -> RemoteFile:
     if file.entry.path.name.lower().endswith(_REFUSED):
-        raise PolicyError(str(ref), "archives of bzip2 are not unpacked; pack it as `.tar.gz`, `.tar.xz` or `.zip`")
+        raise PolicyError(str(ref), "bzip2 archives are not supported; repack it as `.tar.gz`, `.tar.xz` or `.zip`")
     return attrs.evolve(file, unpack=UnpackLimits())

@@ -1,10 +1,9 @@
 """
-A directory that a model server reads and that belongs to one model: an `emptyDir`, or the directory that a Job is
-given.
+The destination of a storage initializer: a directory from which a server reads its model, such as an `emptyDir`.
 
-It may be a mount point, which has no siblings and cannot be renamed. So files are prepared in one directory of ours
-inside of it and renamed into place one by one. The record goes last: with it everything is there, without it nothing is
-believed. What is removed is only what an earlier record or plan of ours names; strangers stay.
+It may be a mount point, which has no siblings and cannot be renamed. So files are prepared in a hidden directory inside
+of it, and renamed into place one by one. The record is written last: with it the model is complete, without it nothing
+is trusted. Only files named in an earlier record or list of intended files are removed; foreign files stay.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from attrs.validators import instance_of
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import build, decode, encode, text
 from kserve_pvc._format.file_names import check_collisions, check_name
-from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder
-from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heart, take_claim
+from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder, to_files
+from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heartbeat, take_claim
 from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc._volume.calls import allocate, copy_range, delete_tree
 from kserve_pvc._volume.mount import mount_of
@@ -39,18 +38,18 @@ from kserve_pvc.locks.lease import LeaseLostError
 OURS = PurePosixPath(".kserve-pvc-initialize")
 WORK = OURS / "work"
 _RECORD = OURS / "record.json"
-_PLAN = OURS / "plan.json"
+_INTENDED = OURS / "plan.json"
 _NEXT = OURS / "next"
 _LOCK = OURS / "lock"
 _KEY = "destination-0000000000000000"
 
-Way = Literal["reflink", "link", "copy", "symlink"]
+Method = Literal["reflink", "link", "copy", "symlink"]
 
 _CLONE = 0x40049409  # FICLONE
 _T = TypeVar("_T")
 
-# What a volume answers that cannot do it, or not between these two places.
-_CANNOT = {
+# The errors of a volume that does not support an operation, or not between these two directories.
+_UNSUPPORTED = {
     *(
         errno.EXDEV,
         errno.EPERM,
@@ -68,7 +67,7 @@ _CANNOT = {
 @attrs.frozen(kw_only=True)
 class Source:
     """
-    One model that was put into a directory: the key says which one it is, patterns included.
+    One model in a destination. The key identifies it, patterns included.
     """
 
     key: str = attrs.field(validator=text)
@@ -80,53 +79,49 @@ def _sources(value: Any) -> tuple[Source, ...]:
     return tuple(item if isinstance(item, Source) else build(Source, item) for item in _listed(value))
 
 
-def _files(value: Any) -> tuple[FileEntry, ...]:
-    return tuple(item if isinstance(item, FileEntry) else build(FileEntry, item) for item in _listed(value))
-
-
 def _listed(value: Any) -> list[Any] | tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise TypeError("it must be a list")
     return value
 
 
-def _checked(value: Any) -> tuple[str, ...]:
+def _to_paths(value: Any) -> tuple[str, ...]:
     return tuple(str(check_name(path)) for path in _listed(value))
 
 
 @attrs.frozen(kw_only=True)
 class Contents:
     """
-    What of ours lies in a directory: complete, if this is its record.
+    The models and files of a destination. Its record is written when they are complete.
     """
 
     sources: tuple[Source, ...] = attrs.field(converter=_sources)
-    files: tuple[FileEntry, ...] = attrs.field(converter=_files)
-    # Whether the files are links into a store.
+    files: tuple[FileEntry, ...] = attrs.field(converter=to_files)
+    # Whether the files are symbolic links into a store.
     is_linked: bool = attrs.field(default=False, validator=instance_of(bool))
 
     def __attrs_post_init__(self) -> None:
         check_collisions(f.path for f in self.files)
         for file in self.files:
             if file.path.parts[0] == OURS.name:
-                raise UnsafePathError(str(file.path), f"`{OURS}` is where the initializer keeps its own files")
+                raise UnsafePathError(str(file.path), f"`{OURS}` is reserved for the initializer")
 
 
 @attrs.frozen(kw_only=True)
-class _Plan:
+class _Intended:
     """
-    The names of all files of ours that may lie in a directory.
+    The paths of all files that an initializer may have put into a destination.
     """
 
-    paths: tuple[str, ...] = attrs.field(converter=_checked)
+    paths: tuple[str, ...] = attrs.field(converter=_to_paths)
 
 
 class Destination:
     """
-    The directory itself, which is made if it is missing.
+    The directory itself, which is created if it is missing.
 
     Raises:
-        SettingsError: It is no directory, or a link, or cannot be made.
+        SettingsError: It is a link, not a directory, or cannot be created.
     """
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
@@ -147,15 +142,15 @@ class Destination:
 
     def record(self) -> Contents | None:
         """
-        What is completely there, or None.
+        Return the record if the model is complete, or None.
         """
         contents = self._read(Contents, _RECORD)
         if contents is None:
             return None
-        is_there = self._is_linked if contents.is_linked else self._is_there
-        return contents if all(map(is_there, contents.files)) else None
+        exists = self._is_linked if contents.is_linked else self._is_file
+        return contents if all(map(exists, contents.files)) else None
 
-    def _is_there(self, file: FileEntry) -> bool:
+    def _is_file(self, file: FileEntry) -> bool:
         try:
             with self._writer.open_parent(file.path) as parent:
                 found = os.stat(file.path.name, dir_fd=parent, follow_symlinks=False)
@@ -171,7 +166,7 @@ class Destination:
         return stat.S_ISREG(found.st_mode) and found.st_size == file.size_bytes
 
     def _read(self, cls: type[_T], place: PurePosixPath) -> _T | None:
-        # One that is damaged counts as none: then everything is put there anew.
+        # A damaged record counts as missing: then all files are written again.
         try:
             data = self._writer.read(place, MAX_MANIFEST_BYTES)
             return None if data is None else decode(cls, data, str(self.absolute(place)))
@@ -181,25 +176,27 @@ class Destination:
     @contextmanager
     def writing(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:
         """
-        Be the only one who writes here. Yields what to call before each step that others would see.
+        Lock the destination for writing.
+
+        Yields:
+            A function to call before each visible change, which raises if the lock was lost.
 
         Raises:
-            LockTimeoutError: Another process that lives is writing here.
+            LockTimeoutError: Another live process is writing here.
         """
         with ExitStack() as stack:
-            # Between nodes the kernel's lock may be granted to all, or stay with a node that is gone: signs of life
-            # decide alone.
-            is_alone = not mount_of(self.root).is_network and self._grabbed(stack, lease_seconds)
-            yield _nothing if is_alone else stack.enter_context(self._claimed(holder, lease_seconds))
+            # Across nodes a kernel lock may not exclude, or may stay with a dead node, so heartbeats alone decide.
+            is_locked = not mount_of(self.root).is_network and self._has_kernel_lock(stack, lease_seconds)
+            yield _do_nothing if is_locked else stack.enter_context(self._claimed(holder, lease_seconds))
 
-    def _grabbed(self, stack: ExitStack, patience: float) -> bool:
-        """Whether the kernel's lock is held, which ends with its holder. False if there is none to be had, or no answer in time."""
-        lock = ExternalLock(partial(grab_file, partial(self._writer.open_shared, _LOCK)))
+    def _has_kernel_lock(self, stack: ExitStack, timeout: float) -> bool:
+        """Acquire the kernel's lock, which ends with its holder. False if it is unavailable, or takes too long."""
+        lock = ExternalLock(partial(grab_file, partial(self._writer.open_shared, _LOCK)), timeout=timeout)
         stack.callback(lock.release)
-        answer = lock.try_acquire(patience, unanswered=None)
-        if answer is False:
+        is_held = lock.try_acquire(on_timeout=None)
+        if is_held is False:
             raise self._taken("another process")
-        return answer is True
+        return is_held is True
 
     @contextmanager
     def _claimed(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:
@@ -210,7 +207,7 @@ class Destination:
         epoch = newest_epoch(claims, _KEY) + 1
         if take_claim(claims, _KEY, epoch, uri="file://", holder=holder) is None:
             raise self._taken("another process")
-        heart = start_heart(
+        heartbeat = start_heartbeat(
             claims,
             layout.claim_dir(_KEY, epoch),
             lease_seconds=lease_seconds,
@@ -219,88 +216,89 @@ class Destination:
 
         def check() -> None:
             try:
-                heart.check()
+                heartbeat.check()
             except LeaseLostError as error:
-                raise self._taken("another process, since this one stood still for too long") from error
+                raise self._taken("another process, since this one was paused for too long") from error
 
         try:
             yield check
         finally:
-            heart.stop()
+            heartbeat.stop()
 
     def _taken(self, holder: str) -> LockTimeoutError:
         return LockTimeoutError(str(self.root), holder, 0.0, 0.0, 0, 0)
 
-    def fill(self, contents: Contents, bring: Callable[[FileEntry], None], check: Callable[[], None]) -> None:
+    def fill(self, contents: Contents, place: Callable[[FileEntry], None], check: Callable[[], None]) -> None:
         """
-        Put these files here and remove others of ours. Whatever happens meanwhile, doing it again comes to the same
-        end.
+        Put these files into the directory, and remove earlier files of an initializer. If it is interrupted, a second
+        call completes it.
 
         Args:
-            bring: Puts one file into its place.
+            contents: The record of the complete directory.
+            place: Puts one file into its place.
+            check: Raises if the lock was lost.
         """
-        wanted = {file.path for file in contents.files}
-        ours = self._known()
+        paths = {file.path for file in contents.files}
+        earlier = self._earlier_paths()
         check()
-        self._plan(wanted | ours)
-        for path in sorted(ours - wanted, reverse=True):
+        self._declare(paths | earlier)
+        for path in sorted(earlier - paths, reverse=True):
             check()
             self._remove(path)
         for file in contents.files:
             check()
-            bring(file)
+            place(file)
         with self._writer.translated("syncing", PurePosixPath()):
-            self._sync_directories(wanted)
+            self._sync_directories(paths)
         check()
         self._put(_RECORD, encode(contents))
 
     def tidy(self) -> None:
         """
-        Remove what is needed no longer once the record is there.
+        Delete temporary files that are not needed after the record is written.
         """
-        for place in (_PLAN, _NEXT, WORK):
-            self.drop(place)
+        for place in (_INTENDED, _NEXT, WORK):
+            self.delete(place)
 
     def make_work(self) -> Path:
         """
-        Make the directory in which models are prepared, and return its path.
+        Create the directory in which models are prepared, and return its path.
         """
         self._writer.make_directory(WORK)
         return self.absolute(WORK)
 
-    def begun(self) -> set[str]:
+    def started_keys(self) -> set[str]:
         """
-        Return the keys of the models that an earlier call began to prepare.
+        Return the keys of the models that an earlier call started to prepare.
         """
         return set(self._writer.list_names(WORK / layout.KEYS))
 
-    def _known(self) -> set[PurePosixPath]:
-        """Every file that an earlier call has put here, or may have."""
-        record, plan = self._read(Contents, _RECORD), self._read(_Plan, _PLAN)
-        return {file.path for file in (record.files if record else ())} | {
-            PurePosixPath(path) for path in (plan.paths if plan else ())
-        }
+    def _earlier_paths(self) -> set[PurePosixPath]:
+        """Return every file that an earlier call has, or may have, put here."""
+        record, intended = self._read(Contents, _RECORD), self._read(_Intended, _INTENDED)
+        recorded = {file.path for file in (record.files if record else ())}
+        return recorded | {PurePosixPath(path) for path in (intended.paths if intended else ())}
 
-    def _plan(self, paths: Iterable[PurePosixPath]) -> None:
-        # First what may be here from now on, then that the old record holds no longer.
-        self._put(_PLAN, encode(_Plan(paths=tuple(map(str, sorted(paths))))))
-        self.drop(_RECORD)
+    def _declare(self, paths: Iterable[PurePosixPath]) -> None:
+        # The intended files are written before the old record is deleted, so that no file is ever without an owner.
+        self._put(_INTENDED, encode(_Intended(paths=tuple(map(str, sorted(paths))))))
+        self.delete(_RECORD)
         with self._writer.translated("syncing", OURS):
             self._sync_directory(OURS)
 
     def _put(self, place: PurePosixPath, data: bytes) -> None:
-        self.drop(_NEXT)
+        self.delete(_NEXT)
         self._writer.write_private(_NEXT, data)
         self._rename(_NEXT, place)
         with self._writer.translated("syncing", place):
             self._sync_directory(place.parent)
 
-    def drop(self, place: PurePosixPath) -> None:
+    def delete(self, place: PurePosixPath) -> None:
         """
-        Delete something of our own, if it is there.
+        Delete a file or a directory in the hidden directory, if it exists.
         """
         if place.parts[0] != OURS.name or len(place.parts) < 2:
-            raise UnsafePathError(str(place), "only what the initializer has made is deleted")
+            raise UnsafePathError(str(place), "only files of the initializer are deleted")
         with (
             self._writer.translated("deleting", place),
             suppress(FileNotFoundError),
@@ -309,7 +307,7 @@ class Destination:
             delete_tree(parent, place.name)
 
     def _remove(self, path: PurePosixPath) -> None:
-        """Remove a file that an earlier call has put here, and the directories that become empty."""
+        """Remove a file of an earlier call, and the directories that become empty."""
         with self._writer.translated("removing", path), suppress(FileNotFoundError, UnsafePathError):
             with self._writer.open_parent(path) as parent, suppress(IsADirectoryError):
                 os.unlink(path.name, dir_fd=parent)
@@ -322,10 +320,10 @@ class Destination:
 
     def move(self, source: PurePosixPath, file: FileEntry) -> bool:
         """
-        Rename a file of our own into its place.
+        Rename a prepared file into its place.
 
         Returns:
-            False if it is not there any more and what lies in its place is not it either.
+            False if the file is neither in the hidden directory nor in its place.
         """
         try:
             with self._writer.open_file(source) as fd:
@@ -342,59 +340,46 @@ class Destination:
         except (FileNotFoundError, UnsafePathError):
             return False
 
-    def take(self, source: Path, file: FileEntry, ways: Iterable[Way]) -> Way:
+    def materialize(self, source: Path, file: FileEntry, methods: Iterable[Method]) -> Method:
         """
-        Put what a store holds into its place, in the first of these ways that the volumes can.
+        Put a file of a store into its place, by the first method that the volumes support.
+
+        Returns:
+            The method.
 
         Raises:
-            VolumeError: None of them can.
+            VolumeError: The volumes support none of them.
         """
-        self.drop(_NEXT)
-        for way in ways:
-            with self._writer.translated(f"making a {way} of `{source}`", file.path):
-                if self._take(source, file, way):
+        self.delete(_NEXT)
+        for method in methods:
+            with self._writer.translated(f"creating a {method} of `{source}`", file.path):
+                if self._materialize(source, file, method):
                     self._rename(_NEXT, file.path)
-                    return way
-                self.drop(_NEXT)
-        reason = f"the volumes cannot make it a {' or a '.join(ways)}; choose another way with `KSERVE_PVC_MATERIALIZE`"
-        raise VolumeError(str(self.absolute(file.path)), f"taking it from `{source}`", reason)
+                    return method
+                self.delete(_NEXT)
+        tried = " or a ".join(methods)
+        reason = (
+            f"the volumes do not support a {tried} of `{source}`; choose another method by `KSERVE_PVC_MATERIALIZE`"
+        )
+        raise VolumeError(str(self.absolute(file.path)), "materializing", reason)
 
-    def _take(self, source: Path, file: FileEntry, way: Way) -> bool:
+    def _materialize(self, source: Path, file: FileEntry, method: Method) -> bool:
         self._writer.make_directory(OURS)
-        if way == "symlink":
+        if method == "symlink":
             place = self.absolute(file.path).parent
-            return self._made(lambda parent: os.symlink(os.path.relpath(source, place), _NEXT.name, dir_fd=parent))
-        if way == "link":
-            return self._made(lambda parent: os.link(source, _NEXT.name, dst_dir_fd=parent, follow_symlinks=False))
-        return self._copy(source, file, is_clone=way == "reflink")
+            return self._create(lambda parent: os.symlink(os.path.relpath(source, place), _NEXT.name, dir_fd=parent))
+        if method == "link":
+            return self._create(lambda parent: os.link(source, _NEXT.name, dst_dir_fd=parent, follow_symlinks=False))
+        return _copy(self._writer, source, file, is_clone=method == "reflink")
 
-    def _made(self, make: Callable[[int], None]) -> bool:
+    def _create(self, make: Callable[[int], None]) -> bool:
         try:
             with self._writer.open_parent(_NEXT) as parent:
                 make(parent)
         except OSError as error:
-            if error.errno not in _CANNOT:
+            if error.errno not in _UNSUPPORTED:
                 raise
             return False
-        return True
-
-    def _copy(self, source: Path, file: FileEntry, *, is_clone: bool) -> bool:
-        read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            written = self._writer.create(_NEXT)
-            try:
-                if is_clone and not _clone(read, written):
-                    return False
-                if not is_clone:
-                    allocate(written, file.size_bytes)
-                    copy_range(read, written, 0, file.size_bytes)
-                if os.fstat(written).st_size != file.size_bytes:
-                    raise VolumeError(str(source), "copying", f"it has not the {file.size_bytes} bytes of its record")
-                os.fsync(written)
-            finally:
-                os.close(written)
-        finally:
-            os.close(read)
         return True
 
     def _rename(self, source: PurePosixPath, path: PurePosixPath) -> None:
@@ -413,10 +398,30 @@ class Destination:
     def _sync_directory(self, place: PurePosixPath) -> None:
         fd = self._writer.open_directory(place)
         try:
-            with suppress(OSError):  # Some volumes refuse to; then there is nothing to be done.
+            with suppress(OSError):  # Not every volume supports it.
                 os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _copy(writer: VolumeWriter, source: Path, file: FileEntry, *, is_clone: bool) -> bool:
+    read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        written = writer.create(_NEXT)
+        try:
+            if is_clone and not _clone(read, written):
+                return False
+            if not is_clone:
+                allocate(written, file.size_bytes)
+                copy_range(read, written, 0, file.size_bytes)
+            if os.fstat(written).st_size != file.size_bytes:
+                raise VolumeError(str(source), "copying", f"it does not have the {file.size_bytes} bytes of its record")
+            os.fsync(written)
+        finally:
+            os.close(written)
+    finally:
+        os.close(read)
+    return True
 
 
 def _rename_into(source: int, name: str, target: int, path: PurePosixPath) -> None:
@@ -426,9 +431,7 @@ def _rename_into(source: int, name: str, target: int, path: PurePosixPath) -> No
         try:
             os.rmdir(path.name, dir_fd=target)
         except OSError as error:
-            raise UnsafePathError(
-                str(path), "a directory with files of others stands where it belongs; empty it"
-            ) from error
+            raise UnsafePathError(str(path), "a directory with foreign files has this name; empty it") from error
         os.rename(name, path.name, src_dir_fd=source, dst_dir_fd=target)
 
 
@@ -438,7 +441,7 @@ def _clone(source: int, target: int) -> bool:
     try:
         fcntl.ioctl(target, _CLONE, source)
     except OSError as error:
-        if error.errno not in _CANNOT:
+        if error.errno not in _UNSUPPORTED:
             raise
         return False
     return True
@@ -454,20 +457,21 @@ def _digest(fd: int) -> str:
 
 def _make(place: Path) -> None:
     if place.is_symlink():
-        raise SettingsError("DEST", str(place), "it is a link; name the directory itself")
+        raise SettingsError("DEST", str(place), "it is a link; give the path of the directory itself")
     try:
         place.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise SettingsError("DEST", str(place), "it is not a directory") from error
     except OSError as error:
-        reason = f"it cannot be made: {os.strerror(error.errno or errno.EIO)}; mount a volume there that uid {os.geteuid()} may write"
-        raise SettingsError("DEST", str(place), reason) from error
+        reason = os.strerror(error.errno or errno.EIO)
+        hint = f"cannot create it: {reason}; mount a volume there that uid {os.geteuid()} may write to"
+        raise SettingsError("DEST", str(place), hint) from error
 
 
 @contextmanager
 def temporary_directory() -> Iterator[str]:
     """
-    Make a directory for a caller who names none. It stays, unless an error ends what is done with it.
+    Create a temporary directory, and delete it after an error only.
     """
     from shutil import rmtree
     from tempfile import mkdtemp
@@ -480,5 +484,5 @@ def temporary_directory() -> Iterator[str]:
         raise
 
 
-def _nothing() -> None:
-    """Nobody else can have become the writer meanwhile."""
+def _do_nothing() -> None:
+    """A kernel lock cannot be lost."""

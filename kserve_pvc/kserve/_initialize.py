@@ -1,8 +1,8 @@
 """
-The storage initializer: puts models where KServe says, from a store that its pods share if there is one.
+The storage initializer: puts models into the directories that KServe passes, through a shared store if there is one.
 
-It takes what KServe gives its own initializer, pairs of a source and a directory, and is told everything else by its
-environment.
+It takes the same arguments as KServe's own initializer, pairs of a source and a directory, and is configured by
+environment variables.
 """
 
 from __future__ import annotations
@@ -53,31 +53,34 @@ _USAGE = "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]"
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_TERMINATION_BYTES = 4096
 _GIT = re.compile(r"https://.+\.git/?")
-# Schemes of KServe that are served neither here nor by a plug-in, and what to do instead.
-_ELSEWHERE = {
-    "oci": "leave images to KServe, by `oci://` without this initializer's ClusterStorageContainer",
-    "modelscope": "copy the model to a bucket, or fetch it from Hugging Face",
+# Schemes of KServe that are not supported, and the alternative.
+_UNSUPPORTED_SCHEMES = {
+    "oci": "KServe serves images itself, without this initializer's ClusterStorageContainer",
+    "modelscope": "copy the model to a bucket, or use Hugging Face",
     "hdfs": "copy the model to a bucket, or read it through WebHDFS with `fsspec+webhdfs://`",
-    "webhdfs": "write `fsspec+webhdfs://`",
+    "webhdfs": "use `fsspec+webhdfs://`",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Fill every destination, one after the other, and return 0, or 1 with one line in the termination log.
+    Fill every destination, one after the other.
+
+    Returns:
+        0, or 1 after writing one line to the termination log.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # A pod that is deleted gets SIGTERM first: unwinding gives claims back, so that nobody waits out a lease.
+    # A deleted pod gets SIGTERM first: unwinding releases claims, so that no process waits for a lease to expire.
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return _run(arguments)
     except _Terminated:
-        return _fail("terminated; what was fetched is kept for the next start")
+        return _fail("terminated; downloaded bytes are kept for the next start")
     except KeyboardInterrupt:
-        return _fail("interrupted; what was fetched is kept for the next start")
+        return _fail("interrupted; downloaded bytes are kept for the next start")
     except StoreError as error:
         return _fail(str(error))
-    except Exception as error:  # The text of a foreign error may hold a signed URL.
+    except Exception as error:  # The message of another library may hold a signed URL.
         return _fail(f"{type(error).__name__}: {redact(str(error))}")
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -85,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Terminated(BaseException):
     """
-    SIGTERM has come. Not an error that anything in between should take for one of its own.
+    Raised by SIGTERM. Not an `Exception`, so that no handler in between catches it.
     """
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    # Once is enough: unwinding must not be interrupted by another one.
+    # A second signal must not interrupt the unwinding.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Terminated
 
@@ -98,7 +101,7 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 def _run(arguments: Sequence[str]) -> int:
     if len(arguments) < 2 or len(arguments) % 2:
         print(_USAGE, flush=True)
-        return _fail(f"{len(arguments)} arguments are no pairs of a source and a directory; {_USAGE}")
+        return _fail(f"expected pairs of a source and a directory, got {len(arguments)} arguments; {_USAGE}")
     pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
     shown = ", ".join(f"({redact(source)!r}, {printable(place)!r})" for source, place in pairs)
     _log("INFO", f"Initializing, args: (src_uri, dest_path): [{shown}]")
@@ -113,34 +116,36 @@ def _variables() -> Variables:
 
 def fill_all(pairs: Sequence[tuple[str, str]], variables: Variables) -> None:
     """
-    Put every source into its directory. Those of one directory are put there together.
+    Put every source into its directory. Sources with the same directory are merged.
 
     Raises:
-        StoreError: One could not be put there. Those before it are.
+        StoreError: A source failed. The sources before it are complete.
     """
     if variables.digest is not None and len(pairs) != 1:
         raise SettingsError(
-            "VERIFICATION_DIGEST", variables.digest, "it is for one source; name the digests of several by `#sha256=`"
+            "VERIFICATION_DIGEST",
+            variables.digest,
+            "it applies to one source only; for several, append `#sha256=` to each URI",
         )
-    by_place: dict[str, list[Wanted]] = {}
+    by_place: dict[str, list[CheckedSource]] = {}
     for source, place in pairs:
         if not place or ".." in place.split("/") or "\0" in place:
-            raise SettingsError("DEST", place, "name a directory, by a path that does not climb")
+            raise SettingsError("DEST", place, "expected the path of a directory, without `..`")
         by_place.setdefault(os.path.normpath(place), []).append(read_source(source, variables))
-    for place, wanted in by_place.items():
+    for place, sources in by_place.items():
         began = time.monotonic()
-        for one in wanted:
+        for one in sources:
             _log("INFO", f"Copying contents of {one.shown} to local")
-        _fill(Path(place), wanted, variables)
-        for one in wanted:
+        _fill(Path(place), sources, variables)
+        for one in sources:
             _log("INFO", f"Successfully copied {one.shown} to {printable(place)}")
         _log("INFO", f"Model downloaded in {time.monotonic() - began} seconds.")
 
 
 @attrs.frozen(kw_only=True)
-class Wanted:
+class CheckedSource:
     """
-    A source that was checked.
+    A source whose URI was checked.
     """
 
     ref: ModelRef
@@ -155,66 +160,70 @@ class Wanted:
 
     @property
     def keys(self) -> set[str]:
-        """What a store may know it by: an object that is named itself is fetched without patterns."""
+        """The keys that a store may have it under: a URI of a single object is downloaded without patterns."""
         return {self.ref.key, attrs.evolve(self.ref, allow_patterns=None, ignore_patterns=()).key}
 
     def is_one_object(self, paths: Iterable[PurePosixPath]) -> bool:
-        """Whether these are all files of the source, and so the source is a file by itself."""
+        """Whether the source is a single object, and these are its paths."""
         return [str(path) for path in paths] == [self.ref.location.rpartition("/")[2]]
 
 
-def read_source(source: str, variables: Variables) -> Wanted:
+def read_source(source: str, variables: Variables) -> CheckedSource:
     """
-    Check a source, without asking it.
+    Check the URI of a source, without a request.
 
     Raises:
-        InvalidURIError, UnknownSchemeError, PolicyError: It means nothing, or is not for this initializer.
+        InvalidURIError: It is malformed.
+        UnknownSchemeError: This initializer does not support its scheme.
+        PolicyError: It carries credentials.
     """
     if ".." in source.split("://", 1)[-1].split("/"):
-        raise InvalidURIError(redact(source), "its path may not climb with `..`")
+        raise InvalidURIError(redact(source), "its path contains `..`")
     if _GIT.fullmatch(source):
         raise InvalidURIError(
-            redact(source), "git repositories are not fetched; put the files into a bucket, or on Hugging Face"
+            redact(source), "git repositories are not supported; put the files into a bucket, or on Hugging Face"
         )
-    if (scheme := source.partition("://")[0]) in _ELSEWHERE:
-        raise UnknownSchemeError(scheme, _ELSEWHERE[scheme])
+    if (scheme := source.partition("://")[0]) in _UNSUPPORTED_SCHEMES:
+        raise UnknownSchemeError(scheme, _UNSUPPORTED_SCHEMES[scheme])
     if source and "://" not in source and Path(source).exists():
         source = os.path.abspath(source)
     ref = parse_ref(source, allow_patterns=variables.allow_patterns, ignore_patterns=variables.ignore_patterns)
-    return Wanted(ref=ref)
+    return CheckedSource(ref=ref)
 
 
-def _fill(place: Path, wanted: Sequence[Wanted], variables: Variables) -> None:
-    if _is_own_source(place, wanted):
-        _log("INFO", f"{printable(place)} is the source itself, so nothing is copied")
+def _fill(place: Path, sources: Sequence[CheckedSource], variables: Variables) -> None:
+    if _is_own_source(place, sources):
+        _log("INFO", f"{printable(place)} is the source itself: nothing to copy")
         return
     store = find_store(place, variables)
     if store is None:
-        _download_into(place, wanted, variables)
+        _download_into(place, sources, variables)
         return
-    models = [from_store(store, one, variables) for one in wanted]
+    models = [from_store(store, one, variables) for one in sources]
     inside = _inside(place, store)
     if inside is None:
-        _copy_into(place, wanted, models, variables)
+        _copy_into(place, sources, models, variables)
     else:
-        _point_to(store, inside, wanted, models)
+        _point_to(store, inside, sources, models)
 
 
-def _is_own_source(place: Path, wanted: Sequence[Wanted]) -> bool:
+def _is_own_source(place: Path, sources: Sequence[CheckedSource]) -> bool:
     """Whether a local source is its own destination."""
     here = Path(os.path.realpath(place))
-    for one in wanted:
+    for one in sources:
         source = Path(os.path.realpath(one.ref.location))
         if one.ref.scheme == "file" and source != here and here.is_relative_to(source):
-            raise SettingsError("DEST", str(place), f"it lies inside of its source `{one.shown}`")
+            raise SettingsError("DEST", str(place), f"it is inside of its source `{one.shown}`")
     return (
-        len(wanted) == 1 and wanted[0].ref.scheme == "file" and Path(os.path.realpath(wanted[0].ref.location)) == here
+        len(sources) == 1
+        and sources[0].ref.scheme == "file"
+        and Path(os.path.realpath(sources[0].ref.location)) == here
     )
 
 
 def find_store(place: Path, variables: Variables) -> Path | None:
     """
-    The root of the store that a destination is served from, or None if it is private.
+    Return the root of the store that serves a destination, or None if it is private.
     """
     if variables.kind == "private":
         return None
@@ -237,12 +246,12 @@ def _open(root: Path, variables: Variables, *, mode: str | None = None) -> Model
     )
 
 
-def _ensure(store: ModelStore, one: Wanted, variables: Variables) -> Model:
+def _ensure(store: ModelStore, one: CheckedSource, variables: Variables) -> Model:
     ref = one.ref
     ensure = partial(store.ensure, timeout=variables.timeout)
     if ref.scheme in variables.streams:
         ensure = partial(ensure, max_workers=variables.streams[ref.scheme])
-    # With its signature, which is asked with and never stored.
+    # With its signature, which is sent and never stored.
     uri = ref.uri if ref.query is None else f"{ref.uri}?{ref.query}"
     try:
         return ensure(uri, allow_patterns=ref.allow_patterns, ignore_patterns=ref.ignore_patterns or None)
@@ -253,28 +262,28 @@ def _ensure(store: ModelStore, one: Wanted, variables: Variables) -> Model:
             and one.is_one_object(file.entry.path for file in store.resolve(uri).files)
         ):
             raise
-    # As in KServe, patterns choose among files, and an object that is named itself is no choice.
+    # As in KServe, patterns do not apply to a URI of a single object.
     return ensure(uri)
 
 
-def from_store(root: Path, one: Wanted, variables: Variables) -> Model:
+def from_store(root: Path, one: CheckedSource, variables: Variables) -> Model:
     """
-    The model in a store that pods share. If it is there, the store need not be writable.
+    Return a model of a shared store, and download it if it is missing. For a hit, the store need not be writable.
 
     Raises:
-        StoreError: As `ModelStore.ensure`; or it is there and not what KServe would serve.
+        StoreError: As `ModelStore.ensure`, or the stored model is not what KServe would serve.
     """
     model = _find(root, one) or _ensure(_open(root, variables, mode=variables.mode), one, variables)
     files = model.record.files
     if one.ref.service in unpacking() and len(files) == 1 and is_archive(files[0].path.name):
-        rule = "the store holds it as the archive that it is, which was not fetched by an initializer; remove it with `kserve-pvc rm`"
+        rule = "the store holds the packed archive, which no initializer downloaded; remove it with `kserve-pvc rm`"
         raise PolicyError(one.shown, rule)
     _check_digest([model], variables)
-    _log("INFO", f"{one.shown} is {model.status} in the store at {root}, as {model.path}")
+    _log("INFO", f"{one.shown} is {model.status} in the store at {root}, at {model.path}")
     return model
 
 
-def _find(root: Path, one: Wanted) -> Model | None:
+def _find(root: Path, one: CheckedSource) -> Model | None:
     ref = one.ref
     with suppress(StoreError):
         store = ModelStore(root)
@@ -291,112 +300,113 @@ def _check_digest(models: Sequence[Model], variables: Variables) -> None:
         return
     files = [file for model in models for file in model.record.files]
     if len(files) != 1:
-        rule = f"`VERIFICATION_DIGEST` is the SHA-256 of one file, and this has {len(files)}; unset it"
+        rule = f"`VERIFICATION_DIGEST` is the SHA-256 of one file, but the model has {len(files)}; unset it"
         raise PolicyError(models[0].uri, rule)
     if files[0].sha256 != variables.digest:
         raise DigestMismatchError(str(files[0].path), variables.digest, str(files[0].sha256))
 
 
-def _download_into(place: Path, wanted: Sequence[Wanted], variables: Variables) -> None:
-    """Fill a directory that nobody else writes to, keeping nothing but its files."""
+def _download_into(place: Path, sources: Sequence[CheckedSource], variables: Variables) -> None:
+    """Download into a private directory."""
     destination = Destination(place)
-    if _holds(destination, wanted, None):
-        _log("INFO", f"{printable(place)} is complete, so nothing is downloaded")
+    if _holds(destination, sources, None):
+        _log("INFO", f"{printable(place)} is complete: nothing to download")
         _tidy(destination)
         return
     with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
-        if not _holds(destination, wanted, None):
-            models = _download(destination, wanted, variables)
-            _move(destination, wanted, models, check)
+        if not _holds(destination, sources, None):
+            models = _download(destination, sources, variables)
+            _move(destination, sources, models, check)
         destination.tidy()
 
 
-def _download(destination: Destination, wanted: Sequence[Wanted], variables: Variables) -> Sequence[Model]:
-    # Whoever gets here is alone, and its lock ends with it: nobody has to wait for the lease of one that was killed.
+def _download(destination: Destination, sources: Sequence[CheckedSource], variables: Variables) -> Sequence[Model]:
+    # This process has the destination locked. A `flock` ends with it, so no later one waits for a lease to expire.
     variables = attrs.evolve(variables, locker="flock", lease_seconds=None)
-    if _begun(destination) - {key for one in wanted for key in one.keys}:
-        destination.drop(WORK)  # Somebody was killed over another source; nobody goes on with it, and it takes up room.
+    if _started_keys(destination) - {key for one in sources for key in one.keys}:
+        destination.delete(WORK)  # Left by a killed download of another source, and of no use.
     try:
         store = _open(destination.make_work(), variables)
     except StoreFormatError:
-        # Nothing but a broken volume or somebody else damages this; and it is of no use to anybody.
-        destination.drop(WORK)
+        # Only a broken volume or a foreign process damages it, and it is of no use.
+        destination.delete(WORK)
         store = _open(destination.make_work(), variables)
-    models = [_ensure(store, one, variables) for one in wanted]
+    models = [_ensure(store, one, variables) for one in sources]
     try:
         _check_digest(models, variables)
     except StoreError:
-        destination.drop(WORK)
+        destination.delete(WORK)
         raise
     return models
 
 
-def _begun(destination: Destination) -> set[str]:
-    """The keys of what an earlier run began and did not end."""
+def _started_keys(destination: Destination) -> set[str]:
+    """Return the keys of unfinished downloads of an earlier run."""
     try:
-        return destination.begun()
+        return destination.started_keys()
     except StoreError:
         return set()
 
 
 def _tidy(destination: Destination) -> None:
-    # A hit needs no right to write.
+    # A hit needs no write permission.
     with suppress(StoreError):
         destination.tidy()
 
 
-def _holds(destination: Destination, wanted: Sequence[Wanted], versions: Sequence[str] | None) -> bool:
+def _holds(destination: Destination, sources: Sequence[CheckedSource], versions: Sequence[str] | None) -> bool:
     record = destination.record()
-    if record is None or [source.key for source in record.sources] != [one.ref.key for one in wanted]:
+    if record is None or [source.key for source in record.sources] != [one.ref.key for one in sources]:
         return False
     return versions is None or [source.version for source in record.sources] == list(versions)
 
 
 def _contents(
-    wanted: Sequence[Wanted], models: Sequence[Model], *, is_linked: bool = False
+    sources: Sequence[CheckedSource], models: Sequence[Model], *, is_linked: bool = False
 ) -> tuple[Contents, Mapping[PurePosixPath, Path]]:
-    """What these models are together, and where each file of it comes from. A later one wins, as with KServe."""
+    """Merge models, and return the origin of each file. As in KServe, a later model wins."""
     files, origins = {}, {}
     for model in models:
         for file in model.record.files:
             files[file.path], origins[file.path] = file, model.path / file.path
-    sources = [
-        Source(key=one.ref.key, uri=model.uri, version=model.version) for one, model in zip(wanted, models, strict=True)
+    recorded = [
+        Source(key=one.ref.key, uri=model.uri, version=model.version)
+        for one, model in zip(sources, models, strict=True)
     ]
-    return Contents(sources=sources, files=[files[path] for path in sorted(files)], is_linked=is_linked), origins
+    return Contents(sources=recorded, files=[files[path] for path in sorted(files)], is_linked=is_linked), origins
 
 
 def _move(
-    destination: Destination, wanted: Sequence[Wanted], models: Sequence[Model], check: Callable[[], None]
+    destination: Destination, sources: Sequence[CheckedSource], models: Sequence[Model], check: Callable[[], None]
 ) -> None:
-    contents, origins = _contents(wanted, models)
+    contents, origins = _contents(sources, models)
 
-    def bring(file: FileEntry) -> None:
+    def place(file: FileEntry) -> None:
         if not destination.move(PurePosixPath(origins[file.path].relative_to(destination.root)), file):
-            destination.drop(WORK)
-            raise VolumeError(str(destination.absolute(file.path)), "renaming", "somebody else has taken it away")
+            destination.delete(WORK)
+            raise VolumeError(str(destination.absolute(file.path)), "renaming", "another process has removed it")
 
-    destination.fill(contents, bring, check)
+    destination.fill(contents, place, check)
 
 
-def _copy_into(place: Path, wanted: Sequence[Wanted], models: Sequence[Model], variables: Variables) -> None:
-    """Fill a directory from a store that is mounted beside it."""
+def _copy_into(place: Path, sources: Sequence[CheckedSource], models: Sequence[Model], variables: Variables) -> None:
+    """Fill a directory from a store that is mounted elsewhere."""
     destination = Destination(place)
-    if _holds(destination, wanted, [model.version for model in models]):
-        _log("INFO", f"{printable(place)} is complete, so nothing is copied")
+    if _holds(destination, sources, [model.version for model in models]):
+        _log("INFO", f"{printable(place)} is complete: nothing to copy")
         return
-    contents, origins = _contents(wanted, models, is_linked=variables.ways == ("symlink",))
+    contents, origins = _contents(sources, models, is_linked=variables.methods == ("symlink",))
     used: set[str] = set()
     with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
         destination.fill(
-            contents, lambda file: used.add(destination.take(origins[file.path], file, variables.ways)), check
+            contents, lambda file: used.add(destination.materialize(origins[file.path], file, variables.methods)), check
         )
         destination.tidy()
-    _log("INFO", f"{printable(place)} holds it by {' and '.join(sorted(used))}")
+    _log("INFO", f"{printable(place)} is complete, by {' and '.join(sorted(used))}")
 
 
 def _inside(place: Path, store: Path) -> PurePosixPath | None:
-    """Where in the store a destination lies, or None if it lies beside it."""
+    """Return the path of a destination inside the store, or None if it is outside."""
     parent = Path(os.path.realpath(place.parent)) / place.name if place.name else Path("/")
     root = Path(os.path.realpath(store))
     if Path(os.path.realpath(place)) == root:
@@ -404,43 +414,43 @@ def _inside(place: Path, store: Path) -> PurePosixPath | None:
     return PurePosixPath(parent.relative_to(root)) if parent.is_relative_to(root) else None
 
 
-def _point_to(store: Path, inside: PurePosixPath, wanted: Sequence[Wanted], models: Sequence[Model]) -> None:
-    """Give models names in the store, which lead a server's mount to what it serves."""
+def _point_to(store: Path, inside: PurePosixPath, sources: Sequence[CheckedSource], models: Sequence[Model]) -> None:
+    """Create links in the store, which a server mounts as its model directory."""
     writer = VolumeWriter(store)
-    for one, model in zip(wanted, models, strict=True):
+    for one, model in zip(sources, models, strict=True):
         view = layout.view_link(model.key)
         if not settle_view(writer, model.key):
-            raise _not_named(writer, view)
-        _log("INFO", f"`{view}` of this volume is {one.shown}; mount that directory into the server")
+            raise _cannot_link(writer, view)
+        _log("INFO", f"{one.shown} is at `{view}` of this volume; mount that directory into the server")
         if inside.parts and inside != view:
-            _check_name(inside, wanted)
-            # To the generation: what a server sees through a mount of the whole store changes only with another start.
+            _check_name(inside, sources)
+            # To the generation: for a server that mounts the whole store, the model changes at a restart only.
             target = os.path.relpath(layout.generation_dir(model.key, model.path.name), inside.parent)
             if writer.link_target(inside) != target and not writer.repoint(inside, target):
-                raise _not_named(writer, inside)
+                raise _cannot_link(writer, inside)
 
 
-def _not_named(writer: VolumeWriter, place: PurePosixPath) -> VolumeError:
-    reason = "something that is no link has that name, or the volume has no symbolic links"
-    return VolumeError(str(writer.absolute(place)), "naming a model", reason)
+def _cannot_link(writer: VolumeWriter, place: PurePosixPath) -> VolumeError:
+    reason = "a file that is not a link has that name, or the volume does not support symbolic links"
+    return VolumeError(str(writer.absolute(place)), "linking a model", reason)
 
 
-def _check_name(inside: PurePosixPath, wanted: Sequence[Wanted]) -> None:
-    if len(wanted) != 1:
+def _check_name(inside: PurePosixPath, sources: Sequence[CheckedSource]) -> None:
+    if len(sources) != 1:
         raise SettingsError(
             "DEST",
             str(inside),
-            f"it is one name in a store, for {len(wanted)} sources; give each a directory of its own",
+            f"it is one link in a store, for {len(sources)} sources; give each its own directory",
         )
     if inside.parts[0] in (layout.META.name, layout.MODELS.name):
-        raise SettingsError("DEST", str(inside), "it belongs to the store; name a directory beside `models`")
+        raise SettingsError("DEST", str(inside), "it is reserved for the store; use a directory next to `models`")
 
 
 def _fail(text: str) -> int:
     line = printable(text).strip()
     _log("ERROR", line)
     place = os.environ.get("KSERVE_PVC_TERMINATION_LOG") or _TERMINATION_LOG
-    # Only in a container there is such a file, and the kubelet has made it.
+    # The kubelet creates the file, so it exists in containers only.
     with suppress(OSError):
         fd = os.open(place, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -451,6 +461,6 @@ def _fail(text: str) -> int:
 
 
 def _log(level: str, text: str) -> None:
-    moment = datetime.now(UTC)
-    stamp = f"{moment:%Y-%m-%d %H:%M:%S}.{moment.microsecond // 1000:03d}"
+    now = datetime.now(UTC)
+    stamp = f"{now:%Y-%m-%d %H:%M:%S}.{now.microsecond // 1000:03d}"
     print(f"{stamp} {os.getpid()} storage.initializer {level} {text}", file=sys.stderr, flush=True)

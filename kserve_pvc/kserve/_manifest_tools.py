@@ -1,6 +1,5 @@
 """
-The names that KServe gives to things, and how a manifest is taken apart: plain dictionaries, of which nothing is
-believed.
+The names that KServe uses, and functions to read and change untrusted manifests as plain dictionaries.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from kserve_pvc.errors import SettingsError
 
 Manifest = dict[str, Any]
 
-# The volume that KServe downloads into, where it is mounted, and the volume of a `pvc://` source.
+# The volume that KServe downloads into, its mount path, and the volume of a `pvc://` source.
 MODEL_VOLUME = "kserve-provision-location"
 MODEL_MOUNT_PATH = "/mnt/models"
 PVC_SOURCE_VOLUME = "kserve-pvc-source"
@@ -34,54 +33,54 @@ PVC_SCHEME = "pvc://"
 OCI_SCHEMES = ("oci://", "oci+native://", "oci+fetch://")
 
 
-def copied(manifest: object, kind: str) -> Manifest:
+def copy_manifest(manifest: object, kind: str) -> Manifest:
     """
-    Copy a manifest of the kind that is meant, so that the caller's stays as it is.
+    Check the kind of a manifest and copy it.
 
     Raises:
-        SettingsError: It is none, or of another kind.
+        SettingsError: It is not a manifest, or is of another kind.
     """
     if not isinstance(manifest, dict):
-        raise SettingsError("manifest", type(manifest).__name__, f"give a {kind} as a mapping")
+        raise SettingsError("manifest", type(manifest).__name__, f"expected a {kind} as a mapping")
     if manifest.get("kind") != kind:
-        raise SettingsError("kind", str(manifest.get("kind", "")), f"give a {kind}")
+        raise SettingsError("kind", str(manifest.get("kind", "")), f"expected a {kind}")
     return deepcopy(manifest)
 
 
 def mapping(parent: Manifest, name: str, place: str) -> Manifest:
     """
-    The mapping under a name, made if it is not there.
+    Return the mapping under a name, and create it if it is missing.
 
     Raises:
-        SettingsError: Something else is there.
+        SettingsError: The value is not a mapping.
     """
     if parent.get(name) is None:
         parent[name] = {}
     found = parent[name]
     if not isinstance(found, dict):
-        raise SettingsError(f"{place}.{name}".lstrip("."), type(found).__name__, "it must be a mapping")
+        raise SettingsError(f"{place}.{name}".lstrip("."), type(found).__name__, "expected a mapping")
     return found
 
 
-def looked_up(parent: Manifest, name: str, place: str) -> Manifest:
+def mapping_or_empty(parent: Manifest, name: str, place: str) -> Manifest:
     """
-    The mapping under a name, or an empty one that belongs to nothing.
+    Return the mapping under a name, or an empty one, without changing the parent.
     """
     return {} if parent.get(name) is None else mapping(parent, name, place)
 
 
 def entries(parent: Manifest, name: str, place: str) -> list[Manifest]:
     """
-    The mappings in the list under a name; none if there is no list.
+    Return the list of mappings under a name, which is empty if it is missing.
 
     Raises:
-        SettingsError: It is no list of mappings.
+        SettingsError: The value is not a list of mappings.
     """
     found = parent.get(name)
     if found is None:
         return []
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise SettingsError(f"{place}.{name}", type(found).__name__, "it must be a list of mappings")
+        raise SettingsError(f"{place}.{name}", type(found).__name__, "expected a list of mappings")
     return found
 
 
@@ -92,43 +91,43 @@ def append(parent: Manifest, name: str, entry: Manifest, place: str) -> None:
         parent[name] = [entry]
 
 
-def named(found: list[Manifest], name: str) -> Manifest | None:
+def find_by_name(found: list[Manifest], name: str) -> Manifest | None:
     return next((entry for entry in found if entry.get("name") == name), None)
 
 
-def texts(parent: Manifest, name: str) -> dict[str, str]:
+def strings(parent: Manifest, name: str) -> dict[str, str]:
     """
-    Labels or annotations, whose values are texts.
+    Return labels or annotations.
 
     Raises:
-        SettingsError: One is not, such as a bare `false` that should stand in quotes.
+        SettingsError: A value is not a string, such as a `false` without quotes.
     """
-    found = looked_up(parent, name, "metadata")
+    found = mapping_or_empty(parent, name, "metadata")
     for key, value in found.items():
         if not isinstance(value, str):
-            raise SettingsError(f"metadata.{name}[{key}]", str(value), "it must be a text: put the value in quotes")
+            raise SettingsError(f"metadata.{name}[{key}]", str(value), "expected a string: put the value in quotes")
     return found
 
 
-def asks_to_write(annotations: dict[str, str]) -> bool:
+def requests_write(annotations: dict[str, str]) -> bool:
     """
-    Whether KServe would mount read-write: for exactly `"false"`.
+    Whether KServe would mount read-write, which it does only for exactly `"false"`.
     """
     return annotations.get(READONLY_ANNOTATION) == "false"
 
 
 def containers(spec: Manifest, place: str = "spec") -> Iterator[tuple[str, Manifest]]:
     """
-    Every container of a pod, with the list that it stands in.
+    Yield every container of a pod, with the name of its list.
     """
     for kind in ("initContainers", "containers", "ephemeralContainers"):
         for container in entries(spec, kind, place):
             yield kind, container
 
 
-def mount(sub_path: str, *, read_only: bool) -> Manifest:
+def make_mount(sub_path: str, *, read_only: bool) -> Manifest:
     """
-    A mount of the model's volume as KServe writes it, which leaves out what is empty.
+    Return a mount of the model's volume as KServe writes it, without empty fields.
     """
     found: Manifest = {"name": MODEL_VOLUME, "mountPath": MODEL_MOUNT_PATH}
     if sub_path:

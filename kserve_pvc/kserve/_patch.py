@@ -1,5 +1,5 @@
 """
-`share_volume` for files: several documents in and out, or one ResourceList as kustomize passes it to a KRM function.
+`share_volume` for files: several YAML documents, or one ResourceList as kustomize passes it to a KRM function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LIST = "ResourceList"
 @attrs.frozen(kw_only=True)
 class Sharing:
     """
-    The arguments of `share_volume`, of which the command line or a function's configuration says each or nothing.
+    The arguments of `share_volume` from the command line or a function's configuration; None where not given.
     """
 
     claim: str | None = None
@@ -29,14 +29,14 @@ class Sharing:
 
     def patch(self, service: Manifest) -> Manifest:
         if not self.claim:
-            raise SettingsError("--claim", "", "name the PersistentVolumeClaim, here or in the `functionConfig`")
+            raise SettingsError("--claim", "", "set the PersistentVolumeClaim, here or in the `functionConfig`")
         return share_volume(service, claim=self.claim, sub_path=self.sub_path or "", read_only=self.read_only)
 
 
 @attrs.frozen(kw_only=True)
 class Patched:
     """
-    What to print, what to say, and the error that a ResourceList tells of, if there is one.
+    The patched documents, remarks for standard error, and the error that a ResourceList reports, if any.
     """
 
     text: str
@@ -46,18 +46,18 @@ class Patched:
 
 def patch(text: str | bytes, sharing: Sharing, *, name: str) -> Patched:
     """
-    Patch every InferenceService in a text, and pass everything else on as it is.
+    Patch every InferenceService in YAML documents, and return all other documents unchanged.
 
     Raises:
-        SettingsError: The text is no YAML or holds no InferenceService, or a service cannot be patched.
-        PolicyError: The directory is absolute or climbs.
+        SettingsError: It is not YAML or has no InferenceService, or a service cannot be patched.
+        PolicyError: The directory is absolute or contains `..`.
     """
     documents = read_documents(text, name)
     if len(documents) == 1 and isinstance(documents[0], dict) and documents[0].get("kind") == _LIST:
         return _patch_list(documents[0], sharing)
     remarks: list[str] = []
-    if not any(_is_service(found) for document in documents for found in _flat(document)):
-        raise SettingsError(name, "without an InferenceService", "give the manifest of one")
+    if not any(_is_service(found) for document in documents for found in _flatten(document)):
+        raise SettingsError(name, "no InferenceService", "expected the manifest of at least one")
     return Patched(
         text=write_documents(_patched(document, sharing.patch, remarks) for document in documents),
         remarks=tuple(remarks),
@@ -65,12 +65,12 @@ def patch(text: str | bytes, sharing: Sharing, *, name: str) -> Patched:
 
 
 def _patch_list(resources: Manifest, sharing: Sharing) -> Patched:
-    """A KRM function answers with the list that it got, and tells of an error there too, where its caller looks for it."""
+    """Patch a ResourceList. A KRM function returns the list that it got, and reports errors in it too."""
     remarks: list[str] = []
     try:
         items = resources.get("items") or []
         if not isinstance(items, list):
-            raise SettingsError("items", type(items).__name__, "it must be a list of resources")
+            raise SettingsError("items", type(items).__name__, "expected a list of resources")
         configured = _configured(resources.get("functionConfig") or {}, sharing)
         resources = {**resources, "items": [_patched(item, configured.patch, remarks) for item in items]}
     except StoreError as error:
@@ -83,19 +83,19 @@ def _patch_list(resources: Manifest, sharing: Sharing) -> Patched:
 
 
 def _configured(config: object, sharing: Sharing) -> Sharing:
-    """What a function's configuration says, in `spec` or, as a ConfigMap, in `data`; the command line comes first."""
+    """Merge a function's configuration, in `spec` or in the `data` of a ConfigMap; the command line has precedence."""
     if not isinstance(config, dict):
-        raise SettingsError("functionConfig", type(config).__name__, "it must be a mapping")
+        raise SettingsError("functionConfig", type(config).__name__, "expected a mapping")
     place = "data" if config.get("kind") == "ConfigMap" else "spec"
     fields = config.get(place) or {}
     if not isinstance(fields, dict):
-        raise SettingsError(f"functionConfig.{place}", type(fields).__name__, "it must be a mapping")
+        raise SettingsError(f"functionConfig.{place}", type(fields).__name__, "expected a mapping")
     for name in fields:
         if name not in ("claim", "subPath", "readOnly"):
             raise unknown_option("field", f"functionConfig.{place}.{name}", ("claim", "subPath", "readOnly"))
     read_only = fields.get("readOnly")
     if read_only not in (None, True, False, "true", "false"):
-        raise SettingsError(f"functionConfig.{place}.readOnly", str(read_only), "write `true` or `false`")
+        raise SettingsError(f"functionConfig.{place}.readOnly", str(read_only), "expected `true` or `false`")
     return Sharing(
         claim=sharing.claim or fields.get("claim"),
         sub_path=sharing.sub_path if sharing.sub_path is not None else fields.get("subPath"),
@@ -109,8 +109,8 @@ def _is_service(document: object) -> bool:
     return isinstance(document, dict) and document.get("kind") == KIND
 
 
-def _flat(document: object) -> Iterator[object]:
-    """A document, and those in it if it is a `List` as `kubectl get` prints it."""
+def _flatten(document: object) -> Iterator[object]:
+    """Yield a document, and its items if it is a `List` as `kubectl get` prints it."""
     yield document
     if isinstance(document, dict) and document.get("kind") == "List" and isinstance(document.get("items"), list):
         yield from document["items"]
@@ -120,7 +120,7 @@ def _patched(document: Any, patch_one: Callable[[Manifest], Manifest], remarks: 
     if _is_service(document):
         reason = obstacle(document)
         if reason is not None:
-            remarks.append(f"{_name(document)} is left as it is: {reason}")
+            remarks.append(f"{_name(document)} is unchanged: {reason}")
         return patch_one(document)
     if isinstance(document, dict) and document.get("kind") == "List" and isinstance(document.get("items"), list):
         return {**document, "items": [_patched(item, patch_one, remarks) for item in document["items"]]}

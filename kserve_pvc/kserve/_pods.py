@@ -1,9 +1,9 @@
 """
-What happens to a pod: the shared claim takes the place of the `emptyDir` that KServe would make, and no more is granted
-than the policy does.
+Mutates pods: the shared claim replaces the `emptyDir` that KServe would add, and a pod gets no more access than the
+policy grants.
 
-KServe decides by names: it leaves alone a volume or a mount whose name it would use itself. So this works before
-KServe's own webhook as well as after it, with the same outcome, and once more changes nothing.
+KServe goes by names: it does not change an existing volume or mount with the name that it would use. So the mutation
+works before and after KServe's own webhook, with the same result, and is idempotent.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import attrs
 
 from kserve_pvc._settings import READONLY_ANNOTATION
 from kserve_pvc.errors import PolicyError, SettingsError, printable
-from kserve_pvc.kserve import _manifest_tools as objects
+from kserve_pvc.kserve import _manifest_tools as tools
 from kserve_pvc.kserve._manifest_tools import MODEL_VOLUME, Manifest
 from kserve_pvc.kserve._policy import Policy, Rule, check_claim, check_sub_path
 
-# What the owner of a service may wish: the claim (empty: none, not even a default one), and the directory to be served.
+# The annotations for the owner of a service: the claim (empty: none, not even a default), and the directory to serve.
 CLAIM = "kserve-pvc/claim"
 SUB_PATH = "kserve-pvc/sub-path"
 
@@ -24,7 +24,7 @@ SUB_PATH = "kserve-pvc/sub-path"
 @attrs.frozen(kw_only=True)
 class Admitted:
     """
-    A pod as it may run, the claim that it shares if any, and what its owner should know.
+    A mutated pod, the shared claim that it mounts if any, and notes for its owner.
     """
 
     pod: Manifest
@@ -35,7 +35,7 @@ class Admitted:
 @attrs.frozen(kw_only=True)
 class _Owner:
     """
-    Whose pod it is, and the policy for it.
+    The namespace and service account of a pod, and the policy.
     """
 
     namespace: str
@@ -43,33 +43,32 @@ class _Owner:
     policy: Policy
 
     def rules(self, claim: str) -> tuple[Rule, ...]:
-        """The rules for a claim; empty if no rule of this namespace speaks of it."""
+        """Return the rules for a claim; empty if no rule of this namespace names it."""
         found = self.policy.rules_for(self.namespace, self.service_account, claim)
         if not found and self.policy.governs(self.namespace, claim):
             self.refuse(claim)
         return found
 
     def rule(self, claim: str, sub_path: str) -> Rule | None:
-        """The first rule for a directory of a claim; None if no rule of this namespace speaks of the claim."""
+        """Return the first rule for a directory of a claim; None if no rule of this namespace names the claim."""
         rules = self.rules(claim)
         found = next((rule for rule in rules if rule.covers(sub_path)), None)
         if rules and found is None:
-            raise PolicyError(
-                f"claim {claim}", f"`{sub_path or '/'}` is outside of {_directories(rules)}, which this pod may mount"
-            )
+            rule = f"`{sub_path or '/'}` is outside of {_directories(rules)}, which this pod may mount"
+            raise PolicyError(f"claim {claim}", rule)
         return found
 
     def refuse(self, claim: str) -> None:
         raise PolicyError(
             f"claim {claim}",
-            f"no rule lets service account `{self.service_account}` of namespace `{self.namespace}` mount it",
+            f"no rule allows service account `{self.service_account}` of namespace `{self.namespace}` to mount it",
         )
 
 
 @attrs.frozen(kw_only=True)
-class _Wish:
+class _Grant:
     """
-    The claim that a pod shares, the rule that lets it, and the directory that is served.
+    The claim that a pod shares, the rule that allows it, and the directory that is served.
     """
 
     claim: str
@@ -79,69 +78,69 @@ class _Wish:
 
 def mutate_pod(pod: Manifest, policy: Policy, *, namespace: str | None = None) -> Manifest:
     """
-    Give a pod the claim that it asks for and the policy grants, and take from it what the policy does not grant.
+    Return a pod with the claim that it requests, and with no more access to claims than the policy grants.
 
-    The pod that is given stays as it is. To do it again, before KServe's own mutation or after it, changes nothing
-    more.
+    The argument is not changed. The function is idempotent, before and after KServe's own mutation.
 
     Args:
-        pod: A pod as KServe's controller makes it, or as KServe's webhook leaves it.
-        namespace: Where the pod will run, which a pod in an admission request does not say; else `metadata.namespace`.
+        pod: A pod as KServe's controller creates it, or as KServe's webhook changes it.
+        namespace: The namespace of the pod, which a pod in an admission request does not contain. Default:
+            `metadata.namespace`.
 
     Raises:
-        PolicyError: It asks for a claim or a directory that is not for it, or mounts one.
-        SettingsError: A part is missing or of the wrong kind.
+        PolicyError: It requests or mounts a claim or a directory that the policy does not grant.
+        SettingsError: A field is missing or has the wrong type.
     """
     return admit(pod, policy, namespace=namespace).pod
 
 
 def admit(pod: Manifest, policy: Policy, *, namespace: str | None = None) -> Admitted:
     """
-    As `mutate_pod`, and say what was done.
+    Mutate a pod as `mutate_pod` does, and report what was changed.
     """
-    pod = objects.copied(pod, "Pod")
-    metadata = objects.mapping(pod, "metadata", "")
+    pod = tools.copy_manifest(pod, "Pod")
+    metadata = tools.mapping(pod, "metadata", "")
     namespace = namespace or metadata.get("namespace")
     if not isinstance(namespace, str) or not namespace:
-        raise SettingsError("metadata.namespace", "", "say in which namespace the pod will run")
-    spec = objects.mapping(pod, "spec", "")
+        raise SettingsError("metadata.namespace", "", "pass the namespace of the pod")
+    spec = tools.mapping(pod, "spec", "")
     owner = _Owner(namespace=namespace, service_account=_service_account(spec), policy=policy)
     notes: list[str] = []
-    wish = _wish(metadata, spec, owner, notes)
-    _keep_read_only(metadata, owner, wish, notes)
-    if wish is not None:
-        _share(spec, wish, is_writing=objects.asks_to_write(objects.texts(metadata, "annotations")))
+    grant = _grant(metadata, spec, owner, notes)
+    _keep_read_only(metadata, owner, grant, notes)
+    if grant is not None:
+        _share(spec, grant, is_writing=tools.requests_write(tools.strings(metadata, "annotations")))
     _confine(spec, owner, notes)
-    return Admitted(pod=pod, claim=wish.claim if wish else None, notes=tuple(map(printable, notes)))
+    return Admitted(pod=pod, claim=grant.claim if grant else None, notes=tuple(map(printable, notes)))
 
 
 def _service_account(spec: Manifest) -> str:
-    # The API server fills in `default`, and copies the field of old to the new one, before it asks any webhook.
+    # The API server sets `default`, and copies the deprecated field to the new one, before it calls a webhook.
     name = spec.get("serviceAccountName") or spec.get("serviceAccount") or "default"
     if not isinstance(name, str):
-        raise SettingsError("spec.serviceAccountName", str(name), "it must be a text")
+        raise SettingsError("spec.serviceAccountName", str(name), "expected a string")
     return name
 
 
-def _wish(metadata: Manifest, spec: Manifest, owner: _Owner, notes: list[str]) -> _Wish | None:
-    annotations = objects.texts(metadata, "annotations")
-    wished = _wished_claim(annotations, owner)
+def _grant(metadata: Manifest, spec: Manifest, owner: _Owner, notes: list[str]) -> _Grant | None:
+    annotations = tools.strings(metadata, "annotations")
+    requested = _requested_claim(annotations, owner)
     obstacle = _obstacle(metadata, spec)
     own = _own_claim(spec)
     if obstacle is None and own and owner.rules(own):
-        if wished not in (None, own):
-            notes.append(f"the volume `{MODEL_VOLUME}` of the pod itself stays on claim `{own}`")
-        wished = own
+        if requested not in (None, own):
+            notes.append(f"the pod's own volume `{MODEL_VOLUME}` keeps claim `{own}`")
+        requested = own
     elif obstacle is None and _has_own_volume(spec):
-        obstacle = f"the pod has a volume `{MODEL_VOLUME}` of its own"
-    if wished is None or obstacle is not None:
-        if wished is not None and CLAIM in annotations:
-            notes.append(f"claim `{wished}` is not mounted: {obstacle}")
+        obstacle = f"the pod has its own volume `{MODEL_VOLUME}`"
+    if requested is None or obstacle is not None:
+        if requested is not None and CLAIM in annotations:
+            notes.append(f"claim `{requested}` is not mounted: {obstacle}")
         return None
-    return _granted(wished, annotations, owner)
+    return _apply_rules(requested, annotations, owner)
 
 
-def _wished_claim(annotations: dict[str, str], owner: _Owner) -> str | None:
+def _requested_claim(annotations: dict[str, str], owner: _Owner) -> str | None:
     if CLAIM not in annotations:
         return owner.policy.default_for(owner.namespace, owner.service_account)
     if not annotations[CLAIM]:
@@ -152,48 +151,48 @@ def _wished_claim(annotations: dict[str, str], owner: _Owner) -> str | None:
     return claim
 
 
-def _granted(claim: str, annotations: dict[str, str], owner: _Owner) -> _Wish:
+def _apply_rules(claim: str, annotations: dict[str, str], owner: _Owner) -> _Grant:
     if SUB_PATH in annotations:
         sub_path = check_sub_path(annotations[SUB_PATH], f"metadata.annotations[{SUB_PATH}]")
         rule = owner.rule(claim, sub_path)
     else:
         rule = owner.rules(claim)[0]
         sub_path = rule.sub_path
-    assert rule is not None, "a claim is granted by a rule"
-    return _Wish(claim=claim, rule=rule, sub_path=sub_path)
+    assert rule is not None, "`owner.rules` is not empty"
+    return _Grant(claim=claim, rule=rule, sub_path=sub_path)
 
 
 def _obstacle(metadata: Manifest, spec: Manifest) -> str | None:
-    """Why KServe's storage initializer does not download into a volume of this pod."""
-    annotations = objects.texts(metadata, "annotations")
-    source = annotations.get(objects.SOURCE)
+    """Return the reason why KServe's storage initializer downloads nothing into a volume of this pod, or None."""
+    annotations = tools.strings(metadata, "annotations")
+    source = annotations.get(tools.SOURCE)
     if source is None:
         return "KServe downloads nothing for this pod"
-    if objects.AGENT in annotations:
+    if tools.AGENT in annotations:
         return "KServe's agent downloads for this pod"
-    if objects.LOCAL_MODEL in objects.texts(metadata, "labels"):
+    if tools.LOCAL_MODEL in tools.strings(metadata, "labels"):
         return "the model comes from a LocalModelCache"
-    if source.startswith(objects.OCI_SCHEMES):
+    if source.startswith(tools.OCI_SCHEMES):
         return "the model comes from an image"
-    if source.startswith(objects.PVC_SCHEME):
-        return "the model is served from a claim where it lies"
-    return None if _serving(spec) else f"the pod has no container `{objects.SERVING}`"
+    if source.startswith(tools.PVC_SCHEME):
+        return "the model is served directly from a claim"
+    return None if _serving(spec) else f"the pod has no container `{tools.SERVING}`"
 
 
 def _serving(spec: Manifest) -> list[Manifest]:
-    """The containers into which KServe mounts the model."""
-    found = objects.entries(spec, "containers", "spec")
-    main = objects.named(found, objects.SERVING) or objects.named(found, objects.WORKER)
-    transformer = objects.named(found, objects.TRANSFORMER)
+    """Return the containers into which KServe mounts the model."""
+    found = tools.entries(spec, "containers", "spec")
+    main = tools.find_by_name(found, tools.SERVING) or tools.find_by_name(found, tools.WORKER)
+    transformer = tools.find_by_name(found, tools.TRANSFORMER)
     return [] if main is None else [main, transformer] if transformer else [main]
 
 
 def _model_volume(spec: Manifest) -> Manifest | None:
-    return objects.named(objects.entries(spec, "volumes", "spec"), MODEL_VOLUME)
+    return tools.find_by_name(tools.entries(spec, "volumes", "spec"), MODEL_VOLUME)
 
 
 def _has_own_volume(spec: Manifest) -> bool:
-    """Whether the pod brings the volume. An `emptyDir` without settings is what KServe adds, whoever wrote it."""
+    """Whether the pod defines the volume itself. An `emptyDir` without settings is treated as added by KServe."""
     return (_model_volume(spec) or {"emptyDir": {}}).get("emptyDir") != {}
 
 
@@ -202,83 +201,85 @@ def _own_claim(spec: Manifest) -> str | None:
 
 
 def _claim_of(volume: Manifest) -> str | None:
-    source = objects.looked_up(volume, "persistentVolumeClaim", "spec.volumes[]")
+    source = tools.mapping_or_empty(volume, "persistentVolumeClaim", "spec.volumes[]")
     if not source:
         return None
     name = source.get("claimName")
     if not isinstance(name, str):
         raise SettingsError(
-            "spec.volumes[].persistentVolumeClaim.claimName", str(name or ""), "name a PersistentVolumeClaim"
+            "spec.volumes[].persistentVolumeClaim.claimName",
+            str(name or ""),
+            "expected the name of a PersistentVolumeClaim",
         )
     return name
 
 
-def _keep_read_only(metadata: Manifest, owner: _Owner, wish: _Wish | None, notes: list[str]) -> None:
-    """Take back the annotation that asks to write where no rule grants it: KServe, and our own library in the pod, obey it."""
-    annotations = objects.texts(metadata, "annotations")
-    rules = [wish.rule] if wish else []
+def _keep_read_only(metadata: Manifest, owner: _Owner, grant: _Grant | None, notes: list[str]) -> None:
+    """Reset the annotation for write access, which KServe and this library obey, where no rule grants it."""
+    annotations = tools.strings(metadata, "annotations")
+    rules = [grant.rule] if grant else []
     for claim, sub_path in _direct(metadata):
         rule = owner.rule(claim, sub_path)
         rules += [rule] if rule else []
-    if objects.asks_to_write(annotations) and any(rule.access != "write" for rule in rules):
+    if tools.requests_write(annotations) and any(rule.access != "write" for rule in rules):
         annotations[READONLY_ANNOTATION] = "true"
-        notes.append(f'`{READONLY_ANNOTATION}: "false"` is not granted here, the model is mounted read-only')
+        notes.append(f'`{READONLY_ANNOTATION}: "false"` is not granted; the model is mounted read-only')
 
 
 def _direct(metadata: Manifest) -> list[tuple[str, str]]:
-    """The claim and directory that KServe mounts for a `pvc://` source or a LocalModelCache."""
-    annotations, labels = objects.texts(metadata, "annotations"), objects.texts(metadata, "labels")
-    source = annotations.get(objects.SOURCE, "")
-    if source and objects.LOCAL_MODEL in labels:
-        below = source.removeprefix(annotations.get(objects.LOCAL_MODEL_SOURCE, ""))
-        path = f"models/{labels[objects.LOCAL_MODEL]}/{below}"
-        return [(annotations.get(objects.LOCAL_MODEL_CLAIM, ""), path)]
-    if source.startswith(objects.PVC_SCHEME):
-        claim, _, path = source.removeprefix(objects.PVC_SCHEME).partition("/")
+    """Return the claim and directory that KServe mounts for a `pvc://` source or a LocalModelCache."""
+    annotations, labels = tools.strings(metadata, "annotations"), tools.strings(metadata, "labels")
+    source = annotations.get(tools.SOURCE, "")
+    if source and tools.LOCAL_MODEL in labels:
+        below = source.removeprefix(annotations.get(tools.LOCAL_MODEL_SOURCE, ""))
+        path = f"models/{labels[tools.LOCAL_MODEL]}/{below}"
+        return [(annotations.get(tools.LOCAL_MODEL_CLAIM, ""), path)]
+    if source.startswith(tools.PVC_SCHEME):
+        claim, _, path = source.removeprefix(tools.PVC_SCHEME).partition("/")
         return [(claim, path)]
     return []
 
 
-def _share(spec: Manifest, wish: _Wish, *, is_writing: bool) -> None:
-    volume = {"name": MODEL_VOLUME, "persistentVolumeClaim": {"claimName": wish.claim}}
+def _share(spec: Manifest, grant: _Grant, *, is_writing: bool) -> None:
+    volume = {"name": MODEL_VOLUME, "persistentVolumeClaim": {"claimName": grant.claim}}
     present = _model_volume(spec)
     if present is None:
-        objects.append(spec, "volumes", volume, "spec")
+        tools.append(spec, "volumes", volume, "spec")
     elif _claim_of(present) is None:
         present.clear()
         present.update(volume)
     serving = _serving(spec)
-    for _, container in objects.containers(spec):
+    for _, container in tools.containers(spec):
         is_serving = any(container is one for one in serving)
-        # The initializer sees the whole store, so that it can find what is there already; the server sees one model.
-        _aim(container, wish.sub_path if is_serving else wish.rule.sub_path)
-    for container in serving if wish.sub_path else ():
-        if objects.named(_mounts(container), MODEL_VOLUME) is None:
-            mount = objects.mount(wish.sub_path, read_only=not is_writing)
-            objects.append(container, "volumeMounts", mount, "spec.containers[]")
+        # The initializer gets the whole store, so that it can find existing models; the server gets one model.
+        _set_sub_path(container, grant.sub_path if is_serving else grant.rule.sub_path)
+    for container in serving if grant.sub_path else ():
+        if tools.find_by_name(_mounts(container), MODEL_VOLUME) is None:
+            mount = tools.make_mount(grant.sub_path, read_only=not is_writing)
+            tools.append(container, "volumeMounts", mount, "spec.containers[]")
 
 
-def _aim(container: Manifest, sub_path: str) -> None:
+def _set_sub_path(container: Manifest, sub_path: str) -> None:
     for mount in _mounts(container):
         if sub_path and mount.get("name") == MODEL_VOLUME and not (mount.get("subPath") or mount.get("subPathExpr")):
             mount["subPath"] = sub_path
 
 
 def _mounts(container: Manifest) -> list[Manifest]:
-    return objects.entries(container, "volumeMounts", "spec.containers[]")
+    return tools.entries(container, "volumeMounts", "spec.containers[]")
 
 
 def _confine(spec: Manifest, owner: _Owner, notes: list[str]) -> None:
-    """See to it that every governed claim is mounted where, and as, the rules allow."""
-    for volume in objects.entries(spec, "volumes", "spec"):
+    """Check the directory of every mount of a governed claim, and make it read-only unless a rule grants more."""
+    for volume in tools.entries(spec, "volumes", "spec"):
         claim = _claim_of(volume)
         rules = owner.rules(claim) if claim else ()
         if claim is None or not rules:
             continue
         if all(rule.access == "read" for rule in rules):
-            # For all mounts at once, also for those that KServe will add.
+            # This applies to all mounts, including those that KServe adds later.
             volume["persistentVolumeClaim"]["readOnly"] = True
-        for kind, container in objects.containers(spec):
+        for kind, container in tools.containers(spec):
             _confine_container(kind, container, volume, claim, owner, notes)
 
 
@@ -288,24 +289,26 @@ def _confine_container(
     name = container.get("name")
     if any(
         device.get("name") == volume.get("name")
-        for device in objects.entries(container, "volumeDevices", "spec.containers[]")
+        for device in tools.entries(container, "volumeDevices", "spec.containers[]")
     ):
-        raise PolicyError(f"claim {claim}", f"container `{name}` would have it as a block device, past its directories")
-    is_initializer = kind == "initContainers" and name == objects.INITIALIZER
-    # The mount that KServe adds for its initializer, maybe later, stays as it is where the volume itself is read-only.
-    is_closed = is_initializer and volume["persistentVolumeClaim"].get("readOnly") is True
+        raise PolicyError(
+            f"claim {claim}", f"container `{name}` requests it as a block device, which would bypass directories"
+        )
+    is_initializer = kind == "initContainers" and name == tools.INITIALIZER
+    # Where the volume itself is read-only, the mount for KServe's initializer is not changed: KServe may add it later.
+    is_volume_read_only = is_initializer and volume["persistentVolumeClaim"].get("readOnly") is True
     for mount in (mount for mount in _mounts(container) if mount.get("name") == volume.get("name")):
         rule = owner.rule(claim, _directory(mount, claim, owner))
         granted = rule.access if rule else "write"
         may_write = granted == "write" or (granted == "download" and is_initializer)
-        if not (may_write or is_closed or mount.get("readOnly") is True):
+        if not (may_write or is_volume_read_only or mount.get("readOnly") is True):
             mount["readOnly"] = True
             notes.append(f"container `{name}` mounts claim `{claim}` read-only: the policy grants `{granted}`")
 
 
 def _directory(mount: Manifest, claim: str, owner: _Owner) -> str:
     if mount.get("subPathExpr"):
-        # What its variables hold is known when the container starts, so only who may mount everything may use it.
+        # Its variables are expanded when the container starts, so it needs a rule for the whole claim.
         owner.rule(claim, "")
         return ""
     return str(mount.get("subPath") or "")

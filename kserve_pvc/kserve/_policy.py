@@ -1,9 +1,8 @@
 """
-Who may use which claim, and how: the rules of whoever runs the cluster, over the wishes of whoever owns a pod.
+The policy of a cluster's operator: which pods may use which claims, and how.
 
-A pod's annotations are wishes. What a pod may do follows from where it runs, its namespace and service account, which
-its owner cannot choose freely. A claim that some rule of a namespace names is *governed* there: only who has a rule may
-mount it.
+The annotations of a pod are requests. What a pod may do depends on its namespace and service account, which its owner
+cannot choose freely. A claim that a rule of a namespace names is *governed* there: only pods with a rule may mount it.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import attrs
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc.errors import PolicyError, SettingsError, UnsafePathError, unknown_option
 
-# read: nobody in the pod writes. download: KServe's storage initializer does. write: whoever asks by annotation does
-# too.
+# read: no container may write. download: KServe's storage initializer may. write: every container may, if the pod's
+# annotation requests it.
 Access = Literal["read", "download", "write"]
 
 ANY = "*"
 MAX_RULES = 10_000
 
-# What Kubernetes calls an RFC 1123 subdomain: the form of the names of claims, service accounts and services.
+# An RFC 1123 subdomain: the form of the names of claims, service accounts and services.
 _SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*", re.ASCII)
 _MAX_SUBDOMAIN = 253
 
@@ -36,15 +35,15 @@ class Rule:
 
     Args:
         namespaces: Names of namespaces, or `*` for all.
-        claim: The name of the claim, which lies in the namespace of the pod as every claim does.
+        claim: The name of the claim, in the namespace of the pod.
         service_accounts: Names of service accounts, or `*` for all.
-        sub_path: The directory of the claim that the rule is about, with all below it; empty for the whole claim.
+        sub_path: The directory of the claim to which the rule applies, with all below it; empty for the whole claim.
         access: `read`, `download` or `write`.
-        default: Whether pods that KServe would give an `emptyDir` get this claim without asking for it.
+        default: Whether pods for which KServe would add an `emptyDir` get this claim without requesting it.
 
     Raises:
-        SettingsError: A name is none, or an access is not known.
-        PolicyError: The directory is absolute or climbs.
+        SettingsError: A name is invalid, or the access is unknown.
+        PolicyError: The directory is absolute or contains `..`.
     """
 
     namespaces: tuple[str, ...] = attrs.field(converter=tuple)
@@ -59,91 +58,89 @@ class Rule:
         check_sub_path(self.sub_path, "sub_path")
         for name, values in (("namespaces", self.namespaces), ("service_accounts", self.service_accounts)):
             if not values:
-                raise SettingsError(name, "", f"name at least one, or write `{ANY}` for all")
+                raise SettingsError(name, "", f"list at least one name, or `{ANY}` for all")
             for value in values:
                 if value != ANY:
                     check_subdomain(value, name)
         if self.access not in get_args(Access):
-            raise SettingsError("access", str(self.access), "write `read`, `download` or `write`")
+            raise SettingsError("access", str(self.access), "supported: `read`, `download`, `write`")
 
-    def is_about(self, namespace: str, service_account: str) -> bool:
+    def applies_to(self, namespace: str, service_account: str) -> bool:
         """
-        Whether a pod of this namespace and service account is meant.
+        Whether the rule applies to a pod of this namespace and service account.
         """
         return _names(self.namespaces, namespace) and _names(self.service_accounts, service_account)
 
     def covers(self, sub_path: str) -> bool:
         """
-        Whether a directory of the claim is the rule's own or lies below it.
+        Whether a directory of the claim is the rule's directory or below it.
         """
-        mine, others = _parts(self.sub_path), _parts(sub_path)
-        return ".." not in others and others[: len(mine)] == mine
+        own, other = _parts(self.sub_path), _parts(sub_path)
+        return ".." not in other and other[: len(own)] == own
 
 
 @attrs.frozen
 class Policy:
     """
-    Rules, of which the first that fits decides. Without a rule nothing is granted, and no claim is governed.
+    Rules, of which the first match decides. Without a rule nothing is granted, and no claim is governed.
     """
 
     rules: tuple[Rule, ...] = ()
 
     def governs(self, namespace: str, claim: str) -> bool:
         """
-        Whether some rule names this claim in this namespace, for whomever.
+        Whether any rule names this claim in this namespace, for any service account.
         """
         return any(rule.claim == claim and _names(rule.namespaces, namespace) for rule in self.rules)
 
     def rules_for(self, namespace: str, service_account: str, claim: str) -> tuple[Rule, ...]:
         """
-        What a pod may do with a claim, in the order of the policy.
+        Return the rules of a pod for a claim, in the order of the policy.
         """
-        return tuple(rule for rule in self.rules if rule.claim == claim and rule.is_about(namespace, service_account))
+        return tuple(rule for rule in self.rules if rule.claim == claim and rule.applies_to(namespace, service_account))
 
     def default_for(self, namespace: str, service_account: str) -> str | None:
         """
-        The claim that a pod gets without asking for one.
+        Return the claim that a pod gets without requesting one, if any.
         """
-        found = (rule.claim for rule in self.rules if rule.default and rule.is_about(namespace, service_account))
+        found = (rule.claim for rule in self.rules if rule.default and rule.applies_to(namespace, service_account))
         return next(found, None)
 
 
 def check_subdomain(value: object, name: str) -> str:
     """
-    Take only what Kubernetes takes for the name of an object.
+    Check that a value is a valid name of a Kubernetes object, and return it.
 
     Raises:
-        SettingsError: It is something else.
+        SettingsError: It is not.
     """
     if not isinstance(value, str) or len(value) > _MAX_SUBDOMAIN or _SUBDOMAIN.fullmatch(value) is None:
-        raise SettingsError(
-            name, str(value), f"write lower-case letters, digits, `-` and `.`, {_MAX_SUBDOMAIN} characters at most"
-        )
+        raise SettingsError(name, str(value), f"expected up to {_MAX_SUBDOMAIN} lowercase letters, digits, `-` and `.`")
     return value
 
 
 def check_claim(value: object, name: str) -> str:
     """
-    Take only what can be the name of a PersistentVolumeClaim.
+    Check that a value is a valid name of a PersistentVolumeClaim, and return it.
 
     Raises:
-        SettingsError: It cannot.
+        SettingsError: It is not.
     """
     if value in (None, ""):
-        raise SettingsError(name, "", "name a PersistentVolumeClaim")
+        raise SettingsError(name, "", "expected the name of a PersistentVolumeClaim")
     return check_subdomain(value, name)
 
 
 def check_sub_path(value: object, name: str) -> str:
     """
-    Take only a directory inside a volume; empty is the volume itself.
+    Check that a value is a directory inside a volume, and return it; empty is the volume itself.
 
     Raises:
-        SettingsError: It is no text.
-        PolicyError: It is absolute, climbs with `..`, or is not written in its shortest form.
+        SettingsError: It is not a string.
+        PolicyError: It is absolute, contains `..`, or is not normalized.
     """
     if not isinstance(value, str):
-        raise SettingsError(name, str(value), "write a directory of the claim, such as `models/llama`")
+        raise SettingsError(name, str(value), "expected a directory of the claim, such as `models/llama`")
     if value:
         try:
             check_name(value)
@@ -154,33 +151,33 @@ def check_sub_path(value: object, name: str) -> str:
 
 def read_policy(document: object) -> Policy:
     """
-    Turn a policy file's content, as YAML or JSON reads it, into a `Policy`.
+    Convert the parsed YAML or JSON of a policy file to a `Policy`.
 
     Raises:
-        SettingsError: A field is unknown, missing or of the wrong kind; it is named as in `rules[2].access`.
-        PolicyError: A directory is absolute or climbs.
+        SettingsError: A field is unknown, missing or of the wrong type. Its name is a path such as `rules[2].access`.
+        PolicyError: A directory is absolute or contains `..`.
     """
     fields = _mapping(document, "the policy", ("version", "rules"))
     if type(fields.get("version")) is not int or fields["version"] != 1:
-        raise SettingsError("version", str(fields.get("version", "")), "write `version: 1`")
+        raise SettingsError("version", str(fields.get("version", "")), "expected `version: 1`")
     rules = fields.get("rules")
     if not isinstance(rules, list) or len(rules) > MAX_RULES:
-        raise SettingsError("rules", _shown(rules), f"write a list of rules, {MAX_RULES} at most")
+        raise SettingsError("rules", _shown(rules), f"expected a list of up to {MAX_RULES} rules")
     return Policy(tuple(_read_rule(rule, f"rules[{index}]") for index, rule in enumerate(rules)))
 
 
-def _is_texts(value: object) -> bool:
+def _is_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-# The names in a policy file, which follow the custom of Kubernetes; those of `Rule`; and what each must be.
+# The fields of a rule in a policy file, spelled as in Kubernetes; the arguments of `Rule`; and their types.
 _FIELDS: Mapping[str, tuple[str, Callable[[object], bool], str]] = {
-    "namespaces": ("namespaces", _is_texts, "write a list of names"),
-    "serviceAccounts": ("service_accounts", _is_texts, "write a list of names"),
-    "claim": ("claim", lambda value: isinstance(value, str), "name a PersistentVolumeClaim"),
-    "subPath": ("sub_path", lambda value: isinstance(value, str), "write a directory of the claim"),
-    "access": ("access", lambda value: isinstance(value, str), "write `read`, `download` or `write`"),
-    "default": ("default", lambda value: isinstance(value, bool), "write `true` or `false`"),
+    "namespaces": ("namespaces", _is_strings, "expected a list of names"),
+    "serviceAccounts": ("service_accounts", _is_strings, "expected a list of names"),
+    "claim": ("claim", lambda value: isinstance(value, str), "expected the name of a PersistentVolumeClaim"),
+    "subPath": ("sub_path", lambda value: isinstance(value, str), "expected a directory of the claim"),
+    "access": ("access", lambda value: isinstance(value, str), "supported: `read`, `download`, `write`"),
+    "default": ("default", lambda value: isinstance(value, bool), "expected `true` or `false`"),
 }
 
 
@@ -191,21 +188,23 @@ def _read_rule(document: object, place: str) -> Rule:
             raise SettingsError(f"{place}.{name}", "", _FIELDS[name][2])
     arguments: dict[str, Any] = {}
     for name, value in fields.items():
-        ours, fits, remedy = _FIELDS[name]
-        if not fits(value):
-            raise SettingsError(f"{place}.{name}", _shown(value), remedy)
-        arguments[ours] = value
+        argument, is_valid, hint = _FIELDS[name]
+        if not is_valid(value):
+            raise SettingsError(f"{place}.{name}", _shown(value), hint)
+        arguments[argument] = value
     try:
         return Rule(**arguments)
     except SettingsError as error:
-        raise SettingsError(f"{place}.{_theirs(error.name)}", error.value, error.hint) from error
+        raise SettingsError(f"{place}.{_field(error.name)}", error.value, error.hint) from error
     except PolicyError as error:
         raise PolicyError(f"{place}.{error.subject.replace('sub_path', 'subPath', 1)}", error.rule) from error
 
 
 def _mapping(document: object, place: str, known: Sequence[str]) -> Mapping[str, Any]:
     if not isinstance(document, dict):
-        raise SettingsError(place, _shown(document), f"write a mapping with {', '.join(known)}")
+        raise SettingsError(
+            place, _shown(document), f"expected a mapping with {', '.join(f'`{field}`' for field in known)}"
+        )
     for name in document:
         if name not in known:
             where = str(name) if place == "the policy" else f"{place}.{name}"
@@ -218,8 +217,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def _theirs(name: str) -> str:
-    return next((theirs for theirs, (ours, _, _) in _FIELDS.items() if ours == name), name)
+def _field(name: str) -> str:
+    return next((field for field, (argument, _, _) in _FIELDS.items() if argument == name), name)
 
 
 def _names(names: Sequence[str], name: str) -> bool:

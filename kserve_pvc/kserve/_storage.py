@@ -17,7 +17,7 @@ from kserve_pvc.kserve._initialize import fill_all, from_store, read_source
 
 class Storage:
     """
-    Downloads as KServe's `Storage` does, with what this project guarantees.
+    Downloads like KServe's `Storage`, with the guarantees of this project.
     """
 
     @staticmethod
@@ -28,17 +28,18 @@ class Storage:
         ignore_patterns: Sequence[str] | None = None,
     ) -> str:
         """
-        Put a model into a directory and return it. A second call finds it there.
+        Download a model into a directory and return its path. A second call finds the model there.
 
         Args:
-            uri: As KServe spells it; or a path.
-            out_dir: Without it a path is returned as it is, a model of the store that `KSERVE_PVC_STORE` names where it
-                lies in there, and any other one in a new temporary directory, which is the caller's to delete.
-            allow_patterns: Only files that match; else what `STORAGE_ALLOW_PATTERNS` says.
-            ignore_patterns: No files that match; else what `STORAGE_IGNORE_PATTERNS` says.
+            uri: A URI as in KServe, or a path.
+            out_dir: The directory. Without it, a local path is returned unchanged; with `KSERVE_PVC_STORE` the model
+                is downloaded into that store, and its path there is returned; otherwise it is downloaded into a new
+                temporary directory, which the caller must delete.
+            allow_patterns: Only download files that match. Default: `STORAGE_ALLOW_PATTERNS`.
+            ignore_patterns: Do not download files that match. Default: `STORAGE_IGNORE_PATTERNS`.
 
         Raises:
-            StoreError: As `ModelStore.ensure`, and if the environment asks for what cannot be done.
+            StoreError: As `ModelStore.ensure`, or if a setting in the environment is not supported.
         """
         variables = _variables(allow_patterns, ignore_patterns)
         if out_dir is None:
@@ -63,11 +64,10 @@ class Storage:
         ignore_patterns: Sequence[str] | None = None,
     ) -> list[str]:
         """
-        Download several models one after the other, each as `download` does, but for those of one directory, which are
-        put there together.
+        Download several models one after the other, each like `download`. Models with the same directory are merged.
 
         Raises:
-            ValueError: There are not as many directories as sources.
+            ValueError: The numbers of sources and directories differ.
         """
         pairs = list(zip(source_uris, out_dirs, strict=True))
         variables = _variables(allow_patterns, ignore_patterns)

@@ -1,8 +1,8 @@
 """
-The server around the decision: TLS, limits, probes, metrics and the audit line.
+The webhook server: TLS, limits, probes, metrics and audit lines around the admission decision.
 
-It holds no state but the policy and the certificate, both of which are read again when their files change. What cannot
-be read then is said on standard error and counted, and what was read before stays in force.
+Its only state is the policy and the certificate, which are reloaded when their files change. A failed reload is logged
+to standard error and counted, and the previous version stays in use.
 """
 
 from __future__ import annotations
@@ -40,12 +40,23 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 RELOAD_SECONDS = 5.0
-# Who sends too much is listened to for that much longer, so that it hears the answer instead of a reset connection.
+# A body over the limit is read up to this size, so that the client gets a response instead of a reset connection.
 _DRAIN_BYTES = 16 * 1024 * 1024
-_BODY_SECONDS = 10.0
-# The API server keeps a connection for longer than uvicorn would by itself, and would find it closed.
+BODY_SECONDS = 10.0
+# The API server keeps idle connections longer than the default of uvicorn.
 _KEEP_ALIVE_SECONDS = 120
 _MAX_CONNECTIONS = 512
+_UVICORN_OPTIONS: dict[str, Any] = {
+    "log_config": None,
+    "access_log": False,
+    "ws": "none",
+    "server_header": False,
+    "proxy_headers": False,
+    "lifespan": "on",
+    "limit_concurrency": _MAX_CONNECTIONS,
+    "timeout_keep_alive": _KEEP_ALIVE_SECONDS,
+    "timeout_graceful_shutdown": 20,
+}
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -59,36 +70,28 @@ def serve(
     reload_seconds: float = RELOAD_SECONDS,
 ) -> None:
     """
-    Answer until a signal ends it.
+    Serve until a signal stops the process.
 
     Args:
-        reload_seconds: How often the files are looked at for changes.
+        reload_seconds: How often the files are checked for changes.
 
     Raises:
-        SettingsError: A file cannot be used, or the address.
+        SettingsError: A file or the address cannot be used.
         PolicyError: The policy names a directory outside of a claim.
     """
     if not 0 < reload_seconds < float("inf"):
-        raise SettingsError("--reload-seconds", str(reload_seconds), "write a number of seconds above 0")
+        raise SettingsError("--reload-seconds", str(reload_seconds), "expected a number of seconds above 0")
     webhook = Webhook(policy=read_policy_file(policy_file))
     context = tls_context(certificate_file, key_file)
     files = (
-        Watched("policy", (policy_file,), lambda: webhook.take(read_policy_file(policy_file))),
+        Watched("policy", (policy_file,), lambda: webhook.use(read_policy_file(policy_file))),
         Watched("certificate", (certificate_file, key_file), lambda: _load(context, certificate_file, key_file)),
     )
     config = uvicorn.Config(
         webhook.application(files, reload_seconds=reload_seconds),
         ssl_certfile=str(certificate_file),
         ssl_keyfile=str(key_file),
-        log_config=None,
-        access_log=False,
-        ws="none",
-        server_header=False,
-        proxy_headers=False,
-        lifespan="on",
-        limit_concurrency=_MAX_CONNECTIONS,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=20,
+        **_UVICORN_OPTIONS,
     )
     config.load()
     config.ssl = context
@@ -99,89 +102,96 @@ def serve(
 
 class Webhook:
     """
-    The policy that is in force, and what was counted.
+    The ASGI application, with the policy in use and the metrics.
+
+    Args:
+        body_seconds: The timeout for reading the body of a request.
     """
 
-    def __init__(self, *, policy: Policy) -> None:
+    def __init__(self, *, policy: Policy, body_seconds: float = BODY_SECONDS) -> None:
         self._policy = policy
+        self._body_seconds = body_seconds
         self._metrics = CollectorRegistry()
         self._decisions = Counter(
-            "kserve_pvc_admission_decisions", "Pods that were decided about.", ["decision"], registry=self._metrics
+            "kserve_pvc_admission_decisions", "Admission decisions, by outcome.", ["decision"], registry=self._metrics
         )
         self._refused = Counter(
             "kserve_pvc_admission_bad_requests",
-            "Requests that were no AdmissionReview.",
+            "Requests that were not a valid AdmissionReview, by HTTP status.",
             ["status"],
             registry=self._metrics,
         )
         self._seconds = Histogram(
             "kserve_pvc_admission_seconds",
-            "From the whole body to the answer.",
+            "Seconds from the complete request to the response.",
             registry=self._metrics,
             buckets=_BUCKETS,
         )
         self._reloads = Counter(
-            "kserve_pvc_webhook_reloads", "Files read again.", ["file", "result"], registry=self._metrics
+            "kserve_pvc_webhook_reloads",
+            "Reloads of the policy and the certificate, by result.",
+            ["file", "result"],
+            registry=self._metrics,
         )
         for outcome in ("mutated", "unchanged", "ignored", "denied", "error"):
             self._decisions.labels(outcome)
 
-    def take(self, policy: Policy) -> None:
+    def use(self, policy: Policy) -> None:
         """
-        Decide by this policy from now on.
+        Replace the policy.
         """
         self._policy = policy
 
     def application(self, files: Sequence[Watched], *, reload_seconds: float) -> Starlette:
         """
-        The ASGI application, which reads files again for as long as it runs.
+        Return the ASGI application, which reloads files while it runs.
         """
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            watching = asyncio.create_task(self._watch(files, reload_seconds))
+            task = asyncio.create_task(self._watch(files, reload_seconds))
             yield
-            watching.cancel()
+            task.cancel()
             with suppress(asyncio.CancelledError):
-                await watching
+                await task
 
         routes = [
             Route("/mutate-pods", self._mutate, methods=["POST"]),
-            Route("/readyz", _well, methods=["GET"]),
-            Route("/livez", _well, methods=["GET"]),
+            Route("/readyz", _healthy, methods=["GET"]),
+            Route("/livez", _healthy, methods=["GET"]),
             Route("/metrics", self._show_metrics, methods=["GET"]),
         ]
         return Starlette(routes=routes, lifespan=lifespan)
 
     async def _mutate(self, request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return self._refuse(415, "send `Content-Type: application/json`")
+            return self._refuse(415, "expected `Content-Type: application/json`")
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
+            async with asyncio.timeout(self._body_seconds):
                 body = await _body(request)
         except ClientDisconnect:
-            return self._refuse(400, "the body ended early")
+            return self._refuse(400, "unexpected end of the body")
         except TimeoutError:
-            return self._refuse(408, f"the body did not come within {_BODY_SECONDS:.0f} s")
+            return self._refuse(408, f"the body did not arrive within {self._body_seconds:g} s")
         if body is None:
-            return self._refuse(413, f"a body may have {MAX_BODY_BYTES} bytes")
+            return self._refuse(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
         with self._seconds.time():
-            return self._answer(body)
+            return self._respond(body)
 
-    def _answer(self, body: bytes) -> Response:
+    def _respond(self, body: bytes) -> Response:
         began = time.perf_counter()
         try:
             decision = decide(read_review(body), self._policy)
         except BadReviewError as error:
             return self._refuse(400, str(error))
         except Exception as error:
-            # The text of an error that nobody foresaw may hold parts of the pod.
-            self._note("error", {"decision": "error", "reason": type(error).__name__}, began)
+            # The message of an unexpected error may contain parts of the pod.
+            self._audit("error", {"decision": "error", "reason": type(error).__name__}, began)
             return PlainTextResponse("the webhook failed; see its log\n", 500)
-        self._note(decision.outcome, decision.audit, began)
+        self._audit(decision.outcome, decision.audit, began)
         return JSONResponse(decision.response)
 
-    def _note(self, outcome: str, audit: dict[str, Any], began: float) -> None:
+    def _audit(self, outcome: str, audit: dict[str, Any], began: float) -> None:
         self._decisions.labels(outcome).inc()
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         print(json.dumps({"time": when, **audit, "seconds": round(time.perf_counter() - began, 6)}), flush=True)
@@ -197,41 +207,43 @@ class Webhook:
         while True:
             await asyncio.sleep(seconds)
             for file in files:
-                result = file.look()
+                result = file.reload()
                 if result is not None:
                     self._reloads.labels(file.name, result).inc()
 
 
 class Watched:
     """
-    Files that are taken over again when what they hold has changed.
+    Files that are reloaded when their content has changed.
     """
 
-    def __init__(self, name: str, paths: Sequence[Path], take: Callable[[], None]) -> None:
+    def __init__(self, name: str, paths: Sequence[Path], load: Callable[[], None]) -> None:
         self.name = name
         self._paths = paths
-        self._take = take
+        self._load = load
         self._seen = self._digest()
 
-    def look(self) -> str | None:
+    def reload(self) -> str | None:
         """
-        Take a change over: `taken`, `failed`, or None if there is none. What failed is tried again when it changes
-            again.
+        Reload the files if they have changed. A failed reload is retried at the next change.
+
+        Returns:
+            `reloaded`, `failed`, or None if nothing has changed.
         """
         digest = self._digest()
         if digest == self._seen:
             return None
         self._seen = digest
         try:
-            self._take()
+            self._load()
         except (StoreError, OSError) as error:
-            _say(f"the {self.name} was not read again, the old one stays in force: {error}")
+            _say(f"cannot reload the {self.name}, the previous one stays in use: {error}")
             return "failed"
-        _say(f"the {self.name} was read again")
-        return "taken"
+        _say(f"reloaded the {self.name}")
+        return "reloaded"
 
     def _digest(self) -> bytes:
-        # Contents and not times: a Secret is swapped by a link, and its file may be as old as the one before.
+        # By content, not by time: a Secret is updated by a symbolic link, whose target may have the old time.
         digest = hashlib.sha256()
         for path in self._paths:
             with suppress(OSError):
@@ -245,8 +257,8 @@ def read_policy_file(path: Path) -> Policy:
     Read a policy from YAML or JSON.
 
     Raises:
-        SettingsError: The file cannot be read, or a field means nothing.
-        PolicyError: A directory lies outside of its claim.
+        SettingsError: The file cannot be read, or a field is invalid.
+        PolicyError: A directory is outside of its claim.
     """
     try:
         text = path.read_bytes()
@@ -254,16 +266,16 @@ def read_policy_file(path: Path) -> Policy:
         raise SettingsError("--policy", str(path), f"it cannot be read: {error.strerror}") from error
     documents = read_documents(text, str(path))
     if len(documents) != 1:
-        raise SettingsError("--policy", str(path), "write one document")
+        raise SettingsError("--policy", str(path), "expected exactly one YAML document")
     return read_policy(documents[0])
 
 
 def tls_context(certificate_file: Path, key_file: Path) -> ssl.SSLContext:
     """
-    What the server shows to clients that speak TLS 1.2 or newer.
+    Return the TLS configuration of the server, which requires TLS 1.2.
 
     Raises:
-        SettingsError: Certificate and key cannot be read, or do not belong together.
+        SettingsError: Certificate or key cannot be read, or do not match.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -273,14 +285,14 @@ def tls_context(certificate_file: Path, key_file: Path) -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
         raise SettingsError(
-            "--tls-cert and --tls-key", f"{certificate_file} and {key_file}", f"they cannot be used: {reason}"
+            "--tls-cert and --tls-key", f"{certificate_file} and {key_file}", f"cannot load them: {reason}"
         ) from None
     return context
 
 
 def _load(context: ssl.SSLContext, certificate_file: Path, key_file: Path) -> None:
-    """Show a new certificate to whoever connects from now on; connections that are there go on."""
-    # First into a context that nobody uses: a pair that is only half written would spoil the one that is in use.
+    """Use a new certificate for new connections; existing ones continue."""
+    # First into a context of its own: a pair that does not match would break the one in use.
     tls_context(certificate_file, key_file)
     context.load_cert_chain(certificate_file, key_file, password=_refuse_password)
 
@@ -290,7 +302,7 @@ def _refuse_password() -> NoReturn:
 
 
 async def _body(request: Request) -> bytes | None:
-    """The body, or None if it is too large."""
+    """Return the body, or None if it is too large."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > _DRAIN_BYTES:
         return None
@@ -304,7 +316,7 @@ async def _body(request: Request) -> bytes | None:
     return None if size > MAX_BODY_BYTES else b"".join(chunks)
 
 
-async def _well(_: Request) -> Response:
+async def _healthy(_: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
@@ -313,9 +325,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=host == "::")
     except (OSError, OverflowError) as error:
-        raise SettingsError("--host and --port", f"{host} and {port}", f"nobody can listen there: {error}") from None
-    # Every accepted connection has it from here: asyncio sets it only where the protocol number is not 0, which it is
-    # here, and the body of an answer would wait 40 ms for the acknowledgement of its headers.
+        raise SettingsError("--host and --port", f"{host} and {port}", f"cannot listen there: {error}") from None
+    # Accepted connections inherit it. asyncio does not set it for this listener, whose protocol number is 0, and the
+    # body of a response would wait 40 ms for the acknowledgement of its headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 

@@ -1,9 +1,9 @@
 """
-YAML as Kubernetes reads it, in and out.
+Reading and writing YAML as Kubernetes does.
 
-PyYAML follows YAML 1.1 to the letter: `80:80` is a number to base 60 and `2026-11-22` a date, `1e3` is a text, and of a
-key that is there twice the last one counts. Kubernetes reads the first two as texts and the third as a number, and
-refuses the last. So does this, and what is written means to Kubernetes what was read.
+PyYAML follows YAML 1.1 to the letter: `80:80` is a base-60 number and `2026-11-22` a date, `1e3` is a string, and the
+last one of duplicate keys wins. Kubernetes reads the first two as strings and the third as a number, and refuses
+duplicate keys. So does this module, and Kubernetes reads back from its output what was read here.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0o[0-7_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-
 _NUMBER = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
 )
-# What ends a line in YAML 1.1 and not in 1.2, so that it must be escaped to stay what it is.
+# Line breaks in YAML 1.1 that are not in 1.2, so they must be escaped.
 _BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
 _TAG = "tag:yaml.org,2002:"
 
 
 def read_documents(text: str | bytes, name: str) -> list[Any]:
     """
-    Read every document that holds something.
+    Read every document that is not empty.
 
     Args:
-        name: Where the text comes from, for messages.
+        name: The file name, for messages.
 
     Raises:
-        SettingsError: It is no YAML, or PyYAML is not installed.
+        SettingsError: It is not valid YAML, or PyYAML is not installed.
     """
     yaml = _yaml()
     if len(text) > _MAX_BYTES:
@@ -48,15 +48,15 @@ def read_documents(text: str | bytes, name: str) -> list[Any]:
 
 def write_documents(documents: Iterable[Any]) -> str:
     """
-    Write documents in the order and with the names that they have, without comments.
+    Write documents in their order, with keys in theirs and without comments.
     """
     documents = list(documents)
-    several = len(documents) > 1
+    is_stream = len(documents) > 1
     options = {
         "sort_keys": False,
         "allow_unicode": True,
         "width": 1000,
-        "explicit_start": several,
+        "explicit_start": is_stream,
         "default_flow_style": False,
     }
     return str(_yaml().dump_all(documents, Dumper=_dumper(), **options))
@@ -76,7 +76,7 @@ def _loader() -> Any:
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
         """
-        PyYAML's safe loader, with the numbers of Kubernetes, and without dates and keys that are there twice.
+        PyYAML's safe loader, with the numbers of Kubernetes, and without dates and duplicate keys.
         """
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -84,7 +84,7 @@ def _loader() -> Any:
             for key, _ in node.value:
                 name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
                 if name in seen and key.tag != f"{_TAG}merge":
-                    raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` is there twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key.value}`", key.start_mark)
                 seen.add(name or id(key))
             return super().construct_mapping(node, deep)
 
@@ -93,7 +93,7 @@ def _loader() -> Any:
     Loader.yaml_implicit_resolvers = {
         first: [one for one in found if one[0] not in replaced] for first, found in inherited.items()
     }
-    # In this order, as an integer is a number too.
+    # In this order, since an integer also matches as a number.
     Loader.add_implicit_resolver(f"{_TAG}int", re.compile(f"^(?:{_INTEGER.pattern})$"), list("-+0123456789"))
     Loader.add_implicit_resolver(f"{_TAG}float", re.compile(f"^(?:{_NUMBER.pattern})$"), list("-+0123456789."))
     Loader.add_constructor(f"{_TAG}int", lambda loader, node: _integer(loader.construct_scalar(node)))
@@ -112,15 +112,14 @@ def _dumper() -> Any:
 
     class Dumper(yaml.SafeDumper):  # type: ignore[misc, name-defined]
         """
-        PyYAML's safe dumper, which puts into quotes all that some reader of YAML would take for a number or a truth
-        value.
+        PyYAML's safe dumper, which quotes every string that some YAML reader would take for a number or a boolean.
         """
 
     def represent(dumper: Any, value: str) -> Any:
         if _BREAKS.search(value):
             return dumper.represent_scalar(f"{_TAG}str", value, style='"')
-        is_doubtful = _INTEGER.fullmatch(value) or _NUMBER.fullmatch(value) or value in ("y", "Y", "n", "N")
-        return dumper.represent_scalar(f"{_TAG}str", value, style="'" if is_doubtful else None)
+        is_ambiguous = _INTEGER.fullmatch(value) or _NUMBER.fullmatch(value) or value in ("y", "Y", "n", "N")
+        return dumper.represent_scalar(f"{_TAG}str", value, style="'" if is_ambiguous else None)
 
     Dumper.add_representer(str, represent)
     return Dumper
@@ -128,5 +127,5 @@ def _dumper() -> Any:
 
 def _problem(error: Any) -> str:
     mark = getattr(error, "problem_mark", None)
-    where = f" in line {mark.line + 1}" if mark is not None else ""
-    return f"{getattr(error, 'problem', None) or type(error).__name__}{where}"
+    where = f"line {mark.line + 1}: " if mark is not None else ""
+    return f"{where}{getattr(error, 'problem', None) or type(error).__name__}"

@@ -1,5 +1,5 @@
 """
-How writers of one model keep out of each other's way. Locks save work; they never carry safety.
+Lockers: how writers of one model exclude each other. Locks save work; correctness never depends on them.
 """
 
 from __future__ import annotations
@@ -7,28 +7,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-# As they are written in `store.json`; `redis` is followed by an address, `kubernetes` by a namespace.
+# The values of `locker` in `store.json`. `kubernetes` may be followed by a namespace.
 LOCKERS: tuple[str, ...] = ("lease", "flock", "redis://HOST:PORT/DB", "kubernetes")
 
 
 class NoLockError(Exception):
     """
-    No lock is to be had: the volume has none, or the service that keeps them does not answer. Not an error of the
-    caller's.
+    No lock is available: the volume does not support it, or the lock service does not respond.
+
+    Internal: the claims on the volume decide instead.
     """
 
 
 class Grab(Protocol):
     """
-    One try to get an outside lock. It may hang, so it is called where nobody waits for it.
+    One attempt to acquire an external lock. It may hang, so it runs in a thread of its own.
     """
 
     def __call__(self) -> Callable[[], None] | None:
         """
-        Get the lock, and answer how to give it back; None if somebody else has it.
+        Acquire the lock without waiting.
+
+        Returns:
+            A function that releases the lock, or None if another process holds it.
 
         Raises:
-            NoLockError: There is none to be had now.
-            StoreError: There will not be one before somebody changes something.
+            NoLockError: The lock is unavailable.
+            StoreError: The lock will stay unavailable until the configuration is changed.
         """
         ...

@@ -1,5 +1,5 @@
 """
-Which locker a store uses, as `store.json`, an argument or the environment says it.
+Which locker a store uses, as set in `store.json`, by an argument or in the environment.
 """
 
 from __future__ import annotations
@@ -25,104 +25,114 @@ _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 
 @attrs.frozen
-class Choice:
+class Locker:
     """
-    A kind of locker, and where its service is: the address of Redis, or a namespace of Kubernetes.
+    A kind of locker, and the location of its service: the URL of Redis, or a namespace of Kubernetes.
     """
 
     kind: str
-    place: str = ""
+    location: str = ""
 
     def __str__(self) -> str:
-        return f"kubernetes://{self.place}" if self.kind == "kubernetes" and self.place else self.place or self.kind
+        if self.kind == "kubernetes" and self.location:
+            return f"kubernetes://{self.location}"
+        return self.location or self.kind
 
-    def agrees_with(self, stored: Choice) -> bool:
+    def matches(self, stored: Locker) -> bool:
         """
-        Whether what somebody says is what is stored. `kubernetes` alone leaves the namespace to the store.
+        Whether a requested locker is the stored one. `kubernetes` without a namespace matches every namespace.
         """
-        return self.kind == stored.kind and self.place in ("", stored.place)
+        return self.kind == stored.kind and self.location in ("", stored.location)
 
 
-def parse_locker(text: str) -> Choice:
+def parse_locker(text: str) -> Locker:
     """
-    Understand `lease`, `flock`, `redis://HOST[:PORT][/DB]`, `rediss://…` (with TLS) or `kubernetes[://NAMESPACE]`.
+    Parse `lease`, `flock`, `redis://HOST[:PORT][/DB]`, `rediss://…` (with TLS) or `kubernetes[://NAMESPACE]`.
 
     Raises:
-        SettingsError: It is something else, or carries a user or a password.
+        SettingsError: It is something else, or contains a user name or a password.
     """
     if text in ("lease", "flock", "kubernetes"):
-        return Choice(text)
+        return Locker(text)
     scheme, separator, rest = text.partition("://")
     if scheme.lower() in ("redis", "rediss") and separator:
         if "@" in rest or "?" in rest:
-            variables = "KSERVE_PVC_REDIS_USERNAME and KSERVE_PVC_REDIS_PASSWORD"
-            hint = f"pass user and password in {variables}, since every tenant of the volume can read this setting"
+            hint = (
+                "set user and password by KSERVE_PVC_REDIS_USERNAME and KSERVE_PVC_REDIS_PASSWORD, "
+                "since this setting is stored on the volume in plain text"
+            )
             raise SettingsError("locker", f"{scheme}://…", hint)
         found = _REDIS.fullmatch(text)
         if found is not None and int(found[3] or 6379) < 65536:
-            return Choice(
-                "redis", f"{found[1].lower()}://{found[2].lower()}:{int(found[3] or 6379)}/{int(found[4] or 0)}"
-            )
+            host, port, database = found[2].lower(), int(found[3] or 6379), int(found[4] or 0)
+            return Locker("redis", f"{found[1].lower()}://{host}:{port}/{database}")
     if scheme == "kubernetes" and separator and _NAMESPACE.fullmatch(rest):
-        return Choice("kubernetes", rest)
-    raise SettingsError("locker", text, f"choose one of {', '.join(LOCKERS)}")
+        return Locker("kubernetes", rest)
+    raise SettingsError("locker", text, f"supported: {', '.join(f'`{name}`' for name in LOCKERS)}")
 
 
-def settled(choice: Choice, environ: Mapping[str, str]) -> Choice:
+def resolve_namespace(locker: Locker, environ: Mapping[str, str]) -> Locker:
     """
-    Say in which namespace the Leases of a new store are: that of this pod, if none is named.
+    Add the namespace of this pod to a Kubernetes locker that has none.
 
     Raises:
-        SettingsError: This is no pod.
+        SettingsError: This process does not run in a pod.
     """
-    if choice.kind != "kubernetes" or choice.place:
-        return choice
+    if locker.kind != "kubernetes" or locker.location:
+        return locker
     namespace = environ.get("POD_NAMESPACE") or _own_namespace()
     if not _NAMESPACE.fullmatch(namespace):
-        raise SettingsError("locker", "kubernetes", "outside of a pod name the namespace too: `kubernetes://NAMESPACE`")
-    return Choice(choice.kind, namespace)
+        raise SettingsError(
+            "locker", "kubernetes", "outside of a pod the namespace is required: `kubernetes://NAMESPACE`"
+        )
+    return Locker(locker.kind, namespace)
 
 
-def check_confirmed(stored: str, said: str | None) -> None:
+def check_confirmed(stored: str, requested: str | None) -> None:
     """
-    Go only where this process itself was told to go: whoever can write to the volume could name any address.
+    Check that this process was configured to use the Redis server of a store.
+
+    Any process that can write to the volume could put another address there, and collect the password.
 
     Raises:
-        SettingsError: The store names a service, and the process did not.
+        SettingsError: The store names a Redis server, and this process was not configured with one.
     """
-    if said is None and parse_locker(stored).kind == "redis":
+    if requested is None and parse_locker(stored).kind == "redis":
         hint = (
             f"`store.json` names the Redis server `{stored}`; confirm it by setting the variable, or `locker`, to that"
         )
         raise SettingsError("KSERVE_PVC_LOCKER", "", hint)
 
 
-def outside_lock(
+def external_lock(
     settings: StoreSettings, key: str, *, holder: str, open_file: Callable[[], int]
 ) -> ExternalLock | None:
     """
-    The lock for one model beside its claims; None if the claims are the lock.
+    Return the external lock of one model.
+
+    Returns:
+        None if the locker is `lease`, where the claims on the volume are the lock.
 
     Raises:
-        SettingsError: What the locker needs is not installed or not configured.
+        SettingsError: A package of the locker is not installed, or the locker is not configured.
     """
-    choice = settled(parse_locker(settings.locker), os.environ)
-    if choice.kind == "lease":
+    locker = resolve_namespace(parse_locker(settings.locker), os.environ)
+    if locker.kind == "lease":
         return None
     grab: Grab
-    if choice.kind == "flock":
+    if locker.kind == "flock":
         from kserve_pvc.locks.flock import grab_file
 
         grab = partial(grab_file, open_file)
-    elif choice.kind == "redis":
+    elif locker.kind == "redis":
         from kserve_pvc.locks.redis import RedisGrab
 
-        grab = RedisGrab(choice.place, f"kserve-pvc:{settings.store_id}:{key}")
+        grab = RedisGrab(locker.location, f"kserve-pvc:{settings.store_id}:{key}")
     else:
         from kserve_pvc.locks.kubernetes import LeaseGrab
 
         name = f"kserve-pvc-{settings.store_id[:16]}-{key.rpartition('-')[2]}"
-        grab = LeaseGrab(namespace=choice.place, name=name, lease_seconds=settings.lease_seconds, holder=holder)
+        grab = LeaseGrab(namespace=locker.location, name=name, lease_seconds=settings.lease_seconds, holder=holder)
     return ExternalLock(grab)
 
 

@@ -1,5 +1,5 @@
 """
-A lock that something outside of the store keeps: a file system, Redis or Kubernetes.
+A lock that is not kept in the store: by a file system, Redis or Kubernetes.
 """
 
 from __future__ import annotations
@@ -10,82 +10,88 @@ from contextlib import suppress
 
 from kserve_pvc.locks import Grab, NoLockError
 
-_PATIENCE = 1.0
+TIMEOUT = 1.0
 
 
 class ExternalLock:
     """
-    Tries to get a lock, and never waits for long.
+    Tries to acquire a lock, and never blocks for longer than a timeout.
 
-    The tries run in a thread of their own: on NFS even a lock call that does not wait hangs while the server recovers,
-    a service may not answer, and no time limit can interrupt either. A try that has not come back within a second
-    counts as "not now", unless its caller says otherwise. The same second goes for giving it back.
+    Attempts run in a thread of their own: on NFS even a non-blocking lock call hangs while the server recovers, a
+    service may not respond, and neither can be interrupted.
+
+    Args:
+        timeout: Seconds to wait for an attempt, and for a release.
     """
 
-    def __init__(self, grab: Grab) -> None:
+    def __init__(self, grab: Grab, *, timeout: float = TIMEOUT) -> None:
         self._grab = grab
+        self._timeout = timeout
         self._guard = threading.Lock()
-        self._give_back: Callable[[], None] | None = None
+        self._release: Callable[[], None] | None = None
         self._wanted = False
         self._attempt: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def try_acquire(self, seconds: float = _PATIENCE, *, unanswered: bool | None = False) -> bool | None:
+    def try_acquire(self, *, on_timeout: bool | None = False) -> bool | None:
         """
-        Try once to get the lock: True if this process holds it, False if not now, None if there is none to be had.
+        Try once to acquire the lock.
 
         Args:
-            seconds: How long to wait for an answer.
-            unanswered: What to return if there is none by then. For who asks again and again, it is "not now".
+            on_timeout: What to return if the attempt is still running after the timeout. For a caller that retries,
+                it is the same as a lock that is held.
+
+        Returns:
+            True if this process holds the lock, False if another process does, None if the lock is unavailable.
 
         Raises:
-            StoreError: Somebody has to change something first.
+            StoreError: The lock will stay unavailable until the configuration is changed.
         """
         with self._guard:
             self._wanted = True
-            if self._give_back is not None:
+            if self._release is not None:
                 return True
             if self._attempt is None or not self._attempt.is_alive():
                 self._attempt = threading.Thread(target=self._acquire, name="kserve-pvc-lock", daemon=True)
                 self._attempt.start()
-        self._attempt.join(seconds)
+        self._attempt.join(self._timeout)
         with self._guard:
             error, self._error = self._error, None
             if isinstance(error, NoLockError):
                 return None
             if error is not None:
                 raise error
-            if self._attempt.is_alive() and self._give_back is None:
-                return unanswered
-            return self._give_back is not None
+            if self._attempt.is_alive() and self._release is None:
+                return on_timeout
+            return self._release is not None
 
     def release(self) -> None:
         """
-        Give the lock back, if it is held. It is waited for a second.
+        Release the lock, if it is held.
         """
         with self._guard:
             self._wanted = False
-            give_back, self._give_back = self._give_back, None
-        if give_back is not None:
-            leaving = threading.Thread(target=_quietly, args=(give_back,), name="kserve-pvc-unlock", daemon=True)
-            leaving.start()
-            leaving.join(_PATIENCE)
+            release, self._release = self._release, None
+        if release is not None:
+            thread = threading.Thread(target=_try_release, args=(release,), name="kserve-pvc-unlock", daemon=True)
+            thread.start()
+            thread.join(self._timeout)
 
     def _acquire(self) -> None:
         try:
-            give_back = self._grab()
-        except Exception as error:  # Raised again where somebody hears it.
+            release = self._grab()
+        except Exception as error:  # Raised by `try_acquire`.
             self._error = error
             return
         with self._guard:
             if self._wanted:
-                self._give_back = give_back
+                self._release = release
                 return
-        if give_back is not None:
-            _quietly(give_back)  # It was granted after its caller had left.
+        if release is not None:
+            _try_release(release)  # It was granted after the caller had given up.
 
 
-def _quietly(give_back: Callable[[], None]) -> None:
-    # Whoever cannot say goodbye is found silent after a while, which costs time and nothing else.
+def _try_release(release: Callable[[], None]) -> None:
+    # A lock that cannot be released expires, which costs other processes time and nothing else.
     with suppress(Exception):
-        give_back()
+        release()

@@ -14,9 +14,9 @@ from kserve_pvc.locks import NoLockError
 
 def grab_file(open_file: Callable[[], int]) -> Callable[[], None] | None:
     """
-    Try to get an exclusive `flock(2)` without waiting.
+    Try to acquire an exclusive `flock(2)` without waiting.
 
-    The file stays when the lock is released: deleting it would admit a second holder.
+    The file is kept when the lock is released: deleting it would admit a second holder.
 
     Args:
         open_file: Opens the file for reading and writing, which NFS needs for an exclusive lock.
@@ -25,7 +25,7 @@ def grab_file(open_file: Callable[[], int]) -> Callable[[], None] | None:
         A function that releases the lock, or None if another process holds it.
 
     Raises:
-        NoLockError: The volume has no locks.
+        NoLockError: The volume does not support locks.
         StoreError: The lock file cannot be opened.
     """
     try_lock, unlock = _load()
@@ -51,8 +51,8 @@ def _load() -> tuple[Callable[[int], bool], Callable[[int], None]]:
     try:
         import portalocker
     except FileNotFoundError:
-        # portalocker needs a directory for temporary files when it is imported, for locks that are not used here. A
-        # container with a read-only root file system may have none; flock(2) is the call that portalocker makes.
+        # Importing portalocker needs a directory for temporary files, for kinds of locks that are not used here. A
+        # container with a read-only root file system may have none. portalocker calls flock(2) too.
         return _flock, lambda fd: fcntl.flock(fd, fcntl.LOCK_UN)
 
     def try_lock(fd: int) -> bool:

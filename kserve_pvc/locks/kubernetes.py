@@ -1,9 +1,10 @@
 """
-A lock that the Kubernetes API server keeps: a Lease of `coordination.k8s.io`, renewed as client-go renews it.
+A lock in the Kubernetes API: a Lease of `coordination.k8s.io`, renewed as client-go renews it.
 
-Source of the rules: the package `leaderelection` of client-go. A Lease that did not change for its duration, on the
-observer's own monotonic clock, is free; no clock of another node counts. Whoever writes with an old `resourceVersion`
-has lost. As there, nothing stops a holder that stood still from going on; that is what records are for.
+The rules are those of the package `leaderelection` of client-go. A Lease is free if it has not changed for its
+duration by the observer's monotonic clock; clocks of other nodes do not count. A write with an outdated
+`resourceVersion` fails. As in client-go, a holder that was paused is not stopped from continuing; the records on the
+volume keep that safe.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from typing import Any
 
 from kserve_pvc.errors import LockServiceError, MissingDependencyError, SettingsError
 from kserve_pvc.locks import NoLockError
-from kserve_pvc.locks.lease import BEATS_PER_LEASE, RENEW_DEADLINE
+from kserve_pvc.locks.lease import HEARTBEATS_PER_LEASE, RENEW_DEADLINE
 
-_TIMEOUTS = (2.0, 5.0)  # To connect, and to be answered.
+_TIMEOUTS = (2.0, 5.0)  # To connect, and to read the response.
 _CONFLICT = 409
 _NOT_FOUND = 404
-# The server refuses, and will do so again. What else it may say, 429 or 500, passes.
+# Refusals that a retry does not change. Other errors, such as 429 and 500, are transient.
 _REFUSALS = {400, 401, 403, 404, 405, 422}
 
 
 class LeaseGrab:
     """
-    Tries to get one Lease, and renews it for as long as it is held.
+    Tries to acquire one Lease, and renews it while it is held.
     """
 
     def __init__(
@@ -45,18 +46,17 @@ class LeaseGrab:
         self._api, self._errors = _client(os.environ if environ is None else environ)
 
     def __call__(self) -> Callable[[], None] | None:
-        held = self._ask(self._take)
-        if held is None:
+        if self._request(self._acquire) is None:
             return None
-        renewing = _Renewing(lambda: self._ask(self._renew), lease_seconds=self._lease_seconds)
+        renewal = _Renewal(lambda: self._request(self._renew), lease_seconds=self._lease_seconds)
 
-        def give_back() -> None:
-            renewing.stop()
-            self._ask(self._leave)
+        def release() -> None:
+            renewal.stop()
+            self._request(self._release)
 
-        return give_back
+        return release
 
-    def _take(self) -> Any:
+    def _acquire(self) -> Any:
         lease = self._read()
         if lease is None:
             return self._write(None, transitions=0)
@@ -73,19 +73,19 @@ class LeaseGrab:
         return monotonic() - self._seen[1] >= self._lease_seconds
 
     def _renew(self) -> Any:
-        """None if it is no longer this process's."""
+        """Renew the Lease. None if this process no longer holds it."""
         lease = self._read()
         if lease is None or lease.spec.holder_identity != self._identity:
             return None
         return self._write(lease, transitions=lease.spec.lease_transitions or 0)
 
-    def _leave(self) -> None:
+    def _release(self) -> None:
         lease = self._read()
         if lease is not None and lease.spec.holder_identity == self._identity:
             self._write(lease, transitions=lease.spec.lease_transitions or 0, identity="")
 
     def _read(self) -> Any:
-        """The Lease, or None if there is none."""
+        """Read the Lease, or None if it does not exist."""
         try:
             return self._api.read_namespaced_lease(self._name, self._namespace, _request_timeout=_TIMEOUTS)
         except self._errors.ApiException as error:
@@ -94,16 +94,16 @@ class LeaseGrab:
             raise
 
     def _write(self, lease: Any, *, transitions: int, identity: str | None = None) -> Any:
-        """The Lease as it was written, or None if somebody else wrote first."""
-        moment = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        mine = self._identity if identity is None else identity
-        was_mine = lease is not None and lease.spec and lease.spec.holder_identity == self._identity
+        """Write the Lease and return it, or None if another process wrote first."""
+        now = _timestamp(datetime.now(UTC))
+        holder = self._identity if identity is None else identity
+        was_held = lease is not None and lease.spec and lease.spec.holder_identity == self._identity
         spec = {
-            "holderIdentity": mine,
-            # Whole seconds are what a Lease can say. Other tools read this, we go by the store's own.
-            "leaseDurationSeconds": math.ceil(self._lease_seconds) if mine else 1,
-            "acquireTime": _moment(lease.spec.acquire_time) if was_mine and lease.spec.acquire_time else moment,
-            "renewTime": moment,
+            "holderIdentity": holder,
+            # In whole seconds, as a Lease requires. For other tools: this class uses the setting of the store.
+            "leaseDurationSeconds": math.ceil(self._lease_seconds) if holder else 1,
+            "acquireTime": _timestamp(lease.spec.acquire_time) if was_held and lease.spec.acquire_time else now,
+            "renewTime": now,
             "leaseTransitions": transitions,
         }
         body: dict[str, Any] = {
@@ -122,26 +122,27 @@ class LeaseGrab:
                 return None
             raise
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
+    def _request(self, request: Callable[[], Any]) -> Any:
         try:
-            return question()
+            return request()
         except self._errors.ApiException as error:
             if error.status in _REFUSALS:
                 raise LockServiceError(
                     f"kubernetes://{self._namespace}",
-                    f"the API server answers {error.status} {error.reason}",
-                    f"let the service account get, create and update `leases.coordination.k8s.io` in namespace `{self._namespace}`",
+                    f"HTTP {error.status} {error.reason}",
+                    "allow the service account to get, create and update `leases.coordination.k8s.io` in namespace "
+                    f"`{self._namespace}`",
                 ) from error
             raise NoLockError(f"HTTP {error.status}") from error
         except LockServiceError:
             raise
-        except Exception as error:  # urllib3's errors, and whatever the client makes of an answer that is no Lease.
+        except Exception as error:  # From urllib3, or from the client for a malformed response.
             raise NoLockError(type(error).__name__) from error
 
 
-class _Renewing:
+class _Renewal:
     """
-    A thread that renews until it is stopped, the Lease belongs to somebody else, or the deadline has passed.
+    A thread that renews a Lease until it is stopped, another process holds the Lease, or the deadline has passed.
     """
 
     def __init__(self, renew: Callable[[], Any], *, lease_seconds: float) -> None:
@@ -157,7 +158,7 @@ class _Renewing:
 
     def _run(self) -> None:
         renewed = monotonic()
-        while not self._stop.wait(self._lease_seconds / BEATS_PER_LEASE):
+        while not self._stop.wait(self._lease_seconds / HEARTBEATS_PER_LEASE):
             if monotonic() - renewed > self._lease_seconds * RENEW_DEADLINE:
                 return
             began = monotonic()
@@ -174,7 +175,7 @@ def _client(environ: Mapping[str, str]) -> tuple[Any, Any]:
         raise MissingDependencyError(
             "the locker `kubernetes`", str(error.name), "pip install 'kserve-pvc[kubernetes]'"
         ) from error
-    load: Any = config  # It has no types.
+    load: Any = config  # The package has no types.
     configuration = client.Configuration()
     try:
         if environ.get("KUBERNETES_SERVICE_HOST") and not environ.get("KUBECONFIG"):
@@ -184,10 +185,10 @@ def _client(environ: Mapping[str, str]) -> tuple[Any, Any]:
     except (load.ConfigException, OSError) as error:
         hint = "cannot locate the API server; run in a pod with a service account, or set KUBECONFIG"
         raise SettingsError("locker", "kubernetes", hint) from error
-    # A try is made again soon by whoever waits.
+    # The caller retries.
     configuration.retries = 0
     return client.CoordinationV1Api(client.ApiClient(configuration)), client.exceptions
 
 
-def _moment(value: Any) -> str:
+def _timestamp(value: Any) -> str:
     return value if isinstance(value, str) else str(value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))

@@ -1,5 +1,5 @@
 """
-The heart of a claim or of a reader's lease: a thread that shows a sign of life.
+The heartbeat of a claim or of a reader's lease.
 """
 
 from __future__ import annotations
@@ -12,24 +12,31 @@ from time import monotonic
 
 from kserve_pvc._format.records import Beat, encode_beat
 
-# A lease of 30 s is renewed every 5 s and given up by its holder after 20 s, so that holder and observer agree even
-# if their clocks run at rates that differ by half.
-BEATS_PER_LEASE = 6
+# A lease of 30 s is renewed every 5 s and considered lost by its holder after 20 s, so that holder and observer agree
+# even if their clocks run at rates that differ by half.
+HEARTBEATS_PER_LEASE = 6
 RENEW_DEADLINE = 2 / 3
 
 
 class LeaseLostError(Exception):
     """
-    The lease could not be renewed in time, or somebody claimed a higher number. Not an error of the caller's.
+    The lease was not renewed in time, or another process took a higher number.
+
+    Internal: the caller stops writing and waits for the other process.
     """
 
 
-class Heart:
+class Heartbeat:
     """
     Renews one lease until it is stopped.
 
-    Reading and writing the volume happens in a thread of its own, because a hard-mounted volume may hang for minutes;
-    whoever calls `check` compares clocks and never waits. After a fork the child has no heart, and `check` says so.
+    A thread of its own reads and writes the volume, because a hard-mounted volume may hang for minutes. `check` only
+    compares clocks and never blocks. A forked child has no such thread, so `check` fails there.
+
+    Args:
+        fd: The heartbeat file, which the thread closes.
+        progress: Returns the bytes done, the total, and the bytes per second to publish.
+        superseded: Returns whether another process took a higher number.
     """
 
     def __init__(
@@ -49,13 +56,13 @@ class Heart:
         self._stop = threading.Event()
         self._renewed = monotonic()
         self._write(released=False)
-        self._thread = threading.Thread(target=self._run, name="kserve-pvc-heart", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="kserve-pvc-heartbeat", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """
         Raises:
-            LeaseLostError: Others may believe by now that this process is dead.
+            LeaseLostError: Other processes may already consider this one dead.
         """
         if self._lost or monotonic() - self._renewed > self._lease_seconds * RENEW_DEADLINE:
             self._lost = True
@@ -63,22 +70,22 @@ class Heart:
 
     def stop(self) -> None:
         """
-        Say goodbye, so that nobody has to wait for the lease to run out. A hanging volume is waited for two seconds.
+        Release the lease, so that others need not wait for it to expire. Waits two seconds for a hanging volume.
         """
         self._stop.set()
         self._thread.join(2.0)
 
     def _run(self) -> None:
-        pause = self._lease_seconds / BEATS_PER_LEASE
-        # An error of the volume is one missed beat: `check` decides when too many are missed.
-        while not self._stop.wait(pause):
+        interval = self._lease_seconds / HEARTBEATS_PER_LEASE
+        # An error of the volume is one missed heartbeat: `check` decides when too many are missed.
+        while not self._stop.wait(interval):
             with suppress(OSError):
                 if self._superseded():
                     self._lost = True
                     break
                 began = monotonic()
                 self._write(released=False)
-                self._renewed = began  # Others may have seen it as early as that.
+                self._renewed = began  # Other processes may have seen it from here on.
         with suppress(OSError):
             self._write(released=True)
         with suppress(OSError):

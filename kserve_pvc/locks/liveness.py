@@ -1,5 +1,5 @@
 """
-Who am I, and is that other process provably dead?
+Identifies this process, and tells whether another process is provably dead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from kserve_pvc._format.log_entry import Holder
 
 def here(pod: str | None = None, node: str | None = None) -> Holder:
     """
-    Describe this process; the host name stands in for what is not given.
+    Describe this process. The host name is the default for pod and node.
     """
     host = os.uname().nodename
     return Holder(
@@ -28,10 +28,10 @@ def here(pod: str | None = None, node: str | None = None) -> Holder:
 
 def is_provably_dead(holder: Holder) -> bool:
     """
-    Whether the holder's process no longer exists, which only a neighbour in the same PID namespace can know.
+    Whether the process no longer exists, which can be known only in the same PID namespace.
 
-    Host names and PIDs prove nothing across pods: a replacement pod has another name and starts its PIDs anew.
-    False means "not known", never "alive".
+    Across pods, host names and PIDs prove nothing: a replacement pod has another name, and reuses PIDs. False means
+    "unknown", never "alive".
     """
     if not holder.boot_id or holder.boot_id != _boot_id() or holder.pid_namespace != _pid_namespace():
         return False
@@ -39,7 +39,7 @@ def is_provably_dead(holder: Holder) -> bool:
 
 
 def _boot_id() -> str:
-    return _text("/proc/sys/kernel/random/boot_id")
+    return _read("/proc/sys/kernel/random/boot_id")
 
 
 def _pid_namespace() -> str:
@@ -50,15 +50,15 @@ def _pid_namespace() -> str:
 
 
 def _started(pid: int) -> int | None:
-    stat = _text(f"/proc/{pid}/stat")
-    # The command name is in parentheses and may hold anything; a zombie (Z) or dead (X) process writes no more.
+    stat = _read(f"/proc/{pid}/stat")
+    # The command name is in parentheses and may contain anything. A zombie (Z) or dead (X) process cannot write.
     fields = stat.rpartition(")")[2].split()
     if len(fields) < 20 or fields[0] in ("Z", "X"):
         return None
     return int(fields[19])
 
 
-def _text(path: str) -> str:
+def _read(path: str) -> str:
     try:
         return Path(path).read_text(errors="replace").strip()
     except OSError:

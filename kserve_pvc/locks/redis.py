@@ -1,5 +1,5 @@
 """
-A lock that Redis keeps, for volumes whose own locks reach one node only.
+A lock in Redis, for volumes whose own locks do not reach other nodes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from kserve_pvc.errors import LockServiceError, MissingDependencyError
 from kserve_pvc.locks import NoLockError
 
 _CONNECT_SECONDS = 2.0
-_ANSWER_SECONDS = 5.0
+_RESPONSE_SECONDS = 5.0
 
 
 class RedisGrab:
     """
-    Tries portalocker's `RedisLock`: whoever is subscribed to a channel has it.
+    Tries to acquire portalocker's `RedisLock`, which the subscriber of a channel holds.
 
-    Redis drops the subscription when the holder dies. A holder that stood still for a second is taken for dead as well,
-    and the next one gets the lock; the claim on the volume then says that it lives.
+    Redis ends the subscription when the holder dies. A holder that was paused for a second loses the lock too, and
+    another process may get it. The claim on the volume then still protects the first holder.
     """
 
     def __init__(self, url: str, channel: str, environ: Mapping[str, str] | None = None) -> None:
@@ -31,7 +31,7 @@ class RedisGrab:
             "username": environ.get("KSERVE_PVC_REDIS_USERNAME") or None,
             "password": environ.get("KSERVE_PVC_REDIS_PASSWORD") or None,
             "socket_connect_timeout": _CONNECT_SECONDS,
-            "socket_timeout": _ANSWER_SECONDS,
+            "socket_timeout": _RESPONSE_SECONDS,
             "client_name": "kserve-pvc",
         }
         try:
@@ -50,7 +50,7 @@ class RedisGrab:
         errors = self._redis.exceptions
         try:
             connection = self._redis.Redis.from_url(self._url, **self._options)
-            # The lock takes a service that does not answer for a lock that is held.
+            # `RedisLock` cannot tell an unresponsive server from a lock that is held.
             connection.ping()
             lock = self._lock_class(
                 self._channel,
@@ -67,20 +67,20 @@ class RedisGrab:
                 return None
         except (errors.AuthenticationError, errors.NoPermissionError, errors.ResponseError) as error:
             raise LockServiceError(
-                self._url, _first_words(error), "set KSERVE_PVC_REDIS_USERNAME and KSERVE_PVC_REDIS_PASSWORD"
+                self._url, _summary(error), "check KSERVE_PVC_REDIS_USERNAME and KSERVE_PVC_REDIS_PASSWORD"
             ) from error
         except (errors.RedisError, OSError) as error:
             raise NoLockError(type(error).__name__) from error
 
-        def give_back() -> None:
+        def release() -> None:
             try:
                 lock.release()
             finally:
                 connection.close()
 
-        return give_back
+        return release
 
 
-def _first_words(error: Exception) -> str:
-    """What Redis says, without the command that it may repeat."""
+def _summary(error: Exception) -> str:
+    """Return an error message of Redis, without the command that it may quote."""
     return str(error).split(",")[0][:80]

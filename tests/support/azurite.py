@@ -123,7 +123,8 @@ class Azurite:
         How a store reaches the account with its key, at another endpoint if one is given.
         """
         return {
-            "connection_string": f"AccountName={ACCOUNT};AccountKey={key};BlobEndpoint={endpoint or self.endpoint}/{ACCOUNT};"
+            "connection_string": f"AccountName={ACCOUNT};AccountKey={key};"
+            f"BlobEndpoint={endpoint or self.endpoint}/{ACCOUNT};"
         }
 
     def uri(self, path: str) -> str:

@@ -112,7 +112,7 @@ def all_at_once(
     return outcomes
 
 
-def examine(root: str, meeting: str | None, results: Any, clock_ahead: float = 0.0) -> None:
+def examine(root: str, peer: str | None, results: Any, clock_ahead: float = 0.0) -> None:
     """
     Let a doctor examine a directory, alone or with another one, and put its diagnosis into the queue.
 
@@ -122,7 +122,7 @@ def examine(root: str, meeting: str | None, results: Any, clock_ahead: float = 0
     time.time = lambda: real() + clock_ahead
     try:
         found: Any = diagnose(
-            root, writes=True, holder=liveness.here(), peer=meeting, timeout=30, sample_bytes=4 * 1024 * 1024
+            root, writes=True, holder=liveness.here(), peer=peer, timeout=30, sample_bytes=4 * 1024 * 1024
         )
     except (StoreError, OSError) as error:
         found = f"{type(error).__name__}: {error}"

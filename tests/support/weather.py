@@ -286,7 +286,10 @@ def first(event: Callable[[], object]) -> Misbehaviour:
 
 
 def error(status: int, code: str) -> Answer:
-    body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>The weather is {code}.</Message></Error>'.encode()
+    body = (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        f"<Error><Code>{code}</Code><Message>The weather is {code}.</Message></Error>"
+    ).encode()
     return Answer(
         status=status, headers={"Content-Type": "application/xml", "Content-Length": str(len(body))}, body=body
     )

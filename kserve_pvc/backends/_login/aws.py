@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 from kserve_pvc.backends._login.sigv4 import Credentials
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError
-from kserve_pvc.errors import SettingsError
+from kserve_pvc.errors import InvalidFileError, SettingsError
 
+NO_CREDENTIALS_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or `anon`"
 # botocore refreshes ten minutes before the end; it is consulted this often, since that takes as long as a signature.
 _FRESH_SECONDS = 1.0
 # Credentials that were refused are not renewed again earlier.
@@ -111,7 +112,7 @@ class SDKCredentials:
             if self._found is None:
                 self._found = self._find()
             if self._found is None:
-                raise RefusedError("no credentials found", code=NO_CREDENTIALS)
+                raise RefusedError("no credentials found", code=NO_CREDENTIALS, hint=NO_CREDENTIALS_HINT)
             frozen = self._freeze(self._found)
         self._fresh_until = time.monotonic() + _FRESH_SECONDS
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
@@ -188,14 +189,14 @@ class SDKSession:
 
 @contextmanager
 def _setting_errors() -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import BotoCoreError, ProfileNotFound
 
     try:
         yield
+    except ProfileNotFound as error:
+        raise SettingsError("profile", error.kwargs["profile"], "name a profile of AWS's configuration files") from None
     except (BotoCoreError, ValueError) as error:
-        raise SettingsError(
-            "AWS_CONFIG_FILE", type(error).__name__, f"correct AWS's files or variables: {error}"
-        ) from None
+        raise InvalidFileError("AWS's configuration", type(error).__name__, str(error)) from None
 
 
 @contextmanager
@@ -208,11 +209,9 @@ def sdk_errors() -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError, OSError, ValueError) as error:
-        if isinstance(error, RefusedError):
-            raise
         if _is_transient(error):
             raise RefusedError(f"credentials are unavailable: {error}", status=503, busy=0.0) from None
-        raise RefusedError(f"no credentials: {error}", code=NO_CREDENTIALS) from None
+        raise RefusedError(f"no credentials: {error}", code=NO_CREDENTIALS, hint=NO_CREDENTIALS_HINT) from None
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -1,5 +1,5 @@
 """
-How many streams a transfer finds to be worth while, on sources and lines that are only numbers.
+How many streams a transfer finds to be worth while, on sources and networks that are only numbers.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ class Line:
     """
 
     def __init__(
-        self, pace: StreamLimit, rate: Callable[[int], float], waiting: Callable[[int], float] = lambda streams: 1.0
+        self, limit: StreamLimit, rate: Callable[[int], float], waiting: Callable[[int], float] = lambda streams: 1.0
     ) -> None:
-        self.pace, self.rate, self.waiting = pace, rate, waiting
+        self.limit, self.rate, self.waiting = limit, rate, waiting
         self.now = self.received = self.waited = 0.0
 
     def run(self, seconds: float) -> Iterator[int]:
         """The number of streams after each look."""
         end = self.now + seconds
         while self.now < end:
-            pause = self.pace.look(self.now, int(self.received), self.waited)
+            pause = self.limit.look(self.now, int(self.received), self.waited)
             assert 0 < pause <= 1
-            yield self.pace.streams
+            yield self.limit.streams
             self.now += pause
-            self.received += self.rate(self.pace.streams) * pause
-            self.waited += self.waiting(self.pace.streams) * self.pace.streams * pause
+            self.received += self.rate(self.limit.streams) * pause
+            self.waited += self.waiting(self.limit.streams) * self.limit.streams * pause
 
 
 def per_stream(streams: int) -> float:
@@ -90,7 +90,7 @@ def test_a_line_that_becomes_wider_is_used():
 
 
 @pytest.mark.parametrize(("waiting", "expected"), [(0.6, 32), (0.4, FIRST_STREAMS)])
-def test_streams_that_are_kept_busy_get_no_company(waiting, expected):
+def test_busy_streams_get_no_company(waiting, expected):
     """
     Where hashing and writing are the limit, more streams would only take turns.
     """
@@ -117,12 +117,12 @@ def test_nothing_received_is_no_reason_for_more():
 
 def test_a_look_too_early_judges_nothing():
     """
-    Whoever looks twice within a window is told when it is over.
+    A second look within a window says when it is over.
     """
-    pace = StreamLimit(32)
-    pace.look(0.0, 0, 0.0)
+    limit = StreamLimit(32)
+    limit.look(0.0, 0, 0.0)
 
-    assert [pace.look(0.1, 5 * MB, 0.1), pace.streams] == [pytest.approx(0.15), FIRST_STREAMS]
+    assert [limit.look(0.1, 5 * MB, 0.1), limit.streams] == [pytest.approx(0.15), FIRST_STREAMS]
 
 
 def test_too_much_halves_the_streams_rests_and_recovers():
@@ -132,49 +132,49 @@ def test_too_much_halves_the_streams_rests_and_recovers():
     line = Line(StreamLimit(32), per_stream)
     for _ in line.run(5):
         pass
-    line.pace.congested(line.now, 1.0)
+    line.limit.congested(line.now, 1.0)
 
     assert set(line.run(4.5)) == {16}
     assert list(line.run(5))[-1] == 32
 
 
-def test_one_storm_is_answered_once():
+def test_refusals_at_the_same_time_count_once():
     """
     Refusals of many streams at the same time count like one, later ones again.
     """
-    pace = StreamLimit(32)
-    line = Line(pace, per_stream)
+    limit = StreamLimit(32)
+    line = Line(limit, per_stream)
     for _ in line.run(5):
         pass
     for _ in range(32):
-        pace.congested(line.now, 2.0)
-    after_one = pace.streams
-    pace.congested(line.now + 6, 2.0)
+        limit.congested(line.now, 2.0)
+    after_one = limit.streams
+    limit.congested(line.now + 6, 2.0)
 
-    assert (after_one, pace.streams) == (16, 8)
+    assert (after_one, limit.streams) == (16, 8)
 
 
-def test_a_source_that_asks_for_long_is_left_alone_for_long():
+def test_a_long_retry_after_is_kept_to():
     """
-    The rest lasts as long as the pause that the source wants.
+    The rest lasts as long as the pause that the source demands.
     """
     line = Line(StreamLimit(32), per_stream)
     for _ in line.run(5):
         pass
-    line.pace.congested(line.now, 30.0)
+    line.limit.congested(line.now, 30.0)
 
     assert set(line.run(29)) == {16}
 
 
 def test_one_stream_is_always_left():
     """
-    However often a source refuses, somebody goes on asking.
+    However often a source refuses, one stream goes on.
     """
-    pace = StreamLimit(32)
+    limit = StreamLimit(32)
     for hour in range(20):
-        pace.congested(hour * 3600.0, 1.0)
+        limit.congested(hour * 3600.0, 1.0)
 
-    assert pace.streams == 1
+    assert limit.streams == 1
 
 
 @given(
@@ -191,11 +191,11 @@ def test_the_number_of_streams_keeps_its_bounds(most, steps):
     """
     Whatever is seen, there are never more streams than allowed nor fewer than one, and the next look is soon.
     """
-    pace, now, received, waited = StreamLimit(most), 0.0, 0, 0.0
+    limit, now, received, waited = StreamLimit(most), 0.0, 0, 0.0
     for what, seconds, size, more in steps:
         if what == "look":
             now, received, waited = now + seconds, received + size, waited + more
-            assert 0 < pace.look(now, received, waited) <= 1
+            assert 0 < limit.look(now, received, waited) <= 1
         else:
-            pace.congested(now, seconds)
-        assert 1 <= pace.streams <= max(1, most)
+            limit.congested(now, seconds)
+        assert 1 <= limit.streams <= max(1, most)
