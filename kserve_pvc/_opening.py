@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from kserve_pvc._arguments import check_choice, check_count, check_seconds
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES
 from kserve_pvc._format.log_entry import (
@@ -19,6 +18,7 @@ from kserve_pvc._format.log_entry import (
     encode_settings,
     now,
 )
+from kserve_pvc._source.arguments import check_choice, check_count, check_seconds
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError
 
@@ -83,6 +83,32 @@ def check_tuning(part_bytes: object, digest: object, stall_seconds: object, retr
 def read_store_settings(volume: Volume) -> StoreSettings | None:
     data = volume.read(layout.SETTINGS, MAX_RECORD_BYTES)
     return None if data is None else decode_settings(data, str(layout.SETTINGS))
+
+
+def open_store(
+    volume: Volume, mode: Mode, locker: str | None, lease_seconds: float | None
+) -> tuple[tuple[VolumeWriter, StoreSettings] | None, str]:
+    """
+    Open a store, and create it if it is opened for writing and has no settings yet.
+
+    Returns:
+        What writes, with the settings that all writers share, if the mode is read-write; and what this process knows
+        the store by, however often it is opened.
+
+    Raises:
+        LockerMismatchError: It was created with other settings.
+        StoreRootError: The volume cannot hold a store.
+    """
+    settings = read_store_settings(volume)
+    if mode == "r":
+        return None, str(volume.root) if settings is None else settings.store_id
+    from kserve_pvc._volume.writing import VolumeWriter
+
+    writer = VolumeWriter(volume.root)
+    settings = settings or create_store(writer, locker, lease_seconds)
+    # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
+    check_agreement(volume, settings, locker, lease_seconds)
+    return (writer, settings), settings.store_id
 
 
 def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:

@@ -80,7 +80,7 @@ def is_offline(environ: Mapping[str, str] | None = None) -> bool:
 
 def pod_and_node(environ: Mapping[str, str] | None = None) -> tuple[str | None, str | None]:
     """
-    The names of this pod and node, as the downward API gives them in `POD_NAME` and `NODE_NAME`; None if it does not.
+    Return the names of this pod and node from `POD_NAME` and `NODE_NAME` of the downward API; None if they are not set.
 
     A pod's host name, which Kubernetes also puts into `HOSTNAME`, stands in for its name.
     """
@@ -90,7 +90,7 @@ def pod_and_node(environ: Mapping[str, str] | None = None) -> tuple[str | None, 
 
 def mode_from_annotations(annotations: Mapping[str, str]) -> Mode:
     """
-    The mode KServe's annotation asks for: read-write for exactly `storage.kserve.io/readonly: "false"`, else read-only.
+    Return the mode of KServe's annotation: `storage.kserve.io/readonly: "false"` is read-write, all else read-only.
 
     `"False"`, `"0"`, `"no"` and `""` stay read-only, as in KServe.
     """
@@ -128,5 +128,5 @@ def _read_annotations(path: Path) -> dict[str, str]:
 
 
 def _unquote(value: str) -> str:
-    # The downward API writes values with Go's %q, whose escapes for text are a subset of Python's.
+    # The downward API writes values with Go's %q, whose escapes for strings are a subset of Python's.
     return re.sub(r'\\(["\\])', r"\1", value)

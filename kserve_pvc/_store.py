@@ -1,5 +1,7 @@
 """
-`ModelStore`: one shared volume, and everything a person or a server does with it.
+`ModelStore`: one shared volume, and everything that a person or a server does with it.
+
+Longer than other modules: it is the public interface, so most of it are signatures and docstrings.
 """
 
 from __future__ import annotations
@@ -15,23 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Unpack
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc._arguments import check_cancel, check_choice, check_count, check_listener, check_timeout
+from kserve_pvc._access import SourceAccess
 from kserve_pvc._format import layout
 from kserve_pvc._format.log_entry import LogEntry, StoreSettings
 from kserve_pvc._keys.log import LogView, read_log, read_manifest
-from kserve_pvc._lookup import Lookup
-from kserve_pvc._model import Model, Status
+from kserve_pvc._model import Lookup, Model, Status
 from kserve_pvc._opening import (
     StoreArguments,
-    check_agreement,
     check_arguments,
     check_tuning,
-    create_store,
-    read_store_settings,
+    open_store,
 )
 from kserve_pvc._process import flight_of, this_process
+from kserve_pvc._source.arguments import check_cancel, check_choice, check_count, check_listener, check_timeout
 from kserve_pvc._source.ref import ModelRef, Patterns, Source, parse_ref
-from kserve_pvc._sources import Sources
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import ReadOnlyStoreError, StoreFormatError
 
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
     from kserve_pvc._archive.export import Exported
     from kserve_pvc._doctor.diagnosis import Diagnosis
-    from kserve_pvc._download.call import Call
+    from kserve_pvc._download.call import Call, CallOptions
     from kserve_pvc._download.cancellation import Cancel
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Item, Listen, Warmed
@@ -67,42 +66,41 @@ class ModelStore:
     Args:
         root: An existing directory, usually where the volume is mounted.
         mode: `"r"` never writes one byte to the volume; `"rw"` may download and remove.
-        locker: Who says which process downloads. Counts when the store is created, and is read from it ever after; who
-            wants another one is refused. No locker carries safety.
+        locker: What decides which process downloads. Counts when the store is created, and is read from the store
+            afterwards; a different one is an error. Safety depends on no locker.
 
             - `"lease"` (default): claims on the volume, which need `mkdir` to exclude.
             - `"flock"`: a file lock, which must reach all nodes. On NFS it needs a file opened for writing, which it
               is; on a SeaweedFS mount with `-dlm` one opened for reading, which it is not, so choose another one there.
             - `"redis://HOST:PORT/DB"` (or `rediss://`; extra `redis`): portalocker's `RedisLock`, which lets a holder
-              that stood still for a second be taken over. To be said by every process that downloads.
+              that was paused for a second be taken over. Every downloading process must pass it.
             - `"kubernetes"` or `"kubernetes://NAMESPACE"` (extra `kubernetes`): Leases, as client-go's leader election.
-        lease_seconds: After how long without a sign of life a downloader is taken over. Counts when the store is
-            created; default 30 on local and 60 on network file systems.
+        lease_seconds: How long after its last heartbeat a downloader is taken over. Counts when the store is created;
+            default 30 on local and 60 on network file systems.
         backends: Factories by URI scheme, preferred to installed ones.
-        storage_options: Arguments for the back end, as in fsspec (endpoint, credentials, …), or such arguments by
-            scheme: `{"s3": {…}, "hf": {…}}`. Never written down.
+        storage_options: Arguments for the backend, as in fsspec (endpoint, credentials, …), or such arguments by
+            scheme: `{"s3": {…}, "hf": {…}}`. Never stored.
         filesystems: Configured fsspec file systems by URI scheme, as `{"s3": S3FileSystem(…)}`: models of that scheme
             are read through them.
-        part_bytes: The most that a killed process costs per stream in bytes fetched again.
-        digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume; the record
-            says so, and `verify` can compare only sizes.
-        stall_seconds: After how long without a byte a range is asked for again on another connection.
-        retry_seconds: How long a range is tried without any progress before `ensure` gives up.
-        offline: True asks no source for anything; what is present is served. None leaves it to `KSERVE_PVC_OFFLINE`,
-            which is read when a source would be asked.
+        part_bytes: The most bytes per stream that are fetched again after a process was killed.
+        digest: `"sha256"` (default) hashes every byte on the way. `"none"` trusts transport and volume, which is
+            recorded, and `verify` can compare only sizes.
+        stall_seconds: How long a range may bring no byte before it is requested again on another connection.
+        retry_seconds: How long a range is retried without any progress before `ensure` fails.
+        offline: True requests no source; models that are present are served. None leaves it to `KSERVE_PVC_OFFLINE`,
+            which is read before a source is requested.
         on_event: Called with every `Event` of every call on this store, see the events page of the reference.
 
     Raises:
-        StoreRootError: The root is missing or no directory, or a store is to be created on a volume that cannot hold
-            one.
-        ReadOnlyStoreError: Read-write was asked for and the volume refuses.
+        StoreRootError: The root is not a directory, or the volume cannot hold a store.
+        ReadOnlyStoreError: The mode is read-write and the volume refuses to be written.
         StoreFormatError: The store was made by a newer version, or its settings are damaged.
         LockerMismatchError: The store was created with other settings.
-        SettingsError: An argument means nothing.
-        LockServiceError: (by what downloads) the service that keeps the locks refuses this process.
+        SettingsError: An argument is invalid.
+        LockServiceError: (by methods that download) the lock service refuses this process.
 
-    What is not guaranteed: that a model stays while nobody holds it with `open`, and that two stores on two roots
-    share anything. Threads and processes may share a store freely; after a fork the child may go on using it.
+    What is not guaranteed: that a model stays while no process holds it with `open`, and that two stores on two roots
+    share anything. Threads and processes may share a store freely, also after a fork.
     """
 
     def __init__(
@@ -126,23 +124,14 @@ class ModelStore:
         check_listener(on_event)
         check_tuning(part_bytes, digest, stall_seconds, retry_seconds)
         self._volume = Volume(root)
-        settings = read_store_settings(self._volume)
         # What writes exists only here: a read-only store has nothing to write with.
-        self._writing: Writing | None = None
-        if mode == "rw":
-            from kserve_pvc._volume.writing import VolumeWriter
-
-            writer = VolumeWriter(root)
-            settings = settings or create_store(writer, locker, lease_seconds)
-            # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
-            check_agreement(self._volume, settings, locker, lease_seconds)
-            self._writing = writer, settings
+        self._writing, identity = open_store(self._volume, mode, locker, lease_seconds)
+        self._lookup = Lookup(self._volume, identity)
         self._locker = locker
         self._on_event = on_event
-        self._lookup = Lookup(self._volume, str(self.root) if settings is None else settings.store_id)
         patience = {"stall_seconds": stall_seconds, "retry_seconds": retry_seconds}
         self._tuning: Mapping[str, Any] = {"part_bytes": part_bytes, "digest": digest, **patience}
-        self._sources = Sources(
+        self._sources = SourceAccess(
             factories=backends or {},
             storage_options=storage_options or {},
             filesystems=filesystems or {},
@@ -160,7 +149,7 @@ class ModelStore:
         **arguments: Unpack[StoreArguments],
     ) -> ModelStore:
         """
-        Open the store the environment describes: `KSERVE_PVC_STORE`, `KSERVE_PVC_MODE`, or the pod's annotations.
+        Open the store that the environment describes: `KSERVE_PVC_STORE`, `KSERVE_PVC_MODE`, or the pod's annotations.
 
         The mode is `KSERVE_PVC_MODE` (`r` or `rw`) if it is set; else read-write for exactly the annotation
         `storage.kserve.io/readonly: "false"`, which is looked up in `annotations` or in the downward-API file
@@ -218,39 +207,39 @@ class ModelStore:
         filesystem: AbstractFileSystem | None = None,
     ) -> Model:
         """
-        Return a complete, verified directory of the model, downloading it once however many ask.
+        Return a complete, verified directory of the model, downloading it once for all processes.
 
         A model that is present is returned at once: no network, no lock, no write. Otherwise one process downloads
-        and all others wait for it, and take over from what it wrote if it dies.
+        while all others wait, and one of them continues from what it wrote if it dies.
 
         Args:
             uri: As KServe spells it, such as `s3://bucket/path`; an absolute path; or a `ModelRef` or `Model`, which
                 have revision and patterns in themselves.
-            revision: Which version of the source; what it means is the back end's (an S3 VersionId, …).
-            refresh: Ask the source, and fetch a newer version beside the old one; files that have not changed are
-                linked or copied once their digest is proven.
-            force_download: Fetch even if it is present, into a new directory, taking nothing from complete models.
+            revision: Which version of the source; the backend defines what it means (an S3 VersionId, …).
+            refresh: Request what the source holds now, and fetch a newer version beside the old one; unchanged files
+                are linked or copied after their digest is checked.
+            force_download: Fetch a model that is present too, into a new directory, reusing nothing of complete models.
             local_files_only: Never use the network.
             timeout: Seconds to wait for another downloader; None waits without limit.
-            max_workers: The most streams at the same time; how many are worth while is found out on the way.
-            callback: Told the size and every step in bytes, as fsspec does it.
+            max_workers: The most streams at the same time; how many are used depends on the measured gain.
+            callback: Receives the size and every step in bytes, as in fsspec.
             progress: None shows bars on a terminal and lines elsewhere, False nothing.
             on_event: Called with every `Event` of this call, after the store's own listener.
             cancel: Ends the call once it is set, within a second and whatever the source does. What was fetched is
                 kept for the next call. A model that is present is returned all the same.
-            storage_options: For this call, instead of all of the store's. A model that is present is returned whoever
-                asks.
+            storage_options: For this call, instead of all of the store's. A model that is present is returned in any
+                case.
             filesystem: A configured fsspec file system to read the source through, for this call. It must be one for
                 the scheme of the URI, which stays the identity of the model.
 
         Raises:
-            ReadOnlyStoreError: It is absent, and the store may only be read. The network was not touched.
-            ModelNotFoundError: It is absent, and `local_files_only` was asked for.
+            ReadOnlyStoreError: It is absent, and the store is read-only. The network was not used.
+            ModelNotFoundError: It is absent, and `local_files_only` is true.
             LockTimeoutError: Another process was still downloading it.
             DownloadCancelledError: `cancel` was set.
             InsufficientSpaceError: It does not fit.
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The source failed.
-            DigestMismatchError, UnsafePathError, PolicyError: What the source offers is not acceptable.
+            DigestMismatchError, UnsafePathError, PolicyError: What the source holds is refused.
         """
         timeout = check_timeout(timeout)
         check_count("max_workers", max_workers)
@@ -279,8 +268,7 @@ class ModelStore:
         refresh: bool,
         force_download: bool,
         local_files_only: bool,
-        timeout: float,
-        max_workers: int,
+        **options: Unpack[CallOptions],
     ) -> Model:
         started = time.monotonic()
         view = self._lookup.view(ref)
@@ -296,18 +284,10 @@ class ModelStore:
         if entry is not None and resolved is not None and not force_download and entry.version == resolved.version:
             return self._found(ref, entry, started, on_event)
         writing = self._writer(f"download the newer version of `{ref}`")
-        call = self._call(
-            ref,
-            started,
-            listen,
-            on_event,
-            cancel,
-            timeout=timeout,
-            max_workers=max_workers,
-            resolved=resolved,
-            after_seq=view.seq if force_download else 0,
-        )
-        self._sources.check_scheme(ref)
+        options["resolved"] = resolved
+        options["after_seq"] = view.seq if force_download else 0
+        call = self._call(ref, started, listen, on_event, cancel, **options)
+        self._sources.check(ref)
         return self._download(writing, ref, call, partial(self._sources.backend, ref))
 
     def _call(
@@ -317,13 +297,14 @@ class ModelStore:
         listen: Listen,
         on_event: Listener | None,
         cancel: Cancel | None,
-        **how: Any,
+        **options: Unpack[CallOptions],
     ) -> Call:
-        """How to download a model, with what is the same for every call of this store."""
+        """Describe a call that downloads, with what is the same for all calls of this store."""
         from kserve_pvc._download.call import Call
 
+        options.setdefault("tuning", self._tuning)
         return Call(
-            **{"tuning": self._tuning, **how},
+            **options,
             subject=self._subject(ref),
             listen=listen,
             listeners=self._listeners(on_event),
@@ -349,7 +330,7 @@ class ModelStore:
         return [listener for listener in (self._on_event, on_event) if listener is not None]
 
     def _found(self, ref: ModelRef, entry: LogEntry, started: float, on_event: Listener | None) -> Model:
-        """A model that is present. Without a listener this costs nothing: a hit is fast."""
+        """Describe a model that is present. Without a listener nothing else happens: a hit is fast."""
         model = self._lookup.model(entry, "present", started)
         if on_event is not None or self._on_event is not None:
             from kserve_pvc._show.events import CallFinished
@@ -381,22 +362,22 @@ class ModelStore:
         filesystem: AbstractFileSystem | None = None,
     ) -> Generator[Warmed, None, None]:
         """
-        Ensure several models, and yield a result for each as it is there, or as it has failed. One that fails stops no
-        other.
+        Ensure several models, and yield a result for each once it is present or has failed. A failure stops no other
+        model.
 
-        A model that is named twice is fetched once and has one result. Nothing begins before the first result is asked
-        for. Closing the iterator cancels what has not begun; an exception that is raised in it, such as a
+        A model that is named twice is fetched once and has one result. Nothing begins before the first result is
+        requested. Closing the iterator cancels what has not begun; an exception that is raised in it, such as a
         KeyboardInterrupt, also stops what runs in threads.
 
         Args:
-            items: URIs, `ModelRef`s, or mappings with `uri` and, if need be, `revision`, `allow_patterns` and
-                `ignore_patterns`.
+            items: URIs, absolute paths, `ModelRef`s, or mappings with `uri` and, if needed, `revision`,
+                `allow_patterns` and `ignore_patterns`.
             executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched
                 one after the other, each by several streams. The store is sent to an executor of processes, with its
                 `backends`, `storage_options` and `filesystems`, so these must pickle then; lines take the place of
                 bars there.
             refresh, timeout, max_workers: As in `ensure`, for each model.
-            callback: Told the sum of the sizes of what is being downloaded, and every step in bytes. Not with
+            callback: Receives the total size of what is being downloaded, and every step in bytes. Not with
                 processes.
             progress: As in `ensure`; several bars or lines at a time.
             on_event: As in `ensure`, for each model; several calls at a time where several models are fetched at a
@@ -406,8 +387,8 @@ class ModelStore:
             storage_options, filesystem: As in `ensure`, for all of them.
 
         Raises:
-            SettingsError: An argument means nothing, or cannot be sent to other processes. What is wrong with one model
-                is the `error` of its result.
+            SettingsError: An argument is invalid, or cannot be sent to other processes. An invalid item is the `error`
+                of its result.
         """
         from kserve_pvc._download.warm import warm
 
@@ -467,7 +448,7 @@ class ModelStore:
         filesystem: AbstractFileSystem | None = None,
     ) -> Resolved:
         """
-        Ask the source what it holds now. Network, but no write.
+        Request what the source holds now. Network, but no write.
 
         Args:
             storage_options, filesystem: As in `ensure`.
@@ -490,13 +471,13 @@ class ModelStore:
         filesystem: AbstractFileSystem | None = None,
     ) -> Plan:
         """
-        Say what `ensure` would do, without doing it. The source is asked unless the model is present.
+        Return what `ensure` would do, without doing it. The source is requested unless the model is present.
 
         Args:
             storage_options, filesystem: As in `ensure`.
 
-        What is not guaranteed: that the free space is real (some network volumes make it up), and that nobody else
-        changes anything in between.
+        What is not guaranteed: that the free space is real (some network volumes invent it), and that no other
+        process changes anything in between.
         """
         from kserve_pvc._download.plan import plan_download, plan_nothing
 
@@ -521,7 +502,7 @@ class ModelStore:
         ignore_patterns: Patterns = None,
     ) -> Verification:
         """
-        Compare a model with its record: every file there, none too many, sizes, and at level `full` digests.
+        Compare a model with its record: missing and foreign files, sizes, and at level `full` digests.
 
         Works offline and on a read-only mount, and changes nothing.
 
@@ -567,14 +548,14 @@ class ModelStore:
         """
         Remove a model, or what is left of an unfinished download of it.
 
-        It is gone for everybody at once. Its bytes are kept until the change is visible on all nodes and no reader
-        holds it, then moved to the trash, and deleted once they have been there for `trash_seconds`, by this or a
-        later writer. On a network volume this waits for the attribute caches of other nodes, minutes if need be.
+        It is absent for all processes at once. Its bytes are kept until the change is visible on all nodes and no
+        reader holds it, then moved to the trash, and deleted after `trash_seconds` there, by this or a later writer. On
+        a network volume this waits for the attribute caches of other nodes, which may take minutes.
 
         Raises:
-            ModelNotFoundError: There is nothing of it.
-            ModelInUseError: Somebody reads or downloads it; it is there as before, unless somebody else removes it too.
-            ReadOnlyStoreError: The store may only be read.
+            ModelNotFoundError: The store has nothing of it.
+            ModelInUseError: A process reads or downloads it; it stays, unless another process removes it too.
+            ReadOnlyStoreError: The store is read-only.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         check_timeout(trash_seconds, "trash_seconds")
@@ -609,9 +590,9 @@ class ModelStore:
 
         Raises:
             ModelNotFoundError: The model is absent.
-            UnsafePathError: It is no name of 1 to 63 letters, digits, `-`, `_` and `.`.
-            VolumeError: Something that is no link has that name, or the volume has no symbolic links.
-            ReadOnlyStoreError: The store may only be read.
+            UnsafePathError: The name is not 1 to 63 letters, digits, `-`, `_` and `.`.
+            VolumeError: Something other than a link has that name, or the volume has no symbolic links.
+            ReadOnlyStoreError: The store is read-only.
         """
         from kserve_pvc._keys.aliases import check_alias, point_alias
 
@@ -622,11 +603,11 @@ class ModelStore:
 
     def drop_alias(self, name: str) -> None:
         """
-        Take a name away, if it is there. The model stays.
+        Remove a name, if it exists. The model stays.
 
         Raises:
-            UnsafePathError: It is no name that an alias can have.
-            ReadOnlyStoreError: The store may only be read.
+            UnsafePathError: An alias cannot have that name.
+            ReadOnlyStoreError: The store is read-only.
         """
         from kserve_pvc._keys.aliases import check_alias, drop_alias
 
@@ -636,7 +617,7 @@ class ModelStore:
 
     def aliases(self) -> Mapping[str, str]:
         """
-        Every name, with the key of its model, whether that is present or not. Links that lead elsewhere are left out.
+        Return every name with the key of its model, present or not. Links that lead elsewhere are left out.
         """
         from kserve_pvc._keys.aliases import read_aliases
 
@@ -655,11 +636,10 @@ class ModelStore:
         on_event: Listener | None = None,
     ) -> Exported:
         """
-        Write a model that is present as one file, to be imported where there is no network. Nothing is written to the
-        store.
+        Write a model that is present as one file, to be imported where there is no network. The store is not changed.
 
-        Every file is compared with its SHA-256 on the way. The file gets its name when it is whole and on the disk; an
-        export that was interrupted goes on where it was. The same version of a model gives the same bytes.
+        Every file is compared with its SHA-256 on the way. The file gets its name once it is complete and synced; an
+        interrupted export is resumed. The same version of a model gives the same bytes.
 
         Args:
             file: Where to write it, outside the store; or a binary stream, which cannot be resumed.
@@ -669,8 +649,8 @@ class ModelStore:
             ModelNotFoundError: It is absent.
             VolumeError: A file of the model is missing or damaged, or the bundle could not be written.
             InsufficientSpaceError: The bundle does not fit.
-            PolicyError: The model was fetched without hashing, so nothing proves its bytes.
-            SettingsError: The file would lie in the store, or something that is no regular file is there.
+            PolicyError: The model was fetched without hashing, so its bytes cannot be checked.
+            SettingsError: The file would lie in the store, or something other than a regular file is there.
         """
         from kserve_pvc._archive.bundle_manifest import manifest_of
         from kserve_pvc._archive.export import export_bundle
@@ -707,20 +687,20 @@ class ModelStore:
         cancel: threading.Event | None = None,
     ) -> Model:
         """
-        Take over a model from a file that `export` wrote. No source is asked, and no network is needed.
+        Import a model from a file that `export` wrote, without any network.
 
-        It is written as a download is: by one process, resumed after a crash, every file compared with its SHA-256, and
-        published last. A version that is present is returned at once; another one is put beside it and becomes the
+        It is written like a download: by one process, resumed after a crash, every file compared with its SHA-256, and
+        published last. A version that is present is returned at once; another one is written beside it and becomes the
         current one.
 
         Args:
-            sha256: The digest that `export` told. Without it the file is as good as where it comes from.
+            sha256: The digest that `export` returned. Without it the file is trusted.
             on_event, cancel: As in `ensure`.
 
         Raises:
-            ReadOnlyStoreError: The store may only be read.
-            StoreFormatError: It is no bundle, was cut off, or was changed.
-            DigestMismatchError: A file is not what the bundle says, or the bundle is not the one of `sha256`.
+            ReadOnlyStoreError: The store is read-only.
+            StoreFormatError: It is not a bundle, was truncated, or was changed.
+            DigestMismatchError: A file differs from its digest in the bundle, or the bundle from `sha256`.
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The file cannot be read.
             LockTimeoutError, DownloadCancelledError, InsufficientSpaceError: As `ensure`.
         """
@@ -737,19 +717,15 @@ class ModelStore:
             entry = self._lookup.view(ref).present
             if entry is not None and entry.version == resolved.version:
                 return self._found(ref, entry, started, on_event)
-            call = self._call(
-                ref,
-                started,
-                partial(_listen, progress, callback),
-                on_event,
-                cancel,
-                timeout=timeout,
-                max_workers=defaults.MAX_WORKERS,
-                resolved=resolved,
-                activity="importing",
-                # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
-                tuning={**self._tuning, "digest": "sha256"},
-            )
+            # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
+            options: CallOptions = {
+                "timeout": timeout,
+                "max_workers": defaults.MAX_WORKERS,
+                "resolved": resolved,
+                "tuning": {**self._tuning, "digest": "sha256"},
+                "activity": "importing",
+            }
+            call = self._call(ref, started, partial(_listen, progress, callback), on_event, cancel, **options)
             return self._download(writing, ref, call, lambda: bundle)
 
     @contextmanager
@@ -762,10 +738,10 @@ class ModelStore:
         ignore_patterns: Patterns = None,
     ) -> Iterator[Model]:
         """
-        Hold a model that is present, so that nobody removes it inside the `with`.
+        Hold a model that is present, so that no process removes it inside the `with`.
 
-        A read-only store, or a volume that refuses, cannot keep a lease: there the model is protected only by the
-        time its bytes stay in the trash.
+        A read-only store, or a volume that refuses to be written, cannot hold a lease: there only the time that bytes
+        stay in the trash protects the model.
 
         Raises:
             ModelNotFoundError: It is absent.
@@ -792,29 +768,36 @@ class ModelStore:
 
     def doctor(self, *, peer: str | None = None, timeout: float | None = defaults.DOCTOR_TIMEOUT) -> Diagnosis:
         """
-        Examine the volume: what it is and can do, how fast it is, what should be changed. A read-only store only looks.
+        Examine the volume: its kind, what it supports, its speed, and what to change. A read-only store writes nothing.
 
         Args:
-            peer: A name, under which a doctor on another node is waited for that is given the same:
-                `store.doctor(peer="a")` there, or `kserve-pvc doctor DIR --peer a`. The two then test each other.
-            timeout: Seconds to wait for it; None waits without limit.
+            peer: A name that a doctor on another node is given too: `store.doctor(peer="a")` there, or
+                `kserve-pvc doctor DIR --peer a`. The two then test each other.
+            timeout: Seconds to wait for the peer; None waits without limit.
 
         Raises:
-            ReadOnlyStoreError: A peer was asked for, and the store may only be read.
-            SettingsError: The name or the time means nothing.
+            ReadOnlyStoreError: A peer is named, and the store is read-only.
+            SettingsError: The name or the timeout is invalid.
         """
         from kserve_pvc._doctor.doctor import diagnose
 
         timeout = check_timeout(timeout)
-        return diagnose(self.root, writes=self._writing is not None, holder=this_process(), peer=peer, timeout=timeout)
+        return diagnose(
+            self.root,
+            writes=self._writing is not None,
+            holder=this_process(),
+            peer=peer,
+            timeout=timeout,
+            sources=self._sources.explain(),
+        )
 
     def locks(self) -> Sequence[LockInfo]:
         """
-        Every claim that has not been given back, by key. Changes nothing.
+        Return every claim that has not been released, by key. Changes nothing.
         """
         from kserve_pvc._keys.claims import read_lock
 
-        return [lock for key in self._lookup.keys() if (lock := read_lock(self._volume, key)) is not None]
+        return [lock for key in self._lookup.list_keys() if (lock := read_lock(self._volume, key)) is not None]
 
     def break_lock(
         self,
@@ -825,13 +808,13 @@ class ModelStore:
         ignore_patterns: Patterns = None,
     ) -> None:
         """
-        Take a claim away from its holder and give it back at once, so that another process may download.
+        Take a claim from its holder and release it at once, so that another process may download.
 
-        A holder that lives notices at its next beat, stops, and starts waiting. Whatever it does after that cannot
-        harm the model.
+        A live holder notices at its next heartbeat, stops, and starts waiting. What it does until then cannot harm the
+        model.
 
         Raises:
-            ReadOnlyStoreError: The store may only be read.
+            ReadOnlyStoreError: The store is read-only.
         """
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         writer, settings = self._writer(f"break the claim on `{ref}`")
@@ -847,7 +830,7 @@ class ModelStore:
     def _with_sources(
         self, storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None
     ) -> ModelStore:
-        """This store with other sources for one call."""
+        """Return this store with other sources for one call."""
         sources = self._sources.with_arguments(storage_options, filesystem)
         if sources is self._sources:
             return self

@@ -14,8 +14,8 @@ import pytest
 
 import kserve_pvc
 from kserve_pvc import InvalidURIError, ModelRef, ModelStore, PolicyError, SettingsError
-from kserve_pvc._arguments import check_count, check_seconds, check_timeout
 from kserve_pvc._opening import StoreArguments
+from kserve_pvc._source.arguments import check_count, check_seconds, check_timeout
 from kserve_pvc._source.ref import parse_ref
 
 FILES = {"config.json": b"{}", "weights/a.bin": b"weights"}
@@ -172,7 +172,7 @@ def test_a_model_is_its_directory(store, source):
     assert repr(model).startswith("Model(uri=")
 
 
-NO_SECONDS = [-1, -0.1, math.nan, True, False, "30", b"30", [], object(), 1j, pow]
+NO_SECONDS = [-1, -0.1, math.nan, True, False, "30", b"30", [], frozenset(), 1j, pow]
 NO_COUNTS = [0, -1, 1.0, 2.5, math.nan, math.inf, True, False, "4", None, []]
 
 

@@ -268,7 +268,7 @@ def test_a_prefix_without_files_is_not_found(root, azurite, put, files):
     """
     uri = put(files)
 
-    with pytest.raises(SourceNotFoundError, match="no file is there"):
+    with pytest.raises(SourceNotFoundError, match="it has no files"):
         store_of(root, azurite.storage_options).ensure(uri, progress=False)
 
     assert not (root / "models").exists()

@@ -220,7 +220,7 @@ def test_a_directory_without_files_is_no_model(tmp_path, make):
     (tmp_path / "model").mkdir()
     make(tmp_path / "model")
 
-    with pytest.raises(SourceNotFoundError, match="no file is there"):
+    with pytest.raises(SourceNotFoundError, match="it has no files"):
         names_in(tmp_path / "model")
 
 

@@ -163,7 +163,7 @@ def test_a_prefix_without_files_is_not_found(root, s3, upload, files):
     """
     uri = upload(files)
 
-    with pytest.raises(SourceNotFoundError, match="no file is there"):
+    with pytest.raises(SourceNotFoundError, match="it has no files"):
         ModelStore(root, mode="rw", **s3).ensure(uri, progress=False)
 
     assert not (root / "models").exists()

@@ -111,9 +111,9 @@ SOURCE_ERRORS = {
         f"s3://{BUCKET}/no/such/model",
         {},
         SourceNotFoundError,
-        ["no file is there", "check the URI, the revision"],
+        ["it has no files", "check the URI, the revision"],
     ),
-    "missing key with a slash": (f"s3://{BUCKET}/no/such/", {}, SourceNotFoundError, ["no file is there"]),
+    "missing key with a slash": (f"s3://{BUCKET}/no/such/", {}, SourceNotFoundError, ["it has no files"]),
     "no rights": (
         f"s3://{BUCKET}/m",
         {"key": "nokey", "secret": "nosecret"},
@@ -160,7 +160,7 @@ def test_a_prefix_of_nothing_is_not_found(scene, s3, upload):
     """
     uri, before = upload({"": b"", "sub/": b""}), scene.state()
 
-    with pytest.raises(SourceNotFoundError, match="no file is there"):
+    with pytest.raises(SourceNotFoundError, match="it has no files"):
         scene.writer(**s3).ensure(uri, progress=False)
 
     assert scene.state() == before
@@ -172,7 +172,7 @@ def test_patterns_that_let_nothing_through_are_named(scene, s3, upload):
     """
     uri, before = upload(FILES), scene.state()
 
-    with pytest.raises(SourceNotFoundError, match="the patterns let none through"):
+    with pytest.raises(SourceNotFoundError, match="the patterns exclude them all"):
         scene.writer(**s3).ensure(uri, allow_patterns="*.onnx", progress=False)
 
     assert scene.state() == before
@@ -464,9 +464,9 @@ def test_the_command_line_does_not_repeat_secrets(scene, uri, options):
         ("s3://", InvalidURIError, "names no bucket"),
         ("file://relative", InvalidURIError, "file:///absolute/path"),
         ("file:///a/../../etc", UnsafePathError, "climb"),
-        ("oci://registry/model", UnknownSchemeError, "installed back ends serve"),
+        ("oci://registry/model", UnknownSchemeError, "installed backends serve"),
         ("modelscope://org/model", UnknownSchemeError, "kserve_pvc.backends"),
-        ("nonsense+x://y", UnknownSchemeError, "installed back ends serve"),
+        ("nonsense+x://y", UnknownSchemeError, "installed backends serve"),
     ],
 )
 def test_a_uri_that_cannot_be_used_says_why(scene, uri, error, word):
@@ -728,7 +728,7 @@ def test_a_record_moved_from_another_model_is_damage(scene):
     shutil.copy(scene.root / META / "keys" / other.key / "log/000000000001.commit", scene.log / "000000000002.commit")
     store = ModelStore(scene.root)
 
-    with pytest.raises(DamagedRecordError, match="it belongs under another name, so somebody moved or forged it"):
+    with pytest.raises(DamagedRecordError, match="it belongs under another name, so it was moved or forged"):
         store.get(scene.uri)
 
     assert scene.uri not in store

@@ -419,7 +419,10 @@ def test_the_page_names_every_attribute():
 
     shown = {"cannot_hold": "{}", "big_bytes": "24 MiB", "log_level": "DEBUG", "secrets": "()"}
     declared = {
-        name: value for name, value in vars(BackendConformance).items() if name in BackendConformance.__annotations__
+        name: getattr(BackendConformance, name)
+        for cls in BackendConformance.__mro__
+        for name in vars(cls).get("__annotations__", {})
+        if hasattr(BackendConformance, name)
     }
     assert told == {
         name: shown.get(name, f"{value:g}" if isinstance(value, float) else str(value))

@@ -250,12 +250,12 @@ def test_waiting_and_taking_over_name_the_holder(root, origin, upload, proxy):
     """
     A process that waits is notified of the holder, and again when it takes over after the holder was killed.
     """
-    uri, events = upload({f"{n}.bin": bytes(200_000) for n in range(8)}), []
+    uri, events = upload({f"{n}.bin": bytes(1_000_000) for n in range(8)}), []
     proxy.limit_bytes_per_second = 100_000
     environ = {**origin.environ, "AWS_ENDPOINT_URL": proxy.endpoint}
     ModelStore(root, mode="rw", lease_seconds=2)
     holder = shell.start(root, "ensure", uri, env=environ)
-    until(lambda: ModelStore(root).locks())
+    until(lambda: any(f"pid {holder.pid}" in lock.holder for lock in ModelStore(root).locks()))
     options = {"endpoint_url": proxy.endpoint, "key": origin.key, "secret": origin.secret}
     store = ModelStore(root, mode="rw", storage_options=options)
 

@@ -22,11 +22,11 @@ import gcs
 import pytest
 from azurite import ACCOUNT, KEY, Azurite
 from gcs import FakeGCS, Gate
-from hub import OWNER, Hub
+from hub import HuggingFace
 from origin import SeaweedS3
 from trees import model_files, read_tree, write_files
 from weather import Authority
-from webserver import SECRET, WebServer
+from webserver import WebServer
 
 from kserve_pvc import ModelStore, SettingsError, StoreError
 
@@ -34,13 +34,13 @@ from kserve_pvc import ModelStore, SettingsError, StoreError
 # instance handed in. `x`: here; `-`: this column has no such thing; `.`: to be added with its backend.
 CELLS = """
                   s3  gs  az  http  hf  file  fsspec+
-config-file       x   x   x   x     x   x     .
-config-dir        x   x   x   x     x   x     .
-environment       x   x   x   x     x   x     .
-class-only        x   x   x   x     x   x     .
-misspelled        x   x   x   x     x   x     .
-credentials       x   x   x   -     -   -     .
-instance          .   .   .   .     .   .     .
+config-file       x   x   x   x     x   x     x
+config-dir        x   x   x   x     x   x     x
+environment       x   x   x   x     x   x     x
+class-only        x   x   x   x     x   x     x
+misspelled        x   x   x   x     x   x     -
+credentials       x   x   x   -     -   -     x
+instance          x   x   x   x     x   x     x
 """
 FILES = model_files(seed=49)
 
@@ -59,8 +59,9 @@ class Column:
         misspelled: An argument that does not exist, and the one that was meant.
         ignores_misspelled: Whether the class ignores it.
         credentials: Makes arguments with an object of the SDK instead of keys. Code, for the other process.
-        files: What is there. A URI of one file names it.
-        is_needed: Whether nothing can be read without the settings.
+        package: The one that the class is from.
+        files: What the model holds.
+        is_open: Whether the model can be read without the settings, directly.
     """
 
     protocol: str
@@ -71,8 +72,9 @@ class Column:
     misspelled: tuple[str, str]
     ignores_misspelled: bool = False
     credentials: str = ""
+    package: str
     files: Mapping[str, bytes] = FILES
-    is_needed: bool = True
+    is_open: bool = False
     class_only_access: str = attrs.field()
     credentials_access: str = attrs.field()
 
@@ -90,6 +92,7 @@ def s3_column(origin: SeaweedS3, upload: Callable[[Mapping[str, bytes]], str]) -
         settings={"endpoint_url": origin.endpoint, "key": origin.key, "secret": origin.secret},
         class_only={"max_concurrency": 2},
         access="direct:s3fs",
+        package="s3fs",
         misspelled=("endpont_url", "endpoint_url"),
         credentials=(
             "from aiobotocore.session import AioSession\n"
@@ -129,6 +132,7 @@ def gs_column(google: FakeGCS, tmp_path: Path, home: Path, monkeypatch: pytest.M
             settings={"endpoint_url": google.endpoint, "token": "anon"},
             class_only={"session_kwargs": {"trust_env": True}},
             access="direct:gcsfs",
+            package="gcsfs",
             class_only_access="fsspec:gcsfs",
             misspelled=("endpont_url", "endpoint_url"),
             ignores_misspelled=True,
@@ -173,6 +177,7 @@ def az_column(azure: tuple[Azurite, Path], tmp_path: Path, home: Path, monkeypat
         settings={"connection_string": server.options()["connection_string"]},
         class_only={"location_mode": "primary"},
         access="direct:adlfs",
+        package="adlfs",
         misspelled=("acount_name", "account_name"),
         ignores_misspelled=True,
         credentials=(
@@ -183,36 +188,37 @@ def az_column(azure: tuple[Azurite, Path], tmp_path: Path, home: Path, monkeypat
 
 
 @pytest.fixture
-def http_column(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Column]:
+def http_column(monkeypatch: pytest.MonkeyPatch) -> Iterator[Column]:
     pytest.importorskip("aiohttp", reason="`aiohttp` is not installed")
+    # The server is on this machine, which a URL may otherwise not lead to.
     monkeypatch.setenv("KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES", "1")
-    wants = {"x-canary": SECRET}
-    with WebServer(wants=wants) as server:
-        server.put("model/weights.bin", b"weights" * 1000)
+    with WebServer(wants={"X-Key": "canary"}) as server:
+        server.put("model.bin", FILES["config.json"])
         yield Column(
             protocol="http",
-            uri=server.uri("model/weights.bin"),
-            settings={"client_kwargs": {"headers": wants}},
-            class_only={"block_size": 4096},
+            uri=server.uri("model.bin"),
+            files={"model.bin": FILES["config.json"]},
+            settings={"client_kwargs": {"headers": {"X-Key": "canary"}}},
+            class_only={"block_size": 65_536},
             access="fsspec:fsspec",
+            package="fsspec",
             misspelled=("client_kwarg", "client_kwargs"),
-            files={"weights.bin": b"weights" * 1000},
         )
 
 
 @pytest.fixture
-def hf_column(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Column]:
+def hf_column() -> Iterator[Column]:
     pytest.importorskip("huggingface_hub", reason="`huggingface_hub` is not installed")
-    with Hub(large_bytes=100_000) as server:
-        server.push("org/model", FILES)
-        server.repository("org/model").readers = {OWNER}
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    with HuggingFace() as hub:
+        for name, data in FILES.items():
+            hub.put(f"team/model/{name}", data)
         yield Column(
             protocol="hf",
-            uri="hf://org/model",
-            settings={"endpoint": server.endpoint, "token": OWNER},
-            class_only={"expand_info": False},
+            uri=hub.uri("team/model"),
+            settings=hub.storage_options,
+            class_only={"block_size": 1_048_576},
             access="fsspec:huggingface_hub",
+            package="huggingface_hub",
             misspelled=("tokn", "token"),
             ignores_misspelled=True,
         )
@@ -220,18 +226,28 @@ def hf_column(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Column]:
 
 @pytest.fixture
 def file_column(tmp_path: Path) -> Column:
-    place = tmp_path / "model"
-    write_files(place, FILES)
+    write_files(tmp_path / "files", FILES)
     return Column(
         protocol="file",
-        uri=f"file://{place}",
+        uri=f"file://{tmp_path}/files",
         settings={"auto_mkdir": False},
-        class_only={},
+        class_only={"auto_mkdir": True},
         access="fsspec:fsspec",
+        package="fsspec",
         misspelled=("auto_mkdr", "auto_mkdir"),
         ignores_misspelled=True,
-        # No argument says which files may be read.
-        is_needed=False,
+        is_open=True,
+    )
+
+
+@pytest.fixture
+def fsspec_column(s3_column: Column) -> Column:
+    """
+    The one of s3, where fsspec is requested by the URI.
+    """
+    way = "fsspec:s3fs"
+    return attrs.evolve(
+        s3_column, uri=f"fsspec+{s3_column.uri}", access=way, class_only_access=way, credentials_access=way
     )
 
 
@@ -279,8 +295,7 @@ from fsspec.core import url_to_fs
 uri, arguments = sys.argv[1], json.loads(sys.argv[2])
 {credentials}
 fs, path = url_to_fs(uri, **arguments)
-names = [path] if path.endswith("/weights.bin") else fs.find(path)
-files = {{name.removeprefix(path).strip("/") or "weights.bin": fs.cat_file(name) for name in names}}
+files = {{name.removeprefix(path).strip("/") or name.rpartition("/")[2]: fs.cat_file(name) for name in fs.find(path)}}
 print(json.dumps({{name: base64.b64encode(data).decode() for name, data in files.items()}}))
 """
 
@@ -293,7 +308,7 @@ def theirs(column: Column, arguments: Mapping[str, Any], credentials: str = "") 
 
     script = THEIRS.format(credentials=credentials)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, column.uri, json.dumps(arguments)],
+        [sys.executable, "-W", "ignore", "-c", script, column.uri.removeprefix("fsspec+"), json.dumps(arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -308,7 +323,6 @@ def ours(root: Path, column: Column, arguments: Mapping[str, Any]) -> tuple[Mapp
     What `ensure` brings, and the way that the record names; None if it fails.
     """
     options = {"storage_options": arguments} if arguments else {}
-    root.mkdir(exist_ok=True)
     try:
         model = ModelStore(root, mode="rw", retry_seconds=1, **options).ensure(column.uri, progress=False)
     except StoreError:
@@ -338,10 +352,12 @@ def test_configuration_counts_as_for_fsspec(row, column, home, root, monkeypatch
     """
     What fsspec finds in its configuration, `ensure` finds too, and the record says that the class was needed.
     """
-    without = (theirs(column, {}), ours(root, column, {}))
+    for store in ("before", "configured"):
+        (root / store).mkdir()
+    without = (theirs(column, {}), ours(root / "before", column, {}))
     configure(row, column, home, monkeypatch)
 
-    assert without == ((None, None) if column.is_needed else (column.files, (column.files, "direct")))
+    assert without == ((column.files, (column.files, "direct")) if column.is_open else (None, None))
     assert theirs(column, {}) == column.files
     assert ours(root / "configured", column, {}) == (column.files, column.access)
 
@@ -381,6 +397,33 @@ def test_an_object_of_the_sdk_authorizes(row, column, root):
 
     assert theirs(column, {}, column.credentials) == FILES
     assert ours(root, column, made["arguments"]) == (FILES, column.credentials_access)
+
+
+INSTANCE = """
+import json, sys
+from fsspec.core import url_to_fs
+from kserve_pvc import ModelStore
+uri, arguments, root = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+fs, _ = url_to_fs(uri.removeprefix("fsspec+"), **arguments)
+ModelStore(root, mode="rw").ensure(uri, filesystem=fs, progress=False)
+"""
+
+
+@pytest.mark.parametrize(("row", "column"), cells("instance"), indirect=["column"])
+def test_an_instance_is_used_as_it_is(row, column, root):
+    """
+    A file system that was made with the settings reads the model without any other setting, and the record says so.
+    """
+    # In a process of its own, since aiohttp reads the variables for certificates when it is imported.
+    arguments = [column.uri, json.dumps(column.settings), str(root)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INSTANCE, *arguments], capture_output=True, text=True, timeout=120
+    )
+
+    assert theirs(column, column.settings) == column.files
+    assert done.returncode == 0, done.stderr
+    model = ModelStore(root).get(column.uri)
+    assert (read_tree(model.path), model.record.access) == (column.files, f"fsspec:{column.package}")
 
 
 def test_the_table_is_whole(request):

@@ -234,7 +234,7 @@ def test_a_verification_shows_what_differs(root, model):
     assert well == f"<p {PLAIN}>Verification of {model.uri}: ok, no difference (4 files, 684.6 KiB, digests)</p>"
     assert texts == [
         *(f"Verification of {model.uri}: BAD, 1 problem (4 files, 684.6 KiB, sizes)", "Kind", "Path", "Detail"),
-        *("missing", "weights/b.bin", "it is recorded and not there"),
+        *("missing", "weights/b.bin", "missing"),
     ]
 
 

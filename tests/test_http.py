@@ -611,7 +611,7 @@ def test_an_answer_that_does_not_come_is_given_up(client):
     """
     Whoever waits for an answer waits for a time that is known.
     """
-    client.answer_seconds = 0.3
+    client.response_seconds = 0.3
     with (
         answering(lambda connection, turn: b""),
         answering(b"") as server,

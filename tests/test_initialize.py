@@ -44,8 +44,9 @@ from kserve_pvc import *
 from kserve_pvc._archive import unpack as _unpack
 from kserve_pvc._archive import bundle as _bundle
 from kserve_pvc._download import download as _download
-from kserve_pvc._download import transfer as _transfer
+from kserve_pvc._download import attempt as _attempt
 from kserve_pvc._keys import removal as _removal
+from kserve_pvc._show import observing as _observing
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends import file
 from kserve_pvc.kserve._initialize import main

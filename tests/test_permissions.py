@@ -27,11 +27,12 @@ ACT = """
 import os, sys
 from kserve_pvc import ModelStore, StoreError
 from kserve_pvc._download import download as _download
-from kserve_pvc._download import transfer as _transfer
+from kserve_pvc._download import attempt as _attempt
 from kserve_pvc._keys import removal as _removal
 from kserve_pvc._keys import claims as _claims
 from kserve_pvc._volume import verify as _verify
 from kserve_pvc._volume import writing as _volume
+from kserve_pvc._show import observing as _observing
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes

@@ -294,7 +294,7 @@ def test_a_wrong_checksum_is_refused(checksum):
     """
     reason = refusal(Beat, json.dumps({"format": 1, **body_of(BEAT), "checksum": checksum}).encode())
 
-    assert reason == "its checksum does not match, so it was cut short or changed"
+    assert reason == "its checksum does not match, so it was truncated or changed"
 
 
 def test_a_missing_checksum_is_refused():
@@ -303,7 +303,7 @@ def test_a_missing_checksum_is_refused():
     """
     reason = refusal(Beat, json.dumps({"format": 1, **body_of(BEAT)}).encode())
 
-    assert reason == "its checksum does not match, so it was cut short or changed"
+    assert reason == "its checksum does not match, so it was truncated or changed"
 
 
 JSON_OBJECTS = [b"[]", b"null", b'"text"', b"1", b"true"]
@@ -353,7 +353,7 @@ def test_nesting_at_the_edge_of_what_can_be_parsed_is_refused():
 
     reasons = {refusal(Beat, data).partition(":")[0] for data in nested}
 
-    assert reasons <= {"its checksum does not match, so it was cut short or changed", "it is not JSON"}
+    assert reasons <= {"its checksum does not match, so it was truncated or changed", "it is not JSON"}
 
 
 REQUIRED = [

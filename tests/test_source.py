@@ -60,7 +60,8 @@ def test_a_source_without_files_is_not_found(names, patterns):
 
     assert caught.value.fields == {
         "uri": f"{URI} at main",
-        "reason": "no file is there, or the patterns let none through",
+        "reason": "it has no files, or the patterns exclude them all",
+        "hint": "",
     }
 
 

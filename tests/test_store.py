@@ -583,21 +583,21 @@ def make_a_pipe(path) -> None:
     os.mkfifo(path / "weights/b.bin")
 
 
-NOT_REGULAR = ("weights/b.bin", "type", "it is a link or no regular file")
+NOT_REGULAR = ("weights/b.bin", "type", "not a regular file")
 DAMAGES = {
     "missing": (
         lambda path: (path / "config.json").unlink(),
-        ("config.json", "missing", "it is recorded and not there"),
+        ("config.json", "missing", "missing"),
     ),
     "extra": (
         lambda path: (path / "weights/.git").write_bytes(b"x"),
-        ("weights/.git", "extra", "it is there and not recorded"),
+        ("weights/.git", "extra", "not in the manifest"),
     ),
     "truncated": (
         lambda path: replace(path / "weights/b.bin", FILES["weights/b.bin"][:-1]),
-        ("weights/b.bin", "size", "it has 999 bytes instead of 1000"),
+        ("weights/b.bin", "size", "999 bytes instead of 1000"),
     ),
-    "grown": (lambda path: replace(path / "empty", b"x"), ("empty", "size", "it has 1 bytes instead of 0")),
+    "grown": (lambda path: replace(path / "empty", b"x"), ("empty", "size", "1 bytes instead of 0")),
     "link": (link_elsewhere, NOT_REGULAR),
     "pipe": (make_a_pipe, NOT_REGULAR),
 }

@@ -81,7 +81,7 @@ def test_a_missing_file_is_found(model, level):
     """
     problems = list(compare(EXPECTED, LYING[1:], opener(model), level))
 
-    assert problems == [Problem(path="config.json", kind="missing", detail="it is recorded and not there")]
+    assert problems == [Problem(path="config.json", kind="missing", detail="missing")]
 
 
 @pytest.mark.parametrize("level", ["size", "full"])
@@ -91,7 +91,7 @@ def test_an_unexpected_file_is_found(model, level):
     """
     problems = list(compare(EXPECTED, [found("w/.git/hooks/x", 3), *LYING], opener(model), level))
 
-    assert problems == [Problem(path="w/.git/hooks/x", kind="extra", detail="it is there and not recorded")]
+    assert problems == [Problem(path="w/.git/hooks/x", kind="extra", detail="not in the manifest")]
 
 
 @pytest.mark.parametrize("level", ["size", "full"])
@@ -104,9 +104,9 @@ def test_a_file_of_another_size_is_found_unread(level):
     problems = list(compare(EXPECTED, lying, closed, level))
 
     assert problems == [
-        Problem(path="config.json", kind="size", detail="it has 3 bytes instead of 2"),
-        Problem(path="empty", kind="size", detail="it has 1 bytes instead of 0"),
-        Problem(path="w/a.bin", kind="size", detail="it has 6999 bytes instead of 7000"),
+        Problem(path="config.json", kind="size", detail="3 bytes instead of 2"),
+        Problem(path="empty", kind="size", detail="1 bytes instead of 0"),
+        Problem(path="w/a.bin", kind="size", detail="6999 bytes instead of 7000"),
     ]
 
 
@@ -117,7 +117,7 @@ def test_what_is_no_regular_file_is_found_unread(level):
     """
     problems = list(compare(EXPECTED[:1], [found("config.json", 2, is_regular=False)], closed, level))
 
-    assert problems == [Problem(path="config.json", kind="type", detail="it is a link or no regular file")]
+    assert problems == [Problem(path="config.json", kind="type", detail="not a regular file")]
 
 
 def test_a_changed_byte_is_found_by_reading(model):
@@ -129,9 +129,7 @@ def test_a_changed_byte_is_found_by_reading(model):
 
     quick, full = ([*compare(EXPECTED, LYING, opener(model), level)] for level in ("size", "full"))
 
-    detail = (
-        f"its sha256 is {hashlib.sha256(changed).hexdigest()} instead of {hashlib.sha256(FILES['w/a.bin']).hexdigest()}"
-    )
+    detail = f"sha256 {hashlib.sha256(changed).hexdigest()} instead of {hashlib.sha256(FILES['w/a.bin']).hexdigest()}"
     assert (quick, full) == ([], [Problem(path="w/a.bin", kind="digest", detail=detail)])
 
 
@@ -227,5 +225,5 @@ def test_what_was_never_hashed_is_not_vouched_for(root, tmp_path):
 
     assert [file.sha256 for file in model.record.files] == [None]
     assert store.verify(uri).ok
-    detail = "no sha256 of it was recorded, because the store that fetched it was told not to hash"
+    detail = "no sha256 was recorded, because the model was fetched without hashing"
     assert store.verify(uri, "full").problems == (Problem(path="weights.bin", kind="digest", detail=detail),)

@@ -38,7 +38,7 @@ from report import Promise, amount, plural, promises, say, title  # noqa: E402
 BUCKET, NAME = "models", "linear"
 URI = f"s3://{BUCKET}/{NAME}"
 FEATURES, OUTPUTS, RANK = 256, 64, 32
-# What each connection to the source gets while the adapter is on its way, so that there is time to ask.
+# The bandwidth of each connection during the download of the adapter, so that there is time for requests.
 SLOW_BYTES_PER_SECOND = 32 * 1024
 PATIENCE = 120.0
 
@@ -53,7 +53,7 @@ class Replica:
     port: int
     log: Path
 
-    def ask(self, instances: np.ndarray, **extra: str) -> np.ndarray:
+    def predict(self, instances: np.ndarray, **extra: str) -> np.ndarray:
         """
         Predict over HTTP, by version 1 of KServe's protocol.
         """
@@ -61,8 +61,8 @@ class Replica:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/models/{NAME}:predict", data, {"Content-Type": "application/json"}
         )
-        with _opener.open(request, timeout=PATIENCE) as answer:
-            return np.asarray(json.load(answer)["predictions"])
+        with _opener.open(request, timeout=PATIENCE) as response:
+            return np.asarray(json.load(response)["predictions"])
 
     def is_ready(self) -> bool:
         try:
@@ -83,7 +83,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def main() -> int:
     """
-    Start, ask, fetch the adapter while asking, print what happened, and return the exit code.
+    Start the replicas, send requests also during the download of the adapter, and return the exit code.
     """
     began = time.monotonic()
     files = make_model()
@@ -187,19 +187,19 @@ def _free_port() -> int:
 
 def ask_both(replicas: list[Replica], files: Mapping[str, bytes]) -> list[Promise]:
     """
-    Ask each replica the same, and compare with what the model must answer.
+    Send the same request to each replica, and compare the response with the expected one.
     """
     x, expected = np.eye(2, FEATURES), np.eye(2, FEATURES) @ _load(files["weights.npy"])
     right = 0
     for replica in replicas:
-        answer = replica.ask(x)
-        right += np.allclose(answer, expected)
+        response = replica.predict(x)
+        right += np.allclose(response, expected)
         say(f"  {replica.name}  weights {replica.status('weights')}")
-        say(f"  {replica.name}  POST /v1/models/{NAME}:predict -> {np.round(answer[0, :3], 3).tolist()} …")
+        say(f"  {replica.name}  POST /v1/models/{NAME}:predict -> {np.round(response[0, :3], 3).tolist()} …")
     ways = sorted(replica.status("weights") for replica in replicas)
     return [
         Promise(
-            text="both replicas answer as the model must",
+            text="both replicas respond as the model must",
             holds=right == len(replicas),
             measured=f"{right} of {len(replicas)}",
         ),
@@ -220,30 +220,30 @@ def ask_for_adapter(replicas: list[Replica], files: Mapping[str, bytes]) -> list
     update = _load(files["adapters/french/a.npy"]) @ _load(files["adapters/french/b.npy"])
     began, meanwhile, slowest = time.monotonic(), 0, 0.0
     with ThreadPoolExecutor(len(replicas)) as pool:
-        adapted: list[Future[np.ndarray]] = [pool.submit(replica.ask, x, adapter="french") for replica in replicas]
+        adapted: list[Future[np.ndarray]] = [pool.submit(replica.predict, x, adapter="french") for replica in replicas]
         while not all(future.done() for future in adapted):
             for replica in replicas:
-                asked = time.monotonic()
-                meanwhile += np.allclose(replica.ask(x), x @ weights)
-                slowest = max(slowest, time.monotonic() - asked)
+                began_at = time.monotonic()
+                meanwhile += np.allclose(replica.predict(x), x @ weights)
+                slowest = max(slowest, time.monotonic() - began_at)
         seconds = time.monotonic() - began
     right = sum(np.allclose(future.result(), x @ (weights + update)) for future in adapted)
     for replica in replicas:
         say(f"  {replica.name}  adapter {replica.status('adapter french')}")
     say(
         f"  The adapter was on its way for {seconds:.1f} s; "
-        f"meanwhile {plural(meanwhile, 'other request')} had an answer."
+        f"meanwhile {plural(meanwhile, 'other request')} got a response."
     )
     return [
         Promise(
-            text="both replicas answer with the adapter",
+            text="both replicas respond with the adapter",
             holds=right == len(replicas),
             measured=f"{right} of {len(replicas)}",
         ),
         Promise(
             text="both go on serving while it is fetched",
             holds=meanwhile > 10 and slowest < seconds / 2,
-            measured=f"{plural(meanwhile, 'answer')}, the slowest after {slowest * 1000:.0f} ms",
+            measured=f"{plural(meanwhile, 'response')}, the slowest after {slowest * 1000:.0f} ms",
         ),
     ]
 

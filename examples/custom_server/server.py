@@ -89,7 +89,7 @@ class Linear(Model):
         try:
             model = self._store.ensure(self._uri, allow_patterns=f"adapters/{adapter}/", cancel=self._cancel)
         except SourceNotFoundError as error:
-            raise InvalidInput(f"there is no adapter `{adapter}`") from error
+            raise InvalidInput(f"unknown adapter `{adapter}`") from error
         except DownloadCancelledError as error:
             raise InferenceError("the server is shutting down") from error
         logger.info("adapter %s: %s", adapter, model.status)

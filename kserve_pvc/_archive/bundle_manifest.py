@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import attrs
 from attrs.validators import matches_re, optional
 
-from kserve_pvc._format.codec import KEY, size, text, texts
+from kserve_pvc._format.codec import KEY, size, strings, text
 from kserve_pvc._format.file_names import check_collisions
 from kserve_pvc._format.log_entry import LogEntry, to_tuple
 from kserve_pvc._format.records import FileEntry, to_files
@@ -29,8 +29,8 @@ class BundleManifest:
 
     uri: str = attrs.field(validator=text)
     revision: str | None = attrs.field(validator=optional(text))
-    allow_patterns: tuple[str, ...] | None = attrs.field(converter=to_tuple, validator=optional(texts))
-    ignore_patterns: tuple[str, ...] = attrs.field(converter=to_tuple, validator=texts)
+    allow_patterns: tuple[str, ...] | None = attrs.field(converter=to_tuple, validator=optional(strings))
+    ignore_patterns: tuple[str, ...] = attrs.field(converter=to_tuple, validator=strings)
     key: str = attrs.field(validator=matches_re(KEY))
     version: str = attrs.field(validator=text)
     size_bytes: int = attrs.field(validator=size)

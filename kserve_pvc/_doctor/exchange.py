@@ -83,7 +83,9 @@ def read_listed(writer: VolumeWriter, place: PurePosixPath, limit: int) -> bytes
     Read a file if a listing shows it. On NFS, looking up a name before it exists would hide it for half a minute.
     """
     with suppress(StoreError, OSError):
-        return (writer.read(place, limit, anew=True) or b"") if place.name in writer.list_names(place.parent) else b""
+        return (
+            (writer.read(place, limit, uncached=True) or b"") if place.name in writer.list_names(place.parent) else b""
+        )
     return b""
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict
 
 import attrs
 
@@ -23,6 +23,19 @@ from kserve_pvc._source.contract import Backend, Resolved
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import LockTimeoutError
+
+
+class CallOptions(TypedDict, total=False):
+    """
+    What differs between the calls of one store, as arguments of `Call`.
+    """
+
+    timeout: Required[float]
+    max_workers: Required[int]
+    tuning: Mapping[str, Any]
+    after_seq: int
+    resolved: Resolved | None
+    activity: Literal["downloading", "importing"]
 
 
 @attrs.frozen(kw_only=True)
@@ -47,7 +60,7 @@ class Call:
     started: float
     timeout: float
     max_workers: int
-    tuning: Mapping[str, Any]
+    tuning: Mapping[str, Any] = attrs.field(factory=dict)
     after_seq: int = 0
     resolved: Resolved | None = None
     activity: Literal["downloading", "importing"] = "downloading"

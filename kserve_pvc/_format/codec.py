@@ -1,5 +1,5 @@
 """
-How the small files of a store are written, and how little of what is read back is believed.
+How the small files of a store are encoded, and decoded as untrusted input.
 
 Every record is one JSON object with the format number and a checksum over all other fields. Whatever is read back
 is untrusted input: other tenants, older and newer versions and broken volumes all write there. Decoding is strict:
@@ -30,7 +30,7 @@ KEY = re.compile(r"[a-z0-9._-]{1,40}-[0-9a-f]{16}")
 GENERATION = re.compile(r"[0-9]{12}-[0-9a-f]{32}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# A field of this kind is written only if it says something.
+# A field of this kind is written only if it differs from its default.
 OMITTED = {"omitted": True}
 
 _T = TypeVar("_T")
@@ -42,9 +42,9 @@ def integer(_: object, field: attrs.Attribute[Any], value: object) -> None:
         raise TypeError(f"`{field.name}` must be an integer of 64 bits")
 
 
-def texts(_: object, field: attrs.Attribute[Any], value: Iterable[object]) -> None:
+def strings(_: object, field: attrs.Attribute[Any], value: Iterable[object]) -> None:
     if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"`{field.name}` must be a list of texts")
+        raise TypeError(f"`{field.name}` must be a list of strings")
 
 
 text = instance_of(str)
@@ -52,7 +52,7 @@ size = and_(integer, ge(0))
 number = and_(integer, ge(1), lt(10**12))
 
 
-def moment(value: str | datetime) -> datetime:
+def timestamp(value: str | datetime) -> datetime:
     """
     Convert what was written to a time, which has a zone.
     """
@@ -73,7 +73,7 @@ def build(cls: Callable[..., _T], body: Mapping[str, Any]) -> _T:
 
 def encode(record: attrs.AttrsInstance) -> bytes:
     """
-    Write a record down, with its format number and checksum.
+    Encode a record with its format number and checksum.
     """
     body = {"format": FORMAT, **_fields_of(record)}
     return _canonical({**body, "checksum": hashlib.sha256(_canonical(body)).hexdigest()}) + b"\n"
@@ -81,7 +81,7 @@ def encode(record: attrs.AttrsInstance) -> bytes:
 
 def decode(cls: type[_T], data: bytes, where: str) -> _T:
     """
-    Read a record back, believing nothing.
+    Decode a record as untrusted input.
 
     Args:
         where: The file it was read from, for the message.
@@ -92,7 +92,7 @@ def decode(cls: type[_T], data: bytes, where: str) -> _T:
     body = _parse(data, where)
     checksum = body.pop("checksum", None)
     if checksum != hashlib.sha256(_canonical({"format": FORMAT, **body})).hexdigest():
-        raise StoreFormatError(where, "its checksum does not match, so it was cut short or changed")
+        raise StoreFormatError(where, "its checksum does not match, so it was truncated or changed")
     try:
         return build(cls, body)
     except (TypeError, ValueError, UnsafePathError) as error:
@@ -101,14 +101,14 @@ def decode(cls: type[_T], data: bytes, where: str) -> _T:
 
 def encode_plain(value: attrs.AttrsInstance) -> bytes:
     """
-    Write a value down as JSON that people read and edit, so without a checksum.
+    Encode a value as JSON that people read and edit, so without a checksum.
     """
     return (json.dumps({"format": FORMAT, **_fields_of(value)}, indent=2) + "\n").encode()
 
 
 def decode_plain(cls: type[_T], data: bytes, where: str, *, what: str) -> _T:
     """
-    Read back what `encode_plain` wrote.
+    Decode what `encode_plain` wrote.
 
     Raises:
         StoreFormatError: It is damaged, or from a newer version.
@@ -180,7 +180,7 @@ def _canonical(body: Mapping[str, Any]) -> bytes:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     body = dict(pairs)
     if len(body) != len(pairs):
-        raise ValueError("a field is there twice")
+        raise ValueError("a field is repeated")
     return body
 
 
@@ -188,6 +188,6 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number")
 
 
-# Made once, since `json.loads` and `json.dumps` make one anew for each call with such arguments.
+# Made once, since `json.loads` and `json.dumps` make one for each call with such arguments.
 _READER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 _WRITER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))

@@ -67,7 +67,7 @@ def claims_dir(key: str) -> PurePosixPath:
 
 
 def claim_dir(key: str, epoch: int) -> PurePosixPath:
-    """One claim: making this directory wins it. `owner` says whose it is, `beat` that its holder lives."""
+    """One claim: making this directory wins it. `owner` names its holder, `beat` is the holder's heartbeat."""
     return claims_dir(key) / f"{epoch:012d}"
 
 
@@ -97,16 +97,16 @@ def lease_dir(generation: str) -> PurePosixPath:
 
 
 def parse_log_name(name: str) -> int | None:
-    """The number of a log record, or None for anything else that lies there."""
+    """The number of a log record, or None for anything else."""
     match = _LOG_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def parse_number(name: str) -> int | None:
-    """The number of a claim or slot, or None for anything else that lies there."""
+    """The number of a claim or slot, or None for anything else."""
     return int(name) if _NUMBER.fullmatch(name) else None
 
 
 def parse_generation(name: str) -> str | None:
-    """The name itself if it can be a generation's, or None for anything else that lies there."""
+    """The name itself if it can be a generation's, or None for anything else."""
     return name if _GENERATION.fullmatch(name) else None

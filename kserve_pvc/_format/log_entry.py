@@ -23,11 +23,11 @@ from kserve_pvc._format.codec import (
     decode_plain,
     encode_plain,
     integer,
-    moment,
     number,
     size,
+    strings,
     text,
-    texts,
+    timestamp,
 )
 
 MIN_LEASE_SECONDS = 0.1
@@ -50,10 +50,10 @@ def to_tuple(value: Any) -> Any:
 @attrs.frozen(kw_only=True)
 class Holder:
     """
-    Who writes or reads: enough for a person to find the pod, and for a neighbour in the same PID namespace to know it
-    is dead.
+    The process that writes or reads: enough for a person to find the pod, and for a process in the same PID namespace
+    to see whether it is dead.
 
-    `started` is the process's start time in clock ticks since boot, so that a reused PID is told apart.
+    `started` is the process's start time in clock ticks since boot, so that a reused PID is recognised.
     """
 
     pod: str = attrs.field(validator=text)
@@ -81,7 +81,7 @@ class StoreSettings:
     store_id: str = attrs.field(validator=matches_re(r"[0-9a-f]{32}"))
     locker: str = attrs.field(validator=text)
     lease_seconds: float = attrs.field(converter=_seconds, validator=and_(ge(MIN_LEASE_SECONDS), le(MAX_LEASE_SECONDS)))
-    created_at: datetime = attrs.field(converter=moment)
+    created_at: datetime = attrs.field(converter=timestamp)
 
 
 @attrs.frozen(kw_only=True)
@@ -89,7 +89,7 @@ class LogEntry:
     """
     One numbered step in the life of a model: complete from here on, gone from here on, or complete again.
 
-    A `commit` or `restore` names the generation that is the model; a `tombstone` says that there is none.
+    A `commit` or `restore` names the generation that is the model; a `tombstone` says that the model was removed.
     `digest` is the kind of digest every byte was hashed into, `none` if that was switched off; `policy` is the verdict
     the model was admitted with.
     """
@@ -99,8 +99,8 @@ class LogEntry:
     key: str = attrs.field(validator=matches_re(KEY))
     uri: str = attrs.field(validator=text)
     revision: str | None = attrs.field(validator=optional(text))
-    allow_patterns: tuple[str, ...] | None = attrs.field(converter=to_tuple, validator=optional(texts))
-    ignore_patterns: tuple[str, ...] = attrs.field(converter=to_tuple, validator=texts)
+    allow_patterns: tuple[str, ...] | None = attrs.field(converter=to_tuple, validator=optional(strings))
+    ignore_patterns: tuple[str, ...] = attrs.field(converter=to_tuple, validator=strings)
     generation: str = attrs.field(validator=matches_re(GENERATION))
     version: str = attrs.field(validator=text)
     files: int = attrs.field(validator=size)
@@ -108,7 +108,7 @@ class LogEntry:
     manifest_sha256: str = attrs.field(validator=matches_re(SHA256))
     digest: Literal["sha256", "none"] = attrs.field(validator=matches_re("sha256|none"))
     policy: Literal["allow"] = attrs.field(validator=matches_re("allow"))
-    created_at: datetime = attrs.field(converter=moment)
+    created_at: datetime = attrs.field(converter=timestamp)
     writer: Holder = attrs.field(converter=to_holder)
 
     @property

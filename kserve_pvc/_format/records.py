@@ -1,5 +1,5 @@
 """
-What a store knows beyond the newest entry of a log: the files of a model, and who is at work on it.
+What a store records besides its logs: the files of a model, claims and heartbeats, leases and journals.
 """
 
 from __future__ import annotations
@@ -11,11 +11,23 @@ from typing import Any
 import attrs
 from attrs.validators import and_, instance_of, lt, matches_re, optional
 
-from kserve_pvc._format.codec import GENERATION, KEY, OMITTED, SHA256, build, decode, encode, moment, number, size, text
+from kserve_pvc._format.codec import (
+    GENERATION,
+    KEY,
+    OMITTED,
+    SHA256,
+    build,
+    decode,
+    encode,
+    number,
+    size,
+    text,
+    timestamp,
+)
 from kserve_pvc._format.file_names import check_collisions, check_name
 from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now, to_holder
 
-# Who works with records takes all of them from here; only what a hit loads names `_entry` itself.
+# Modules import all records from here; only what a hit loads imports `log_entry` itself.
 __all__ = [
     "BEAT_BYTES",
     "MAX_MANIFEST_BYTES",
@@ -47,7 +59,7 @@ def _path(value: str | PurePosixPath) -> PurePosixPath:
         check_name(str(value))
         return value
     if not isinstance(value, str):
-        raise TypeError("a path must be a text")
+        raise TypeError("a path must be a string")
     return check_name(value)
 
 
@@ -58,7 +70,7 @@ class FileEntry:
 
     `token` is what the source calls this content (an ETag, a version id); it identifies, but is not a digest.
     `evidence` is the digest the source vouches for and that the bytes were compared with, as `name:hex`. Without
-    `sha256` the bytes were never hashed, because the store that fetched them was told not to.
+    `sha256` the bytes were never hashed, because hashing was switched off.
     """
 
     path: PurePosixPath = attrs.field(converter=_path)
@@ -111,7 +123,7 @@ class Manifest:
 @attrs.frozen(kw_only=True)
 class Record:
     """
-    What a store knows about a model it holds: where it came from and what it consists of.
+    What a store recorded about a model: where it came from and what it consists of.
 
     `access` is how the source was reached: `direct` by requests of our own, `direct:<package>` by requests of our own
     that the package's fsspec class authorised, `fsspec:<package>` through that class. None where it is not recorded.
@@ -134,14 +146,14 @@ class Record:
 @attrs.frozen(kw_only=True)
 class Claim:
     """
-    The wish of one process to download a model; the highest number is the current one.
+    The claim of one process to download a model; the highest number is the current one.
     """
 
     epoch: int = attrs.field(validator=number)
     nonce: str = attrs.field(validator=matches_re(r"[0-9a-f]{32}"))
     uri: str = attrs.field(validator=text)
     holder: Holder = attrs.field(converter=to_holder)
-    claimed_at: datetime = attrs.field(converter=moment)
+    claimed_at: datetime = attrs.field(converter=timestamp)
 
     @property
     def generation(self) -> str:
@@ -151,7 +163,7 @@ class Claim:
 @attrs.frozen(kw_only=True)
 class Beat:
     """
-    The sign of life of a claim's holder or of a reader. What counts is that it changed, never when it says it did.
+    The heartbeat of a downloader or of a reader. What counts is that it changed, never the time in it.
     """
 
     count: int = attrs.field(validator=size)
@@ -164,7 +176,7 @@ class Beat:
 @attrs.frozen(kw_only=True)
 class ReaderLease:
     """
-    A reader's request not to delete a generation while it lives.
+    A reader's request to keep a generation while the reader is alive.
     """
 
     generation: str = attrs.field(validator=matches_re(GENERATION))
@@ -176,8 +188,8 @@ class PartNote:
     """
     One line of a journal: bytes `start` to `stop` (not included) of `path` are on the volume.
 
-    They are proven by `sha256` if they are the beginning of the file, else by `crc32`. A store that was told not to
-    hash writes neither, and only such a store takes them over.
+    They are checked by `sha256` if they are the beginning of the file, else by `crc32`. A store without hashing writes
+    neither, and only such a store reuses them.
     """
 
     path: PurePosixPath = attrs.field(converter=_path)
@@ -189,7 +201,7 @@ class PartNote:
 
     def __attrs_post_init__(self) -> None:
         if self.start > self.stop or (self.start and self.sha256 is not None):
-            raise ValueError("a note is about a beginning with `sha256`, or a range with `crc32`")
+            raise ValueError("a note is for a beginning with `sha256`, or a range with `crc32`")
 
 
 @attrs.frozen(kw_only=True)
@@ -205,6 +217,6 @@ class FoundFile:
 
 def encode_beat(beat: Beat) -> bytes:
     """
-    Write a beat down in exactly `BEAT_BYTES`, so that it is replaced in place by a single write.
+    Encode a heartbeat in exactly `BEAT_BYTES`, so that a single write replaces it in place.
     """
     return encode(beat).rstrip(b"\n").ljust(BEAT_BYTES - 1) + b"\n"

@@ -27,7 +27,7 @@ _MOST_LOOKS = 5
 def check_alias(name: str) -> str:
     """
     Raises:
-        UnsafePathError: It is no name that can stand in a URI and a path.
+        UnsafePathError: The name cannot be part of a URI and a path.
     """
     if not _NAME.fullmatch(name):
         rule = "an alias has 1 to 63 letters, digits, `-`, `_` and `.`, and begins and ends with a letter or digit"
@@ -37,22 +37,22 @@ def check_alias(name: str) -> str:
 
 def settle_view(writer: VolumeWriter, key: str) -> bool:
     """
-    Let KServe's name for a model lead to what the log says, or to nothing if there is no model.
+    Point KServe's name for a model to its current generation, or to nothing if it is absent.
 
-    It is looked again afterwards, since another writer may have published meanwhile: whoever moved the link last has
-    seen the newest record before or after.
+    It is looked again afterwards, since another writer may have published meanwhile: the last process to move the
+    link has seen the newest record before or after.
 
     Returns:
-        False if something of somebody else has that name, or the volume has no links.
+        False if a foreign file has that name, or the volume has no links.
     """
     place = layout.view_link(key)
     for _ in range(_MOST_LOOKS):
-        wanted = _wanted(writer, key)
+        target = _target_of(writer, key)
         found = writer.link_target(place)
-        if found == wanted:
+        if found == target:
             return True
-        if wanted is not None:
-            if not writer.repoint(place, wanted):
+        if target is not None:
+            if not writer.repoint(place, target):
                 return False
         elif found is not None and found.startswith(f"{key}/"):
             writer.throw_away(place)
@@ -63,7 +63,7 @@ def settle_view(writer: VolumeWriter, key: str) -> bool:
 
 def settle_view_quietly(writer: VolumeWriter, key: str) -> None:
     """
-    As `settle_view`. A name that could not be moved is no reason to fail what has succeeded.
+    As `settle_view`. A link that could not be moved does not fail a call that has succeeded.
     """
     with suppress(OSError, StoreError):
         settle_view(writer, key)
@@ -71,10 +71,10 @@ def settle_view_quietly(writer: VolumeWriter, key: str) -> None:
 
 def point_alias(writer: VolumeWriter, name: str, key: str) -> None:
     """
-    Let a name lead to a model that is present.
+    Point a name to a model that is present.
 
     Raises:
-        VolumeError: Something that is no link has that name, or the volume has no links.
+        VolumeError: Something other than a link has that name, or the volume has no links.
     """
     view, place = layout.view_link(key), layout.name_link(name)
     if not settle_view(writer, key) or not writer.repoint(place, f"../{view}"):
@@ -84,7 +84,7 @@ def point_alias(writer: VolumeWriter, name: str, key: str) -> None:
 
 def drop_alias(writer: VolumeWriter, name: str) -> None:
     """
-    Take a name away. What is no link stays.
+    Remove a name. Anything but a link stays.
     """
     place = layout.name_link(name)
     if writer.link_target(place) is not None:
@@ -104,6 +104,6 @@ def read_aliases(volume: Volume) -> Mapping[str, str]:
     return found
 
 
-def _wanted(volume: Volume, key: str) -> str | None:
+def _target_of(volume: Volume, key: str) -> str | None:
     entry = read_log(volume, key).entry
     return f"{key}/{entry.generation}" if entry is not None and entry.is_present else None

@@ -1,7 +1,7 @@
 """
-Claims of downloaders and leases of readers: who is at work on a key or generation, and whether it still lives.
+Claims of downloaders and leases of readers: which process works on a key or generation, and whether it is alive.
 
-Both are a directory with two files: one says who holds it, the other is its beat.
+Both are a directory with two files: `owner` names the holder, `beat` is its heartbeat.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
 from kserve_pvc.locks.lease import Heartbeat
 from kserve_pvc.locks.liveness import is_provably_dead
 
-# A reader beats this many times slower than a downloader: it lives for days, and only deletion waits for it.
+# The heartbeat of a reader is this many times slower: it lives for days, and only deletion waits for it.
 READER_LEASES = 4
 
 _T = TypeVar("_T")
@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 @attrs.frozen(kw_only=True)
 class Sign:
     """
-    What a claim or lease shows at one moment. `owner` and `beat` are None if they cannot be read.
+    What a claim or lease shows at one time. `owner` and `beat` are None if they cannot be read.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Sign:
 @attrs.frozen(kw_only=True)
 class LockInfo:
     """
-    A claim that its holder has not given back. `state` is `dead` if its process provably no longer exists.
+    A claim that its holder has not released. `state` is `dead` if its process provably no longer exists.
 
     `pod`, `node` and `uid` are empty and -1 where the holder is not known. `age_seconds` compares this node's clock
     with the holder's when it claimed, so it is for people.
@@ -86,15 +86,15 @@ def _read_sign(volume: Volume, place: PurePosixPath, cls: type[Claim] | type[Rea
         )  # GlusterFS learns by it that a file has changed, which it believes it knows for a second.
     owner, beat = (
         _quietly(volume, place / "owner", MAX_RECORD_BYTES),
-        _quietly(volume, place / "beat", BEAT_BYTES, anew=True),
+        _quietly(volume, place / "beat", BEAT_BYTES, uncached=True),
     )
     return Sign(name=place.name, raw=owner + beat, owner=_decoded(cls, owner, place), beat=_decoded(Beat, beat, place))
 
 
-def _quietly(volume: Volume, place: PurePosixPath, limit: int, *, anew: bool = False) -> bytes:
+def _quietly(volume: Volume, place: PurePosixPath, limit: int, *, uncached: bool = False) -> bytes:
     # Whatever stands there instead shows no sign of life, and is superseded like what a dead process left.
     with suppress(StoreFormatError, VolumeError):
-        return volume.read(place, limit, anew=anew) or b""
+        return volume.read(place, limit, uncached=uncached) or b""
     return b""
 
 
@@ -124,7 +124,7 @@ def read_claim(volume: Volume, key: str) -> Sign | None:
 
 def read_lock(volume: Volume, key: str) -> LockInfo | None:
     """
-    Describe the current claim of a key for people; None if there is none, or it has been given back.
+    Describe the current claim of a key for people; None if there is none, or it was released.
     """
     sign = read_claim(volume, key)
     if sign is None or sign.is_released:
@@ -183,7 +183,7 @@ def _given_back_on_failure(writer: VolumeWriter, place: PurePosixPath) -> Iterat
     try:
         yield
     except StoreError:
-        # If the volume still takes one more small file, nobody has to wait for the lease of a claim without a heart.
+        # If the volume still takes one more small file, no process has to wait for a claim without heartbeats.
         with suppress(StoreError):
             writer.write_private(place / "beat", encode_beat(Beat(count=1, released=True)))
         raise
@@ -198,7 +198,7 @@ def start_heartbeat(
     superseded: Callable[[], bool] = lambda: False,
 ) -> Heartbeat:
     """
-    Show signs of life for a claim or lease of this process until the heart is stopped.
+    Write heartbeats for a claim or lease of this process until they are stopped.
     """
     with _given_back_on_failure(writer, place):
         fd = writer.create(place / "beat")
@@ -211,7 +211,9 @@ def start_heartbeat(
 @contextmanager
 def reading(writer: VolumeWriter, generation: str, *, lease_seconds: float, holder: Holder) -> Iterator[None]:
     """
-    Hold a reader's lease on a generation. It counts only for those who look after it was made, so look again inside.
+    Hold a reader's lease on a generation.
+
+    It counts only for removers that look after it was made, so look again inside.
     """
     place = layout.lease_dir(generation) / secrets.token_hex(16)
     writer.write_private(place / "owner", encode(ReaderLease(generation=generation, holder=holder)))
@@ -220,13 +222,13 @@ def reading(writer: VolumeWriter, generation: str, *, lease_seconds: float, hold
         yield
     finally:
         heart.stop()
-        with suppress(StoreError):  # A lease that was given back holds nobody up, wherever its files lie.
+        with suppress(StoreError):  # A lease that was released blocks no process, wherever its files are.
             writer.throw_away(place)
 
 
 def live_readers(volume: Volume, generation: str, *, lease_seconds: float) -> tuple[str, ...]:
     """
-    Who provably reads a generation now. Waits up to a reader's lease for one that shows no sign of life.
+    Return the readers of a generation that are provably alive. Waits up to a reader's lease for one without heartbeats.
     """
     place = layout.lease_dir(generation)
 
@@ -238,7 +240,7 @@ def live_readers(volume: Volume, generation: str, *, lease_seconds: float) -> tu
 
 def find_live_downloader(volume: Volume, key: str, *, lease_seconds: float) -> str | None:
     """
-    Who provably downloads a key now, or None. Waits up to a lease for a holder that shows no sign of life.
+    Return the downloader of a key that is provably alive, or None. Waits up to a lease for one without heartbeats.
     """
 
     def look() -> dict[str, Sign]:
@@ -249,7 +251,7 @@ def find_live_downloader(volume: Volume, key: str, *, lease_seconds: float) -> s
 
 
 def _showing_life(look: Callable[[], dict[str, Sign]], seconds: float) -> tuple[str, ...]:
-    """Watch signs until one changes, or all have let go, died, or stayed unchanged for so many seconds."""
+    """Watch signs until one changes, or all are released, dead, or unchanged for so many seconds."""
     first = look()
     deadline = time.monotonic() + seconds
     signs = first

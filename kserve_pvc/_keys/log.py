@@ -1,5 +1,5 @@
 """
-The numbered log of one key: the only thing that says whether a model is present.
+The numbered log of one key, which alone decides whether a model is present.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MANIFEST_BYTES = 8 * 1024
 @attrs.frozen(kw_only=True)
 class LogView:
     """
-    The newest record of a log. `seq` is 0 for an empty log; `damage` says why the newest record is not an `entry`.
+    The newest record of a log. `seq` is 0 for an empty log; `damage` is why the newest record is not an `entry`.
     """
 
     seq: int = 0
@@ -97,16 +97,16 @@ def _read_newest(volume: Volume, key: str) -> LogView:
 def _read_entry(volume: Volume, key: str, place: PurePosixPath) -> LogEntry:
     data = volume.read(place, MAX_RECORD_BYTES)
     if data is None:
-        raise StoreFormatError(str(place), "it is listed and cannot be opened")
+        raise StoreFormatError(str(place), "it is listed, but cannot be opened")
     entry = _decoded(data, str(place))
     if entry.name != place.name or entry.key != key:
-        raise StoreFormatError(str(place), "it belongs under another name, so somebody moved or forged it")
+        raise StoreFormatError(str(place), "it belongs under another name, so it was moved or forged")
     return entry
 
 
 @lru_cache(maxsize=256)
 def _decoded(data: bytes, where: str) -> LogEntry:
-    # The volume is read each time; the same bytes need no second proof. Damage is an exception, which is not kept.
+    # The volume is read each time; equal bytes are decoded once. Damage is an exception, which is not cached.
     return decode(LogEntry, data, where)
 
 
@@ -127,17 +127,17 @@ def read_all(volume: Volume, key: str) -> list[LogEntry]:
 
 def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
     """
-    Read the list of files a record vouches for.
+    Read the manifest that a record names.
 
     Raises:
-        StoreFormatError: It is missing, or not the one the record names.
+        StoreFormatError: It is missing, or its digest is not the one in the record.
     """
     from hashlib import sha256
 
     from kserve_pvc._format.records import MAX_MANIFEST_BYTES, Manifest
 
     place = manifest_file(entry.generation)
-    # A record that names few files does not make anybody read a huge manifest.
+    # A record that names few files does not lead to reading a huge manifest.
     data = volume.read(place, min(MAX_MANIFEST_BYTES, _MANIFEST_BYTES + entry.files * _MANIFEST_BYTES))
     if data is None:
         raise StoreFormatError(str(place), "it is missing; `verify` the model, or `rm` and `ensure` it again")

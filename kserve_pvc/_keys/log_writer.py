@@ -1,5 +1,5 @@
 """
-Writing to the log of one key: what the procedures ask for, done on a volume.
+Writing to the log of one key: the operations of the procedures, carried out on a volume.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from kserve_pvc.errors import StoreFormatError
 
 def highest_slot(volume: Volume, key: str) -> int:
     """
-    The highest number anybody has reserved.
+    Return the highest number that is reserved.
     """
     return max((n for name in volume.list_names(slot_dir(key)) if (n := parse_number(name)) is not None), default=0)
 
 
 class LogWriter:
     """
-    Does for one key what a procedure asks for.
+    Carries out the operations of a procedure for one key.
 
     Args:
         make: Builds the record that a procedure wants to publish.
-        private: A name in a staging directory that nobody else uses.
+        private: A name in a staging directory that no other process uses.
         collect: Throws away what there is of a generation.
     """
 
@@ -63,7 +63,7 @@ class LogWriter:
 
     def perform(self, operation: Operation) -> object:
         """
-        Carry out one operation and return its answer.
+        Carry out one operation and return its result.
 
         Raises:
             StoreFormatError: The numbers are used up, which takes a forged record, or `ListNamed` met a damaged one.

@@ -1,11 +1,11 @@
 """
 Appending to a key's log, collecting garbage and removing a model, as pure procedures.
 
-Each is a generator: it yields what to do next and is sent what came of it. Nothing here touches a disk or reads a
+Each is a generator: it yields the next operation and is sent its result. Nothing here touches a disk or reads a
 clock, so production and the model checker of the tests run the same decisions. `drive` runs one for real.
 
-None of them relies on a lock. They rely on three properties of a volume: of all who make one directory exactly one is
-told that it did, `link` never replaces a file, and a listing shows whatever was finished before it began.
+None of them relies on a lock. They rely on three properties of a volume: of all callers that make one directory
+exactly one succeeds, `link` never replaces a file, and a listing shows whatever was finished before it began.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import attrs
 
-# How often a writer looks, while it waits for the record of a number that somebody else has reserved.
+# How often a writer looks, while it waits for the record of a number that another process has reserved.
 LOOKS_FOR_A_RECORD = 20
 LOOK_PAUSE = 0.05
 
@@ -34,17 +34,17 @@ class Newest(Protocol):
 
 @attrs.frozen
 class ReadNewest:
-    """Answer: `Newest`."""
+    """Result: `Newest`."""
 
 
 @attrs.frozen
 class ReadHighestSlot:
-    """Answer: the highest number that anybody has reserved, 0 for none."""
+    """Result: the highest number that is reserved, 0 for none."""
 
 
 @attrs.frozen
 class Reserve:
-    """Make the directory of a number. Answer: whether it was made by this very call."""
+    """Make the directory of a number. Result: whether it was made by this very call."""
 
     seq: int
 
@@ -52,7 +52,7 @@ class Reserve:
 @attrs.frozen
 class Publish:
     """
-    Write a record durably under a number, replacing nothing. Answer: whether what stands there is this record.
+    Write a record durably under a number, replacing nothing. Result: whether what is there is this record.
 
     A `tombstone` or `restore` speaks of the same generation as `of`.
     """
@@ -69,12 +69,12 @@ class Pause:
 
 @attrs.frozen
 class ListGenerations:
-    """Answer: the names of all generations of the key, whatever their state."""
+    """Result: the names of all generations of the key, whatever their state."""
 
 
 @attrs.frozen
 class ListNamed:
-    """Answer: the generations that any record names."""
+    """Result: the generations that any record names."""
 
 
 @attrs.frozen
@@ -91,7 +91,7 @@ class AwaitVisibility:
 
 @attrs.frozen
 class AwaitReaders:
-    """Answer: whether somebody is seen to be reading one of these generations, once that can be told."""
+    """Result: whether a process is reading one of these generations, once that is certain."""
 
     generations: tuple[str, ...]
 
@@ -113,7 +113,7 @@ Procedure = Generator[Operation, Any, _T]
 
 def drive(procedure: Procedure[_T], perform: Callable[[Operation], object]) -> _T:
     """
-    Run a procedure: do what it asks for, and tell it what came of it.
+    Run a procedure: carry out each operation, and send the result back.
     """
     try:
         operation = next(procedure)
@@ -128,11 +128,11 @@ def append(
     after_seq: int, type: Literal["commit", "tombstone", "restore"], of: Newest | None = None
 ) -> Procedure[int | None]:
     """
-    Append the next record, or learn that somebody else did.
+    Append the next record, or learn that another process did.
 
     The order is what makes this safe without any lock: the number is reserved, the log is listed again, the record is
-    published, and the log is listed once more. Whoever published before is respected, whoever reserves later sees
-    ours, and a process that was paused anywhere in between finds a newer record and has lost.
+    published, and the log is listed once more. A record that was published before is respected, a process that
+    reserves later sees ours, and a process that was paused anywhere in between finds a newer record and has lost.
 
     Returns:
         The number of the record, or None if the log moved on since `after_seq`. Then it may hold this record below a
@@ -143,7 +143,7 @@ def append(
         moved_on = yield from _moves_on(after_seq, seq)
         if moved_on:
             return None
-        seq += 1  # Whoever took that number died before it wrote, or will lose by what we write now.
+        seq += 1  # The process with that number died before it wrote, or will lose by what we write now.
     newest: Newest = yield ReadNewest()
     if newest.seq > after_seq:
         return None
@@ -170,9 +170,9 @@ def collect_garbage(seq: int, begun: Sequence[str]) -> Procedure[None]:
     """
     Collect the generations `begun` before our commit `seq` was appended, and that no record names.
 
-    Our own commit is what makes this safe: they were begun on an older record, so whoever still writes them sees a
-    newer one and loses, unless it had reserved a higher number before, which is looked for first. No judgement
-    about who is alive is needed.
+    Our own commit is what makes this safe: they were begun on an older record, so a process that still writes them
+    sees a newer one and loses, unless it had reserved a higher number before, which is looked for first. Whether it is
+    alive does not matter.
     """
     highest: int = yield ReadHighestSlot()
     if highest == seq:
@@ -199,12 +199,12 @@ def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["rem
             tombstone, and loses.
 
     Returns:
-        `read` if somebody reads it. Then the tombstone was undone, unless another removal came in between: whoever
-        wrote the tombstone on the model decides alone what becomes of it.
+        `read` if a process reads it. Then the tombstone was undone, unless another removal came in between: the process
+        that wrote the tombstone on the model alone decides about it.
     """
     before: Newest | None = newest if newest.is_present else None
     while True:
-        # Until a tombstone has the highest number that anybody has reserved, also where no commit is: a download that
+        # Until a tombstone has the highest number that is reserved, also where there is no commit: a download that
         # reserved a number above an earlier one, and was paused, would make a model of bytes about to be collected.
         seq: int | None = yield from append(newest.seq, "tombstone", before)
         if seq is not None:

@@ -1,5 +1,5 @@
 """
-Removing a model: gone at once for whoever asks, deleted only when nobody can be reading it.
+Removing a model: absent at once for all processes, deleted only when no process can be reading it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Removal:
             False if there was nothing to remove.
 
         Raises:
-            ModelInUseError: Somebody downloads it, or reads it; a tombstone was undone.
+            ModelInUseError: A process downloads it, or reads it; a tombstone was undone.
         """
         try:
             return self._run()
@@ -56,9 +56,9 @@ class Removal:
         view = read_log_of(self.writer, self.ref)
         if not found and not view.is_present:
             return False
-        if (
-            downloader := find_live_downloader(self.writer, self.ref.key, lease_seconds=self.settings.lease_seconds)
-        ) is not None:
+        lease_seconds = self.settings.lease_seconds
+        downloader = find_live_downloader(self.writer, self.ref.key, lease_seconds=lease_seconds)
+        if downloader is not None:
             raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
         staging = layout.staging_dir(f"remove-{secrets.token_hex(16)}")
         log = LogWriter(
@@ -72,11 +72,8 @@ class Removal:
                     time.sleep(mount_of(self.writer.root).visibility_delay)
                     return None
                 case AwaitReaders(which):
-                    readers.extend(
-                        r
-                        for g in which
-                        for r in live_readers(self.writer, g, lease_seconds=self.settings.lease_seconds)
-                    )
+                    for generation in which:
+                        readers.extend(live_readers(self.writer, generation, lease_seconds=lease_seconds))
                     return bool(readers)
             return log.perform(operation)
 
@@ -87,10 +84,10 @@ class Removal:
             self.writer.throw_away(staging)
         return True
 
-    def _record(self, found: Sequence[str], wanted: Publish) -> LogEntry:
-        before = wanted.of.entry if isinstance(wanted.of, LogView) else None
+    def _record(self, found: Sequence[str], request: Publish) -> LogEntry:
+        before = request.of.entry if isinstance(request.of, LogView) else None
         entry = self._nothing(found) if before is None else before
-        return attrs.evolve(entry, type=wanted.type, seq=wanted.seq, created_at=now(), writer=self.holder)
+        return attrs.evolve(entry, type=request.type, seq=request.seq, created_at=now(), writer=self.holder)
 
     def _nothing(self, found: Sequence[str]) -> LogEntry:
         return LogEntry(

@@ -1,5 +1,5 @@
 """
-What a back end is, and what it says about a model.
+What a backend is, and how it describes a model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_FILES = 250_000
 @attrs.frozen(kw_only=True)
 class UnpackLimits:
     """
-    What an archive may turn into. `ratio` is how many times its own size that may be, `path_bytes` is for one name.
+    Limits for unpacking an archive. `ratio` is relative to its own size, `path_bytes` is for one name.
     """
 
     entries: int = 100_000
@@ -37,11 +37,11 @@ class RemoteFile:
     """
     One file at the source, pinned to the content it had when it was listed.
 
-    `address` is the back end's own name for it; `pin` is what makes a later read fail rather than return other
-    content (an ETag, a version id, an inode with its times). `digest` is what the listing says the bytes amount to,
-    as `name:hex` with `md5`, `crc32` or `sha256`, if it says so. `in_ranges` is False if the source gives only all of
-    it: one stream then reads it from its beginning. A file with `unpack` is an archive, and its members are the files
-    of the model; patterns are for them, and it is kept no longer than until they are there.
+    `address` is the backend's own name for it; `pin` makes a later read fail rather than return other content (an
+    ETag, a version id, an inode with its times). `digest` is the digest in the listing, as `name:hex` with `md5`,
+    `crc32` or `sha256`, if there is one. `in_ranges` is False if the source sends only the whole file: one stream then
+    reads it from its beginning. A file with `unpack` is an archive, and its members are the files of the model;
+    patterns apply to them, and it is deleted once they are written.
     """
 
     entry: FileEntry
@@ -55,7 +55,7 @@ class RemoteFile:
 @attrs.frozen(kw_only=True)
 class Resolved:
     """
-    What the source of a model holds now.
+    The files that the source of a model holds now.
 
     `version` is the source's own name for it, such as a commit, or a SHA-256 over path, size and token of every file.
     """
@@ -71,7 +71,7 @@ class Resolved:
 
 def order_listing(ref: ModelRef, files: Iterable[RemoteFile], *, version: str | None = None) -> Resolved:
     """
-    Put a back end's listing in order: patterns applied, names checked against each other, version computed.
+    Put a backend's listing in order: patterns applied, names checked against each other, version computed.
 
     Raises:
         SourceNotFoundError: Nothing is left.
@@ -85,7 +85,7 @@ def order_listing(ref: ModelRef, files: Iterable[RemoteFile], *, version: str | 
 
 class Listing:
     """
-    A back end's listing as it comes in, page by page.
+    A backend's listing, page by page.
     """
 
     def __init__(self, ref: ModelRef) -> None:
@@ -95,7 +95,7 @@ class Listing:
 
     def add(self, files: Iterable[RemoteFile]) -> Sequence[RemoteFile]:
         """
-        Take more files in, and return those that the patterns let through.
+        Add files, and return those that the patterns select.
 
         Raises:
             PolicyError: More than `MAX_FILES` are listed.
@@ -111,7 +111,7 @@ class Listing:
 
     def resolved(self, *, version: str | None = None) -> Resolved:
         """
-        What the source holds, once all of it is listed.
+        Return what the source holds, once all of it is listed.
 
         Raises:
             SourceNotFoundError: Nothing is left.
@@ -120,7 +120,7 @@ class Listing:
         # As paths are ordered, part by part, which comparing paths takes five times as long for.
         chosen = sorted(self._chosen, key=lambda f: str(f.entry.path).replace("/", "\0"))
         if not chosen:
-            raise SourceNotFoundError(str(self._ref), "no file is there, or the patterns let none through")
+            raise SourceNotFoundError(str(self._ref), "it has no files, or the patterns exclude them all")
         check_collisions(f.entry.path for f in chosen)
         return Resolved(ref=self._ref, version=version or _version(chosen), files=tuple(chosen))
 
@@ -137,21 +137,21 @@ def _version(files: Iterable[RemoteFile]) -> str:
 
 class RangeReader(Protocol):
     """
-    One answer of the source, being read.
+    A response of the source, being read.
     """
 
     def readinto(self, buffer: memoryview) -> int | None:
         """
         Fill the start of a buffer with the bytes that come next.
 
-        0 means that the answer is over; None that nothing has come for a moment (a quarter of a second or so), so that
-        whoever reads can look up and ask again. A reader that cannot tell blocks.
+        0 is the end of the response; None means that nothing arrived for one poll interval (about a quarter of a
+        second), so that the caller can check for cancellation and call again. A reader without timeouts blocks.
         """
 
 
 class Checksum(Protocol):
     """
-    What amounts to a digest, piece by piece, as those of `hashlib`.
+    A digest that is computed piece by piece, as those of `hashlib`.
     """
 
     def update(self, piece: memoryview, /) -> None: ...

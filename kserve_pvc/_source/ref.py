@@ -29,11 +29,11 @@ _USER_INFORMATION = re.compile(r"([^/:]*@)|([^/:]*:(?![0-9]+/).*@)", re.DOTALL)
 # `hf://organization/name@revision`: behind a slash, and with no colon before it, an `@` ends no user information.
 _AT_IN_PATH = re.compile(r"[^/:@]+/[^:]*@[^@]*", re.DOTALL)
 
-# What may follow a `#`: a digest is public, and belongs to what is asked for.
+# What may follow a `#`: a digest is public, and part of the request.
 _DIGEST_FRAGMENT = re.compile(r"sha256=[0-9a-f]{64}")
 # The hosts of Azure accounts, as KServe knows them, whose addresses may bring a shared access signature as their query.
 _AZURE_HOST = re.compile(r"[a-z0-9]+\.(?:blob\.core\.windows\.net|z[0-9]{1,2}\.blob\.storage\.azure\.net)")
-# `abfss://container@account.dfs.core.windows.net`: the one scheme whose `@` is no user information.
+# `abfss://container@account.dfs.core.windows.net`: the one scheme whose `@` does not end user information.
 _AZURE_AUTHORITY = re.compile(r"[a-z0-9$-]{3,63}@[a-z0-9]+\.(?:dfs|blob)\.core\.windows\.net")
 
 Patterns = str | Iterable[str] | None
@@ -42,7 +42,7 @@ Patterns = str | Iterable[str] | None
 @attrs.frozen(slots=False, kw_only=True)
 class ModelRef:
     """
-    One model as it is asked for; equal refs share one key and one copy in a store.
+    One model as it is requested; equal refs share one key and one copy in a store.
 
     `query` is what followed the address of an Azure blob: a signature, which is neither shown nor stored, and which
     makes no other model.
@@ -61,8 +61,8 @@ class ModelRef:
     @property
     def service(self) -> str:
         """
-        The name under which the back end is found: the scheme, but `az` for `https` addresses of Azure accounts, and
-        `fsspec` for whatever fsspec serves without a back end of ours.
+        The name of the backend: the scheme, but `az` for `https` addresses of Azure accounts, and `fsspec` for what
+        fsspec serves without a backend of ours.
         """
         if self.scheme == "https" and _AZURE_HOST.fullmatch(self.location.partition("/")[0]):
             return "az"
@@ -123,14 +123,16 @@ def parse_ref(
         PolicyError: It carries credentials. They are not repeated in the message.
         SettingsError: A `ModelRef` came with a revision or patterns.
     """
-    if type(uri) is str and "?" not in uri and revision is allow_patterns is ignore_patterns is None:
-        return _parse_plain(uri)
-    # A `Model` is a path too, but stands for what it is a copy of.
-    given = uri if isinstance(uri, ModelRef) else getattr(uri, "ref", None)
-    if isinstance(given, ModelRef):
-        selection = {"revision": revision, "allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
-        return _check_ref(given, selection)
-    return _parse(_spelling(uri), revision, allow_patterns, ignore_patterns)
+    if type(uri) is not str:
+        # A `Model` is a path too, but stands for what it is a copy of.
+        given = uri if isinstance(uri, ModelRef) else getattr(uri, "ref", None)
+        if isinstance(given, ModelRef):
+            selection = {"revision": revision, "allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+            return _check_ref(given, selection)
+    spelled = _spelling(uri)
+    if type(spelled) is str and "?" not in spelled and revision is allow_patterns is ignore_patterns is None:
+        return _parse_plain(spelled)
+    return _parse(spelled, revision, allow_patterns, ignore_patterns)
 
 
 @lru_cache(maxsize=256)
@@ -140,7 +142,7 @@ def _parse_plain(uri: str) -> ModelRef:
 
 
 def _check_ref(ref: ModelRef, selection: Mapping[str, Patterns]) -> ModelRef:
-    """The same ref: whoever made it need not have used `parse_ref`."""
+    """Check a ref, which may not have been made by `parse_ref`."""
     for name, value in selection.items():
         if value is not None:
             raise SettingsError(name, str(value), "omit it, since a `ModelRef` has its own; see `attrs.evolve`")
@@ -251,7 +253,7 @@ def _slug(location: str) -> str:
 
 def redact(text: str) -> str:
     """
-    Remove what may be secret from every URL in a text: the user information, the query and the fragment.
+    Remove what may be secret from every URL in a string: the user information, the query and the fragment.
     """
 
     def cleaned(match: re.Match[str]) -> str:

@@ -1,5 +1,5 @@
 """
-How long to wait before asking a source again.
+How long to wait before a request is retried.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def delays(random: float, *, attempts: int = ATTEMPTS, first: float = 0.2, ceili
     The pauses in seconds between `attempts` tries: doubling up to a ceiling, each scaled into [0.5, 1.5) by `random` in
     [0, 1).
 
-    Everybody who failed together would come back together without the scatter.
+    Without the scatter, all processes that failed together would retry together.
     """
     for attempt in range(attempts - 1):
         yield min(ceiling, first * 2**attempt) * (0.5 + random)

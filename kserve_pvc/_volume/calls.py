@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 _T = TypeVar("_T")
-# What a file system without the operation answers; the step then takes the next rung or does without.
+# How a file system without the operation fails; then the next alternative is tried, or none.
 UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMLINK}
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -39,7 +39,7 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 def allocate(fd: int, size: int) -> None:
     """
-    Reserve room for a file, where the volume can: a full volume says so at once, and files lie in one piece.
+    Reserve room for a file, where the volume can: a full volume fails at once, and files are contiguous.
 
     `os.posix_fallocate` writes a byte into every block where the volume cannot, so the system call itself is made.
     """
@@ -96,7 +96,7 @@ def copy_range(source: int, target: int, start: int, stop: int) -> bool:
             if error.errno not in UNSUPPORTED | {errno.EBADF, errno.EOVERFLOW, errno.EIO}:
                 raise
             count = 0
-        if count == 0:  # Some file systems say so instead of that they cannot.
+        if count == 0:  # Some file systems return 0 instead of failing.
             piece = os.pread(source, min(stop - start, _PIECE_BYTES), start)
             if not piece:
                 return False
@@ -117,7 +117,7 @@ def is_free_for_link(directory: int, name: str) -> bool:
 
 
 def dated_name() -> str:
-    """A name nobody else uses, which says to whoever cleans up how old it is."""
+    """Make a unique name that begins with the time, so that cleaning up sees how old it is."""
     return f"{int(time.time()):012d}-{os.urandom(8).hex()}"
 
 
@@ -128,7 +128,7 @@ def retry_stale(act: Callable[[], _T], codes: Collection[int] = (errno.ENOENT, e
         try:
             return act()
         except OSError as error:
-            # GlusterFS says both of a directory that exists, while the node that made it is not done with it.
+            # GlusterFS returns either for a directory that exists, while another node is still making it.
             if error.errno not in codes or pause > 1:
                 raise
         time.sleep(pause)
@@ -177,6 +177,6 @@ def delete_tree(parent: int, name: str) -> None:
     try:
         os.rmdir(name, dir_fd=parent)
     except OSError as error:
-        # On NFS a file that somebody holds open becomes `.nfs…` instead of going; the trash is emptied again later.
+        # On NFS a file that is open becomes `.nfs…` instead of vanishing; the trash is emptied again later.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
             raise

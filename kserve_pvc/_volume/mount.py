@@ -1,5 +1,5 @@
 """
-What the kernel says about the mount that a directory lies on.
+The mount that a directory lies on, as the kernel describes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NETWORK_TYPES = (
 @attrs.frozen(kw_only=True)
 class Mount:
     """
-    What the kernel says about the mount a path lies on.
+    The mount that a path lies on, as the kernel describes it.
 
     `visibility_delay` is the number of seconds after which a change made on one node is seen on all others.
     """
@@ -64,7 +64,7 @@ class Mount:
 
 def mount_of(path: Path) -> Mount:
     """
-    Find the mount a path lies on. Unknown answers as a network volume does, which only makes waits longer.
+    Find the mount that a path lies on. An unknown one counts as a network volume, which only makes waits longer.
     """
     best, found = "", Mount(type="fuse", options=())
     with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:

@@ -1,9 +1,9 @@
 """
-What a volume can do: measured by single calls in a scratch directory, together with what the kernel says about the
+What a volume can do: measured by single calls in a scratch directory, together with what the kernel reports about the
 mount.
 
 A profile picks waits and fallbacks, and refuses a volume on which no store can be correct. It never switches a check
-off, and it is not written down: whoever needs one measures, so there is nothing on the volume to forge.
+off, and it is not stored: each process measures, so there is nothing on the volume to forge.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from kserve_pvc.errors import StoreError, StoreRootError, UnsafePathError, Volum
 LOCAL_LEASE_SECONDS = 30.0
 NETWORK_LEASE_SECONDS = 60.0
 
-# `refuses`: who comes second is told so. `replaces`: he is told that he was first. `unsupported`: nobody can do it.
+# `refuses`: the second caller gets EEXIST. `replaces`: it succeeds too. `unsupported`: no caller can do it.
 Exclusion = Literal["refuses", "replaces", "unsupported"]
 LockAnswer = Literal["granted", "refused", "unsupported", "hangs"]
 
-# What says something about the volume itself and not about this operation, and is an error of the caller's.
+# Errors about the volume itself and not about this operation.
 _HOPELESS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -123,12 +123,12 @@ class Profile:
         type: The file system, as the mount table calls it.
         options: The mount options that matter here.
         read_only: Nothing can be written, so nothing was tried.
-        mkdir, create, link, rename: What becomes of the second who makes the same name: by a directory, by an exclusive
+        mkdir, create, link, rename: What a second caller that makes the same name gets: by a directory, by an exclusive
             create, by a hard link, by a rename that replaces nothing.
         lists: A listing shows what was made before it.
         writes_at_offset: A file can be written from its middle.
         syncs_files, syncs_directories: `fsync` is supported.
-        flock, range_lock: What a first `flock` and a first lock by range (OFD) are answered.
+        flock, range_lock: The result of a first `flock` and a first lock by range (OFD).
         folds_case, folds_unicode: Two names that differ in nothing else are one.
         keeps_names: Names with `:*?"<>|` and letters beyond ASCII are listed as they were made.
         name_bytes: The longest name.
@@ -175,7 +175,7 @@ class Profile:
     @property
     def lease_seconds(self) -> float:
         """
-        The lease of a store that is created here, unless it is told another one.
+        The default lease of a store that is created here.
         """
         return NETWORK_LEASE_SECONDS if self.mount.is_network else LOCAL_LEASE_SECONDS
 
@@ -206,7 +206,7 @@ class Profile:
 
 def describe(volume: Volume) -> Profile:
     """
-    Say what is known about a volume without writing to it.
+    Describe a volume without writing to it.
     """
     mount = mount_of(volume.root)
     with suppress(OSError):
@@ -231,7 +231,7 @@ def probe_here(writer: VolumeWriter) -> Profile:
     """
     try:
         profile = _probe_once(writer)
-    except VolumeError:  # Whoever emptied all of the trash in this moment took the scratch with it.
+    except VolumeError:  # A process that emptied the trash meanwhile took the scratch with it.
         profile = _probe_once(writer)
     if profile.obstacles:
         reason = f"{'; '.join(profile.obstacles)}; use another volume, and see `kserve-pvc doctor`"
@@ -298,7 +298,7 @@ def _write_backwards(fd: int) -> None:
 
 
 def _try_rename(scratch: Scratch) -> Exclusion:
-    # Onto a free name first: the kernel refuses a name that is taken without asking the file system whether it can.
+    # Onto a free name first: the kernel refuses a name that is taken without calling the file system.
     scratch.write("one", b"")
     scratch.write("other", b"")
     return (
@@ -330,7 +330,7 @@ def _longest_name(scratch: Scratch) -> int:
 
 
 def _second(make: Callable[[], None]) -> Exclusion:
-    """What becomes of whoever does the same thing again."""
+    """Return what a second identical call gets."""
     return _refusal(make) if _can(make) else "unsupported"
 
 
@@ -369,7 +369,7 @@ def _is_there(scratch: Scratch, name: str) -> bool:
 
 def try_lock(lock: Callable[[], None], patience: float = _PATIENCE) -> LockAnswer:
     """
-    Ask for a lock without waiting for the volume: on some, even a lock that does not wait hangs while a server
+    Request a lock without waiting for the volume: on some, even a lock that does not wait hangs while a server
     recovers.
     """
     answers: list[LockAnswer] = []

@@ -33,7 +33,7 @@ _NO_PERMISSION = {errno.EACCES, errno.EPERM}
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-# Paths are joined slower than files are opened, and the same few are asked for again and again.
+# Joining paths is slower than opening files, and the same few are needed again and again.
 @lru_cache(maxsize=256)
 def _joined(root: Path, place: PurePosixPath) -> Path:
     return root / place
@@ -61,15 +61,15 @@ class Volume:
     def absolute(self, place: PurePosixPath) -> Path:
         return _joined(self.root, place)
 
-    def read(self, place: PurePosixPath, limit: int, *, anew: bool = False) -> bytes | None:
+    def read(self, place: PurePosixPath, limit: int, *, uncached: bool = False) -> bytes | None:
         """
         Read a small regular file whole, or return None if it is not there.
 
         Args:
-            anew: Whether the file is rewritten in place, so that what this node has read of it before may have changed.
+            uncached: Whether the file is rewritten in place, so that what this node has cached of it may be stale.
 
         Raises:
-            StoreFormatError: It is a link, no regular file, or larger than `limit` bytes.
+            StoreFormatError: It is not a regular file, or larger than `limit` bytes.
         """
         for _ in range(2):
             try:
@@ -83,7 +83,7 @@ class Volume:
                     raise StoreFormatError(str(place), "it is not a regular file") from error
                 raise self.failure("reading", place, error) from error
             try:
-                if anew:
+                if uncached:
                     # Some mounts, such as those of GlusterFS, serve pages that they have read before for a second more.
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 return self._read_open(fd, place, limit)
@@ -101,18 +101,18 @@ class Volume:
         data = b""
         if found.st_size > limit:
             raise StoreFormatError(str(place), f"it is larger than {limit} bytes")
-        # Asked for what is there and a byte more: memory for all that may be there costs time too.
+        # Reads the known size and a byte more: memory for `limit` bytes would cost time too.
         while len(data) <= limit and (more := os.read(fd, found.st_size + 1)):
             data += more
             if len(data) == found.st_size:
-                break  # Nobody appends to a record, so nothing is asked for beyond its end.
+                break  # No process appends to a record, so there is nothing beyond its end.
         if len(data) > limit:
             raise StoreFormatError(str(place), f"it is larger than {limit} bytes")
         return data
 
     def link_target(self, place: PurePosixPath) -> str | None:
         """
-        Where a symbolic link leads; None if there is something else, or nothing. It is read and never followed.
+        Return the target of a symbolic link, which is never followed; None if there is something else, or nothing.
         """
         with suppress(OSError), self.open_parent(place) as parent:
             return os.readlink(place.name, dir_fd=parent)
@@ -194,7 +194,7 @@ class Volume:
 
         Raises:
             FileNotFoundError: It is not there.
-            UnsafePathError: A link or something that is no regular file stands in the way.
+            UnsafePathError: It, or a directory above it, is a link or not a regular file.
         """
         with self.open_parent(place) as parent:
             fd = self._open_at(parent, place, READ_FLAGS)
@@ -227,7 +227,7 @@ class Volume:
         try:
             return os.open(place.name, flags, mode, dir_fd=parent)
         except OSError as error:
-            # O_NOFOLLOW answers ELOOP for a link, or ENOTDIR when a directory was asked for.
+            # O_NOFOLLOW fails with ELOOP for a link, or with ENOTDIR if a directory was requested.
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise UnsafePathError(
                     str(place), "a link or file stands where a directory or file of the store belongs"
@@ -236,7 +236,7 @@ class Volume:
 
     def failure(self, operation: str, place: PurePosixPath, error: OSError) -> Exception:
         """
-        Say what an error of the volume means to the caller.
+        Translate an error of the volume for the caller.
         """
         if error.errno in NO_SPACE:
             return InsufficientSpaceError(str(self.root), 0, self.free_bytes())
@@ -255,7 +255,6 @@ class Volume:
     def _who_may(self, act: str) -> str:
         found = os.stat(self.root)
         return (
-            f"uid {os.geteuid()} gid {os.getegid()} may not {act} it, "
-            f"below a root of uid {found.st_uid} gid {found.st_gid} "
-            f"mode {stat.S_IMODE(found.st_mode):04o}"
+            f"uid {os.geteuid()} gid {os.getegid()} may not {act} it, below a root of uid {found.st_uid} "
+            f"gid {found.st_gid} mode {stat.S_IMODE(found.st_mode):04o}"
         )

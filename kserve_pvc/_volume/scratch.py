@@ -18,7 +18,7 @@ from kserve_pvc.errors import UnsafePathError
 
 class Scratch:
     """
-    One directory, open, for trying out single calls. They answer as the volume does, with a bare `OSError`.
+    One directory, open, for trying out single calls. They fail as on the volume, with a bare `OSError`.
     """
 
     def __init__(self, fd: int, file_mode: int) -> None:
@@ -59,7 +59,7 @@ class Scratch:
         os.unlink(name, dir_fd=self.fd)
 
     def names(self) -> list[str]:
-        # Opened anew: through a descriptor Btrfs lists what was there when it was opened.
+        # Opened again: through a descriptor Btrfs lists what was there when it was opened.
         fd = os.open(".", DIRECTORY_FLAGS, dir_fd=self.fd)
         try:
             return os.listdir(fd)

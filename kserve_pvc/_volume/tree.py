@@ -32,7 +32,7 @@ class Tree:
     Every directory is entered once. On a local file system small files are made durable together at the end: a few one
     by one, many by one `syncfs`, which also writes what others have there and so is worth it only for many. Elsewhere,
     where `syncfs` reaches only this node's kernel, every file is synced when it is finished. All of it is before the
-    commit record, and that is all that durability needs: nobody reads a generation without one.
+    commit record, which is sufficient for durability: no process reads a generation without one.
     """
 
     def __init__(self, writer: VolumeWriter, place: PurePosixPath) -> None:
@@ -71,7 +71,7 @@ class Tree:
 
     def link(self, existing: PurePosixPath, path: PurePosixPath) -> bool:
         """
-        Give a file that nobody writes any more a second name in this tree. False: the volume cannot, or it is gone.
+        Link a file that is no longer written into this tree. False if the volume cannot, or the file is gone.
         """
         if not self._links:
             return False
@@ -79,12 +79,12 @@ class Tree:
             with self._writer.open_parent(existing) as source, self._directory(path.parent) as parent:
                 os.link(existing.name, path.name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
         except OSError as error:
-            # GlusterFS says that it is full when a file has about fifty names. If it is full, the copy will say so.
+            # GlusterFS reports a full volume when a file has about fifty names. If it is full, the copy fails too.
             if error.errno not in UNSUPPORTED | NO_SPACE and error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
             return False
         if self._syncs_at_once:
-            self._unsynced.append(path)  # Whoever wrote it may have died before it was durable.
+            self._unsynced.append(path)  # Its writer may have died before it was durable.
         return True
 
     def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> None:
@@ -141,7 +141,7 @@ class Tree:
 
     def close(self) -> None:
         """
-        Let go of all directories.
+        Close all directories.
         """
         for fd in (*self._directories.values(), self._root):
             os.close(fd)

@@ -1,5 +1,5 @@
 """
-Does a directory still hold exactly what its manifest says?
+Whether a directory still holds exactly what its manifest says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Kind = Literal["missing", "extra", "type", "size", "digest", "record", "unreadab
 OpenFile = Callable[[PurePosixPath], AbstractContextManager[int]]
 
 _BUFFER_BYTES = 1024 * 1024
-_UNHASHED = "no sha256 of it was recorded, because the store that fetched it was told not to hash"
+_UNHASHED = "no sha256 was recorded, because the model was fetched without hashing"
 
 
 @attrs.frozen(kw_only=True)
@@ -40,7 +40,7 @@ class Problem:
 @attrs.frozen(kw_only=True)
 class Verification:
     """
-    The outcome of checking one model: `files` and `bytes` are what was looked at.
+    The result of verifying one model: `files` and `bytes` are what was checked.
     """
 
     uri: str
@@ -95,24 +95,24 @@ def compare(
     for entry in expected:
         file = lying.pop(entry.path, None)
         if file is None:
-            yield Problem(path=str(entry.path), kind="missing", detail="it is recorded and not there")
+            yield Problem(path=str(entry.path), kind="missing", detail="missing")
         elif not file.is_regular:
-            yield Problem(path=str(entry.path), kind="type", detail="it is a link or no regular file")
+            yield Problem(path=str(entry.path), kind="type", detail="not a regular file")
         elif file.size_bytes != entry.size_bytes:
             yield Problem(
                 path=str(entry.path),
                 kind="size",
-                detail=f"it has {file.size_bytes} bytes instead of {entry.size_bytes}",
+                detail=f"{file.size_bytes} bytes instead of {entry.size_bytes}",
             )
         elif level == "full":
             yield from _compare_digest(entry, open_file)
     for path in lying:
-        yield Problem(path=str(path), kind="extra", detail="it is there and not recorded")
+        yield Problem(path=str(path), kind="extra", detail="not in the manifest")
 
 
 def _compare_digest(entry: FileEntry, open_file: OpenFile) -> Iterator[Problem]:
     if entry.sha256 is None:
-        # Not to be told from a good one: whoever asks for proof is not told that all is well.
+        # It cannot be checked, so it is not reported as good.
         yield Problem(path=str(entry.path), kind="digest", detail=_UNHASHED)
         return
     try:
@@ -122,7 +122,7 @@ def _compare_digest(entry: FileEntry, open_file: OpenFile) -> Iterator[Problem]:
         yield Problem(path=str(entry.path), kind="unreadable", detail=str(error))
         return
     if actual != entry.sha256:
-        yield Problem(path=str(entry.path), kind="digest", detail=f"its sha256 is {actual} instead of {entry.sha256}")
+        yield Problem(path=str(entry.path), kind="digest", detail=f"sha256 {actual} instead of {entry.sha256}")
 
 
 def sha256_of(fd: int) -> str:

@@ -5,7 +5,7 @@ The only module that creates, renames or deletes anything under a store's root.
 the root by directory descriptors that follow no symbolic link, so a link planted on the volume leads nowhere.
 
 Rules of network volumes that shape this code: names are looked up by listing or opening, never by `stat`, whose
-answer may be half a minute old; a call that failed may have been carried out, so its effect is looked for; a
+result may be half a minute old; a call that failed may have been carried out, so its effect is looked for; a
 descriptor whose `fsync` failed is never synced again.
 """
 
@@ -42,8 +42,7 @@ class VolumeWriter(Volume):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         super().__init__(root)
-        # Whoever may write the root may write the store: the root's permission bits are the store's, whatever the
-        # umask.
+        # The permission bits of the root are those of the store, whatever the umask.
         bits = stat.S_IMODE(os.stat(self.root).st_mode) & 0o777
         self._directory_mode = bits | 0o700
         self.file_mode = (bits & 0o666) | 0o600
@@ -121,20 +120,20 @@ class VolumeWriter(Volume):
         """
         Make a file exist with all of its content, exclusively and durably, and read it back.
 
-        Readers see all of it or none: it is written and synced under the name `private`, which nobody else uses, and
-        linked into place. Where there are no hard links it is created exclusively in place, and a reader who comes
+        Readers see all of it or none: it is written and synced under the name `private`, which no other process uses,
+        and linked into place. Where there are no hard links it is created exclusively in place, and a reader that comes
         too early refuses the checksum. If the process dies here, `private` is garbage in a staging directory.
 
         Returns:
             False if another file is already there.
 
         Raises:
-            VolumeError: The volume said yes and the file is not there, or said no for reasons of its own.
+            VolumeError: The volume failed, or reported success and the file is missing.
         """
         with self.translated("publishing", place):
             self.write_private(private, data)
             self.make_directory(place.parent)
-            # Not only this one: whoever made a directory that is there may have died before it was durable.
+            # Not only this one: the process that made an existing directory may have died before it was durable.
             self._sync_above(place.parent)
             with self.open_parent(private) as source, self.open_parent(place) as target:
                 self._link_or_create(source, private, target, place, data)
@@ -144,7 +143,7 @@ class VolumeWriter(Volume):
             found = self.read(place, max(len(data), 1) * 2)
         if found is None:
             raise VolumeError(
-                str(self.root / place), "publishing", "the volume reported success and the file is not there"
+                str(self.root / place), "publishing", "the volume reported success, but the file is missing"
             )
         return found == data
 
@@ -156,7 +155,7 @@ class VolumeWriter(Volume):
         except FileExistsError:
             return
         except OSError as error:
-            # A network volume may lose the reply of a link that was made: `publish` asks the file, not the errno.
+            # A network volume may lose the reply of a link that was made: `publish` checks the file, not the errno.
             if error.errno not in UNSUPPORTED and place.name not in os.listdir(target):
                 raise
             if place.name in os.listdir(target):
@@ -166,7 +165,7 @@ class VolumeWriter(Volume):
 
     def write_private(self, place: PurePosixPath, data: bytes) -> None:
         """
-        Write a small file under a name that nobody else uses, durably.
+        Write a small file under a name that no other process uses, durably.
         """
         with self.translated("writing", place):
             fd = self.ensure_directory(place.parent)
@@ -240,12 +239,12 @@ class VolumeWriter(Volume):
 
     def repoint(self, place: PurePosixPath, target: str) -> bool:
         """
-        Let a symbolic link lead somewhere else, in one step.
+        Replace the target of a symbolic link in one step.
 
         Returns:
-            False if something that is no link stands there, other than an empty directory, or the volume has no links.
+            False if something other than a link or an empty directory is there, or the volume has no links.
         """
-        made = TRASH / dated_name()  # Where it is found if this process dies here.
+        made = TRASH / dated_name()  # It is found there if this process dies here.
         with self.translated("linking", place):
             self.make_directory(TRASH)
             self.make_directory(place.parent)
@@ -264,13 +263,13 @@ class VolumeWriter(Volume):
 
     def discard(self, place: PurePosixPath) -> PurePosixPath | None:
         """
-        Move a tree into the trash, where it stays intact for readers who hold its files open.
+        Move a tree into the trash, where it stays intact for readers that have its files open.
 
         Returns:
             Its name in the trash, or None if there is no such tree.
         """
         if not {MODELS, STAGING, MANIFESTS, LEASES, NAMES} & set(place.parents) and not is_claim(place):
-            raise UnsafePathError(str(place), "only models and what belongs to one generation are ever thrown away")
+            raise UnsafePathError(str(place), "only models and what belongs to one generation may be discarded")
         trashed = TRASH / dated_name()
         with self.translated("moving to the trash", place):
             self.make_directory(TRASH)
@@ -285,14 +284,14 @@ class VolumeWriter(Volume):
 
     def throw_away(self, place: PurePosixPath) -> None:
         """
-        Discard a tree that nobody can be reading, and delete it at once.
+        Discard a tree that no process can be reading, and delete it at once.
         """
         if (trashed := self.discard(place)) is not None:
             self.delete_trash(trashed)
 
     def empty_trash(self, older_than: float) -> None:
         """
-        Delete what has lain in the trash for longer than this many seconds by this node's clock.
+        Delete what has been in the trash for longer than this many seconds by this node's clock.
 
         A wrong clock deletes early; that costs only readers without a lease, since all others were waited for.
         """
@@ -303,10 +302,10 @@ class VolumeWriter(Volume):
 
     def delete_trash(self, place: PurePosixPath) -> None:
         """
-        Delete a tree in the trash or of a doctor, following no link and tolerating others who delete it too.
+        Delete a tree in the trash or of a doctor, following no link and tolerating concurrent deletion.
         """
         if place.parent not in (TRASH, DOCTOR):
-            raise UnsafePathError(str(place), "only the trash is ever deleted, and what a doctor made")
+            raise UnsafePathError(str(place), "only the trash and directories of a doctor may be deleted")
         with self.translated("deleting", place):
             try:
                 with self.open_parent(place) as parent:

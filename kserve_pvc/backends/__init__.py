@@ -65,17 +65,30 @@ def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
         raise _unknown(scheme, factories)
 
 
+def check_filesystem(filesystem: AbstractFileSystem) -> None:
+    """
+    Make sure that a file system can be used by a call of this thread, before anything is claimed.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    from kserve_pvc.backends._fsspec.filesystems import check_instance
+
+    check_instance(filesystem)
+
+
 def options_for(
     ref: ModelRef, options: Mapping[str, Any], factories: Mapping[str, BackendFactory]
 ) -> Mapping[str, Any]:
     """
     Choose the options of one scheme, where they are given by scheme: a secret for one service is not for any other.
     """
-    is_by_scheme = all(isinstance(value, Mapping) for value in options.values())
-    if not is_by_scheme or not any(name in _BUILT_IN or name in factories or name == ref.scheme for name in options):
+    names = (ref.scheme, ref.scheme.removeprefix("fsspec+"), ref.service)
+    if not options or not all(isinstance(value, Mapping) for value in options.values()):
         return options
-    chosen: Mapping[str, Any] = options.get(ref.scheme) or options.get(ref.service) or {}
-    return chosen
+    if not any(name in _BUILT_IN or name in factories or name in names or _fsspec_knows(name) for name in options):
+        return options
+    return next((options[name] for name in names if options.get(name)), {})
 
 
 def make_backend(
@@ -136,7 +149,8 @@ def _unknown(scheme: str, factories: Mapping[str, BackendFactory]) -> UnknownSch
     from fsspec import available_protocols
 
     installed = {point.name for point in entry_points(group=GROUP)} | set(_BUILT_IN) | set(factories)
-    near = get_close_matches(scheme, sorted(installed | set(available_protocols())), n=3)
+    known = (installed | set(available_protocols())) - {scheme}
+    near = get_close_matches(scheme, sorted(known), n=3)
     guess = f"did you mean {' or '.join(f'`{name}://`' for name in near)}? " if near else ""
     served = ", ".join(f"`{name}`" for name in sorted(installed))
     others = f"those of fsspec are served too, and a plug-in adds others by an entry point of `{GROUP}`"

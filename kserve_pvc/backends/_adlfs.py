@@ -30,8 +30,8 @@ from kserve_pvc.backends._http.target import HTTPError
 from kserve_pvc.backends._login.azure import Account, Signature, Token, find_endpoint, make_key, read_signature
 from kserve_pvc.backends._login.contract import Anonymous, Authorization, Login, Scope
 from kserve_pvc.backends._object_store import MetadataRequests, Object, Place
-from kserve_pvc.backends._ranges import RefusedError, ask_patiently, retry_after
-from kserve_pvc.errors import SettingsError
+from kserve_pvc.backends._ranges import RefusedError, request_with_retries, retry_after
+from kserve_pvc.errors import HIDDEN, SettingsError
 
 _OURS = ("asynchronous", "loop", "skip_instance_cache")
 # The arguments that name an account, and the variables that adlfs reads without them.
@@ -183,7 +183,7 @@ def _make(options: Mapping[str, Any]) -> _Instance:
     try:
         return _Instance.of(get_filesystem_class("abfs")(**options, skip_instance_cache=True))
     except (TypeError, ValueError) as error:
-        raise SettingsError("storage_options", "(not shown)", f"adlfs refuses them: {_shown(error)}") from None
+        raise SettingsError("storage_options", HIDDEN, f"adlfs refuses it: {_shown(error)}") from None
 
 
 def _find_login(fs: Any, credential: Any, query: str) -> Login | None:
@@ -262,9 +262,9 @@ def _call(
 
     def attempt() -> _T:
         with _translated():
-            return run(loop, make(), 2 * patience.client.answer_seconds)
+            return run(loop, make(), 2 * patience.client.response_seconds)
 
-    return ask_patiently(attempt, patience.retry_seconds)
+    return request_with_retries(attempt, patience.retry_seconds)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class SessionRequests(MetadataRequests):
 
     def send_once(self, method: str, target: Target, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
         del method  # All of them are GET.
-        return self.gcsfs.get((target, headers), MAX_PAGE_BYTES, 2 * self.client.answer_seconds)
+        return self.gcsfs.get((target, headers), MAX_PAGE_BYTES, 2 * self.client.response_seconds)
 
 
 class Gcsfs:

@@ -22,7 +22,7 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
-from kserve_pvc.backends._ranges import Reader, RefusedError, ask_patiently, read_refusal
+from kserve_pvc.backends._ranges import Reader, RefusedError, read_refusal, request_with_retries
 from kserve_pvc.errors import (
     PolicyError,
     SourceChangedError,
@@ -164,7 +164,7 @@ class MetadataRequests:
                         raise
             return self.send_once(method, *make())
 
-        return ask_patiently(attempt, self.retry_seconds)
+        return request_with_retries(attempt, self.retry_seconds)
 
     def send_once(self, method: str, target: Target, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
         """
@@ -172,7 +172,7 @@ class MetadataRequests:
         """
         with self.client.open(method, target, headers) as response:
             if response.status == 200:
-                deadline = time.monotonic() + 2 * self.client.answer_seconds
+                deadline = time.monotonic() + 2 * self.client.response_seconds
                 return response.headers, response.read(MAX_PAGE_BYTES, deadline)
             refusal = self.refused(response.status, response.headers, read_refusal(response))
         # Outside, so that the connection is kept.
@@ -293,7 +293,7 @@ class ObjectStore:
         """
         Set how long a listing may stay silent, and how long it is tried.
         """
-        self._client.answer_seconds = stall_seconds
+        self._client.response_seconds = stall_seconds
         self._requests.retry_seconds = retry_seconds
 
     def close(self) -> None:

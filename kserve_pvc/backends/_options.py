@@ -9,7 +9,6 @@ that no row names is plain. Nothing here reads a value into a message: only name
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -43,6 +42,8 @@ _TABLES = {
     "https": "kserve_pvc.backends.http",
     "s3": "kserve_pvc.backends._s3_settings",
 }
+# One name for each table, as people write it.
+_EXPLAINED = ("s3", "gs", "az", "hf", "http", "file")
 # Arguments of every fsspec class that change how objects are cached or awaited, and never which bytes are read.
 NEUTRAL_OPTIONS = frozenset(
     (
@@ -56,8 +57,6 @@ NEUTRAL_OPTIONS = frozenset(
     )
 )
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-_log = logging.getLogger("kserve_pvc")
 
 
 @attrs.frozen
@@ -187,13 +186,45 @@ def explain(scheme: str, options: Mapping[str, Any], environ: Mapping[str, str] 
     return find_reasons(rules, read_settings(scheme, options, environ))
 
 
+def explain_all(
+    options: Callable[[str], Mapping[str, Any]] = lambda scheme: {}, environ: Mapping[str, str] = os.environ
+) -> Mapping[str, Sequence[str]]:
+    """
+    Say for each scheme why it goes through its fsspec class, where it does.
+
+    Args:
+        options: Gives the `storage_options` of a scheme.
+
+    Returns:
+        Schemes with their reasons. A configuration that cannot be read is the reason itself.
+    """
+    found: dict[str, Sequence[str]] = {}
+    for scheme in _EXPLAINED:
+        try:
+            reasons = tuple(map(str, explain(scheme, options(scheme), environ)))
+        except InvalidFileError as error:
+            reasons = (str(error),)
+        if reasons:
+            found[scheme] = reasons
+    return found
+
+
 def log_access(scheme: str, access: str, reasons: Sequence[Reason]) -> None:
     """
-    Log which way a scheme takes, and why.
+    Log which way a scheme takes, and why, at level `DEBUG`.
+
+    Nothing can be configured to receive a record before `logging` is imported, so it is not imported here.
     """
-    why = "; ".join(map(str, reasons)) or "all settings are plain"
-    _log.debug(
-        "%s:// is read by %s: %s", scheme, access, why, extra={"access": access, "reasons": [*map(str, reasons)]}
+    logging = sys.modules.get("logging")
+    if logging is None:
+        return
+    why = [*map(str, reasons)]
+    logging.getLogger("kserve_pvc").debug(
+        "%s:// is read by %s: %s",
+        scheme,
+        access,
+        "; ".join(why) or "all settings are plain",
+        extra={"access": access, "reasons": why},
     )
 
 

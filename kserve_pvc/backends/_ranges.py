@@ -172,7 +172,7 @@ class Reader:
         raise refusal or unavailable(self._where, response.status, response.headers)
 
 
-def ask_patiently(attempt: Callable[[], _T], seconds: float) -> _T:
+def request_with_retries(attempt: Callable[[], _T], seconds: float) -> _T:
     """
     Make a small request, and retry it while the service is busy or the network fails.
 

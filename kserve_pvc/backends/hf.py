@@ -28,7 +28,7 @@ from kserve_pvc.backends._hf_settings import find_endpoint, find_token, is_true
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._options import Rule, configured_options, options_beyond
-from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, retry_after, unavailable
+from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, retry_after, unavailable
 from kserve_pvc.errors import (
     SettingsError,
     SourceChangedError,
@@ -141,7 +141,7 @@ class HFBackend:
         """
         How long the hub may stay silent before it answers, and how long a listing is tried.
         """
-        self.client.answer_seconds = stall_seconds
+        self.client.response_seconds = stall_seconds
         self._retry_seconds = retry_seconds
 
     def close(self) -> None:
@@ -261,7 +261,9 @@ class HFBackend:
     def _ask(self, uri: str, path: str, query: Mapping[str, str]) -> tuple[Any, Mapping[str, str]]:
         """A small question, asked again while the hub is busy or the network fails."""
         try:
-            headers, body = ask_patiently(lambda: self._ask_once(uri, self.place(path, query)), self._retry_seconds)
+            headers, body = request_with_retries(
+                lambda: self._ask_once(uri, self.place(path, query)), self._retry_seconds
+            )
         except HTTPError as error:
             raise SourceUnavailableError(uri, str(error), is_final=error.is_final) from error
         return _from_json(uri, body), headers
@@ -280,7 +282,7 @@ class HFBackend:
                     return (
                         200,
                         headers,
-                        answer.read(_MAX_ANSWER_BYTES, time.monotonic() + 2 * self.client.answer_seconds),
+                        answer.read(_MAX_ANSWER_BYTES, time.monotonic() + 2 * self.client.response_seconds),
                     )
                 body = read_refusal(answer)
             if answer.status not in _REDIRECTS or "location" not in headers:

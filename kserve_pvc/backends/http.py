@@ -27,7 +27,7 @@ from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._options import Rule, configured_options, options_beyond
-from kserve_pvc.backends._ranges import Reader, ask_patiently, follow, read_refusal, unavailable
+from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, unavailable
 from kserve_pvc.backends._web_settings import OWN_OPTIONS, Headers, WebFile, parse_file, unpack_limits
 from kserve_pvc.errors import (
     PolicyError,
@@ -142,7 +142,7 @@ class HTTPBackend:
         """
         How long a server may stay silent before it answers, and how long it is asked for a file.
         """
-        self._client.answer_seconds = stall_seconds
+        self._client.response_seconds = stall_seconds
         self._retry_seconds = retry_seconds
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class HTTPBackend:
     def _ask(self, address: str, name: str, *, is_promised: bool) -> _Place:
         """Find out what is there, asked again while the server is busy or the network fails."""
         try:
-            return ask_patiently(lambda: self._find(address, None if is_promised else name), self._retry_seconds)
+            return request_with_retries(lambda: self._find(address, None if is_promised else name), self._retry_seconds)
         except HTTPError as error:
             raise SourceUnavailableError(address, str(error), is_final=error.is_final) from error
 

@@ -371,7 +371,7 @@ class Destination:
             return self._create(lambda parent: os.symlink(os.path.relpath(source, place), _NEXT.name, dir_fd=parent))
         if method == "link":
             return self._create(lambda parent: os.link(source, _NEXT.name, dst_dir_fd=parent, follow_symlinks=False))
-        return self._copy(source, file, is_clone=method == "reflink")
+        return _copy(self._writer, source, file, is_clone=method == "reflink")
 
     def _create(self, make: Callable[[int], None]) -> bool:
         try:
@@ -381,27 +381,6 @@ class Destination:
             if error.errno not in _UNSUPPORTED:
                 raise
             return False
-        return True
-
-    def _copy(self, source: Path, file: FileEntry, *, is_clone: bool) -> bool:
-        read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            written = self._writer.create(_NEXT)
-            try:
-                if is_clone and not _clone(read, written):
-                    return False
-                if not is_clone:
-                    allocate(written, file.size_bytes)
-                    copy_range(read, written, 0, file.size_bytes)
-                if os.fstat(written).st_size != file.size_bytes:
-                    raise VolumeError(
-                        str(source), "copying", f"it does not have the {file.size_bytes} bytes of its record"
-                    )
-                os.fsync(written)
-            finally:
-                os.close(written)
-        finally:
-            os.close(read)
         return True
 
     def _rename(self, source: PurePosixPath, path: PurePosixPath) -> None:
@@ -425,6 +404,26 @@ class Destination:
                 os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _copy(writer: VolumeWriter, source: Path, file: FileEntry, *, is_clone: bool) -> bool:
+    read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        written = writer.create(_NEXT)
+        try:
+            if is_clone and not _clone(read, written):
+                return False
+            if not is_clone:
+                allocate(written, file.size_bytes)
+                copy_range(read, written, 0, file.size_bytes)
+            if os.fstat(written).st_size != file.size_bytes:
+                raise VolumeError(str(source), "copying", f"it does not have the {file.size_bytes} bytes of its record")
+            os.fsync(written)
+        finally:
+            os.close(written)
+    finally:
+        os.close(read)
+    return True
 
 
 def _rename_into(source: int, name: str, target: int, path: PurePosixPath) -> None:

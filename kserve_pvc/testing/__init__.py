@@ -1,14 +1,16 @@
 """
-What a back end has to do, as tests that every back end runs, ours and those of others.
+The contract of a backend as tests, for the backends of this package and for those of other distributions.
 
-It needs pytest, which nothing else in this package does.
+This is the only part of the package that needs pytest.
 """
 
 import pytest
 
-# So that a failure shows what was compared, as in a test of one's own.
-pytest.register_assert_rewrite("kserve_pvc.testing._conformance")
+# So that a failure shows the compared values, as in a test of one's own.
+for _module in ("_backends", "_base", "_downloads", "_listing", "_processes", "_reading", "_refusals", "_remote"):
+    pytest.register_assert_rewrite(f"{__name__}.{_module}")
 
-from kserve_pvc.testing._conformance import BackendConformance, Remote  # noqa: E402
+from kserve_pvc.testing._conformance import BackendConformance  # noqa: E402
+from kserve_pvc.testing._remote import Remote  # noqa: E402
 
 __all__ = ["BackendConformance", "Remote"]

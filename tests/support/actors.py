@@ -19,9 +19,10 @@ _LOADED = (
         "kserve_pvc.backends.s3",
         "kserve_pvc.backends.file",
         "kserve_pvc._download.download",
-        "kserve_pvc._download.transfer",
+        "kserve_pvc._download.attempt",
     ),
     *(
+        "kserve_pvc._show.observing",
         "kserve_pvc._show.progress",
         "kserve_pvc._volume.profile",
         "kserve_pvc.locks.flock",

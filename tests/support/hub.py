@@ -236,6 +236,8 @@ class Hub:
             match parts:
                 case ["api", "models", organisation, name]:
                     return self._info(request, f"{organisation}/{name}", "main")
+                case ["api", "models", organisation, name, "paths-info", revision]:
+                    return self._paths(request, f"{organisation}/{name}", revision)
                 case ["api", "models", organisation, name, "revision", revision]:
                     return self._info(request, f"{organisation}/{name}", revision)
                 case ["api", "models", organisation, name, "tree", revision, *inside]:
@@ -286,6 +288,11 @@ class Hub:
                 "siblings": [{"rfilename": path} for path in sorted(files)],
             },
         )
+
+    def _paths(self, request: Request, name: str, revision: str) -> Answer:
+        _, files = self._commit(request, name, revision)
+        entries = _listed(files, "", is_recursive=True)
+        return _json(200, [entry for entry in entries if entry["path"] in request.query["paths"].split("\n")])
 
     def _tree(self, request: Request, name: str, revision: str, inside: str) -> Answer:
         if (moved := self._moved(request, name)) is not None:
@@ -447,14 +454,17 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        form = self.rfile.read(int(headers.get("content-length", 0))).decode()
+        query: dict[str, str] = {}
+        for name, value in parse_qsl(form or parts.query, keep_blank_values=True):
+            query[name] = f"{query[name]}\n{value}" if name in query else value
         request = Request(host=self.server.host, method=self.command, path=parts.path, query=query, headers=headers)
         self.server.hub.requests.append(request)
         answer = self.server.answer(request)
         other = self.server.hub.meddle(request, answer)
         self._send(_ranged(request, answer if other is None else other))
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
     def _send(self, answer: Answer) -> None:
         lines = [f"HTTP/1.1 {answer.status} Whatever", *(f"{name}: {value}" for name, value in answer.headers.items())]

@@ -17,9 +17,10 @@ import os, sys
 from kserve_pvc import *
 from kserve_pvc._download import plan as _plan
 from kserve_pvc._download import download as _download
-from kserve_pvc._download import transfer as _transfer
+from kserve_pvc._download import attempt as _attempt
 from kserve_pvc._keys import removal as _removal
 from kserve_pvc._keys import claims as _claims
+from kserve_pvc._show import observing as _observing
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
 import ctypes

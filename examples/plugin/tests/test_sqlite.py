@@ -14,7 +14,7 @@ from kserve_pvc.testing import BackendConformance
 
 class Database:
     """
-    A database as the suite wants a service: filled past the back end.
+    A database as the service of the conformance suite, filled without the backend.
     """
 
     storage_options = {"timeout": 30}  # noqa: RUF012
@@ -37,7 +37,7 @@ class Database:
 
 class TestSQLite(BackendConformance):
     """
-    Everything that a back end has to do.
+    The conformance suite.
     """
 
     backend = SQLiteBackend
@@ -61,7 +61,7 @@ def database(tmp_path):
 @pytest.fixture
 def store(tmp_path):
     """
-    A store that was told of no back end.
+    A store without explicit backends.
     """
     (tmp_path / "volume").mkdir()
     return ModelStore(tmp_path / "volume", mode="rw", retry_seconds=1)

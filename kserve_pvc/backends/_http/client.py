@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 # Servers close idle connections after five seconds at the earliest; a younger one is worth trying.
 _MAX_IDLE_SECONDS = 4.0
 # How long a response may take to begin, where the caller does not say.
-_ANSWER_SECONDS = 30.0
+_RESPONSE_SECONDS = 30.0
 
 
 class HTTPClient:
     """
     Connections to servers, kept open between requests and used by any number of threads, each by one at a time.
 
-    `answer_seconds` is how long `open` waits for a response to begin.
+    `response_seconds` is how long `open` waits for a response to begin.
 
     Args:
         ca_bundle: File or directory of certificates to trust, False to check none, or None for those of the system.
@@ -62,7 +62,7 @@ class HTTPClient:
         self._environ = environ
         self._ca_bundle = ca_bundle
         self._check_address = check_address
-        self.answer_seconds = _ANSWER_SECONDS
+        self.response_seconds = _RESPONSE_SECONDS
         self._idle: dict[tuple[str, str, int], deque[Connection]] = defaultdict(deque)
         self._guard = threading.Lock()
         self._context: ssl.SSLContext | None = None
@@ -76,10 +76,10 @@ class HTTPClient:
             HTTPError: There is no response, or not a valid one.
         """
         with self.send(method, target, headers) as exchange:
-            deadline = time.monotonic() + self.answer_seconds
+            deadline = time.monotonic() + self.response_seconds
             while (response := exchange.response()) is None:
                 if time.monotonic() > deadline:
-                    raise HTTPError(f"no response within {self.answer_seconds:g} s")
+                    raise HTTPError(f"no response within {self.response_seconds:g} s")
             yield response
 
     def send(self, method: str, target: Target, headers: Mapping[str, str]) -> Exchange:

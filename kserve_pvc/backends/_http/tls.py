@@ -30,31 +30,45 @@ def make_context(ca_bundle: str | bool | None, environ: Mapping[str, str]) -> ss
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
-    named = ca_bundle if isinstance(ca_bundle, str) else None
-    source = "the CA bundle"
-    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        if named is None and environ.get(name):
-            named, source = environ[name], name
+    source, bundle = _named_bundle(ca_bundle, environ)
     try:
-        if named is not None:
-            from pathlib import Path
-
-            is_directory = Path(named).is_dir()
-            return ssl.create_default_context(
-                cafile=None if is_directory else named, capath=named if is_directory else None
-            )
-        context = ssl.create_default_context()
-        if not context.get_ca_certs() and not _has_directory():
-            bundle = _packaged_bundle()
-            if bundle is not None:
-                context.load_verify_locations(bundle)
-        return context
+        return _trusting(bundle) if bundle else _trusting_defaults()
     except (OSError, ssl.SSLError) as error:
-        raise HTTPError(f"{source} `{named or ''}` cannot be read: {error}", is_final=True) from error
+        raise HTTPError(f"{source} `{bundle}` cannot be read: {error}", is_final=True) from error
+
+
+def _named_bundle(ca_bundle: str | bool | None, environ: Mapping[str, str]) -> tuple[str, str]:
+    """Where a bundle is named, and its file or directory, empty if there is none."""
+    if isinstance(ca_bundle, str):
+        return "the CA bundle", ca_bundle
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if environ.get(name):
+            return name, environ[name]
+    return "the CA bundle", ""
+
+
+def _trusting(bundle: str) -> ssl.SSLContext:
+    import ssl
+    from pathlib import Path
+
+    if Path(bundle).is_dir():
+        return ssl.create_default_context(capath=bundle)
+    return ssl.create_default_context(cafile=bundle)
+
+
+def _trusting_defaults() -> ssl.SSLContext:
+    import ssl
+
+    context = ssl.create_default_context()
+    if not context.get_ca_certs() and not _has_directory():
+        bundle = _packaged_bundle()
+        if bundle is not None:
+            context.load_verify_locations(bundle)
+    return context
 
 
 def _packaged_bundle() -> str | None:
-    """The certificates that come with certifi or botocore, found without importing them."""
+    """Find the certificates that come with certifi or botocore, without importing them."""
     from importlib.util import find_spec
     from pathlib import Path
 

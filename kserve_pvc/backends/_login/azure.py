@@ -23,7 +23,7 @@ import attrs
 from kserve_pvc._source.ref import redact
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._login.contract import Anonymous, Authorization, Login, LoginError, Scope
-from kserve_pvc.errors import SettingsError
+from kserve_pvc.errors import HIDDEN, SettingsError
 
 OPTIONS = (
     "account_host",
@@ -75,7 +75,6 @@ _SIGNED_VERSION = "2021-02-12"
 # Signed again early enough that clocks may differ and no request begins with an expired signature.
 _RENEW_SECONDS = 1800.0
 _TOKEN_SPARE_SECONDS = 300
-_HIDDEN = "(not shown)"
 _NO_CREDENTIALS = (
     "no credentials are configured; set AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or AZURE_CLIENT_ID"
 )
@@ -287,7 +286,7 @@ def _find_login(settings: Mapping[str, Any]) -> Login:
     arguments = {name: str(settings[name]) for name in ("tenant_id", "client_id", "client_secret") if name in settings}
     if "client_id" in arguments or "last_key" not in settings:
         if "client_secret" in arguments and len(arguments) < 3:
-            raise SettingsError("client_secret", _HIDDEN, "pass `client_id` and `tenant_id` with it")
+            raise SettingsError("client_secret", HIDDEN, "pass `client_id` and `tenant_id` with it")
         _need("azure.identity")
         return Token(arguments=arguments)
     return make_key(_LAST_KEY, settings["last_key"])
@@ -321,7 +320,7 @@ def make_key(name: str, key: Any) -> AccountKey:
     try:
         base64.b64decode(key, validate=True)
     except (TypeError, ValueError):
-        raise SettingsError(name, _HIDDEN, "the key of an account is base64") from None
+        raise SettingsError(name, HIDDEN, "the key of an account is base64") from None
     return AccountKey(str(key))
 
 
@@ -338,9 +337,9 @@ def read_signature(name: str, text: str) -> Signature:
     except ValueError:
         fields = {}
     if "sig" not in fields or not _SIGNATURE.fullmatch(query):
-        raise SettingsError(name, _HIDDEN, "a shared access signature looks like `sv=…&sp=rl&se=…&sig=…`")
+        raise SettingsError(name, HIDDEN, "a shared access signature looks like `sv=…&sp=rl&se=…&sig=…`")
     if found := sorted(_REQUEST_PARAMETERS & {field.lower() for field in fields}):
-        raise SettingsError(name, _HIDDEN, f"leave `{found[0]}` out of the query; a version goes into `revision=`")
+        raise SettingsError(name, HIDDEN, f"leave `{found[0]}` out of the query; a version goes into `revision=`")
     return Signature(query)
 
 
@@ -360,7 +359,7 @@ def _read_connection_string(text: str) -> tuple[str, Target | None, Login]:
     elif account and (scheme, suffix) != ("https", _USUAL_SUFFIX):
         endpoint = find_endpoint("connection_string", f"{scheme}://{account}.blob.{suffix}")
     if not account:
-        raise SettingsError("connection_string", _HIDDEN, "it has neither `AccountName` nor `BlobEndpoint`")
+        raise SettingsError("connection_string", HIDDEN, "it has neither `AccountName` nor `BlobEndpoint`")
     if "accountkey" in parts:
         return account, endpoint, make_key("connection_string", parts["accountkey"])
     if "sharedaccesssignature" in parts:
@@ -381,7 +380,7 @@ def find_endpoint(name: str, url: str) -> Target:
         return target_of(url)
     except HTTPError:
         raise SettingsError(
-            name, _HIDDEN, "the endpoint of an account looks like `https://account.blob.core.windows.net`"
+            name, HIDDEN, "the endpoint of an account looks like `https://account.blob.core.windows.net`"
         ) from None
 
 

@@ -19,14 +19,13 @@ from typing import Any
 from kserve_pvc._source.ref import redact
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._login.contract import Anonymous, Authorization, GivenToken, Login, LoginError, Scope
-from kserve_pvc.errors import SettingsError
+from kserve_pvc.errors import HIDDEN, SettingsError
 
 # What reading and listing need, and no more.
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
 _LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|::1")
 _TOKEN = re.compile(r"[!-~]+")
 _SECRET = re.compile(r"((?:Bearer|Basic)\s+|\bya29\.)[^\s\"'<>]+", re.IGNORECASE)
-_HIDDEN = "(not shown)"
 # Names of logins that gcsfs keeps in the home directory.
 KEPT_LOGINS = ("browser", "cache")
 # Many streams are refused at once: a token that was renewed for the first of them is good for the others.
@@ -151,7 +150,7 @@ def find_endpoint(options: Mapping[str, Any], environ: Mapping[str, str]) -> tup
             raise HTTPError("an endpoint has neither user nor query")
         endpoint = target_of(str(url))
     except HTTPError:
-        raise SettingsError(name, _HIDDEN, "write `https://host:port`") from None
+        raise SettingsError(name, HIDDEN, "write `https://host:port`") from None
     return endpoint, endpoint.scheme == "http" or name == "STORAGE_EMULATOR_HOST"
 
 
@@ -192,7 +191,7 @@ def check_encrypted(endpoint: Target) -> None:
     """
     if endpoint.scheme == "http" and not _LOOPBACK.fullmatch(endpoint.host):
         raise SettingsError(
-            "token", _HIDDEN, "credentials are sent over https or to this machine only; otherwise use `token='anon'`"
+            "token", HIDDEN, "credentials are sent over https or to this machine only; otherwise use `token='anon'`"
         )
 
 
@@ -204,7 +203,7 @@ def _given(token: Any) -> Login:
     if token.startswith(("/", "~", "./", "../")) or token.endswith(".json") or (len(token) < 256 and place.is_file()):
         return GoogleAuthLogin(_reader(_read_json(place)))
     if not _TOKEN.fullmatch(token):
-        raise SettingsError("token", _HIDDEN, "an access token is one word")
+        raise SettingsError("token", HIDDEN, "an access token is one word")
     return GivenToken(token)
 
 

@@ -42,7 +42,7 @@ def sign(
     timestamp: float,
 ) -> dict[str, str]:
     """
-    Sign a request to S3, and return the headers given and those that sign it.
+    Sign a request to S3, and return the given headers and those that sign it.
 
     Args:
         host: As the `Host` header has it.
@@ -63,9 +63,8 @@ def sign(
     text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
     signature = hmac.digest(_signing_key(credentials.secret, stamp[:8], region), text.encode(), "sha256").hex()
     del signed["host"]
-    signed["Authorization"] = (
-        f"AWS4-HMAC-SHA256 Credential={credentials.key}/{scope}, SignedHeaders={words}, Signature={signature}"
-    )
+    credential = f"Credential={credentials.key}/{scope}"
+    signed["Authorization"] = f"AWS4-HMAC-SHA256 {credential}, SignedHeaders={words}, Signature={signature}"
     return signed
 
 

@@ -82,7 +82,7 @@ def check_listener(value: object) -> None:
 
 def check_cancel(value: object) -> None:
     """
-    Check that something can say that a call is cancelled, as a `threading.Event` does.
+    Check that something has the `is_set` of a `threading.Event`.
 
     Raises:
         SettingsError: It cannot.
