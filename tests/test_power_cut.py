@@ -22,7 +22,7 @@ from power_cut import Cut, Recording, Sync, record
 from trees import model_files, read_tree, write_files
 
 from kserve_pvc import ModelNotFoundError, ModelStore
-from kserve_pvc._lookup import Lookup
+from kserve_pvc._model import Lookup
 from kserve_pvc.kserve._destination import INTENDED, OURS, Destination
 from kserve_pvc.kserve._environment import Variables, read_variables
 from kserve_pvc.kserve._initialize import fill_all
