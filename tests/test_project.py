@@ -28,6 +28,7 @@ DEPENDENCIES = {
     "fsspec": ("fsspec", "test_backend_fsspec.py"),
     "gcsfs": ("gcsfs", "test_cloud_classes.py"),
     "google-crc32c": ("google_crc32c", "test_checksums.py"),
+    "huggingface_hub": ("huggingface_hub", "test_fsspec_matrix.py"),
     "kubernetes": ("kubernetes", "test_lockers.py"),
     "portalocker": ("portalocker", "test_locks.py"),
     "prometheus-client": ("prometheus_client", "test_kserve_webhook.py"),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 GROUP = "kserve_pvc.backends"
 
 # What to install for schemes whose backend needs a package that is missing.
-_EXTRAS = {"abfs": "azure", "abfss": "azure", "az": "azure", "gs": "gs", "s3": "s3"}
+_EXTRAS = {"abfs": "azure", "abfss": "azure", "az": "azure", "gs": "gs", "hf": "hf", "s3": "s3"}
 # The entry points of this distribution, as in `pyproject.toml`.
 _BUILT_IN = {
     "abfs": ("kserve_pvc.backends.azure", "AzureBackend"),
