@@ -5,6 +5,7 @@ InferenceServices and pods that share a claim: what is changed, what is left alo
 import json
 import pickle
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import kserve_rules
@@ -572,7 +573,11 @@ WRITE = {"name": VOLUME, "mountPath": "/mnt/models"}
             {"read_only": False},
             service({"model": MODEL, "volumes": SHARED}, annotations={READONLY: "false"}),
         ),
-        (service(), {"read_only": True}, service({"model": MODEL, "volumes": SHARED})),
+        (
+            service(),
+            {"read_only": True},
+            service({"model": MODEL, "volumes": SHARED}, annotations={READONLY: "true"}),
+        ),
         (
             service(annotations={READONLY: "false"}),
             {"read_only": True},
@@ -660,6 +665,58 @@ def test_a_service_shares_a_claim(given, arguments, expected):
     assert share_volume(found, claim="models", **arguments) == found
 
 
+def is_writable(shared, runtime):
+    """
+    Whether the server of a service may write once KServe has made its pod.
+    """
+    found = kserve_rules.inject(kserve_rules.pod_of(shared, runtime))
+    [mount] = found["spec"]["containers"][0]["volumeMounts"]
+    return mount.get("readOnly") is not True
+
+
+VALUES = [None, "true", "false", "False", ""]
+OWN_MOUNTS = [None, WRITE, READ, {**WRITE, "subPath": "models/a"}, {**READ, "subPath": "models/a"}]
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.parametrize("sub_path", ["", "models/a"])
+def test_an_explicit_wish_wins_over_every_annotation_that_kserve_merges(read_only, sub_path):
+    """
+    With `read_only` the server's mount is what was requested, whatever predictor, service and runtime are annotated
+    with, and whether or not the service mounts the volume itself.
+    """
+    for of_predictor, of_service, of_runtime, own in product(VALUES, VALUES, VALUES, OWN_MOUNTS):
+        if sub_path and own and own.get("subPath") != sub_path:
+            continue
+        predictor = {"model": {**MODEL, **({"volumeMounts": [dict(own)]} if own else {})}}
+        predictor |= {"annotations": {READONLY: of_predictor}} if of_predictor is not None else {}
+        given = service(predictor, annotations=None if of_service is None else {READONLY: of_service})
+
+        shared = share_volume(given, claim="models", sub_path=sub_path, read_only=read_only)
+
+        runtime = {} if of_runtime is None else {READONLY: of_runtime}
+        assert is_writable(shared, runtime) is not read_only, (of_predictor, of_service, of_runtime, own)
+        assert share_volume(shared, claim="models", sub_path=sub_path, read_only=read_only) == shared
+
+
+@pytest.mark.parametrize(
+    ("of_predictor", "of_service", "writes"),
+    [("false", "true", True), ("true", "false", False), (None, "false", True), ("False", "false", False)],
+)
+def test_a_mount_of_a_directory_follows_the_annotation_that_kserve_would_obey(of_predictor, of_service, writes):
+    """
+    Without `read_only` the annotation of the predictor decides, else that of the service, and both stay as they are.
+    """
+    annotated = {"annotations": {READONLY: of_predictor}} if of_predictor else {}
+    given = service({"model": MODEL, **annotated}, annotations={READONLY: of_service})
+
+    shared = share_volume(given, claim="models", sub_path="models/a")
+
+    assert is_writable(shared, {}) is writes
+    assert shared["spec"]["predictor"].get("annotations", {}) == annotated.get("annotations", {})
+    assert shared["metadata"] == given["metadata"]
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -701,6 +758,12 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
             "invalid value `list` for `spec.predictor`; expected a mapping",
         ),
         (service(annotations={READONLY: False}), {}, SettingsError, "put the value in quotes"),
+        (
+            service({"model": MODEL, "annotations": {READONLY: False}}),
+            {},
+            SettingsError,
+            f"`False` for `spec.predictor.annotations[{READONLY}]`; expected a string: put the value in quotes",
+        ),
         (service(), {"claim": ""}, SettingsError, "`claim` is missing; expected the name of a PersistentVolumeClaim"),
         (
             service(),

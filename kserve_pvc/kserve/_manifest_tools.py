@@ -95,17 +95,17 @@ def find_by_name(found: list[Manifest], name: str) -> Manifest | None:
     return next((entry for entry in found if entry.get("name") == name), None)
 
 
-def strings(parent: Manifest, name: str) -> dict[str, str]:
+def strings(parent: Manifest, name: str, place: str = "metadata") -> dict[str, str]:
     """
     Return labels or annotations.
 
     Raises:
         SettingsError: A value is not a string, such as a `false` without quotes.
     """
-    found = mapping_or_empty(parent, name, "metadata")
+    found = mapping_or_empty(parent, name, place)
     for key, value in found.items():
         if not isinstance(value, str):
-            raise SettingsError(f"metadata.{name}[{key}]", str(value), "expected a string: put the value in quotes")
+            raise SettingsError(f"{place}.{name}[{key}]", str(value), "expected a string: put the value in quotes")
     return found
 
 

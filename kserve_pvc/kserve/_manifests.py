@@ -49,8 +49,11 @@ def share_volume(
         claim: The PersistentVolumeClaim, in the namespace of the service.
         sub_path: The directory of the claim that the server sees as `/mnt/models`; empty for all of it.
             The storage initializer sees all of the claim, so this needs one that is configured with the store.
-        read_only: Whether the server gets a read-only mount. None leaves it to the annotation
-            `storage.kserve.io/readonly` of the service: KServe mounts read-write only if it is exactly `"false"`.
+        read_only: Whether the server gets a read-only mount. It is written to the annotation
+            `storage.kserve.io/readonly`, where it has precedence: in the predictor if that has the annotation, else in
+            the service. None leaves the annotations unchanged: KServe mounts read-write only if the one of the
+            predictor, else that of the service, else that of the ServingRuntime is exactly `"false"`. The
+            ServingRuntime is not part of the manifest, so its annotation is not known here.
 
     Raises:
         SettingsError: A field is missing, has the wrong type, or conflicts with the arguments.
@@ -62,11 +65,13 @@ def share_volume(
         return tools.copy_manifest(inference_service, KIND)
     service = tools.copy_manifest(inference_service, KIND)
     predictor = tools.mapping(tools.mapping(service, "spec", ""), "predictor", "spec")
-    is_writing = _set_annotation(service, read_only)
+    is_writing = _set_annotation(service, predictor, read_only)
     _add_volume(predictor, claim)
     for place, container in _serving(predictor):
         if sub_path or not _has_source(predictor):
-            _add_mount(container, place, sub_path, read_only=not is_writing, is_explicit=read_only is not None)
+            _add_mount(container, place, sub_path, read_only=not is_writing)
+        if read_only is not None:
+            _set_read_only(container, place, read_only)
     return service
 
 
@@ -97,14 +102,26 @@ def obstacle(inference_service: Manifest) -> str | None:
     return None
 
 
-def _set_annotation(service: Manifest, read_only: bool | None) -> bool:
+def _set_annotation(service: Manifest, predictor: Manifest, read_only: bool | None) -> bool:
+    """
+    Set the annotation where it has precedence, and return whether the server may write.
+
+    KServe merges annotations: those of the predictor replace those of the service, which replace those of the
+    ServingRuntime. An annotation that is absent in the manifest may be set in the runtime, so it is always written.
+    """
     metadata = tools.mapping(service, "metadata", "")
-    annotations = tools.strings(metadata, "annotations") if metadata.get("annotations") else {}
-    is_writing = tools.requests_write(annotations)
-    if read_only is None or is_writing is not read_only:
+    owners = [(predictor, "spec.predictor"), (metadata, "metadata")]
+    found = [(owner, place) for owner, place in owners if READONLY_ANNOTATION in _annotations(owner, place)]
+    owner, place = found[0] if found else owners[-1]
+    is_writing = tools.requests_write(_annotations(owner, place))
+    if read_only is None or (found and is_writing is not read_only):
         return is_writing
-    tools.mapping(metadata, "annotations", "metadata")[READONLY_ANNOTATION] = "true" if read_only else "false"
+    tools.mapping(owner, "annotations", place)[READONLY_ANNOTATION] = "true" if read_only else "false"
     return not read_only
+
+
+def _annotations(owner: Manifest, place: str) -> dict[str, str]:
+    return tools.strings(owner, "annotations", place)
 
 
 def _add_volume(predictor: Manifest, claim: str) -> None:
@@ -121,7 +138,7 @@ def _add_volume(predictor: Manifest, claim: str) -> None:
         raise SettingsError(f"{place}.volumes[{MODEL_VOLUME}]", value, hint)
 
 
-def _add_mount(container: Manifest, place: str, sub_path: str, *, read_only: bool, is_explicit: bool) -> None:
+def _add_mount(container: Manifest, place: str, sub_path: str, *, read_only: bool) -> None:
     present = tools.find_by_name(tools.entries(container, "volumeMounts", place), MODEL_VOLUME)
     if present is None:
         tools.append(container, "volumeMounts", tools.make_mount(sub_path, read_only=read_only), place)
@@ -133,8 +150,13 @@ def _add_mount(container: Manifest, place: str, sub_path: str, *, read_only: boo
             found,
             f"remove this mount, or share its directory instead of `{sub_path}`",
         )
-    if is_explicit and (present.get("readOnly") is True) is not read_only:
-        present["readOnly"] = read_only
+
+
+def _set_read_only(container: Manifest, place: str, read_only: bool) -> None:
+    """Change the mounts of the service itself, to which KServe does not apply the annotation."""
+    for mount in tools.entries(container, "volumeMounts", place):
+        if mount.get("name") == MODEL_VOLUME and (mount.get("readOnly") is True) is not read_only:
+            mount["readOnly"] = read_only
 
 
 def _implementation(predictor: Manifest) -> tuple[str, Manifest] | None:

@@ -18,6 +18,9 @@ VOLUME = "kserve-provision-location"
 MODELS = "/mnt/models"
 
 
+READONLY = "storage.kserve.io/readonly"
+
+
 class RefusedByKServeError(Exception):
     """
     KServe's webhook answers with an error.
@@ -46,6 +49,23 @@ def inject(pod: dict[str, Any]) -> dict[str, Any]:
     _add(pod["spec"], targets, _mount(VOLUME, "", read_only), {"emptyDir": {}})
     _add(pod["spec"], [initializer], _mount(VOLUME, "", False), {"emptyDir": {}})
     return pod
+
+
+def pod_of(service: dict[str, Any], runtime: dict[str, str]) -> dict[str, Any]:
+    """
+    Return what KServe's controller makes of an InferenceService with a `model`, with the annotations of its runtime.
+    """
+    predictor = service["spec"]["predictor"]
+    annotations = {
+        **runtime,
+        **service["metadata"].get("annotations", {}),
+        SOURCE: predictor["model"]["storageUri"],
+        **predictor.get("annotations", {}),
+    }
+    mounts = predictor["model"].get("volumeMounts")
+    serving = {"name": "kserve-container", **({"volumeMounts": deepcopy(mounts)} if mounts else {})}
+    spec = {"containers": [serving], "volumes": deepcopy(predictor.get("volumes", []))}
+    return {"kind": "Pod", "metadata": {"annotations": annotations}, "spec": spec}
 
 
 def _source(pod: dict[str, Any]) -> str | None:
