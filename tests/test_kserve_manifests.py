@@ -5,7 +5,7 @@ InferenceServices and pods that share a claim: what is changed, what is left alo
 import json
 import pickle
 from copy import deepcopy
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 
 import kserve_rules
@@ -157,15 +157,17 @@ ACCESSES = ("read", "download", "write")
 
 @st.composite
 def policies(draw, sub_paths=tuple(SUB_PATHS), accesses=ACCESSES):
+    count = draw(st.integers(1, 3))
+    default = draw(st.none() | st.integers(0, count - 1))
     return policy(
         *(
             rule(
                 access=draw(st.sampled_from(accesses)),
                 subPath=draw(st.sampled_from(sub_paths)),
-                default=draw(st.booleans()),
+                default=index == default,
                 serviceAccounts=[draw(st.sampled_from(["*", "trainer"]))],
             )
-            for _ in range(draw(st.integers(1, 3)))
+            for index in range(count)
         )
     )
 
@@ -381,6 +383,103 @@ def test_the_first_rule_that_fits_decides():
     assert other["spec"]["volumes"] == [
         {"name": "v", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}}
     ]
+
+
+CLAIM_RULES = [
+    rule(subPath="scratch", access="write"),
+    rule(subPath="", access="write", serviceAccounts=["trainer"]),
+    rule(subPath="tenants/team", access="download"),
+    rule(claim="others", access="write"),
+]
+
+
+@pytest.mark.parametrize("access", ["read", "download", "write"])
+@pytest.mark.parametrize("account", ["default", "trainer"])
+@pytest.mark.parametrize("read_only", [None, "false"])
+def test_a_pod_that_requests_nothing_gets_the_default_rule_wherever_it_stands(access, account, read_only):
+    """
+    Over all orders of the rules, the pod serves the directory of the flagged one with that rule's access, whichever
+    webhook is called first, and a second call changes nothing.
+    """
+    flagged = rule(subPath="approved", access=access, default=True)
+    annotations = {SOURCE: "s3://bucket/llama", **({READONLY: read_only} if read_only else {})}
+    given = pod({"containers": [{"name": "kserve-container"}], "serviceAccountName": account}, annotations=annotations)
+
+    for rules in permutations([flagged, *CLAIM_RULES]):
+        grants = policy(*rules)
+        ours_first = mutate_pod(kserve_rules.inject(mutate_pod(given, grants)), grants)
+        kserve_first = mutate_pod(kserve_rules.inject(given), grants)
+
+        assert ours_first == kserve_first == mutate_pod(ours_first, grants)
+        [volume], [server] = ours_first["spec"]["volumes"], ours_first["spec"]["containers"]
+        [initializer] = ours_first["spec"]["initContainers"]
+        source = volume["persistentVolumeClaim"]
+        assert source == {"claimName": "models", **({"readOnly": True} if access == "read" else {})}
+        assert [mount["subPath"] for mount in server["volumeMounts"]] == ["approved"]
+        assert [mount["subPath"] for mount in initializer["volumeMounts"]] == ["approved"]
+        writes = [mount.get("readOnly") is not True for mount in server["volumeMounts"]]
+        assert writes == [access == "write" and read_only == "false"]
+
+
+def test_a_pod_that_requests_the_claim_or_a_directory_is_not_bound_to_the_default_rule():
+    """
+    The default is for pods that request nothing: an annotation, or a mount of another directory, is decided by all
+    rules.
+    """
+    grants = policy(rule(subPath="scratch", access="write"), rule(subPath="approved", default=True, access="read"))
+    claim = served(claim="models")
+    directory = served(sub_path="scratch/x")
+    mounted = served(
+        {
+            "containers": [
+                {"name": "kserve-container"},
+                {"name": "c", "volumeMounts": [{**WRITE, "subPath": "scratch"}]},
+            ],
+            "volumes": SHARED,
+        }
+    )
+
+    found = [mutate_pod(kserve_rules.inject(mutate_pod(one, grants)), grants) for one in (claim, directory, mounted)]
+
+    paths = [[one["spec"][kind][0]["volumeMounts"][0]["subPath"] for one in found] for kind in ("containers",)]
+    assert paths == [["scratch", "scratch/x", "approved"]]
+    assert [one["spec"]["volumes"] for one in found] == [SHARED] * 3
+    assert found[2]["spec"]["containers"][1]["volumeMounts"] == [{**WRITE, "subPath": "scratch"}]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "clash"),
+    [
+        ({}, {}, True),
+        ({}, {"claim": "others"}, True),
+        ({"namespaces": ["*"]}, {"serviceAccounts": ["trainer"]}, True),
+        (
+            {"serviceAccounts": ["a", "trainer"]},
+            {"namespaces": ["b", "team"], "serviceAccounts": ["trainer", "c"]},
+            True,
+        ),
+        ({"namespaces": ["*"], "serviceAccounts": ["trainer"]}, {"serviceAccounts": ["*"]}, True),
+        ({"namespaces": ["*", "team"]}, {"namespaces": ["other"]}, True),
+        ({"namespaces": ["other"]}, {}, False),
+        ({"serviceAccounts": ["a"]}, {"serviceAccounts": ["b", "c"]}, False),
+        ({"namespaces": ["*"], "serviceAccounts": ["a"]}, {"serviceAccounts": ["b"]}, False),
+        ({"default": False}, {}, False),
+    ],
+)
+def test_two_defaults_of_one_pod_are_an_error(first, second, clash):
+    """
+    Two flagged rules that could apply to one pod are refused in either order, by the place of the second one; for
+    different pods there may be several.
+    """
+    rules = [rule(**{"default": True, **one}) for one in (first, second)]
+
+    for ordered in (rules, rules[::-1]):
+        if not clash:
+            policy(rule(), *ordered)
+            continue
+        with pytest.raises(SettingsError) as raised:
+            policy(rule(), *ordered)
+        assert "invalid value `true` for `rules[2].default`; `rules[1]` is the default of the same" in str(raised.value)
 
 
 def test_the_namespace_of_the_request_counts():

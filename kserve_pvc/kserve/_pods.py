@@ -14,7 +14,7 @@ from kserve_pvc._settings import READONLY_ANNOTATION
 from kserve_pvc.errors import PolicyError, SettingsError, printable
 from kserve_pvc.kserve import _manifest_tools as tools
 from kserve_pvc.kserve._manifest_tools import MODEL_VOLUME, Manifest
-from kserve_pvc.kserve._policy import Policy, Rule, check_claim, check_sub_path
+from kserve_pvc.kserve._policy import Access, Policy, Rule, check_claim, check_sub_path
 
 # The annotations for the owner of a service: the claim (empty: none, not even a default), and the directory to serve.
 CLAIM = "kserve-pvc/claim"
@@ -58,6 +58,10 @@ class _Owner:
             raise PolicyError(f"claim {claim}", rule)
         return found
 
+    def default(self) -> Rule | None:
+        """Return the rule for a pod that requests nothing, if any."""
+        return self.policy.default_for(self.namespace, self.service_account)
+
     def refuse(self, claim: str) -> None:
         raise PolicyError(
             f"claim {claim}",
@@ -69,11 +73,15 @@ class _Owner:
 class _Grant:
     """
     The claim that a pod shares, the rule that allows it, and the directory that is served.
+
+    `is_default` if the pod requests neither claim nor directory, so that it gets what the default rule allows, even
+    where an earlier rule allows more.
     """
 
     claim: str
     rule: Rule
     sub_path: str
+    is_default: bool
 
 
 def mutate_pod(pod: Manifest, policy: Policy, *, namespace: str | None = None) -> Manifest:
@@ -110,7 +118,7 @@ def admit(pod: Manifest, policy: Policy, *, namespace: str | None = None) -> Adm
     _keep_read_only(metadata, owner, grant, notes)
     if grant is not None:
         _share(spec, grant, is_writing=tools.requests_write(tools.strings(metadata, "annotations")))
-    _confine(spec, owner, notes)
+    _confine(spec, owner, grant, notes)
     return Admitted(pod=pod, claim=grant.claim if grant else None, notes=tuple(map(printable, notes)))
 
 
@@ -142,7 +150,8 @@ def _grant(metadata: Manifest, spec: Manifest, owner: _Owner, notes: list[str]) 
 
 def _requested_claim(annotations: dict[str, str], owner: _Owner) -> str | None:
     if CLAIM not in annotations:
-        return owner.policy.default_for(owner.namespace, owner.service_account)
+        default = owner.default()
+        return default.claim if default else None
     if not annotations[CLAIM]:
         return None
     claim = check_claim(annotations[CLAIM], f"metadata.annotations[{CLAIM}]")
@@ -155,11 +164,13 @@ def _apply_rules(claim: str, annotations: dict[str, str], owner: _Owner) -> _Gra
     if SUB_PATH in annotations:
         sub_path = check_sub_path(annotations[SUB_PATH], f"metadata.annotations[{SUB_PATH}]")
         rule = owner.rule(claim, sub_path)
-    else:
-        rule = owner.rules(claim)[0]
-        sub_path = rule.sub_path
-    assert rule is not None, "`owner.rules` is not empty"
-    return _Grant(claim=claim, rule=rule, sub_path=sub_path)
+        assert rule is not None, "`owner.rules` is not empty"
+        return _Grant(claim=claim, rule=rule, sub_path=sub_path, is_default=False)
+    # A second call finds the volume that the first one has added, and must apply the same rule.
+    default = owner.default() if CLAIM not in annotations else None
+    is_default = default is not None and default.claim == claim
+    rule = default if default is not None and is_default else owner.rules(claim)[0]
+    return _Grant(claim=claim, rule=rule, sub_path=rule.sub_path, is_default=is_default)
 
 
 def _obstacle(metadata: Manifest, spec: Manifest) -> str | None:
@@ -269,24 +280,33 @@ def _mounts(container: Manifest) -> list[Manifest]:
     return tools.entries(container, "volumeMounts", "spec.containers[]")
 
 
-def _confine(spec: Manifest, owner: _Owner, notes: list[str]) -> None:
+def _confine(spec: Manifest, owner: _Owner, grant: _Grant | None, notes: list[str]) -> None:
     """Check the directory of every mount of a governed claim, and make it read-only unless a rule grants more."""
     for volume in tools.entries(spec, "volumes", "spec"):
         claim = _claim_of(volume)
         rules = owner.rules(claim) if claim else ()
         if claim is None or not rules:
             continue
+        if grant is not None and volume.get("name") == MODEL_VOLUME and _requests_nothing_else(spec, grant):
+            rules = (grant.rule,)
         if all(rule.access == "read" for rule in rules):
             # This applies to all mounts, including those that KServe adds later.
             volume["persistentVolumeClaim"]["readOnly"] = True
         for kind, container in tools.containers(spec):
-            _confine_container(kind, container, volume, claim, owner, notes)
+            _confine_container(kind, container, volume, owner, rules, notes)
+
+
+def _requests_nothing_else(spec: Manifest, grant: _Grant) -> bool:
+    """Whether a pod gets the default claim, and no container mounts a directory outside of the default rule's."""
+    mounts = [mount for _, container in tools.containers(spec) for mount in _mounts(container)]
+    paths = [_path(mount) for mount in mounts if mount.get("name") == MODEL_VOLUME]
+    return grant.is_default and all(grant.rule.covers(path) for path in paths)
 
 
 def _confine_container(
-    kind: str, container: Manifest, volume: Manifest, claim: str, owner: _Owner, notes: list[str]
+    kind: str, container: Manifest, volume: Manifest, owner: _Owner, rules: tuple[Rule, ...], notes: list[str]
 ) -> None:
-    name = container.get("name")
+    name, claim = container.get("name"), str(_claim_of(volume))
     if any(
         device.get("name") == volume.get("name")
         for device in tools.entries(container, "volumeDevices", "spec.containers[]")
@@ -298,20 +318,24 @@ def _confine_container(
     # Where the volume itself is read-only, the mount for KServe's initializer is not changed: KServe may add it later.
     is_volume_read_only = is_initializer and volume["persistentVolumeClaim"].get("readOnly") is True
     for mount in (mount for mount in _mounts(container) if mount.get("name") == volume.get("name")):
-        rule = owner.rule(claim, _directory(mount, claim, owner))
-        granted = rule.access if rule else "write"
+        granted = _access(mount, claim, owner, rules)
         may_write = granted == "write" or (granted == "download" and is_initializer)
         if not (may_write or is_volume_read_only or mount.get("readOnly") is True):
             mount["readOnly"] = True
             notes.append(f"container `{name}` mounts claim `{claim}` read-only: the policy grants `{granted}`")
 
 
-def _directory(mount: Manifest, claim: str, owner: _Owner) -> str:
-    if mount.get("subPathExpr"):
-        # Its variables are expanded when the container starts, so it needs a rule for the whole claim.
-        owner.rule(claim, "")
-        return ""
-    return str(mount.get("subPath") or "")
+def _access(mount: Manifest, claim: str, owner: _Owner, rules: tuple[Rule, ...]) -> Access:
+    """Return the access of the first of some rules for the directory of a mount, else of the first rule of all."""
+    sub_path = _path(mount)
+    rule = next((rule for rule in rules if rule.covers(sub_path)), None) or owner.rule(claim, sub_path)
+    assert rule is not None, "`owner.rules` is not empty"
+    return rule.access
+
+
+def _path(mount: Manifest) -> str:
+    # The variables of a `subPathExpr` are expanded when the container starts, so it needs a rule for the whole claim.
+    return "" if mount.get("subPathExpr") else str(mount.get("subPath") or "")
 
 
 def _directories(rules: tuple[Rule, ...]) -> str:
