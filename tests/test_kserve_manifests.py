@@ -5,6 +5,7 @@ InferenceServices and pods that share a claim: what is changed, what is left alo
 import json
 import pickle
 from copy import deepcopy
+from hashlib import sha256
 from itertools import permutations, product
 from pathlib import Path
 
@@ -148,6 +149,7 @@ def pods(draw, sources=(*DOWNLOADED, *LYING)):
         annotations["internal.serving.kserve.io/agent"] = "true"
     if sources != DOWNLOADED and draw(st.integers(0, 5)) == 0:
         labels["internal.serving.kserve.io/localmodel"] = "cached"
+        annotations["internal.serving.kserve.io/localmodel-sourceuri"] = draw(st.sampled_from(sources))
         annotations["internal.serving.kserve.io/localmodel-pvc-name"] = draw(st.sampled_from(["models", "cache"]))
     return pod(spec, annotations=annotations, labels=labels)
 
@@ -311,6 +313,44 @@ def test_what_a_pod_asks_for_is_refused(given, grants, message):
 
     assert message in str(raised.value)
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+
+
+def cached(source, sub_path=""):
+    """
+    A pod whose model comes from the LocalModelCache `llama` on the claim `models`.
+    """
+    own = {
+        SOURCE: source + sub_path,
+        "internal.serving.kserve.io/localmodel-sourceuri": source,
+        "internal.serving.kserve.io/localmodel-pvc-name": "models",
+    }
+    spec = {"containers": [{"name": "kserve-container"}]}
+    return pod(spec, annotations=own, labels={"internal.serving.kserve.io/localmodel": "llama"})
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/llama", "s3://bucket/llama/", "hf://owner/m:main", "https://h/ä b"])
+@pytest.mark.parametrize("sub_path", ["", "/sub", "sub"])
+def test_a_cached_model_is_judged_by_the_directory_that_kserve_mounts(source, sub_path):
+    """
+    The policy is compared with KServe's storage key of the cached source, however the cache is called, before KServe's
+    webhook as after it.
+    """
+    key = sha256(source.encode()).hexdigest()[:16]
+    given = cached(source, sub_path)
+    given["metadata"]["annotations"][READONLY] = "false"
+    allowed, by_name = policy(rule(subPath=f"models/{key}")), policy(rule(subPath="models/llama"))
+
+    before, after = mutate_pod(given, allowed), mutate_pod(kserve_rules.inject(given), allowed)
+
+    assert before["metadata"]["annotations"][READONLY] == after["metadata"]["annotations"][READONLY] == "true"
+    [mount] = kserve_rules.inject(before)["spec"]["containers"][0]["volumeMounts"]
+    assert (mount["subPath"].rstrip("/"), mount["readOnly"]) == (
+        f"models/{key}/{sub_path.strip('/')}".rstrip("/"),
+        True,
+    )
+    for step in (given, kserve_rules.inject(given)):
+        with pytest.raises(PolicyError, match=f"`models/{key}/.*` is outside of `models/llama`"):
+            mutate_pod(step, by_name)
 
 
 def mounting(claim, mount=None, device=None, kind="containers"):

@@ -4,6 +4,7 @@ The names that KServe uses, and functions to read and change untrusted manifests
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -31,6 +32,13 @@ LOCAL_MODEL_CLAIM = "internal.serving.kserve.io/localmodel-pvc-name"
 
 PVC_SCHEME = "pvc://"
 OCI_SCHEMES = ("oci://", "oci+native://", "oci+fetch://")
+
+
+def storage_key(uri: str) -> str:
+    """
+    Return KServe's name for the directory of a source, which follows from the URI exactly as it is written.
+    """
+    return hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def copy_manifest(manifest: object, kind: str) -> Manifest:

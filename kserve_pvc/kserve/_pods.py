@@ -242,9 +242,9 @@ def _direct(metadata: Manifest) -> list[tuple[str, str]]:
     annotations, labels = tools.strings(metadata, "annotations"), tools.strings(metadata, "labels")
     source = annotations.get(tools.SOURCE, "")
     if source and tools.LOCAL_MODEL in labels:
-        below = source.removeprefix(annotations.get(tools.LOCAL_MODEL_SOURCE, ""))
-        path = f"models/{labels[tools.LOCAL_MODEL]}/{below}"
-        return [(annotations.get(tools.LOCAL_MODEL_CLAIM, ""), path)]
+        cached = annotations.get(tools.LOCAL_MODEL_SOURCE, "")
+        below = source.removeprefix(cached).removeprefix("/")
+        return [(annotations.get(tools.LOCAL_MODEL_CLAIM, ""), f"models/{tools.storage_key(cached)}/{below}")]
     if source.startswith(tools.PVC_SCHEME):
         claim, _, path = source.removeprefix(tools.PVC_SCHEME).partition("/")
         return [(claim, path)]

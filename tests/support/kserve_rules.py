@@ -8,6 +8,7 @@ empty fields are left out. A pod that KServe would refuse raises `RefusedByKServ
 from __future__ import annotations
 
 from copy import deepcopy
+from hashlib import sha256
 from typing import Any
 
 INTERNAL = "internal.serving.kserve.io"
@@ -76,9 +77,12 @@ def _source(pod: dict[str, Any]) -> str | None:
         return source
     if f"{INTERNAL}/localmodel-pvc-name" not in annotations:
         raise RefusedByKServeError("the cached model has no claim")
-    below = source.removeprefix(annotations.get(f"{INTERNAL}/localmodel-sourceuri", ""))
+    cached = annotations.get(f"{INTERNAL}/localmodel-sourceuri", "")
+    below = source.removeprefix(cached)
     below = below if below.startswith("/") else f"/{below}"
-    return f"pvc://{annotations[f'{INTERNAL}/localmodel-pvc-name']}/models/{labels[LOCAL_MODEL]}{below}"
+    # `GetStorageKey`: the claim's directory does not depend on the name of the cache.
+    key = sha256(cached.encode()).hexdigest()[:16]
+    return f"pvc://{annotations[f'{INTERNAL}/localmodel-pvc-name']}/models/{key}{below}"
 
 
 def _targets(spec: dict[str, Any]) -> list[dict[str, Any]]:
