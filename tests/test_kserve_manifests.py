@@ -19,11 +19,13 @@ from kserve_pvc import PolicyError, SettingsError
 from kserve_pvc.kserve import Policy, Rule, mutate_pod, read_policy, share_volume
 from kserve_pvc.kserve._manifests import obstacle
 from kserve_pvc.kserve._pods import admit
+from kserve_pvc.kserve._services import remarks
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed, the extra `kserve`")
 
 SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"
 READONLY = "storage.kserve.io/readonly"
+CONFIDENTIAL = "internal.serving.kserve.io/confidential-enabled"
 VOLUME = "kserve-provision-location"
 CASES = yaml.safe_load((Path(__file__).parent / "data" / "kserve" / "pods.yaml").read_text(encoding="utf-8"))
 
@@ -867,6 +869,28 @@ def test_a_mount_of_a_directory_follows_the_annotation_that_kserve_would_obey(of
             "it has several sources (`storageUris`), for which",
         ),
         (service(labels={"internal.serving.kserve.io/localmodel": "x"}), "its model comes from a LocalModelCache"),
+        (service({"triton": {}}), "KServe's agent downloads its models, into a volume of its own at `/mnt/models`"),
+        (service({"sklearn": {"name": "x"}}), "KServe's agent downloads its models"),
+        (service({"model": {"modelFormat": {"name": "sklearn"}}}), "KServe's agent downloads its models"),
+        (
+            service({"containers": [{"image": "mine", "env": [{"name": "MULTI_MODEL_SERVER", "value": "true"}]}]}),
+            "KServe's agent downloads its models",
+        ),
+        (
+            service(
+                {"containers": [{"image": "mine", "volumeMounts": [{"name": "data", "mountPath": "/mnt/models"}]}]}
+            ),
+            "it mounts its own volume `data` at `/mnt/models`",
+        ),
+        (
+            service({"model": {**MODEL, "volumeMounts": [{"name": "data", "mountPath": "/mnt/models/"}]}}),
+            "it mounts its own volume `data` at `/mnt/models`",
+        ),
+        (service({"model": {**MODEL, "confidential": {"enabled": True}}}), "its model is confidential: decrypted,"),
+        (service({"sklearn": {**MODEL, "confidential": {"enabled": True}}}), "its model is confidential: decrypted,"),
+        (service(annotations={CONFIDENTIAL: "true"}), "its model is confidential: decrypted,"),
+        (service({"model": MODEL, "annotations": {CONFIDENTIAL: "true"}}), "its model is confidential: decrypted,"),
+        (service(annotations={"serving.kserve.io/deploymentMode": "ModelMesh"}), "ModelMesh downloads its model"),
     ],
 )
 def test_a_service_without_a_download_stays_as_it_is(given, reason):
@@ -875,6 +899,113 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
     """
     assert share_volume(given, claim="models", sub_path="a", read_only=False) == given
     assert reason in obstacle(given)
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [
+        {"huggingface": {"args": ["--model_id=org/m"]}},
+        {"model": {"modelFormat": {"name": "huggingface"}}},
+        {"model": {"modelFormat": {"name": "triton"}, "storage": {"path": "m"}}},
+        {"model": {"modelFormat": {"name": "triton"}}, "containers": [{"name": "transformer-container"}]},
+        {"containers": [{"image": "mine", "env": [{"name": "MULTI_MODEL_SERVER", "value": "false"}]}]},
+        {"model": {**MODEL, "confidential": {"enabled": False}}},
+        {"model": {**MODEL, "volumeMounts": [{"name": "data", "mountPath": "/mnt/models-2"}]}},
+    ],
+)
+def test_what_only_resembles_an_obstacle_is_shared(predictor):
+    """
+    A server without a source that KServe does not call multi-model shares the claim, as one that is not confidential.
+    """
+    shared = share_volume(service(predictor), claim="models")
+
+    assert shared["spec"]["predictor"]["volumes"] == SHARED
+
+
+@pytest.mark.parametrize(
+    ("parts", "notes"),
+    [
+        ({}, []),
+        ({"canary": [{"predictor": {"name": "next", "model": MODEL}, "trafficPercent": 5}]}, ["its canary `next` is"]),
+        ({"transformer": {"containers": [{"image": "t"}]}, "explainer": {"art": {"type": "SquareAttack"}}}, []),
+        (
+            {"transformer": {"containers": [{"env": [{"name": "STORAGE_URI", "value": "s3://b/t"}]}]}},
+            ["its transformer is unchanged: it downloads from a source of its own"],
+        ),
+        ({"explainer": {"art": {"storageUri": "s3://b/e"}}}, ["its explainer is unchanged"]),
+        (
+            {
+                "explainer": {"storageUris": [{"uri": "s3://b/e"}]},
+                "transformer": {"storageUris": [{"uri": "s3://b/t"}]},
+            },
+            ["its transformer is", "its explainer is"],
+        ),
+    ],
+)
+def test_what_does_not_share_the_claim_is_remarked(parts, notes):
+    """
+    Canaries, transformers and explainers with sources of their own are left as they are, and each is named.
+    """
+    given = service()
+    given["spec"] |= parts
+
+    shared = share_volume(given, claim="models")
+
+    assert {name: shared["spec"][name] for name in parts} == parts
+    assert shared["spec"]["predictor"]["volumes"] == SHARED
+    found = remarks(given)
+    assert len(found) == len(notes)
+    assert all(note in one for note, one in zip(notes, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        lambda found: found["metadata"]["annotations"].update({CONFIDENTIAL: "true"}),
+        lambda found: found["spec"].update(
+            initContainers=[{"name": "storage-initializer", "env": [{"name": "CONFIDENTIAL_ENABLED", "value": "true"}]}]
+        ),
+    ],
+)
+def test_a_confidential_model_never_lies_on_a_shared_claim(mark):
+    """
+    The webhook keeps KServe's `emptyDir` for a model that the initializer decrypts, requested or by default, and denies
+    a pod that brings a governed claim for it.
+    """
+    requested, by_default, own, direct = (
+        served(claim="models"),
+        served(),
+        served({"containers": [{"name": "kserve-container"}], "volumes": SHARED}),
+        served(source="pvc://models/m"),
+    )
+    for one in (requested, by_default, own, direct):
+        mark(one)
+    grants = policy(rule(default=True))
+
+    found = [admit(one, grants) for one in (requested, by_default, direct)]
+
+    assert [one.pod["spec"].get("volumes") for one in found] == [None] * 3
+    confidential = (
+        "claim `models` is not mounted: the model is confidential: decrypted, it would be readable on the claim"
+    )
+    assert [one.notes for one in found] == [(confidential,), (), ()]
+    with pytest.raises(PolicyError, match="the model is confidential"):
+        mutate_pod(own, grants)
+    mutate_pod(own, policy(rule(claim="another")))
+
+
+def test_a_pod_that_mounts_something_else_as_the_model_stays_valid():
+    """
+    The webhook adds no second mount at `/mnt/models`, and says why.
+    """
+    mounting = {
+        "containers": [{"name": "kserve-container", "volumeMounts": [{"name": "d", "mountPath": "/mnt/models"}]}]
+    }
+
+    found = admit(served(mounting, claim="models", sub_path="a"), policy(rule()))
+
+    assert found.pod["spec"] == mounting
+    assert found.notes == ("claim `models` is not mounted: the pod mounts its own volume `d` at `/mnt/models`",)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,18 @@ def test_a_service_that_has_nothing_to_share_is_told(patch):
     assert quiet == (0, told[1], "")
 
 
+def test_what_else_a_service_downloads_is_told(patch):
+    """
+    A service of which the claim is shared by the predictor only is patched, and standard error names the rest.
+    """
+    text = f"{SERVICE}  canary:\n    - predictor: {{name: next, model: {{storageUri: s3://b/next}}}}\n"
+
+    code, out, err = patch(text, "--claim", "models")
+
+    assert (code, yaml.safe_load(out)["spec"]["predictor"]["volumes"]) == (0, VOLUMES)
+    assert err == "kserve-pvc: llama: its canary `next` is unchanged: it downloads into a volume of its own\n"
+
+
 @pytest.mark.parametrize(
     ("text", "options", "code", "message"),
     [

@@ -5,6 +5,7 @@ The names that KServe uses, and functions to read and change untrusted manifests
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -29,6 +30,10 @@ SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"
 LOCAL_MODEL = "internal.serving.kserve.io/localmodel"
 LOCAL_MODEL_SOURCE = "internal.serving.kserve.io/localmodel-sourceuri"
 LOCAL_MODEL_CLAIM = "internal.serving.kserve.io/localmodel-pvc-name"
+
+# Set for a service whose model the initializer decrypts, and the variable that KServe derives from it.
+CONFIDENTIAL = "internal.serving.kserve.io/confidential-enabled"
+CONFIDENTIAL_VARIABLE = "CONFIDENTIAL_ENABLED"
 
 PVC_SCHEME = "pvc://"
 OCI_SCHEMES = ("oci://", "oci+native://", "oci+fetch://")
@@ -131,6 +136,13 @@ def containers(spec: Manifest, place: str = "spec") -> Iterator[tuple[str, Manif
     for kind in ("initContainers", "containers", "ephemeralContainers"):
         for container in entries(spec, kind, place):
             yield kind, container
+
+
+def is_model_path(path: object) -> bool:
+    """
+    Whether a mount path is the one of the model.
+    """
+    return isinstance(path, str) and posixpath.normpath(path) == MODEL_MOUNT_PATH
 
 
 def make_mount(sub_path: str, *, read_only: bool) -> Manifest:

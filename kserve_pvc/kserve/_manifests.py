@@ -10,29 +10,13 @@ from __future__ import annotations
 from kserve_pvc._settings import READONLY_ANNOTATION
 from kserve_pvc.errors import SettingsError
 from kserve_pvc.kserve import _manifest_tools as tools
+from kserve_pvc.kserve import _services as services
 from kserve_pvc.kserve._manifest_tools import MODEL_VOLUME, Manifest
 from kserve_pvc.kserve._pods import mutate_pod
 from kserve_pvc.kserve._policy import check_claim, check_sub_path
+from kserve_pvc.kserve._services import obstacle
 
 __all__ = ["mutate_pod", "obstacle", "share_volume"]
-
-KIND = "InferenceService"
-_API_GROUP = "serving.kserve.io/"
-
-# Predictors older than `model`; each is a container with its own `storageUri`.
-_FRAMEWORKS = (
-    "sklearn",
-    "xgboost",
-    "tensorflow",
-    "pytorch",
-    "triton",
-    "onnx",
-    "huggingface",
-    "pmml",
-    "lightgbm",
-    "paddle",
-)
-_SOURCE_VARIABLE = "STORAGE_URI"
 
 
 def share_volume(
@@ -41,8 +25,8 @@ def share_volume(
     """
     Return an InferenceService that downloads into a claim, which all of its replicas share.
 
-    The argument is not changed, and the function is idempotent. A service for which KServe downloads nothing, see
-    `obstacle`, is returned unchanged.
+    The argument is not changed, and the function is idempotent. A service is returned unchanged if KServe downloads
+    nothing for its predictor, or not into a volume that can be shared. Only the predictor shares the claim.
 
     Args:
         inference_service: The manifest.
@@ -61,45 +45,18 @@ def share_volume(
     """
     check_claim(claim, "claim")
     check_sub_path(sub_path, "sub_path")
-    if obstacle(inference_service) is not None:
-        return tools.copy_manifest(inference_service, KIND)
-    service = tools.copy_manifest(inference_service, KIND)
-    predictor = tools.mapping(tools.mapping(service, "spec", ""), "predictor", "spec")
+    service = tools.copy_manifest(inference_service, services.KIND)
+    if obstacle(service) is not None:
+        return service
+    predictor = services.predictor_of(service)
     is_writing = _set_annotation(service, predictor, read_only)
     _add_volume(predictor, claim)
-    for place, container in _serving(predictor):
-        if sub_path or not _has_source(predictor):
+    for place, container in services.serving(predictor):
+        if sub_path or not services.has_source(predictor):
             _add_mount(container, place, sub_path, read_only=not is_writing)
         if read_only is not None:
             _set_read_only(container, place, read_only)
     return service
-
-
-def obstacle(inference_service: Manifest) -> str | None:
-    """
-    Return the reason why KServe downloads nothing for a service, or None if it does.
-
-    Raises:
-        SettingsError: It is not an InferenceService, or a field has the wrong type.
-    """
-    service = tools.copy_manifest(inference_service, KIND)
-    if not str(service.get("apiVersion", "")).startswith(_API_GROUP):
-        raise SettingsError(
-            "apiVersion", str(service.get("apiVersion", "")), f"expected an InferenceService of `{_API_GROUP}v1beta1`"
-        )
-    predictor = tools.mapping_or_empty(tools.mapping_or_empty(service, "spec", ""), "predictor", "spec")
-    if not predictor:
-        raise SettingsError("spec.predictor", "", "an InferenceService needs a predictor")
-    if tools.LOCAL_MODEL in tools.strings(tools.mapping_or_empty(service, "metadata", ""), "labels"):
-        return "its model comes from a LocalModelCache"
-    for source in _sources(predictor):
-        if source.startswith(tools.PVC_SCHEME):
-            return "its model is served directly from a claim"
-        if source.startswith(tools.OCI_SCHEMES):
-            return "its model comes from an image"
-    if any(container.get("storageUris") or predictor.get("storageUris") for _, container in _serving(predictor)):
-        return "it has several sources (`storageUris`), for which KServe creates volumes of other names"
-    return None
 
 
 def _set_annotation(service: Manifest, predictor: Manifest, read_only: bool | None) -> bool:
@@ -157,45 +114,3 @@ def _set_read_only(container: Manifest, place: str, read_only: bool) -> None:
     for mount in tools.entries(container, "volumeMounts", place):
         if mount.get("name") == MODEL_VOLUME and (mount.get("readOnly") is True) is not read_only:
             mount["readOnly"] = read_only
-
-
-def _implementation(predictor: Manifest) -> tuple[str, Manifest] | None:
-    """Return the field of a predictor that describes a model, with its path; None if it lists containers."""
-    for name in ("model", *_FRAMEWORKS):
-        if predictor.get(name) is not None:
-            return f"spec.predictor.{name}", tools.mapping(predictor, name, "spec.predictor")
-    return None
-
-
-def _serving(predictor: Manifest) -> list[tuple[str, Manifest]]:
-    """Return the containers into which KServe mounts a model, each with its path in the manifest."""
-    listed = tools.entries(predictor, "containers", "spec.predictor")
-    found = [
-        ("spec.predictor.containers[]", one) for one in listed if one.get("name") in (tools.SERVING, tools.TRANSFORMER)
-    ]
-    implementation = _implementation(predictor)
-    if implementation is not None:
-        return [implementation, *(one for one in found if one[1]["name"] == tools.TRANSFORMER)]
-    # KServe sets the name of the only container, or of the first one if it has none.
-    if listed and tools.find_by_name(listed, tools.SERVING) is None and (len(listed) == 1 or not listed[0].get("name")):
-        found.insert(0, ("spec.predictor.containers[]", listed[0]))
-    if not found:
-        raise SettingsError("spec.predictor", "", "a predictor needs `model` or `containers`")
-    return found
-
-
-def _sources(predictor: Manifest) -> list[str]:
-    implementation = _implementation(predictor)
-    if implementation is not None:
-        return [str(implementation[1]["storageUri"])] if implementation[1].get("storageUri") else []
-    variables = [
-        one
-        for _, container in _serving(predictor)
-        for one in tools.entries(container, "env", "spec.predictor.containers[]")
-    ]
-    return [str(one["value"]) for one in variables if one.get("name") == _SOURCE_VARIABLE and one.get("value")]
-
-
-def _has_source(predictor: Manifest) -> bool:
-    implementation = _implementation(predictor)
-    return bool(_sources(predictor)) or bool(implementation and implementation[1].get("storage"))

@@ -20,6 +20,8 @@ from kserve_pvc.kserve._policy import Access, Policy, Rule, check_claim, check_s
 CLAIM = "kserve-pvc/claim"
 SUB_PATH = "kserve-pvc/sub-path"
 
+_CONFIDENTIAL = "the model is confidential: decrypted, it would be readable on the claim"
+
 
 @attrs.frozen(kw_only=True)
 class Admitted:
@@ -135,12 +137,15 @@ def _grant(metadata: Manifest, spec: Manifest, owner: _Owner, notes: list[str]) 
     requested = _requested_claim(annotations, owner)
     obstacle = _obstacle(metadata, spec)
     own = _own_claim(spec)
+    is_downloaded = not annotations.get(tools.SOURCE, "").startswith((tools.PVC_SCHEME, *tools.OCI_SCHEMES))
+    if own and owner.rules(own) and is_downloaded and _is_confidential(annotations, spec):
+        raise PolicyError(f"claim {own}", _CONFIDENTIAL)
     if obstacle is None and own and owner.rules(own):
         if requested not in (None, own):
             notes.append(f"the pod's own volume `{MODEL_VOLUME}` keeps claim `{own}`")
         requested = own
-    elif obstacle is None and _has_own_volume(spec):
-        obstacle = f"the pod has its own volume `{MODEL_VOLUME}`"
+    else:
+        obstacle = obstacle or _own_volume(spec)
     if requested is None or obstacle is not None:
         if requested is not None and CLAIM in annotations:
             notes.append(f"claim `{requested}` is not mounted: {obstacle}")
@@ -187,7 +192,27 @@ def _obstacle(metadata: Manifest, spec: Manifest) -> str | None:
         return "the model comes from an image"
     if source.startswith(tools.PVC_SCHEME):
         return "the model is served directly from a claim"
+    if _is_confidential(annotations, spec):
+        return _CONFIDENTIAL
     return None if _serving(spec) else f"the pod has no container `{tools.SERVING}`"
+
+
+def _own_volume(spec: Manifest) -> str | None:
+    """Return why a volume of the pod's own takes the place of the claim, or None."""
+    if _has_own_volume(spec):
+        return f"the pod has its own volume `{MODEL_VOLUME}`"
+    mounts = [mount for container in _serving(spec) for mount in _mounts(container)]
+    others = [mount for mount in mounts if mount.get("name") != MODEL_VOLUME]
+    other = next((mount for mount in others if tools.is_model_path(mount.get("mountPath"))), None)
+    return f"the pod mounts its own volume `{other.get('name')}` at `{tools.MODEL_MOUNT_PATH}`" if other else None
+
+
+def _is_confidential(annotations: dict[str, str], spec: Manifest) -> bool:
+    """Whether the storage initializer decrypts the model; a ClusterStorageContainer may set only the variable."""
+    found = tools.find_by_name(tools.entries(spec, "initContainers", "spec"), tools.INITIALIZER) or {}
+    variable = tools.find_by_name(tools.entries(found, "env", "spec.initContainers[]"), tools.CONFIDENTIAL_VARIABLE)
+    is_set = variable is not None and str(variable.get("value", "")).lower() == "true"
+    return is_set or annotations.get(tools.CONFIDENTIAL) == "true"
 
 
 def _serving(spec: Manifest) -> list[Manifest]:
