@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 import kserve_pvc.kserve
 from kserve_pvc import PolicyError, SettingsError
 from kserve_pvc.kserve import Policy, Rule, mutate_pod, read_policy, share_volume
-from kserve_pvc.kserve._manifests import obstacle
+from kserve_pvc.kserve._manifests import obstacle, remarks
 from kserve_pvc.kserve._pods import admit
-from kserve_pvc.kserve._services import remarks
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed, the extra `kserve`")
 
@@ -992,6 +991,181 @@ def test_a_confidential_model_never_lies_on_a_shared_claim(mark):
     with pytest.raises(PolicyError, match="the model is confidential"):
         mutate_pod(own, grants)
     mutate_pod(own, policy(rule(claim="another")))
+
+
+def llm_service(spec=None, **metadata):
+    return {
+        "apiVersion": "serving.kserve.io/v1alpha2",
+        "kind": "LLMInferenceService",
+        "metadata": {"name": "llama", **metadata},
+        "spec": {"model": {"uri": "hf://org/llama"}, **(spec or {})},
+    }
+
+
+MAIN = {"name": "main"}
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "expected"),
+    [
+        ({}, {}, {"template": {"containers": [MAIN], "volumes": SHARED}}),
+        (
+            {"template": {"containers": [{"name": "main", "image": "vllm"}], "volumes": [VOLUMES["host"]]}},
+            {"read_only": True},
+            {"template": {"containers": [{"name": "main", "image": "vllm"}], "volumes": [VOLUMES["host"], *SHARED]}},
+        ),
+        (
+            {"worker": {}, "prefill": {"worker": {"containers": [{"name": "side"}]}}},
+            {"sub_path": "models/a"},
+            {
+                "template": {
+                    "volumes": SHARED,
+                    "containers": [{**MAIN, "volumeMounts": [{**READ, "subPath": "models/a"}]}],
+                },
+                "worker": {
+                    "volumes": SHARED,
+                    "containers": [{**MAIN, "volumeMounts": [{**READ, "subPath": "models/a"}]}],
+                },
+                "prefill": {
+                    "template": {
+                        "volumes": SHARED,
+                        "containers": [{**MAIN, "volumeMounts": [{**READ, "subPath": "models/a"}]}],
+                    },
+                    "worker": {
+                        "volumes": SHARED,
+                        "containers": [
+                            {"name": "side"},
+                            {**MAIN, "volumeMounts": [{**READ, "subPath": "models/a"}]},
+                        ],
+                    },
+                },
+            },
+        ),
+        (
+            {},
+            {"read_only": False},
+            {"template": {"volumes": SHARED, "containers": [{**MAIN, "volumeMounts": [WRITE]}]}},
+        ),
+        (
+            {"template": {"containers": [{**MAIN, "volumeMounts": [WRITE]}]}},
+            {"read_only": True},
+            {"template": {"volumes": SHARED, "containers": [{**MAIN, "volumeMounts": [READ]}]}},
+        ),
+    ],
+)
+def test_an_llm_service_shares_a_claim_in_every_pod_that_downloads(given, arguments, expected):
+    """
+    The volume is named in advance in each template, the server is mounted as requested, and twice is the same as once.
+    """
+    service = llm_service(given)
+    before = deepcopy(service)
+
+    found = share_volume(service, claim="models", **arguments)
+
+    assert found == llm_service({**given, **expected})
+    assert service == before
+    assert share_volume(found, claim="models", **arguments) == found
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"model": {"uri": "pvc://claim/x"}}, "its model is served directly from a claim"),
+        ({"model": {"uri": "oci+native://r/x"}}, "its model comes from an image"),
+        ({"model": {"uri": "hf://o/m", "confidential": {"enabled": True}}}, "its model is confidential"),
+        (
+            {"model": {"uri": "hf://o/m", "lora": {"adapters": [{"uri": "hf://o/a"}]}}},
+            "its adapters are downloaded into",
+        ),
+        ({"storageInitializer": {"enabled": False}}, "its storage initializer is disabled"),
+        (
+            {"worker": {"containers": [{**MAIN, "volumeMounts": [{"name": "d", "mountPath": "/mnt/models"}]}]}},
+            "it mounts its own volume `d` at `/mnt/models`",
+        ),
+    ],
+)
+def test_an_llm_service_that_must_not_share_stays_as_it_is(spec, reason):
+    """
+    Where KServe downloads nothing, other files too, or secrets, the service comes back unchanged, with the reason.
+    """
+    given = llm_service(spec)
+
+    assert share_volume(given, claim="models", sub_path="a", read_only=False) == given
+    assert reason in obstacle(given)
+    assert obstacle(llm_service(labels={"internal.serving.kserve.io/localmodel": "x"})) is not None
+    assert obstacle(llm_service({"model": {"uri": "hf://o/m", "lora": {"adapters": [{"uri": "pvc://c/a"}]}}})) is None
+
+
+def controlled(
+    volume=VOLUME, path="/mnt/models", server="main", args=("hf://org/llama", "/mnt/models"), claim="models"
+):
+    """
+    A pod as KServe's controller writes it, with the initializer in it and no annotation about a source.
+    """
+    mount = {"name": volume, "mountPath": "/mnt/models"}
+    spec = {
+        "initContainers": [{"name": "storage-initializer", "args": list(args), "volumeMounts": [mount]}],
+        "containers": [{"name": server, "volumeMounts": [{**mount, "mountPath": path, "readOnly": True}]}],
+        "volumes": [{"name": volume, "emptyDir": {}}],
+    }
+    return pod(spec, annotations={"kserve-pvc/claim": claim} if claim else {})
+
+
+@pytest.mark.parametrize("claim", ["models", None])
+def test_the_webhook_shares_the_claim_with_the_pods_of_an_llm_service(claim):
+    """
+    The claim takes the place of the emptyDir that the controller wrote, with the directories of the rule and of the
+    request, and a second call changes nothing.
+    """
+    given = controlled(claim=claim)
+    given["metadata"].setdefault("annotations", {})["kserve-pvc/sub-path"] = "team/models/a"
+    grants = policy(rule(subPath="team", default=True))
+
+    found = admit(given, grants)
+
+    assert (found.claim, found.notes) == ("models", ())
+    spec = found.pod["spec"]
+    assert spec["volumes"] == SHARED
+    assert spec["initContainers"][0]["volumeMounts"] == [{**WRITE, "subPath": "team"}]
+    assert spec["containers"][0]["volumeMounts"] == [{**READ, "subPath": "team/models/a"}]
+    assert mutate_pod(found.pod, grants) == found.pod
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (
+            pod({"containers": [MAIN]}, annotations={"kserve-pvc/claim": "models"}),
+            "KServe downloads nothing for this pod",
+        ),
+        (
+            controlled("mnt-models", server="kserve-container"),
+            "KServe downloads into the volume `mnt-models`, as it does for `storageUris`",
+        ),
+        (controlled(server="tokenizer", path="/mnt/models/base"), "the pod has no container `main`"),
+        (
+            controlled(path="/mnt"),
+            "KServe mounts its volume for other files than one model at `/mnt/models`",
+        ),
+        (
+            controlled(args=("hf://o/m", "/mnt/models", "hf://o/a", "/mnt/lora/a")),
+            "KServe mounts its volume for other files than one model",
+        ),
+        (
+            pod(controlled()["spec"], annotations={"kserve-pvc/claim": "models", CONFIDENTIAL: "true"}),
+            "the model is confidential",
+        ),
+    ],
+)
+def test_what_the_webhook_says_of_pods_without_a_source_is_true(given, reason):
+    """
+    A pod that KServe's controller has written is left as it is where it cannot share, for the reason that holds.
+    """
+    found = admit(given, policy(rule()))
+
+    assert (found.pod, found.claim) == (given, None)
+    assert len(found.notes) == 1
+    assert reason in found.notes[0]
 
 
 def test_a_pod_that_mounts_something_else_as_the_model_stays_valid():

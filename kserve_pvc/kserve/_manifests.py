@@ -8,25 +8,27 @@ enough, and no webhook is needed.
 from __future__ import annotations
 
 from kserve_pvc._settings import READONLY_ANNOTATION
-from kserve_pvc.errors import SettingsError
+from kserve_pvc.kserve import _llm_services as llm_services
 from kserve_pvc.kserve import _manifest_tools as tools
 from kserve_pvc.kserve import _services as services
-from kserve_pvc.kserve._manifest_tools import MODEL_VOLUME, Manifest
+from kserve_pvc.kserve._manifest_tools import Manifest
 from kserve_pvc.kserve._pods import mutate_pod
 from kserve_pvc.kserve._policy import check_claim, check_sub_path
-from kserve_pvc.kserve._services import obstacle
 
-__all__ = ["mutate_pod", "obstacle", "share_volume"]
+__all__ = ["mutate_pod", "obstacle", "remarks", "share_volume"]
+
+KINDS = (services.KIND, llm_services.KIND)
 
 
 def share_volume(
     inference_service: Manifest, *, claim: str, sub_path: str = "", read_only: bool | None = None
 ) -> Manifest:
     """
-    Return an InferenceService that downloads into a claim, which all of its replicas share.
+    Return an InferenceService or LLMInferenceService that downloads into a claim, which all of its replicas share.
 
     The argument is not changed, and the function is idempotent. A service is returned unchanged if KServe downloads
-    nothing for its predictor, or not into a volume that can be shared. Only the predictor shares the claim.
+    nothing for its predictor, or not into a volume that can be shared. Of an InferenceService only the predictor
+    shares the claim; of an LLMInferenceService the servers, their workers and those for prefill.
 
     Args:
         inference_service: The manifest.
@@ -37,7 +39,8 @@ def share_volume(
             `storage.kserve.io/readonly`, where it has precedence: in the predictor if that has the annotation, else in
             the service. None leaves the annotations unchanged: KServe mounts read-write only if the one of the
             predictor, else that of the service, else that of the ServingRuntime is exactly `"false"`. The
-            ServingRuntime is not part of the manifest, so its annotation is not known here.
+            ServingRuntime is not part of the manifest, so its annotation is not known here. KServe mounts the model
+            of an LLMInferenceService read-only regardless of annotations, so False adds a mount there.
 
     Raises:
         SettingsError: A field is missing, has the wrong type, or conflicts with the arguments.
@@ -45,18 +48,39 @@ def share_volume(
     """
     check_claim(claim, "claim")
     check_sub_path(sub_path, "sub_path")
-    service = tools.copy_manifest(inference_service, services.KIND)
+    service = tools.copy_manifest(inference_service, *KINDS)
     if obstacle(service) is not None:
+        return service
+    if service["kind"] == llm_services.KIND:
+        llm_services.share(service, claim, sub_path, read_only)
         return service
     predictor = services.predictor_of(service)
     is_writing = _set_annotation(service, predictor, read_only)
-    _add_volume(predictor, claim)
+    tools.add_claim(predictor, claim, "spec.predictor")
     for place, container in services.serving(predictor):
         if sub_path or not services.has_source(predictor):
-            _add_mount(container, place, sub_path, read_only=not is_writing)
+            tools.add_mount(container, place, sub_path, read_only=not is_writing)
         if read_only is not None:
-            _set_read_only(container, place, read_only)
+            tools.set_read_only(container, place, read_only)
     return service
+
+
+def obstacle(service: Manifest) -> str | None:
+    """
+    Return the reason why a service of either kind must not or cannot share a claim, or None.
+
+    Raises:
+        SettingsError: It is neither kind, or a field has the wrong type.
+    """
+    service = tools.copy_manifest(service, *KINDS)
+    return llm_services.obstacle(service) if service["kind"] == llm_services.KIND else services.obstacle(service)
+
+
+def remarks(service: Manifest) -> tuple[str, ...]:
+    """
+    Return what sharing a claim does not do for a service of either kind.
+    """
+    return llm_services.remarks(service) if service["kind"] == llm_services.KIND else services.remarks(service)
 
 
 def _set_annotation(service: Manifest, predictor: Manifest, read_only: bool | None) -> bool:
@@ -79,38 +103,3 @@ def _set_annotation(service: Manifest, predictor: Manifest, read_only: bool | No
 
 def _annotations(owner: Manifest, place: str) -> dict[str, str]:
     return tools.strings(owner, "annotations", place)
-
-
-def _add_volume(predictor: Manifest, claim: str) -> None:
-    place = "spec.predictor"
-    present = tools.find_by_name(tools.entries(predictor, "volumes", place), MODEL_VOLUME)
-    volume = {"name": MODEL_VOLUME, "persistentVolumeClaim": {"claimName": claim}}
-    if present is None:
-        tools.append(predictor, "volumes", volume, place)
-        return
-    found = tools.mapping_or_empty(present, "persistentVolumeClaim", f"{place}.volumes[]").get("claimName")
-    if found != claim:
-        value = f"claim {found}" if found else "no claim"
-        hint = f"remove this volume, or share its claim instead of `{claim}`"
-        raise SettingsError(f"{place}.volumes[{MODEL_VOLUME}]", value, hint)
-
-
-def _add_mount(container: Manifest, place: str, sub_path: str, *, read_only: bool) -> None:
-    present = tools.find_by_name(tools.entries(container, "volumeMounts", place), MODEL_VOLUME)
-    if present is None:
-        tools.append(container, "volumeMounts", tools.make_mount(sub_path, read_only=read_only), place)
-        return
-    if sub_path and present.get("subPath") != sub_path:
-        found = str(present.get("subPath") or "the whole claim")
-        raise SettingsError(
-            f"{place}.volumeMounts[{MODEL_VOLUME}].subPath",
-            found,
-            f"remove this mount, or share its directory instead of `{sub_path}`",
-        )
-
-
-def _set_read_only(container: Manifest, place: str, read_only: bool) -> None:
-    """Change the mounts of the service itself, to which KServe does not apply the annotation."""
-    for mount in tools.entries(container, "volumeMounts", place):
-        if mount.get("name") == MODEL_VOLUME and (mount.get("readOnly") is True) is not read_only:
-            mount["readOnly"] = read_only

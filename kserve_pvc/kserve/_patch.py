@@ -11,8 +11,7 @@ import attrs
 
 from kserve_pvc.errors import SettingsError, StoreError, printable, unknown_option
 from kserve_pvc.kserve._manifest_tools import Manifest
-from kserve_pvc.kserve._manifests import share_volume
-from kserve_pvc.kserve._services import KIND, obstacle, remarks
+from kserve_pvc.kserve._manifests import KINDS, obstacle, remarks, share_volume
 from kserve_pvc.kserve._yaml import read_documents, write_documents
 
 _LIST = "ResourceList"
@@ -107,7 +106,7 @@ def _configured(config: object, sharing: Sharing) -> Sharing:
 
 
 def _is_service(document: object) -> bool:
-    return isinstance(document, dict) and document.get("kind") == KIND
+    return isinstance(document, dict) and document.get("kind") in KINDS
 
 
 def _flatten(document: object) -> Iterator[object]:

@@ -182,10 +182,10 @@ def _obstacle(metadata: Manifest, spec: Manifest) -> str | None:
     """Return the reason why KServe's storage initializer downloads nothing into a volume of this pod, or None."""
     annotations = tools.strings(metadata, "annotations")
     source = annotations.get(tools.SOURCE)
-    if source is None:
-        return "KServe downloads nothing for this pod"
     if tools.AGENT in annotations:
         return "KServe's agent downloads for this pod"
+    if source is None:
+        return _initializer_obstacle(spec) or (_CONFIDENTIAL if _is_confidential(annotations, spec) else None)
     if tools.LOCAL_MODEL in tools.strings(metadata, "labels"):
         return "the model comes from a LocalModelCache"
     if source.startswith(tools.OCI_SCHEMES):
@@ -195,6 +195,34 @@ def _obstacle(metadata: Manifest, spec: Manifest) -> str | None:
     if _is_confidential(annotations, spec):
         return _CONFIDENTIAL
     return None if _serving(spec) else f"the pod has no container `{tools.SERVING}`"
+
+
+def _initializer_obstacle(spec: Manifest) -> str | None:
+    """
+    Return why a pod cannot share a claim to which KServe's controller, not its webhook, has added the initializer.
+
+    Those are pods of an LLMInferenceService, which can, and of an InferenceService with `storageUris`, which cannot.
+    """
+    initializer = _initializer(spec)
+    if initializer is None:
+        return "KServe downloads nothing for this pod"
+    mounts = [(str(mount.get("name")), mount.get("mountPath")) for mount in _mounts(initializer)]
+    names = [name for name, path in mounts if name == MODEL_VOLUME or tools.is_model_path(path)]
+    if MODEL_VOLUME not in names:
+        where = f"the volume `{names[0]}`" if names else "a volume of another name"
+        return f"KServe downloads into {where}, as it does for `storageUris`"
+    arguments = initializer.get("args")
+    paths = [path for name, path in mounts if name == MODEL_VOLUME]
+    paths += [
+        mount.get("mountPath") for one in _serving(spec) for mount in _mounts(one) if mount.get("name") == MODEL_VOLUME
+    ]
+    if not isinstance(arguments, list) or len(arguments) != 2 or not all(map(tools.is_model_path, paths)):
+        return f"KServe mounts its volume for other files than one model at `{tools.MODEL_MOUNT_PATH}`"
+    return None if _serving(spec) else f"the pod has no container `{tools.LLM_SERVING}`"
+
+
+def _initializer(spec: Manifest) -> Manifest | None:
+    return tools.find_by_name(tools.entries(spec, "initContainers", "spec"), tools.INITIALIZER)
 
 
 def _own_volume(spec: Manifest) -> str | None:
@@ -209,7 +237,7 @@ def _own_volume(spec: Manifest) -> str | None:
 
 def _is_confidential(annotations: dict[str, str], spec: Manifest) -> bool:
     """Whether the storage initializer decrypts the model; a ClusterStorageContainer may set only the variable."""
-    found = tools.find_by_name(tools.entries(spec, "initContainers", "spec"), tools.INITIALIZER) or {}
+    found = _initializer(spec) or {}
     variable = tools.find_by_name(tools.entries(found, "env", "spec.initContainers[]"), tools.CONFIDENTIAL_VARIABLE)
     is_set = variable is not None and str(variable.get("value", "")).lower() == "true"
     return is_set or annotations.get(tools.CONFIDENTIAL) == "true"
@@ -219,6 +247,9 @@ def _serving(spec: Manifest) -> list[Manifest]:
     """Return the containers into which KServe mounts the model."""
     found = tools.entries(spec, "containers", "spec")
     main = tools.find_by_name(found, tools.SERVING) or tools.find_by_name(found, tools.WORKER)
+    if main is None and _initializer(spec) is not None:
+        # The tokenizer of an LLMInferenceService needs a few files only, and its initializer downloads no others.
+        main = tools.find_by_name(found, tools.LLM_SERVING)
     transformer = tools.find_by_name(found, tools.TRANSFORMER)
     return [] if main is None else [main, transformer] if transformer else [main]
 

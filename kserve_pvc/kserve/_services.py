@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from kserve_pvc.errors import SettingsError
 from kserve_pvc.kserve import _manifest_tools as tools
-from kserve_pvc.kserve._manifest_tools import MODEL_MOUNT_PATH, MODEL_VOLUME, Manifest
+from kserve_pvc.kserve._manifest_tools import MODEL_MOUNT_PATH, Manifest
 
 KIND = "InferenceService"
-API_GROUP = "serving.kserve.io/"
 
 # Predictors older than `model`; each is a container with its own `storageUri`.
 _FRAMEWORKS = (
@@ -77,10 +76,7 @@ def predictor_of(service: Manifest) -> Manifest:
     Raises:
         SettingsError: It is not an InferenceService, or has no predictor.
     """
-    if not str(service.get("apiVersion", "")).startswith(API_GROUP):
-        raise SettingsError(
-            "apiVersion", str(service.get("apiVersion", "")), f"expected an {KIND} of `{API_GROUP}v1beta1`"
-        )
+    tools.check_group(service, f"{KIND} of `{tools.API_GROUP}v1beta1`")
     predictor = tools.mapping_or_empty(tools.mapping_or_empty(service, "spec", ""), "predictor", "spec")
     if not predictor:
         raise SettingsError("spec.predictor", "", f"an {KIND} needs a predictor")
@@ -153,12 +149,8 @@ def _agent_obstacle(predictor: Manifest) -> str | None:
 
 
 def _mount_obstacle(found: list[tuple[str, Manifest]]) -> str | None:
-    """Return why a mount of the claim would make the pod invalid: a path can be mounted only once."""
-    for place, container in found:
-        for mount in tools.entries(container, "volumeMounts", place):
-            if mount.get("name") != MODEL_VOLUME and tools.is_model_path(mount.get("mountPath")):
-                return f"it mounts its own volume `{mount.get('name')}` at {_MODELS}"
-    return None
+    reasons = (tools.mount_obstacle(container, place) for place, container in found)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _is_confidential(predictor: Manifest, metadata: Manifest) -> bool:
