@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 from types import FrameType
@@ -46,7 +45,8 @@ from kserve_pvc.errors import (
 )
 from kserve_pvc.kserve._archives import is_archive, unpacking
 from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source
-from kserve_pvc.kserve._environment import Variables, read_variables, trust_bundle
+from kserve_pvc.kserve._environment import Variables, leave_to_s3, read_variables, trust_bundle
+from kserve_pvc.kserve._log import log as _log
 from kserve_pvc.locks.liveness import here
 
 _USAGE = "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]"
@@ -110,8 +110,9 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _variables() -> Variables:
-    os.environ.update(trust_bundle(os.environ))
-    return read_variables()
+    variables = read_variables()
+    os.environ.update({**trust_bundle(os.environ), **leave_to_s3(os.environ)})
+    return variables
 
 
 def fill_all(pairs: Sequence[tuple[str, str]], variables: Variables) -> None:
@@ -188,6 +189,7 @@ def read_source(source: str, variables: Variables) -> CheckedSource:
     if source and "://" not in source and Path(source).exists():
         source = os.path.abspath(source)
     ref = parse_ref(source, allow_patterns=variables.allow_patterns, ignore_patterns=variables.ignore_patterns)
+    variables.check(ref.scheme)
     return CheckedSource(ref=ref)
 
 
@@ -458,9 +460,3 @@ def _fail(text: str) -> int:
         finally:
             os.close(fd)
     return 1
-
-
-def _log(level: str, text: str) -> None:
-    now = datetime.now(UTC)
-    stamp = f"{now:%Y-%m-%d %H:%M:%S}.{now.microsecond // 1000:03d}"
-    print(f"{stamp} {os.getpid()} storage.initializer {level} {text}", file=sys.stderr, flush=True)
