@@ -27,11 +27,19 @@ from users import public_directory
 from waiting import until
 from webserver import WebServer
 
-from kserve_pvc import InvalidURIError, LockTimeoutError, ModelStore, SettingsError, SourceNotFoundError
+from kserve_pvc import (
+    InvalidURIError,
+    LockTimeoutError,
+    ModelStore,
+    SettingsError,
+    SourceNotFoundError,
+    UnknownSchemeError,
+)
 from kserve_pvc.kserve import Storage
 from kserve_pvc.kserve._destination import OURS, Contents, Destination, Source
 from kserve_pvc.kserve._environment import leave_to_s3, read_variables, trust_bundle
 from kserve_pvc.kserve._initialize import main
+from kserve_pvc.kserve._schemes import check_supported
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.liveness import here
 
@@ -50,6 +58,7 @@ from kserve_pvc._show import observing as _observing
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends import file
 from kserve_pvc.kserve._initialize import main
+from kserve_pvc.kserve._schemes import check_supported
 
 os.umask(0o077)
 os.setgroups([])
@@ -399,6 +408,86 @@ def test_sources_that_are_refused(source, place, monkeypatch, bad):
 
     assert result.returncode == 1
     assert list(place.iterdir()) == []
+
+
+SHARE = "file shares of Azure are not supported; copy the model to a blob container"
+IMAGE = "images are not downloaded; KServe mounts `oci://` and `oci+native://` without an initializer"
+HDFS = "copy the model to a bucket, or use KServe's own initializer; WebHDFS without Kerberos is read from"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("https://acct.file.core.windows.net/share/m", SHARE),
+        ("https://acct.file.core.windows.net/share/m?sv=1&sig=canary", SHARE),
+        ("https://acct.z12.file.storage.azure.net/share/m", SHARE),
+        ("HTTPS://ACCT.FILE.core.chinacloudapi.cn:443/share", SHARE),
+        ("oci://r/m:1", IMAGE),
+        ("oci+native://r/m", IMAGE),
+        ("oci+fetch://r/m", IMAGE),
+        ("OCI://r/m", IMAGE),
+        ("hdfs://nn:8020/m", HDFS),
+        ("webhdfs://nn/m", HDFS),
+        ("modelscope://o/m", "copy the model to a bucket, or use Hugging Face"),
+        ("https://host/o/r.git/", "git repositories are not supported"),
+        ("git+https://host/o/r", "git repositories are not supported"),
+    ],
+)
+def test_what_only_kserves_own_initializer_reads_is_refused_by_its_name(place, bad, message):
+    """
+    Each kind of source that KServe supports and this initializer does not has a sentence of its own, without a request
+    and without the signature.
+    """
+    with pytest.raises((InvalidURIError, UnknownSchemeError)) as raised:
+        check_supported(bad)
+    result = run(bad, place)
+
+    assert message in str(raised.value)
+    assert (result.returncode, message in result.stderr, list(place.iterdir())) == (1, True, [])
+    assert "canary" not in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        "https://acct.blob.core.windows.net/c/m",
+        "https://host/file.core.windows.net/m",
+        "https://files.example.com/m.file.core",
+        "s3://bucket/r.git",
+        "https://host/r.github/m",
+        "https://[::1",
+        "/mnt/models",
+    ],
+)
+def test_what_only_resembles_an_unsupported_source_is_left_to_the_parser(good):
+    """
+    A name that holds one of these words is not one of these kinds.
+    """
+    check_supported(good)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("hdfs", "credentials for HDFS are not supported; copy the model to a bucket"),
+        ("webhdfs", "credentials for HDFS are not supported"),
+        ("gs", "set `GOOGLE_APPLICATION_CREDENTIALS`"),
+        ("azure", "set `AZURE_STORAGE_ACCESS_KEY`"),
+        ("hf", "set `HF_TOKEN`"),
+        ("https", "set `<host>-headers`"),
+        ("other", "supported: `s3`"),
+    ],
+)
+def test_a_storage_secret_of_another_type_is_refused_with_the_way_out(kind, hint):
+    """
+    Each type that KServe documents is named, with what to set instead.
+    """
+    with pytest.raises(SettingsError) as raised:
+        read_variables({"STORAGE_CONFIG": json.dumps({"type": kind, "secret": "canary"})})
+
+    assert f"invalid value `type {kind}` for `STORAGE_CONFIG`" in str(raised.value)
+    assert hint in str(raised.value)
+    assert "canary" not in str(raised.value)
 
 
 # Directories as they are found

@@ -37,6 +37,17 @@ _SECRET_FIELDS = {
     "verify_ssl": "S3_VERIFY_SSL",
     "anonymous": "awsAnonymousCredential",
 }
+# Other types of secrets, and what to do instead.
+_HDFS_SECRET = "credentials for HDFS are not supported; copy the model to a bucket, or use KServe's own initializer"
+_OTHER_SECRETS = {
+    "hdfs": _HDFS_SECRET,
+    "webhdfs": _HDFS_SECRET,
+    "gs": "set `GOOGLE_APPLICATION_CREDENTIALS`, as KServe does for a secret of the service account; supported: `s3`",
+    "azure": "set `AZURE_STORAGE_ACCESS_KEY`, as KServe does for a secret of the service account; supported: `s3`",
+    "hf": "set `HF_TOKEN`, as KServe does for a secret of the service account; supported: `s3`",
+    "http": "set `<host>-headers`, as KServe does for a secret of the service account; supported: `s3`",
+    "https": "set `<host>-headers`, as KServe does for a secret of the service account; supported: `s3`",
+}
 # Other fields of a secret, which KServe itself reads.
 _KSERVE_FIELDS = {"type", "bucket", "default_bucket", "scheme", "cabundle_configmap"}
 # KServe's own number of files, and of parts of one file, at a time.
@@ -272,9 +283,7 @@ def _storage_options(environ: Mapping[str, str]) -> Mapping[str, Any]:
     secret = _secret(environ)
     kind = secret.get("type", "")
     if kind not in ("", "s3"):
-        raise SettingsError(
-            "STORAGE_CONFIG", f"type {kind}", "credentials of this type are not supported; supported: `s3`"
-        )
+        raise SettingsError("STORAGE_CONFIG", f"type {kind}", _OTHER_SECRETS.get(str(kind), "supported: `s3`"))
     from_secret = _variables_of(secret) if kind == "s3" else {}
     options = _s3_options({**environ, **from_secret}, from_secret)
     return {"s3": options} if options else {}
