@@ -20,6 +20,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+import kserve_rules
 import pytest
 import shell
 from trees import listing, model_files, read_tree, write_files
@@ -907,6 +908,23 @@ def test_credentials_of_a_storage_secret(upload, origin, proxy, place):
     env = {"STORAGE_CONFIG": json.dumps(secret), "STORAGE_OVERRIDE_CONFIG": json.dumps(over)}
 
     result = run(upload(FILES), place, env=env)
+
+    assert result.returncode == 0, result.stderr
+    assert served(place) == FILES
+
+
+@pytest.mark.parametrize("over", [{}, {"region": "us-east-1"}])
+def test_a_service_with_a_storage_key_gets_its_model(upload, origin, proxy, place, over):
+    """
+    What KServe makes of `storage:` with a key, a path and parameters leads to the model.
+    """
+    bucket, _, path = upload(FILES).removeprefix("s3://").partition("/")
+    secret = {"type": "s3", "access_key_id": origin.key, "secret_access_key": origin.secret, "bucket": bucket}
+    secret |= {"endpoint_url": proxy.endpoint, "region": "nowhere-1" if over else "us-east-1"}
+    storage = {"key": "mine", "path": f"/{path}", **({"parameters": over} if over else {})}
+
+    _, source, variables = kserve_rules.storage_spec(storage, secret)
+    result = run(source, place, env=variables)
 
     assert result.returncode == 0, result.stderr
     assert served(place) == FILES

@@ -7,6 +7,8 @@ empty fields are left out. A pod that KServe would refuse raises `RefusedByKServ
 
 from __future__ import annotations
 
+import json
+import re
 from copy import deepcopy
 from hashlib import sha256
 from typing import Any
@@ -67,6 +69,29 @@ def pod_of(service: dict[str, Any], runtime: dict[str, str]) -> dict[str, Any]:
     serving = {"name": "kserve-container", **({"volumeMounts": deepcopy(mounts)} if mounts else {})}
     spec = {"containers": [serving], "volumes": deepcopy(predictor.get("volumes", []))}
     return {"kind": "Pod", "metadata": {"annotations": annotations}, "spec": spec}
+
+
+def is_supported(container: dict[str, Any], uri: str) -> bool:
+    """
+    Whether a ClusterStorageContainer takes a source: by a prefix, or by a regular expression that may match anywhere.
+    """
+    return any(
+        uri.startswith(one["prefix"]) if "prefix" in one else re.search(one["regex"], uri) is not None
+        for one in container["supportedUriFormats"]
+    )
+
+
+def storage_spec(storage: dict[str, Any], secret: dict[str, str]) -> tuple[str, str, dict[str, str]]:
+    """
+    Return of a `storage:` the URI by which KServe selects a container, and the source and variables that this gets.
+    """
+    selected = f"<scheme-placeholder>://{storage['path'].removeprefix('/')}"
+    over = storage.get("parameters", {})
+    kind, bucket = over.get("type") or secret["type"], over.get("bucket") or secret.get("bucket", "")
+    path = selected.removeprefix("<scheme-placeholder>://")
+    source = f"{kind}://{bucket}/{path}" if kind == "s3" else f"{kind}://{path}"
+    variables = {"STORAGE_CONFIG": json.dumps(secret)}
+    return selected, source, variables | ({"STORAGE_OVERRIDE_CONFIG": json.dumps(over)} if over else {})
 
 
 def _source(pod: dict[str, Any]) -> str | None:
