@@ -337,6 +337,18 @@ def test_the_webhook_is_registered_where_it_listens():
     assert (hook["reinvocationPolicy"], hook["failurePolicy"], hook["sideEffects"]) == ("IfNeeded", "Fail", "None")
 
 
+def test_the_webhook_is_called_before_kserves_own():
+    """
+    By its name, by which the API server orders webhooks; in the manifest and on the page alike.
+    """
+    manifest = find("MutatingWebhookConfiguration")
+    page = (deployables.ROOT / "docs/how-to/kserve-webhook.md").read_text()
+    [shown] = re.findall(r"kind: MutatingWebhookConfiguration\nmetadata:\n  name: (\S+)", page)
+
+    assert shown == manifest["metadata"]["name"] < "inferenceservice.serving.kserve.io"
+    assert [hook["reinvocationPolicy"] for hook in manifest["webhooks"]] == ["IfNeeded"]
+
+
 def test_the_service_mounts_the_directory_that_kserve_makes_of_its_uri():
     """
     The server's directory follows from the source, and `share_volume` would write the same.

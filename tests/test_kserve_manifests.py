@@ -207,6 +207,38 @@ def test_the_order_does_not_matter_and_once_more_changes_nothing(given, grants):
         assert theirs(after) == after
 
 
+MODEL_VOLUMES = [
+    {"emptyDir": {"sizeLimit": "10Gi"}},
+    {"ephemeral": {"volumeClaimTemplate": {"spec": {"accessModes": ["ReadWriteOnce"]}}}},
+    {"persistentVolumeClaim": {"claimName": "free"}},
+    {"persistentVolumeClaim": {"claimName": "models"}},
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(given=pods(), grants=policies(), model_volume=st.sampled_from(MODEL_VOLUMES))
+def test_what_kserve_is_configured_to_add_does_not_matter_to_a_pod_that_shares(given, grants, model_volume):
+    """
+    In the documented order, ours before KServe's and again after it, a pod that gets a claim is the same whatever
+    volume the cluster would add, and any other pod is stable after that.
+    """
+
+    def ours(found):
+        return mutate_pod(found, grants)
+
+    def theirs(found):
+        return kserve_rules.inject(found, model_volume)
+
+    plain = outcome([ours, kserve_rules.inject, ours], given)
+    first = outcome([lambda found: admit(found, grants).claim], given)
+
+    configured = outcome([ours, theirs, ours], given)
+
+    if first is not None:
+        assert configured == plain
+    assert configured is None or ours(theirs(configured)) == configured
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     given=pods(sources=DOWNLOADED),

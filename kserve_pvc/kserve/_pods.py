@@ -2,8 +2,9 @@
 Mutates pods: the shared claim replaces the `emptyDir` that KServe would add, and a pod gets no more access than the
 policy grants.
 
-KServe goes by names: it does not change an existing volume or mount with the name that it would use. So the mutation
-works before and after KServe's own webhook, with the same result, and is idempotent.
+KServe goes by names: it does not change an existing volume or mount with the name that it would use. So the mutation is
+idempotent, and works before KServe's own webhook; called again after it, it confines what KServe has added. Only after
+KServe it has the same result as long as KServe adds an `emptyDir` without settings, which is its default.
 """
 
 from __future__ import annotations

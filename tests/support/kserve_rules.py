@@ -30,10 +30,11 @@ class RefusedByKServeError(Exception):
     """
 
 
-def inject(pod: dict[str, Any]) -> dict[str, Any]:
+def inject(pod: dict[str, Any], model_volume: dict[str, Any] | None = None) -> dict[str, Any]:
     """
-    Apply the rules once.
+    Apply the rules once, in a cluster whose `modelVolumeSource` is given, else an `emptyDir`.
     """
+    model_volume = {"emptyDir": {}} if model_volume is None else model_volume
     pod = deepcopy(pod)
     annotations = pod["metadata"].get("annotations", {})
     source = _source(pod)
@@ -49,8 +50,8 @@ def inject(pod: dict[str, Any]) -> dict[str, Any]:
         return pod
     initializer = {"name": "storage-initializer", "image": "kserve/storage-initializer", "args": [source, MODELS]}
     pod["spec"]["initContainers"] = [*pod["spec"].get("initContainers", []), initializer]
-    _add(pod["spec"], targets, _mount(VOLUME, "", read_only), {"emptyDir": {}})
-    _add(pod["spec"], [initializer], _mount(VOLUME, "", False), {"emptyDir": {}})
+    _add(pod["spec"], targets, _mount(VOLUME, "", read_only), model_volume)
+    _add(pod["spec"], [initializer], _mount(VOLUME, "", False), model_volume)
     return pod
 
 
