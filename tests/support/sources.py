@@ -96,5 +96,10 @@ class Interfering:
         with self._inner.open_range(file, start, stop) as reader:
             yield reader
 
+    def close(self) -> None:
+        close = getattr(self._inner, "close", None)
+        if close is not None:
+            close()
+
     def factory(self, options: Mapping[str, Any]) -> Interfering:
         return self
