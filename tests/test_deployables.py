@@ -337,6 +337,18 @@ def test_the_webhook_is_registered_where_it_listens():
     assert (hook["reinvocationPolicy"], hook["failurePolicy"], hook["sideEffects"]) == ("IfNeeded", "Fail", "None")
 
 
+def test_the_webhook_is_called_before_kserves_own():
+    """
+    By its name, by which the API server orders webhooks; in the manifest and on the page alike.
+    """
+    manifest = find("MutatingWebhookConfiguration")
+    page = (deployables.ROOT / "docs/how-to/kserve-webhook.md").read_text()
+    [shown] = re.findall(r"kind: MutatingWebhookConfiguration\nmetadata:\n  name: (\S+)", page)
+
+    assert shown == manifest["metadata"]["name"] < "inferenceservice.serving.kserve.io"
+    assert [hook["reinvocationPolicy"] for hook in manifest["webhooks"]] == ["IfNeeded"]
+
+
 def test_the_service_mounts_the_directory_that_kserve_makes_of_its_uri():
     """
     The server's directory follows from the source, and `share_volume` would write the same.
@@ -362,12 +374,7 @@ def test_services_choose_a_container_that_takes_their_uri():
     manifests = [manifest for _, manifest in everything() if manifest["kind"] == "ClusterStorageContainer"]
     found = {manifest["metadata"]["name"]: manifest["spec"] for manifest in manifests}
 
-    def takes(spec, uri):
-        return any(
-            uri.startswith(one["prefix"]) if "prefix" in one else re.search(one["regex"], uri)
-            for one in spec["supportedUriFormats"]
-        )
-
+    takes = kserve_rules.is_supported
     for name in ("llama", "bert"):
         predictor = find("InferenceService", name)["spec"]["predictor"]
         spec = found[predictor["storageContainerName"]]
@@ -376,6 +383,48 @@ def test_services_choose_a_container_that_takes_their_uri():
     assert [name for name, spec in found.items() if spec["workloadType"] != "initContainer"] == ["kserve-pvc-job"]
     assert takes(found["kserve-pvc-job"], cache["sourceModelUri"])
     assert find("PersistentVolumeClaim", cache["pvcRef"])["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_one_container_is_for_services_with_a_storage_key():
+    """
+    KServe compares the placeholder that it makes of `storage:`, which one container of its own directory takes and no
+    other, so that no service gets it unasked.
+    """
+    selected, _, _ = kserve_rules.storage_spec({"key": "k", "path": "/m"}, {"type": "s3", "bucket": "b"})
+    containers = [(path, one) for path, one in everything() if one["kind"] == "ClusterStorageContainer"]
+
+    taking = [(path, one["spec"]) for path, one in containers if kserve_rules.is_supported(one["spec"], selected)]
+
+    [(path, spec)] = taking
+    assert path == "initializer-storage/storage.yaml"
+    assert (spec["workloadType"], spec["supportsMultiModelDownload"]) == ("initContainer", True)
+    images = "initializer/images.yaml", "initializer-storage/images.yaml"
+    assert len({(deployables.PLACE / one).read_text() for one in images}) == 1
+
+
+def test_what_takes_web_addresses_may_connect_inside_the_cluster():
+    """
+    A container that takes `http://` has the setting without which a server of the cluster is refused, and no other has
+    it.
+    """
+    for _, manifest in everything():
+        if manifest["kind"] != "ClusterStorageContainer":
+            continue
+        spec = manifest["spec"]
+        variables = {one["name"]: one.get("value") for one in spec["container"]["env"]}
+        takes = kserve_rules.is_supported(spec, "http://models.storage.svc.cluster.local/m")
+        assert variables.get("KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES") == ("1" if takes else None)
+
+
+def test_only_the_directory_for_a_later_kserve_has_a_field_that_no_release_has(built):
+    """
+    `pvcRef`, which the API servers of KServe up to 0.21 refuse, is built by one directory alone.
+    """
+    kinds = {name: {manifest["kind"] for manifest in manifests} for name, manifests in built.items()}
+
+    assert [name for name, found in kinds.items() if "LocalModelNamespaceCache" in found] == ["cache"]
+    assert "InferenceService" in kinds["services"]
+    assert all("pvcRef" not in str(manifests) for name, manifests in built.items() if name != "cache")
 
 
 @pytest.mark.parametrize(("name", "claim", "is_read_only"), [("llama", "models", True), ("bert", "bert", True)])

@@ -569,6 +569,7 @@ def test_the_decision_about_a_pod_loads_no_server():
     assert ours(loaded) - {"kserve"} == {
         *("_format", "_format.file_names", "_settings", "errors"),
         *(f"kserve.{name}" for name in ("_admission", "_manifests", "_manifest_tools", "_pods", "_policy")),
+        *("kserve._llm_services", "kserve._services"),
     }
 
 

@@ -20,6 +20,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+import kserve_rules
 import pytest
 import shell
 from trees import listing, model_files, read_tree, write_files
@@ -27,11 +28,19 @@ from users import public_directory
 from waiting import until
 from webserver import WebServer
 
-from kserve_pvc import InvalidURIError, LockTimeoutError, ModelStore, SourceNotFoundError
+from kserve_pvc import (
+    InvalidURIError,
+    LockTimeoutError,
+    ModelStore,
+    SettingsError,
+    SourceNotFoundError,
+    UnknownSchemeError,
+)
 from kserve_pvc.kserve import Storage
 from kserve_pvc.kserve._destination import OURS, Contents, Destination, Source
-from kserve_pvc.kserve._environment import read_variables, trust_bundle
+from kserve_pvc.kserve._environment import leave_to_s3, read_variables, trust_bundle
 from kserve_pvc.kserve._initialize import main
+from kserve_pvc.kserve._schemes import check_supported
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.liveness import here
 
@@ -50,6 +59,7 @@ from kserve_pvc._show import observing as _observing
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends import file
 from kserve_pvc.kserve._initialize import main
+from kserve_pvc.kserve._schemes import check_supported
 
 os.umask(0o077)
 os.setgroups([])
@@ -399,6 +409,86 @@ def test_sources_that_are_refused(source, place, monkeypatch, bad):
 
     assert result.returncode == 1
     assert list(place.iterdir()) == []
+
+
+SHARE = "file shares of Azure are not supported; copy the model to a blob container"
+IMAGE = "images are not downloaded; KServe mounts `oci://` and `oci+native://` without an initializer"
+HDFS = "copy the model to a bucket, or use KServe's own initializer; WebHDFS without Kerberos is read from"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("https://acct.file.core.windows.net/share/m", SHARE),
+        ("https://acct.file.core.windows.net/share/m?sv=1&sig=canary", SHARE),
+        ("https://acct.z12.file.storage.azure.net/share/m", SHARE),
+        ("HTTPS://ACCT.FILE.core.chinacloudapi.cn:443/share", SHARE),
+        ("oci://r/m:1", IMAGE),
+        ("oci+native://r/m", IMAGE),
+        ("oci+fetch://r/m", IMAGE),
+        ("OCI://r/m", IMAGE),
+        ("hdfs://nn:8020/m", HDFS),
+        ("webhdfs://nn/m", HDFS),
+        ("modelscope://o/m", "copy the model to a bucket, or use Hugging Face"),
+        ("https://host/o/r.git/", "git repositories are not supported"),
+        ("git+https://host/o/r", "git repositories are not supported"),
+    ],
+)
+def test_what_only_kserves_own_initializer_reads_is_refused_by_its_name(place, bad, message):
+    """
+    Each kind of source that KServe supports and this initializer does not has a sentence of its own, without a request
+    and without the signature.
+    """
+    with pytest.raises((InvalidURIError, UnknownSchemeError)) as raised:
+        check_supported(bad)
+    result = run(bad, place)
+
+    assert message in str(raised.value)
+    assert (result.returncode, message in result.stderr, list(place.iterdir())) == (1, True, [])
+    assert "canary" not in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        "https://acct.blob.core.windows.net/c/m",
+        "https://host/file.core.windows.net/m",
+        "https://files.example.com/m.file.core",
+        "s3://bucket/r.git",
+        "https://host/r.github/m",
+        "https://[::1",
+        "/mnt/models",
+    ],
+)
+def test_what_only_resembles_an_unsupported_source_is_left_to_the_parser(good):
+    """
+    A name that holds one of these words is not one of these kinds.
+    """
+    check_supported(good)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("hdfs", "credentials for HDFS are not supported; copy the model to a bucket"),
+        ("webhdfs", "credentials for HDFS are not supported"),
+        ("gs", "set `GOOGLE_APPLICATION_CREDENTIALS`"),
+        ("azure", "set `AZURE_STORAGE_ACCESS_KEY`"),
+        ("hf", "set `HF_TOKEN`"),
+        ("https", "set `<host>-headers`"),
+        ("other", "supported: `s3`"),
+    ],
+)
+def test_a_storage_secret_of_another_type_is_refused_with_the_way_out(kind, hint):
+    """
+    Each type that KServe documents is named, with what to set instead.
+    """
+    with pytest.raises(SettingsError) as raised:
+        read_variables({"STORAGE_CONFIG": json.dumps({"type": kind, "secret": "canary"})})
+
+    assert f"invalid value `type {kind}` for `STORAGE_CONFIG`" in str(raised.value)
+    assert hint in str(raised.value)
+    assert "canary" not in str(raised.value)
 
 
 # Directories as they are found
@@ -781,14 +871,14 @@ def test_a_newer_version_in_the_store_reaches_the_directory(tmp_path, root, plac
         ({"STORAGE_CONFIG": '{"type": "s3", "access_key": "canary"}'}, "STORAGE_CONFIG"),
         ({"STORAGE_OVERRIDE_CONFIG": "[]"}, "STORAGE_OVERRIDE_CONFIG"),
         ({"S3_MAX_FILE_CONCURRENCY": "many"}, "S3_MAX_FILE_CONCURRENCY"),
-        ({"AWS_CA_BUNDLE": "/nowhere/ca.crt"}, "AWS_CA_BUNDLE"),
+        ({"AZURE_MAX_CHUNK_CONCURRENCY": "many"}, "AZURE_MAX_CHUNK_CONCURRENCY"),
+        ({"VERIFICATION_SIGNATURE_BUNDLE": "canary"}, "VERIFICATION_SIGNATURE_BUNDLE"),
+        ({"SIGNATURE_OIDC_ISSUER": "canary"}, "SIGNATURE_OIDC_ISSUER"),
+        ({"MODEL_SIGNATURE": "canary"}, "MODEL_SIGNATURE"),
+        ({"KSERVE_SCAN_MODE": "canary"}, "KSERVE_SCAN_MODE"),
         ({"KSERVE_PVC_MATERIALIZE": "magic"}, "KSERVE_PVC_MATERIALIZE"),
         ({"KSERVE_PVC_DESTINATION": "magic"}, "KSERVE_PVC_DESTINATION"),
         ({"KSERVE_PVC_TIMEOUT": "-1"}, "KSERVE_PVC_TIMEOUT"),
-        (
-            {"CA_BUNDLE_CONFIGMAP_NAME": "ca", "CA_BUNDLE_VOLUME_MOUNT_POINT": "/nowhere"},
-            "CA_BUNDLE_VOLUME_MOUNT_POINT",
-        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -818,6 +908,23 @@ def test_credentials_of_a_storage_secret(upload, origin, proxy, place):
     env = {"STORAGE_CONFIG": json.dumps(secret), "STORAGE_OVERRIDE_CONFIG": json.dumps(over)}
 
     result = run(upload(FILES), place, env=env)
+
+    assert result.returncode == 0, result.stderr
+    assert served(place) == FILES
+
+
+@pytest.mark.parametrize("over", [{}, {"region": "us-east-1"}])
+def test_a_service_with_a_storage_key_gets_its_model(upload, origin, proxy, place, over):
+    """
+    What KServe makes of `storage:` with a key, a path and parameters leads to the model.
+    """
+    bucket, _, path = upload(FILES).removeprefix("s3://").partition("/")
+    secret = {"type": "s3", "access_key_id": origin.key, "secret_access_key": origin.secret, "bucket": bucket}
+    secret |= {"endpoint_url": proxy.endpoint, "region": "nowhere-1" if over else "us-east-1"}
+    storage = {"key": "mine", "path": f"/{path}", **({"parameters": over} if over else {})}
+
+    _, source, variables = kserve_rules.storage_spec(storage, secret)
+    result = run(source, place, env=variables)
 
     assert result.returncode == 0, result.stderr
     assert served(place) == FILES
@@ -868,6 +975,96 @@ def test_patterns_as_kserve_spells_them(text, patterns):
     A JSON list, a JSON text, and a list with commas.
     """
     assert read_variables({"STORAGE_ALLOW_PATTERNS": text}).allow_patterns == patterns
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["SCAN_SERVICE_HOST", "SIGNATURE_API_PORT", "VERIFICATION_PORT_80_TCP_ADDR", "SIGNATURE_SERVICE_PORT_HTTP"],
+)
+def test_what_kubernetes_sets_for_a_service_is_no_setting(name):
+    """
+    The variables of a Service that is called like a setting change nothing, and neither does an empty variable.
+    """
+    assert read_variables({name: "10.0.0.1", "VERIFICATION_LATER": ""}).digest is None
+
+
+@pytest.mark.parametrize(
+    ("files", "parts", "streams"),
+    [(None, None, None), ("3", None, 3), (None, "8", 32), ("2", "8", 16)],
+)
+def test_the_concurrency_of_azure_is_that_of_files_times_parts(files, parts, streams):
+    """
+    Both variables of KServe bound the connections together, with its default for the number of files.
+    """
+    given = {"AZURE_MAX_FILE_CONCURRENCY": files, "AZURE_MAX_CHUNK_CONCURRENCY": parts, "S3_MAX_FILE_CONCURRENCY": "5"}
+
+    found = read_variables({name: value for name, value in given.items() if value is not None})
+
+    assert found.streams == {"s3": 5, **({"az": streams, "abfs": streams} if streams else {})}
+
+
+MISSING_BUNDLES = [
+    ({"AWS_CA_BUNDLE": "/nowhere/ca.crt"}, "`/nowhere/ca.crt` for `AWS_CA_BUNDLE`; the file does not exist"),
+    (
+        {"STORAGE_CONFIG": json.dumps({"type": "s3", "ca_bundle": "/nowhere/ca.crt"})},
+        "`/nowhere/ca.crt` for `AWS_CA_BUNDLE`; the file does not exist",
+    ),
+    (
+        {"CA_BUNDLE_CONFIGMAP_NAME": "ca", "CA_BUNDLE_VOLUME_MOUNT_POINT": "/nowhere"},
+        "`/nowhere/cabundle.crt` for `CA_BUNDLE_VOLUME_MOUNT_POINT`; it cannot be read (No such file or directory)",
+    ),
+    (
+        {"CA_BUNDLE_CONFIGMAP_NAME": "ca"},
+        "`/etc/ssl/custom-certs/cabundle.crt` for `CA_BUNDLE_VOLUME_MOUNT_POINT`; it cannot be read",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variables", "message"), MISSING_BUNDLES)
+def test_a_missing_bundle_ends_downloads_from_s3_only(tmp_path, place, variables, message):
+    """
+    As in KServe, a source of S3 is refused, unless certificates are not verified, and any other is downloaded; the
+    global bundle is a warning there.
+    """
+    write_files(tmp_path / "m", FILES)
+    variables = {"SSL_CERT_FILE": "", **variables}
+
+    s3 = run("s3://bucket/m", place, env=variables)
+    unverified = run("s3://bucket/m", place, env={**variables, "S3_VERIFY_SSL": "false", "AWS_ENDPOINT_URL": "nowhere"})
+    other = run(f"file://{tmp_path}/m", place, env=variables)
+
+    assert (s3.returncode, unverified.returncode, other.returncode) == (1, 1, 0)
+    assert message in s3.stderr
+    assert "BUNDLE" not in unverified.stderr
+    assert served(place) == FILES
+    is_global = "CA_BUNDLE_CONFIGMAP_NAME" in variables
+    assert (" WARNING the CA bundle " in other.stderr) is is_global
+
+
+def test_the_bundle_of_s3_is_for_s3_alone(tmp_path):
+    """
+    A bundle for S3, which KServe sets wherever its secret is, does not replace the certificates of another source.
+    """
+    (tmp_path / "ca.crt").write_text("")
+
+    assert leave_to_s3({"AWS_CA_BUNDLE": str(tmp_path / "ca.crt"), "X": "1"}) == {"AWS_CA_BUNDLE": ""}
+    assert leave_to_s3({"X": "1"}) == {}
+    found = read_variables({"AWS_CA_BUNDLE": str(tmp_path / "ca.crt")}).storage_options
+    assert found == {"s3": {"client_kwargs": {"verify": str(tmp_path / "ca.crt")}}}
+
+
+def test_a_bundle_without_certificates_is_a_warning(tmp_path, capsys):
+    """
+    A file that is not a bundle is not given to OpenSSL, which would pass over it in silence.
+    """
+    (tmp_path / "cabundle.crt").write_text("not a certificate")
+    named = {"CA_BUNDLE_CONFIGMAP_NAME": "ca", "CA_BUNDLE_VOLUME_MOUNT_POINT": str(tmp_path)}
+
+    assert trust_bundle(named) == {}
+    assert f"WARNING the CA bundle {tmp_path}/cabundle.crt has no valid certificates" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="it has no valid certificates; mount the ConfigMap"):
+        read_variables(named).check("s3")
+    read_variables(named).check("hf")
 
 
 def test_kserves_bundle_is_trusted_too(tmp_path):

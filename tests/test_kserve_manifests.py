@@ -5,6 +5,8 @@ InferenceServices and pods that share a claim: what is changed, what is left alo
 import json
 import pickle
 from copy import deepcopy
+from hashlib import sha256
+from itertools import permutations, product
 from pathlib import Path
 
 import kserve_rules
@@ -15,13 +17,14 @@ from hypothesis import strategies as st
 import kserve_pvc.kserve
 from kserve_pvc import PolicyError, SettingsError
 from kserve_pvc.kserve import Policy, Rule, mutate_pod, read_policy, share_volume
-from kserve_pvc.kserve._manifests import obstacle
+from kserve_pvc.kserve._manifests import obstacle, remarks
 from kserve_pvc.kserve._pods import admit
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed, the extra `kserve`")
 
 SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"
 READONLY = "storage.kserve.io/readonly"
+CONFIDENTIAL = "internal.serving.kserve.io/confidential-enabled"
 VOLUME = "kserve-provision-location"
 CASES = yaml.safe_load((Path(__file__).parent / "data" / "kserve" / "pods.yaml").read_text(encoding="utf-8"))
 
@@ -147,6 +150,7 @@ def pods(draw, sources=(*DOWNLOADED, *LYING)):
         annotations["internal.serving.kserve.io/agent"] = "true"
     if sources != DOWNLOADED and draw(st.integers(0, 5)) == 0:
         labels["internal.serving.kserve.io/localmodel"] = "cached"
+        annotations["internal.serving.kserve.io/localmodel-sourceuri"] = draw(st.sampled_from(sources))
         annotations["internal.serving.kserve.io/localmodel-pvc-name"] = draw(st.sampled_from(["models", "cache"]))
     return pod(spec, annotations=annotations, labels=labels)
 
@@ -156,15 +160,17 @@ ACCESSES = ("read", "download", "write")
 
 @st.composite
 def policies(draw, sub_paths=tuple(SUB_PATHS), accesses=ACCESSES):
+    count = draw(st.integers(1, 3))
+    default = draw(st.none() | st.integers(0, count - 1))
     return policy(
         *(
             rule(
                 access=draw(st.sampled_from(accesses)),
                 subPath=draw(st.sampled_from(sub_paths)),
-                default=draw(st.booleans()),
+                default=index == default,
                 serviceAccounts=[draw(st.sampled_from(["*", "trainer"]))],
             )
-            for _ in range(draw(st.integers(1, 3)))
+            for index in range(count)
         )
     )
 
@@ -199,6 +205,38 @@ def test_the_order_does_not_matter_and_once_more_changes_nothing(given, grants):
     if after is not None:
         assert ours(after) == after
         assert theirs(after) == after
+
+
+MODEL_VOLUMES = [
+    {"emptyDir": {"sizeLimit": "10Gi"}},
+    {"ephemeral": {"volumeClaimTemplate": {"spec": {"accessModes": ["ReadWriteOnce"]}}}},
+    {"persistentVolumeClaim": {"claimName": "free"}},
+    {"persistentVolumeClaim": {"claimName": "models"}},
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(given=pods(), grants=policies(), model_volume=st.sampled_from(MODEL_VOLUMES))
+def test_what_kserve_is_configured_to_add_does_not_matter_to_a_pod_that_shares(given, grants, model_volume):
+    """
+    In the documented order, ours before KServe's and again after it, a pod that gets a claim is the same whatever
+    volume the cluster would add, and any other pod is stable after that.
+    """
+
+    def ours(found):
+        return mutate_pod(found, grants)
+
+    def theirs(found):
+        return kserve_rules.inject(found, model_volume)
+
+    plain = outcome([ours, kserve_rules.inject, ours], given)
+    first = outcome([lambda found: admit(found, grants).claim], given)
+
+    configured = outcome([ours, theirs, ours], given)
+
+    if first is not None:
+        assert configured == plain
+    assert configured is None or ours(theirs(configured)) == configured
 
 
 @settings(max_examples=200, deadline=None)
@@ -310,6 +348,44 @@ def test_what_a_pod_asks_for_is_refused(given, grants, message):
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
 
 
+def cached(source, sub_path=""):
+    """
+    A pod whose model comes from the LocalModelCache `llama` on the claim `models`.
+    """
+    own = {
+        SOURCE: source + sub_path,
+        "internal.serving.kserve.io/localmodel-sourceuri": source,
+        "internal.serving.kserve.io/localmodel-pvc-name": "models",
+    }
+    spec = {"containers": [{"name": "kserve-container"}]}
+    return pod(spec, annotations=own, labels={"internal.serving.kserve.io/localmodel": "llama"})
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/llama", "s3://bucket/llama/", "hf://owner/m:main", "https://h/ä b"])
+@pytest.mark.parametrize("sub_path", ["", "/sub", "sub"])
+def test_a_cached_model_is_judged_by_the_directory_that_kserve_mounts(source, sub_path):
+    """
+    The policy is compared with KServe's storage key of the cached source, however the cache is called, before KServe's
+    webhook as after it.
+    """
+    key = sha256(source.encode()).hexdigest()[:16]
+    given = cached(source, sub_path)
+    given["metadata"]["annotations"][READONLY] = "false"
+    allowed, by_name = policy(rule(subPath=f"models/{key}")), policy(rule(subPath="models/llama"))
+
+    before, after = mutate_pod(given, allowed), mutate_pod(kserve_rules.inject(given), allowed)
+
+    assert before["metadata"]["annotations"][READONLY] == after["metadata"]["annotations"][READONLY] == "true"
+    [mount] = kserve_rules.inject(before)["spec"]["containers"][0]["volumeMounts"]
+    assert (mount["subPath"].rstrip("/"), mount["readOnly"]) == (
+        f"models/{key}/{sub_path.strip('/')}".rstrip("/"),
+        True,
+    )
+    for step in (given, kserve_rules.inject(given)):
+        with pytest.raises(PolicyError, match=f"`models/{key}/.*` is outside of `models/llama`"):
+            mutate_pod(step, by_name)
+
+
 def mounting(claim, mount=None, device=None, kind="containers"):
     """
     The spec of a pod that mounts a claim by itself.
@@ -380,6 +456,103 @@ def test_the_first_rule_that_fits_decides():
     assert other["spec"]["volumes"] == [
         {"name": "v", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}}
     ]
+
+
+CLAIM_RULES = [
+    rule(subPath="scratch", access="write"),
+    rule(subPath="", access="write", serviceAccounts=["trainer"]),
+    rule(subPath="tenants/team", access="download"),
+    rule(claim="others", access="write"),
+]
+
+
+@pytest.mark.parametrize("access", ["read", "download", "write"])
+@pytest.mark.parametrize("account", ["default", "trainer"])
+@pytest.mark.parametrize("read_only", [None, "false"])
+def test_a_pod_that_requests_nothing_gets_the_default_rule_wherever_it_stands(access, account, read_only):
+    """
+    Over all orders of the rules, the pod serves the directory of the flagged one with that rule's access, whichever
+    webhook is called first, and a second call changes nothing.
+    """
+    flagged = rule(subPath="approved", access=access, default=True)
+    annotations = {SOURCE: "s3://bucket/llama", **({READONLY: read_only} if read_only else {})}
+    given = pod({"containers": [{"name": "kserve-container"}], "serviceAccountName": account}, annotations=annotations)
+
+    for rules in permutations([flagged, *CLAIM_RULES]):
+        grants = policy(*rules)
+        ours_first = mutate_pod(kserve_rules.inject(mutate_pod(given, grants)), grants)
+        kserve_first = mutate_pod(kserve_rules.inject(given), grants)
+
+        assert ours_first == kserve_first == mutate_pod(ours_first, grants)
+        [volume], [server] = ours_first["spec"]["volumes"], ours_first["spec"]["containers"]
+        [initializer] = ours_first["spec"]["initContainers"]
+        source = volume["persistentVolumeClaim"]
+        assert source == {"claimName": "models", **({"readOnly": True} if access == "read" else {})}
+        assert [mount["subPath"] for mount in server["volumeMounts"]] == ["approved"]
+        assert [mount["subPath"] for mount in initializer["volumeMounts"]] == ["approved"]
+        writes = [mount.get("readOnly") is not True for mount in server["volumeMounts"]]
+        assert writes == [access == "write" and read_only == "false"]
+
+
+def test_a_pod_that_requests_the_claim_or_a_directory_is_not_bound_to_the_default_rule():
+    """
+    The default is for pods that request nothing: an annotation, or a mount of another directory, is decided by all
+    rules.
+    """
+    grants = policy(rule(subPath="scratch", access="write"), rule(subPath="approved", default=True, access="read"))
+    claim = served(claim="models")
+    directory = served(sub_path="scratch/x")
+    mounted = served(
+        {
+            "containers": [
+                {"name": "kserve-container"},
+                {"name": "c", "volumeMounts": [{**WRITE, "subPath": "scratch"}]},
+            ],
+            "volumes": SHARED,
+        }
+    )
+
+    found = [mutate_pod(kserve_rules.inject(mutate_pod(one, grants)), grants) for one in (claim, directory, mounted)]
+
+    paths = [[one["spec"][kind][0]["volumeMounts"][0]["subPath"] for one in found] for kind in ("containers",)]
+    assert paths == [["scratch", "scratch/x", "approved"]]
+    assert [one["spec"]["volumes"] for one in found] == [SHARED] * 3
+    assert found[2]["spec"]["containers"][1]["volumeMounts"] == [{**WRITE, "subPath": "scratch"}]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "clash"),
+    [
+        ({}, {}, True),
+        ({}, {"claim": "others"}, True),
+        ({"namespaces": ["*"]}, {"serviceAccounts": ["trainer"]}, True),
+        (
+            {"serviceAccounts": ["a", "trainer"]},
+            {"namespaces": ["b", "team"], "serviceAccounts": ["trainer", "c"]},
+            True,
+        ),
+        ({"namespaces": ["*"], "serviceAccounts": ["trainer"]}, {"serviceAccounts": ["*"]}, True),
+        ({"namespaces": ["*", "team"]}, {"namespaces": ["other"]}, True),
+        ({"namespaces": ["other"]}, {}, False),
+        ({"serviceAccounts": ["a"]}, {"serviceAccounts": ["b", "c"]}, False),
+        ({"namespaces": ["*"], "serviceAccounts": ["a"]}, {"serviceAccounts": ["b"]}, False),
+        ({"default": False}, {}, False),
+    ],
+)
+def test_two_defaults_of_one_pod_are_an_error(first, second, clash):
+    """
+    Two flagged rules that could apply to one pod are refused in either order, by the place of the second one; for
+    different pods there may be several.
+    """
+    rules = [rule(**{"default": True, **one}) for one in (first, second)]
+
+    for ordered in (rules, rules[::-1]):
+        if not clash:
+            policy(rule(), *ordered)
+            continue
+        with pytest.raises(SettingsError) as raised:
+            policy(rule(), *ordered)
+        assert "invalid value `true` for `rules[2].default`; `rules[1]` is the default of the same" in str(raised.value)
 
 
 def test_the_namespace_of_the_request_counts():
@@ -572,7 +745,11 @@ WRITE = {"name": VOLUME, "mountPath": "/mnt/models"}
             {"read_only": False},
             service({"model": MODEL, "volumes": SHARED}, annotations={READONLY: "false"}),
         ),
-        (service(), {"read_only": True}, service({"model": MODEL, "volumes": SHARED})),
+        (
+            service(),
+            {"read_only": True},
+            service({"model": MODEL, "volumes": SHARED}, annotations={READONLY: "true"}),
+        ),
         (
             service(annotations={READONLY: "false"}),
             {"read_only": True},
@@ -660,6 +837,58 @@ def test_a_service_shares_a_claim(given, arguments, expected):
     assert share_volume(found, claim="models", **arguments) == found
 
 
+def is_writable(shared, runtime):
+    """
+    Whether the server of a service may write once KServe has made its pod.
+    """
+    found = kserve_rules.inject(kserve_rules.pod_of(shared, runtime))
+    [mount] = found["spec"]["containers"][0]["volumeMounts"]
+    return mount.get("readOnly") is not True
+
+
+VALUES = [None, "true", "false", "False", ""]
+OWN_MOUNTS = [None, WRITE, READ, {**WRITE, "subPath": "models/a"}, {**READ, "subPath": "models/a"}]
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.parametrize("sub_path", ["", "models/a"])
+def test_an_explicit_wish_wins_over_every_annotation_that_kserve_merges(read_only, sub_path):
+    """
+    With `read_only` the server's mount is what was requested, whatever predictor, service and runtime are annotated
+    with, and whether or not the service mounts the volume itself.
+    """
+    for of_predictor, of_service, of_runtime, own in product(VALUES, VALUES, VALUES, OWN_MOUNTS):
+        if sub_path and own and own.get("subPath") != sub_path:
+            continue
+        predictor = {"model": {**MODEL, **({"volumeMounts": [dict(own)]} if own else {})}}
+        predictor |= {"annotations": {READONLY: of_predictor}} if of_predictor is not None else {}
+        given = service(predictor, annotations=None if of_service is None else {READONLY: of_service})
+
+        shared = share_volume(given, claim="models", sub_path=sub_path, read_only=read_only)
+
+        runtime = {} if of_runtime is None else {READONLY: of_runtime}
+        assert is_writable(shared, runtime) is not read_only, (of_predictor, of_service, of_runtime, own)
+        assert share_volume(shared, claim="models", sub_path=sub_path, read_only=read_only) == shared
+
+
+@pytest.mark.parametrize(
+    ("of_predictor", "of_service", "writes"),
+    [("false", "true", True), ("true", "false", False), (None, "false", True), ("False", "false", False)],
+)
+def test_a_mount_of_a_directory_follows_the_annotation_that_kserve_would_obey(of_predictor, of_service, writes):
+    """
+    Without `read_only` the annotation of the predictor decides, else that of the service, and both stay as they are.
+    """
+    annotated = {"annotations": {READONLY: of_predictor}} if of_predictor else {}
+    given = service({"model": MODEL, **annotated}, annotations={READONLY: of_service})
+
+    shared = share_volume(given, claim="models", sub_path="models/a")
+
+    assert is_writable(shared, {}) is writes
+    assert shared["spec"]["predictor"].get("annotations", {}) == annotated.get("annotations", {})
+    assert shared["metadata"] == given["metadata"]
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -671,6 +900,28 @@ def test_a_service_shares_a_claim(given, arguments, expected):
             "it has several sources (`storageUris`), for which",
         ),
         (service(labels={"internal.serving.kserve.io/localmodel": "x"}), "its model comes from a LocalModelCache"),
+        (service({"triton": {}}), "KServe's agent downloads its models, into a volume of its own at `/mnt/models`"),
+        (service({"sklearn": {"name": "x"}}), "KServe's agent downloads its models"),
+        (service({"model": {"modelFormat": {"name": "sklearn"}}}), "KServe's agent downloads its models"),
+        (
+            service({"containers": [{"image": "mine", "env": [{"name": "MULTI_MODEL_SERVER", "value": "true"}]}]}),
+            "KServe's agent downloads its models",
+        ),
+        (
+            service(
+                {"containers": [{"image": "mine", "volumeMounts": [{"name": "data", "mountPath": "/mnt/models"}]}]}
+            ),
+            "it mounts its own volume `data` at `/mnt/models`",
+        ),
+        (
+            service({"model": {**MODEL, "volumeMounts": [{"name": "data", "mountPath": "/mnt/models/"}]}}),
+            "it mounts its own volume `data` at `/mnt/models`",
+        ),
+        (service({"model": {**MODEL, "confidential": {"enabled": True}}}), "its model is confidential: decrypted,"),
+        (service({"sklearn": {**MODEL, "confidential": {"enabled": True}}}), "its model is confidential: decrypted,"),
+        (service(annotations={CONFIDENTIAL: "true"}), "its model is confidential: decrypted,"),
+        (service({"model": MODEL, "annotations": {CONFIDENTIAL: "true"}}), "its model is confidential: decrypted,"),
+        (service(annotations={"serving.kserve.io/deploymentMode": "ModelMesh"}), "ModelMesh downloads its model"),
     ],
 )
 def test_a_service_without_a_download_stays_as_it_is(given, reason):
@@ -679,6 +930,288 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
     """
     assert share_volume(given, claim="models", sub_path="a", read_only=False) == given
     assert reason in obstacle(given)
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [
+        {"huggingface": {"args": ["--model_id=org/m"]}},
+        {"model": {"modelFormat": {"name": "huggingface"}}},
+        {"model": {"modelFormat": {"name": "triton"}, "storage": {"path": "m"}}},
+        {"model": {"modelFormat": {"name": "triton"}}, "containers": [{"name": "transformer-container"}]},
+        {"containers": [{"image": "mine", "env": [{"name": "MULTI_MODEL_SERVER", "value": "false"}]}]},
+        {"model": {**MODEL, "confidential": {"enabled": False}}},
+        {"model": {**MODEL, "volumeMounts": [{"name": "data", "mountPath": "/mnt/models-2"}]}},
+    ],
+)
+def test_what_only_resembles_an_obstacle_is_shared(predictor):
+    """
+    A server without a source that KServe does not call multi-model shares the claim, as one that is not confidential.
+    """
+    shared = share_volume(service(predictor), claim="models")
+
+    assert shared["spec"]["predictor"]["volumes"] == SHARED
+
+
+@pytest.mark.parametrize(
+    ("parts", "notes"),
+    [
+        ({}, []),
+        ({"canary": [{"predictor": {"name": "next", "model": MODEL}, "trafficPercent": 5}]}, ["its canary `next` is"]),
+        ({"transformer": {"containers": [{"image": "t"}]}, "explainer": {"art": {"type": "SquareAttack"}}}, []),
+        (
+            {"transformer": {"containers": [{"env": [{"name": "STORAGE_URI", "value": "s3://b/t"}]}]}},
+            ["its transformer is unchanged: it downloads from a source of its own"],
+        ),
+        ({"explainer": {"art": {"storageUri": "s3://b/e"}}}, ["its explainer is unchanged"]),
+        (
+            {
+                "explainer": {"storageUris": [{"uri": "s3://b/e"}]},
+                "transformer": {"storageUris": [{"uri": "s3://b/t"}]},
+            },
+            ["its transformer is", "its explainer is"],
+        ),
+    ],
+)
+def test_what_does_not_share_the_claim_is_remarked(parts, notes):
+    """
+    Canaries, transformers and explainers with sources of their own are left as they are, and each is named.
+    """
+    given = service()
+    given["spec"] |= parts
+
+    shared = share_volume(given, claim="models")
+
+    assert {name: shared["spec"][name] for name in parts} == parts
+    assert shared["spec"]["predictor"]["volumes"] == SHARED
+    found = remarks(given)
+    assert len(found) == len(notes)
+    assert all(note in one for note, one in zip(notes, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        lambda found: found["metadata"]["annotations"].update({CONFIDENTIAL: "true"}),
+        lambda found: found["spec"].update(
+            initContainers=[{"name": "storage-initializer", "env": [{"name": "CONFIDENTIAL_ENABLED", "value": "true"}]}]
+        ),
+    ],
+)
+def test_a_confidential_model_never_lies_on_a_shared_claim(mark):
+    """
+    The webhook keeps KServe's `emptyDir` for a model that the initializer decrypts, requested or by default, and denies
+    a pod that brings a governed claim for it.
+    """
+    requested, by_default, own, direct = (
+        served(claim="models"),
+        served(),
+        served({"containers": [{"name": "kserve-container"}], "volumes": SHARED}),
+        served(source="pvc://models/m"),
+    )
+    for one in (requested, by_default, own, direct):
+        mark(one)
+    grants = policy(rule(default=True))
+
+    found = [admit(one, grants) for one in (requested, by_default, direct)]
+
+    assert [one.pod["spec"].get("volumes") for one in found] == [None] * 3
+    confidential = (
+        "claim `models` is not mounted: the model is confidential: decrypted, it would be readable on the claim"
+    )
+    assert [one.notes for one in found] == [(confidential,), (), ()]
+    with pytest.raises(PolicyError, match="the model is confidential"):
+        mutate_pod(own, grants)
+    mutate_pod(own, policy(rule(claim="another")))
+
+
+def llm_service(spec=None, **metadata):
+    return {
+        "apiVersion": "serving.kserve.io/v1alpha2",
+        "kind": "LLMInferenceService",
+        "metadata": {"name": "llama", **metadata},
+        "spec": {"model": {"uri": "hf://org/llama"}, **(spec or {})},
+    }
+
+
+MAIN = {"name": "main"}
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "expected"),
+    [
+        ({}, {}, {"template": {"containers": [MAIN], "volumes": SHARED}}),
+        (
+            {"template": {"containers": [{"name": "main", "image": "vllm"}], "volumes": [VOLUMES["host"]]}},
+            {"read_only": True},
+            {"template": {"containers": [{"name": "main", "image": "vllm"}], "volumes": [VOLUMES["host"], *SHARED]}},
+        ),
+        (
+            {"worker": {}, "prefill": {"worker": {"containers": [{"name": "side"}]}}},
+            {"sub_path": "models/a"},
+            {
+                "template": {
+                    "volumes": SHARED,
+                    "containers": [{**MAIN, "volumeMounts": [{**READ, "subPath": "models/a"}]}],
+                },
+                "worker": {
+                    "volumes": SHARED,
+                    "containers": [{**MAIN, "volumeMounts": [{**READ, "subPath": "models/a"}]}],
+                },
+                "prefill": {
+                    "template": {
+                        "volumes": SHARED,
+                        "containers": [{**MAIN, "volumeMounts": [{**READ, "subPath": "models/a"}]}],
+                    },
+                    "worker": {
+                        "volumes": SHARED,
+                        "containers": [
+                            {"name": "side"},
+                            {**MAIN, "volumeMounts": [{**READ, "subPath": "models/a"}]},
+                        ],
+                    },
+                },
+            },
+        ),
+        (
+            {},
+            {"read_only": False},
+            {"template": {"volumes": SHARED, "containers": [{**MAIN, "volumeMounts": [WRITE]}]}},
+        ),
+        (
+            {"template": {"containers": [{**MAIN, "volumeMounts": [WRITE]}]}},
+            {"read_only": True},
+            {"template": {"volumes": SHARED, "containers": [{**MAIN, "volumeMounts": [READ]}]}},
+        ),
+    ],
+)
+def test_an_llm_service_shares_a_claim_in_every_pod_that_downloads(given, arguments, expected):
+    """
+    The volume is named in advance in each template, the server is mounted as requested, and twice is the same as once.
+    """
+    service = llm_service(given)
+    before = deepcopy(service)
+
+    found = share_volume(service, claim="models", **arguments)
+
+    assert found == llm_service({**given, **expected})
+    assert service == before
+    assert share_volume(found, claim="models", **arguments) == found
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"model": {"uri": "pvc://claim/x"}}, "its model is served directly from a claim"),
+        ({"model": {"uri": "oci+native://r/x"}}, "its model comes from an image"),
+        ({"model": {"uri": "hf://o/m", "confidential": {"enabled": True}}}, "its model is confidential"),
+        (
+            {"model": {"uri": "hf://o/m", "lora": {"adapters": [{"uri": "hf://o/a"}]}}},
+            "its adapters are downloaded into",
+        ),
+        ({"storageInitializer": {"enabled": False}}, "its storage initializer is disabled"),
+        (
+            {"worker": {"containers": [{**MAIN, "volumeMounts": [{"name": "d", "mountPath": "/mnt/models"}]}]}},
+            "it mounts its own volume `d` at `/mnt/models`",
+        ),
+    ],
+)
+def test_an_llm_service_that_must_not_share_stays_as_it_is(spec, reason):
+    """
+    Where KServe downloads nothing, other files too, or secrets, the service comes back unchanged, with the reason.
+    """
+    given = llm_service(spec)
+
+    assert share_volume(given, claim="models", sub_path="a", read_only=False) == given
+    assert reason in obstacle(given)
+    assert obstacle(llm_service(labels={"internal.serving.kserve.io/localmodel": "x"})) is not None
+    assert obstacle(llm_service({"model": {"uri": "hf://o/m", "lora": {"adapters": [{"uri": "pvc://c/a"}]}}})) is None
+
+
+def controlled(
+    volume=VOLUME, path="/mnt/models", server="main", args=("hf://org/llama", "/mnt/models"), claim="models"
+):
+    """
+    A pod as KServe's controller writes it, with the initializer in it and no annotation about a source.
+    """
+    mount = {"name": volume, "mountPath": "/mnt/models"}
+    spec = {
+        "initContainers": [{"name": "storage-initializer", "args": list(args), "volumeMounts": [mount]}],
+        "containers": [{"name": server, "volumeMounts": [{**mount, "mountPath": path, "readOnly": True}]}],
+        "volumes": [{"name": volume, "emptyDir": {}}],
+    }
+    return pod(spec, annotations={"kserve-pvc/claim": claim} if claim else {})
+
+
+@pytest.mark.parametrize("claim", ["models", None])
+def test_the_webhook_shares_the_claim_with_the_pods_of_an_llm_service(claim):
+    """
+    The claim takes the place of the emptyDir that the controller wrote, with the directories of the rule and of the
+    request, and a second call changes nothing.
+    """
+    given = controlled(claim=claim)
+    given["metadata"].setdefault("annotations", {})["kserve-pvc/sub-path"] = "team/models/a"
+    grants = policy(rule(subPath="team", default=True))
+
+    found = admit(given, grants)
+
+    assert (found.claim, found.notes) == ("models", ())
+    spec = found.pod["spec"]
+    assert spec["volumes"] == SHARED
+    assert spec["initContainers"][0]["volumeMounts"] == [{**WRITE, "subPath": "team"}]
+    assert spec["containers"][0]["volumeMounts"] == [{**READ, "subPath": "team/models/a"}]
+    assert mutate_pod(found.pod, grants) == found.pod
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (
+            pod({"containers": [MAIN]}, annotations={"kserve-pvc/claim": "models"}),
+            "KServe downloads nothing for this pod",
+        ),
+        (
+            controlled("mnt-models", server="kserve-container"),
+            "KServe downloads into the volume `mnt-models`, as it does for `storageUris`",
+        ),
+        (controlled(server="tokenizer", path="/mnt/models/base"), "the pod has no container `main`"),
+        (
+            controlled(path="/mnt"),
+            "KServe mounts its volume for other files than one model at `/mnt/models`",
+        ),
+        (
+            controlled(args=("hf://o/m", "/mnt/models", "hf://o/a", "/mnt/lora/a")),
+            "KServe mounts its volume for other files than one model",
+        ),
+        (
+            pod(controlled()["spec"], annotations={"kserve-pvc/claim": "models", CONFIDENTIAL: "true"}),
+            "the model is confidential",
+        ),
+    ],
+)
+def test_what_the_webhook_says_of_pods_without_a_source_is_true(given, reason):
+    """
+    A pod that KServe's controller has written is left as it is where it cannot share, for the reason that holds.
+    """
+    found = admit(given, policy(rule()))
+
+    assert (found.pod, found.claim) == (given, None)
+    assert len(found.notes) == 1
+    assert reason in found.notes[0]
+
+
+def test_a_pod_that_mounts_something_else_as_the_model_stays_valid():
+    """
+    The webhook adds no second mount at `/mnt/models`, and says why.
+    """
+    mounting = {
+        "containers": [{"name": "kserve-container", "volumeMounts": [{"name": "d", "mountPath": "/mnt/models"}]}]
+    }
+
+    found = admit(served(mounting, claim="models", sub_path="a"), policy(rule()))
+
+    assert found.pod["spec"] == mounting
+    assert found.notes == ("claim `models` is not mounted: the pod mounts its own volume `d` at `/mnt/models`",)
 
 
 @pytest.mark.parametrize(
@@ -701,6 +1234,12 @@ def test_a_service_without_a_download_stays_as_it_is(given, reason):
             "invalid value `list` for `spec.predictor`; expected a mapping",
         ),
         (service(annotations={READONLY: False}), {}, SettingsError, "put the value in quotes"),
+        (
+            service({"model": MODEL, "annotations": {READONLY: False}}),
+            {},
+            SettingsError,
+            f"`False` for `spec.predictor.annotations[{READONLY}]`; expected a string: put the value in quotes",
+        ),
         (service(), {"claim": ""}, SettingsError, "`claim` is missing; expected the name of a PersistentVolumeClaim"),
         (
             service(),

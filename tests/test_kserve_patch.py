@@ -118,6 +118,33 @@ def test_a_service_that_has_nothing_to_share_is_told(patch):
     assert quiet == (0, told[1], "")
 
 
+def test_an_llm_service_is_patched(patch):
+    """
+    An LLMInferenceService gets the claim in the template of its pods, and what its configurations add is named.
+    """
+    text = (
+        "apiVersion: serving.kserve.io/v1alpha2\nkind: LLMInferenceService\nmetadata: {name: chat}\n"
+        "spec: {model: {uri: hf://org/m}, baseRefs: [{name: multi-node}]}\n"
+    )
+
+    code, out, err = patch(text, "--claim", "models")
+
+    assert (code, yaml.safe_load(out)["spec"]["template"]["volumes"]) == (0, VOLUMES)
+    assert err == "kserve-pvc: chat: workers or prefill pods that only its `baseRefs` describe are unchanged\n"
+
+
+def test_what_else_a_service_downloads_is_told(patch):
+    """
+    A service of which the claim is shared by the predictor only is patched, and standard error names the rest.
+    """
+    text = f"{SERVICE}  canary:\n    - predictor: {{name: next, model: {{storageUri: s3://b/next}}}}\n"
+
+    code, out, err = patch(text, "--claim", "models")
+
+    assert (code, yaml.safe_load(out)["spec"]["predictor"]["volumes"]) == (0, VOLUMES)
+    assert err == "kserve-pvc: llama: its canary `next` is unchanged: it downloads into a volume of its own\n"
+
+
 @pytest.mark.parametrize(
     ("text", "options", "code", "message"),
     [

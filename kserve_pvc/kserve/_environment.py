@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,8 +19,9 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._settings import Mode, read_settings
-from kserve_pvc.errors import PolicyError, SettingsError
+from kserve_pvc.errors import PolicyError, SettingsError, printable
 from kserve_pvc.kserve._destination import Method
+from kserve_pvc.kserve._log import log
 
 Kind = Literal["auto", "private", "store"]
 
@@ -35,10 +37,29 @@ _SECRET_FIELDS = {
     "verify_ssl": "S3_VERIFY_SSL",
     "anonymous": "awsAnonymousCredential",
 }
+# Other types of secrets, and what to do instead.
+_HDFS_SECRET = "credentials for HDFS are not supported; copy the model to a bucket, or use KServe's own initializer"
+_OTHER_SECRETS = {
+    "hdfs": _HDFS_SECRET,
+    "webhdfs": _HDFS_SECRET,
+    "gs": "set `GOOGLE_APPLICATION_CREDENTIALS`, as KServe does for a secret of the service account; supported: `s3`",
+    "azure": "set `AZURE_STORAGE_ACCESS_KEY`, as KServe does for a secret of the service account; supported: `s3`",
+    "hf": "set `HF_TOKEN`, as KServe does for a secret of the service account; supported: `s3`",
+    "http": "set `<host>-headers`, as KServe does for a secret of the service account; supported: `s3`",
+    "https": "set `<host>-headers`, as KServe does for a secret of the service account; supported: `s3`",
+}
 # Other fields of a secret, which KServe itself reads.
 _KSERVE_FIELDS = {"type", "bucket", "default_bucket", "scheme", "cabundle_configmap"}
-_STREAMS = {"s3": "S3_MAX_FILE_CONCURRENCY", "az": "AZURE_MAX_FILE_CONCURRENCY", "abfs": "AZURE_MAX_FILE_CONCURRENCY"}
+# KServe's own number of files, and of parts of one file, at a time.
+_AZURE_CONCURRENCY = 4
+# Settings of verification that KServe may have and this initializer does not know, except what Kubernetes sets for a
+# Service of such a name. To pass over one of them would be to serve an unverified model.
+_VERIFICATION = re.compile(
+    r"(?:(?:KSERVE|MODEL|STORAGE)_)*(?:VERIFICATION|SIGNATURE|SIGNING|SCAN|SCANNING|SCANNER)(?:_.*)?"
+)
+_SERVICE_LINK = re.compile(r".*_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)")
 _BUNDLE = "cabundle.crt"
+_BUNDLE_DIRECTORY = "/etc/ssl/custom-certs"
 
 
 @attrs.frozen(kw_only=True)
@@ -53,6 +74,7 @@ class Variables:
         digest: The SHA-256 that the only file must have.
         storage_options: By scheme.
         streams: The number of connections, by scheme.
+        refused: The errors of settings that only one scheme uses, by that scheme.
     """
 
     store: Path | None
@@ -68,6 +90,17 @@ class Variables:
     digest: str | None
     storage_options: Mapping[str, Any] = attrs.field(repr=False)
     streams: Mapping[str, int]
+    refused: Mapping[str, SettingsError]
+
+    def check(self, scheme: str) -> None:
+        """
+        Check the settings that only sources of one scheme use.
+
+        Raises:
+            SettingsError: One of them cannot be honoured.
+        """
+        if scheme in self.refused:
+            raise self.refused[scheme]
 
 
 def read_variables(environ: Mapping[str, str] | None = None) -> Variables:
@@ -82,6 +115,7 @@ def read_variables(environ: Mapping[str, str] | None = None) -> Variables:
     # KServe's annotation applies to the server; its initializer always writes.
     settings = read_settings(environ, annotations={})
     _refuse(environ)
+    _refuse_verification(environ)
     kind: Kind = _one_of("KSERVE_PVC_DESTINATION", environ, "auto", get_args(Kind))
     return Variables(
         store=Path(settings.store) if environ.get("KSERVE_PVC_STORE") and kind != "private" else None,
@@ -96,32 +130,69 @@ def read_variables(environ: Mapping[str, str] | None = None) -> Variables:
         ignore_patterns=_patterns("STORAGE_IGNORE_PATTERNS", environ),
         digest=_digest(environ),
         storage_options=_storage_options(environ),
-        streams={scheme: _number(name, environ, 0, int) for scheme, name in _STREAMS.items() if environ.get(name)},
+        streams=_streams(environ),
+        refused=_refused(environ),
     )
 
 
 def trust_bundle(environ: Mapping[str, str]) -> Mapping[str, str]:
     """
-    Return the variables with which KServe's CA bundle is trusted in addition to the system's.
+    Return the changes to the environment with which KServe's CA bundle is trusted in addition to the system's.
 
-    Raises:
-        SettingsError: The bundle does not exist.
+    As in KServe, a bundle that is missing or unusable is a warning: only S3 needs it, see `Variables.check`.
     """
-    if not environ.get("CA_BUNDLE_CONFIGMAP_NAME"):
+    if not environ.get("CA_BUNDLE_CONFIGMAP_NAME") or environ.get("SSL_CERT_FILE"):
         return {}
     bundle = _bundle(environ)
-    if bundle is None:
-        place = environ.get("CA_BUNDLE_VOLUME_MOUNT_POINT", "")
-        hint = f"mount the ConfigMap of `CA_BUNDLE_CONFIGMAP_NAME` there; it must have the key `{_BUNDLE}`"
-        raise SettingsError("CA_BUNDLE_VOLUME_MOUNT_POINT", place, hint)
+    reason = _unusable(bundle)
+    if reason is not None:
+        log("WARNING", f"the CA bundle {printable(str(bundle))} {reason}; only the system's certificates are trusted")
+        return {}
     # OpenSSL still reads the system's directory of certificates.
-    return {} if environ.get("SSL_CERT_FILE") else {"SSL_CERT_FILE": str(bundle)}
+    return {"SSL_CERT_FILE": str(bundle)}
 
 
-def _bundle(environ: Mapping[str, str]) -> Path | None:
-    place = environ.get("CA_BUNDLE_VOLUME_MOUNT_POINT")
-    bundle = Path(place) / _BUNDLE if place else None
-    return bundle if bundle is not None and bundle.is_file() else None
+def leave_to_s3(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """
+    Return the changes to the environment after which only S3, which has it as an option, uses `AWS_CA_BUNDLE`.
+
+    KServe sets it for S3 alone, and other backends would trust no other certificates.
+    """
+    return {"AWS_CA_BUNDLE": ""} if environ.get("AWS_CA_BUNDLE") else {}
+
+
+def _bundle(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("CA_BUNDLE_VOLUME_MOUNT_POINT") or _BUNDLE_DIRECTORY) / _BUNDLE
+
+
+def _unusable(bundle: Path) -> str | None:
+    """Return why a bundle cannot be trusted, or None. An empty one is a bundle without certificates."""
+    try:
+        if bundle.stat().st_size:
+            ssl.create_default_context(cafile=bundle)
+    except ssl.SSLError:
+        return "has no valid certificates"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def _refused(environ: Mapping[str, str]) -> Mapping[str, SettingsError]:
+    """Return the error of a CA bundle that S3 needs; KServe compares no other scheme with it."""
+    secret = _secret(environ)
+    variables = {**environ, **(_variables_of(secret) if secret.get("type") == "s3" else {})}
+    named = variables.get("AWS_CA_BUNDLE")
+    if variables.get("S3_VERIFY_SSL", "").lower() in ("0", "false"):
+        return {}
+    if named:
+        hint = "the file does not exist; mount it, or unset the variable"
+        return {} if Path(named).exists() else {"s3": SettingsError("AWS_CA_BUNDLE", named, hint)}
+    bundle = _bundle(environ)
+    reason = _unusable(bundle) if environ.get("CA_BUNDLE_CONFIGMAP_NAME") else None
+    if reason is None:
+        return {}
+    hint = f"it {reason}; mount the ConfigMap of `CA_BUNDLE_CONFIGMAP_NAME` there, with the key `{_BUNDLE}`"
+    return {"s3": SettingsError("CA_BUNDLE_VOLUME_MOUNT_POINT", str(bundle), hint)}
 
 
 def _refuse(environ: Mapping[str, str]) -> None:
@@ -132,6 +203,28 @@ def _refuse(environ: Mapping[str, str]) -> None:
         raise SettingsError(
             "S3_USE_ACCELERATE", "true", "only Amazon S3 has transfer acceleration; unset it, or `AWS_ENDPOINT_URL`"
         )
+
+
+def _refuse_verification(environ: Mapping[str, str]) -> None:
+    for name in sorted(environ):
+        is_known = name == "VERIFICATION_DIGEST" or _SERVICE_LINK.fullmatch(name)
+        if environ[name] and _VERIFICATION.fullmatch(name) and not is_known:
+            rule = (
+                "this initializer does not know it, and an unverified model must not pass for a verified one; unset it"
+            )
+            raise PolicyError(name, f"{rule}, or use KServe's own initializer")
+
+
+def _streams(environ: Mapping[str, str]) -> Mapping[str, int]:
+    """Return the maximum number of connections by scheme; for Azure, KServe's number of files times that of parts."""
+    files, parts = (f"AZURE_MAX_{kind}_CONCURRENCY" for kind in ("FILE", "CHUNK"))
+    streams = {}
+    if environ.get("S3_MAX_FILE_CONCURRENCY"):
+        streams["s3"] = _number("S3_MAX_FILE_CONCURRENCY", environ, 0, int)
+    if environ.get(files) or environ.get(parts):
+        count = _number(files, environ, _AZURE_CONCURRENCY, int) * _number(parts, environ, 1, int)
+        streams |= {"az": count, "abfs": count}
+    return streams
 
 
 def _methods(environ: Mapping[str, str]) -> tuple[Method, ...]:
@@ -187,15 +280,17 @@ def _digest(environ: Mapping[str, str]) -> str | None:
 
 
 def _storage_options(environ: Mapping[str, str]) -> Mapping[str, Any]:
-    secret = {**_json("STORAGE_CONFIG", environ), **_json("STORAGE_OVERRIDE_CONFIG", environ)}
+    secret = _secret(environ)
     kind = secret.get("type", "")
     if kind not in ("", "s3"):
-        raise SettingsError(
-            "STORAGE_CONFIG", f"type {kind}", "credentials of this type are not supported; supported: `s3`"
-        )
+        raise SettingsError("STORAGE_CONFIG", f"type {kind}", _OTHER_SECRETS.get(str(kind), "supported: `s3`"))
     from_secret = _variables_of(secret) if kind == "s3" else {}
     options = _s3_options({**environ, **from_secret}, from_secret)
     return {"s3": options} if options else {}
+
+
+def _secret(environ: Mapping[str, str]) -> Mapping[str, Any]:
+    return {**_json("STORAGE_CONFIG", environ), **_json("STORAGE_OVERRIDE_CONFIG", environ)}
 
 
 def _variables_of(secret: Mapping[str, Any]) -> dict[str, str]:
@@ -265,7 +360,4 @@ def _s3_options(environ: Mapping[str, str], from_secret: Mapping[str, str]) -> d
 def _verify(environ: Mapping[str, str], from_secret: Mapping[str, str]) -> str | bool | None:
     if environ.get("S3_VERIFY_SSL", "").lower() in ("0", "false"):
         return False
-    bundle = from_secret.get("AWS_CA_BUNDLE") or environ.get("AWS_CA_BUNDLE")
-    if bundle and not Path(bundle).exists():
-        raise SettingsError("AWS_CA_BUNDLE", bundle, "the file does not exist; mount it, or unset the variable")
-    return bundle or None
+    return from_secret.get("AWS_CA_BUNDLE") or environ.get("AWS_CA_BUNDLE") or None

@@ -8,13 +8,11 @@ environment variables.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 from types import FrameType
@@ -40,26 +38,19 @@ from kserve_pvc.errors import (
     SourceNotFoundError,
     StoreError,
     StoreFormatError,
-    UnknownSchemeError,
     VolumeError,
     printable,
 )
 from kserve_pvc.kserve._archives import is_archive, unpacking
 from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source
-from kserve_pvc.kserve._environment import Variables, read_variables, trust_bundle
+from kserve_pvc.kserve._environment import Variables, leave_to_s3, read_variables, trust_bundle
+from kserve_pvc.kserve._log import log as _log
+from kserve_pvc.kserve._schemes import check_supported
 from kserve_pvc.locks.liveness import here
 
 _USAGE = "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]"
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_TERMINATION_BYTES = 4096
-_GIT = re.compile(r"https://.+\.git/?")
-# Schemes of KServe that are not supported, and the alternative.
-_UNSUPPORTED_SCHEMES = {
-    "oci": "KServe serves images itself, without this initializer's ClusterStorageContainer",
-    "modelscope": "copy the model to a bucket, or use Hugging Face",
-    "hdfs": "copy the model to a bucket, or read it through WebHDFS with `fsspec+webhdfs://`",
-    "webhdfs": "use `fsspec+webhdfs://`",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,8 +101,9 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _variables() -> Variables:
-    os.environ.update(trust_bundle(os.environ))
-    return read_variables()
+    variables = read_variables()
+    os.environ.update({**trust_bundle(os.environ), **leave_to_s3(os.environ)})
+    return variables
 
 
 def fill_all(pairs: Sequence[tuple[str, str]], variables: Variables) -> None:
@@ -179,15 +171,11 @@ def read_source(source: str, variables: Variables) -> CheckedSource:
     """
     if ".." in source.split("://", 1)[-1].split("/"):
         raise InvalidURIError(redact(source), "its path contains `..`")
-    if _GIT.fullmatch(source):
-        raise InvalidURIError(
-            redact(source), "git repositories are not supported; put the files into a bucket, or on Hugging Face"
-        )
-    if (scheme := source.partition("://")[0]) in _UNSUPPORTED_SCHEMES:
-        raise UnknownSchemeError(scheme, _UNSUPPORTED_SCHEMES[scheme])
+    check_supported(source)
     if source and "://" not in source and Path(source).exists():
         source = os.path.abspath(source)
     ref = parse_ref(source, allow_patterns=variables.allow_patterns, ignore_patterns=variables.ignore_patterns)
+    variables.check(ref.scheme)
     return CheckedSource(ref=ref)
 
 
@@ -458,9 +446,3 @@ def _fail(text: str) -> int:
         finally:
             os.close(fd)
     return 1
-
-
-def _log(level: str, text: str) -> None:
-    now = datetime.now(UTC)
-    stamp = f"{now:%Y-%m-%d %H:%M:%S}.{now.microsecond // 1000:03d}"
-    print(f"{stamp} {os.getpid()} storage.initializer {level} {text}", file=sys.stderr, flush=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc.errors import SettingsError, StoreError, unknown_option
+from kserve_pvc.errors import SettingsError, StoreError, printable, unknown_option
 from kserve_pvc.kserve._manifest_tools import Manifest
-from kserve_pvc.kserve._manifests import KIND, obstacle, share_volume
+from kserve_pvc.kserve._manifests import KINDS, obstacle, remarks, share_volume
 from kserve_pvc.kserve._yaml import read_documents, write_documents
 
 _LIST = "ResourceList"
@@ -106,7 +106,7 @@ def _configured(config: object, sharing: Sharing) -> Sharing:
 
 
 def _is_service(document: object) -> bool:
-    return isinstance(document, dict) and document.get("kind") == KIND
+    return isinstance(document, dict) and document.get("kind") in KINDS
 
 
 def _flatten(document: object) -> Iterator[object]:
@@ -116,14 +116,15 @@ def _flatten(document: object) -> Iterator[object]:
         yield from document["items"]
 
 
-def _patched(document: Any, patch_one: Callable[[Manifest], Manifest], remarks: list[str]) -> Any:
+def _patched(document: Any, patch_one: Callable[[Manifest], Manifest], found: list[str]) -> Any:
     if _is_service(document):
+        patched = patch_one(document)
         reason = obstacle(document)
-        if reason is not None:
-            remarks.append(f"{_name(document)} is unchanged: {reason}")
-        return patch_one(document)
+        notes = [f": {remark}" for remark in remarks(document)] if reason is None else [f" is unchanged: {reason}"]
+        found += (printable(f"{_name(document)}{note}") for note in notes)
+        return patched
     if isinstance(document, dict) and document.get("kind") == "List" and isinstance(document.get("items"), list):
-        return {**document, "items": [_patched(item, patch_one, remarks) for item in document["items"]]}
+        return {**document, "items": [_patched(item, patch_one, found) for item in document["items"]]}
     return document
 
 

@@ -2,8 +2,9 @@
 Mutates pods: the shared claim replaces the `emptyDir` that KServe would add, and a pod gets no more access than the
 policy grants.
 
-KServe goes by names: it does not change an existing volume or mount with the name that it would use. So the mutation
-works before and after KServe's own webhook, with the same result, and is idempotent.
+KServe goes by names: it does not change an existing volume or mount with the name that it would use. So the mutation is
+idempotent, and works before KServe's own webhook; called again after it, it confines what KServe has added. Only after
+KServe it has the same result as long as KServe adds an `emptyDir` without settings, which is its default.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from kserve_pvc._settings import READONLY_ANNOTATION
 from kserve_pvc.errors import PolicyError, SettingsError, printable
 from kserve_pvc.kserve import _manifest_tools as tools
 from kserve_pvc.kserve._manifest_tools import MODEL_VOLUME, Manifest
-from kserve_pvc.kserve._policy import Policy, Rule, check_claim, check_sub_path
+from kserve_pvc.kserve._policy import Access, Policy, Rule, check_claim, check_sub_path
 
 # The annotations for the owner of a service: the claim (empty: none, not even a default), and the directory to serve.
 CLAIM = "kserve-pvc/claim"
 SUB_PATH = "kserve-pvc/sub-path"
+
+_CONFIDENTIAL = "the model is confidential: decrypted, it would be readable on the claim"
 
 
 @attrs.frozen(kw_only=True)
@@ -58,6 +61,10 @@ class _Owner:
             raise PolicyError(f"claim {claim}", rule)
         return found
 
+    def default(self) -> Rule | None:
+        """Return the rule for a pod that requests nothing, if any."""
+        return self.policy.default_for(self.namespace, self.service_account)
+
     def refuse(self, claim: str) -> None:
         raise PolicyError(
             f"claim {claim}",
@@ -69,11 +76,15 @@ class _Owner:
 class _Grant:
     """
     The claim that a pod shares, the rule that allows it, and the directory that is served.
+
+    `is_default` if the pod requests neither claim nor directory, so that it gets what the default rule allows, even
+    where an earlier rule allows more.
     """
 
     claim: str
     rule: Rule
     sub_path: str
+    is_default: bool
 
 
 def mutate_pod(pod: Manifest, policy: Policy, *, namespace: str | None = None) -> Manifest:
@@ -110,7 +121,7 @@ def admit(pod: Manifest, policy: Policy, *, namespace: str | None = None) -> Adm
     _keep_read_only(metadata, owner, grant, notes)
     if grant is not None:
         _share(spec, grant, is_writing=tools.requests_write(tools.strings(metadata, "annotations")))
-    _confine(spec, owner, notes)
+    _confine(spec, owner, grant, notes)
     return Admitted(pod=pod, claim=grant.claim if grant else None, notes=tuple(map(printable, notes)))
 
 
@@ -127,12 +138,15 @@ def _grant(metadata: Manifest, spec: Manifest, owner: _Owner, notes: list[str]) 
     requested = _requested_claim(annotations, owner)
     obstacle = _obstacle(metadata, spec)
     own = _own_claim(spec)
+    is_downloaded = not annotations.get(tools.SOURCE, "").startswith((tools.PVC_SCHEME, *tools.OCI_SCHEMES))
+    if own and owner.rules(own) and is_downloaded and _is_confidential(annotations, spec):
+        raise PolicyError(f"claim {own}", _CONFIDENTIAL)
     if obstacle is None and own and owner.rules(own):
         if requested not in (None, own):
             notes.append(f"the pod's own volume `{MODEL_VOLUME}` keeps claim `{own}`")
         requested = own
-    elif obstacle is None and _has_own_volume(spec):
-        obstacle = f"the pod has its own volume `{MODEL_VOLUME}`"
+    else:
+        obstacle = obstacle or _own_volume(spec)
     if requested is None or obstacle is not None:
         if requested is not None and CLAIM in annotations:
             notes.append(f"claim `{requested}` is not mounted: {obstacle}")
@@ -142,7 +156,8 @@ def _grant(metadata: Manifest, spec: Manifest, owner: _Owner, notes: list[str]) 
 
 def _requested_claim(annotations: dict[str, str], owner: _Owner) -> str | None:
     if CLAIM not in annotations:
-        return owner.policy.default_for(owner.namespace, owner.service_account)
+        default = owner.default()
+        return default.claim if default else None
     if not annotations[CLAIM]:
         return None
     claim = check_claim(annotations[CLAIM], f"metadata.annotations[{CLAIM}]")
@@ -155,34 +170,87 @@ def _apply_rules(claim: str, annotations: dict[str, str], owner: _Owner) -> _Gra
     if SUB_PATH in annotations:
         sub_path = check_sub_path(annotations[SUB_PATH], f"metadata.annotations[{SUB_PATH}]")
         rule = owner.rule(claim, sub_path)
-    else:
-        rule = owner.rules(claim)[0]
-        sub_path = rule.sub_path
-    assert rule is not None, "`owner.rules` is not empty"
-    return _Grant(claim=claim, rule=rule, sub_path=sub_path)
+        assert rule is not None, "`owner.rules` is not empty"
+        return _Grant(claim=claim, rule=rule, sub_path=sub_path, is_default=False)
+    # A second call finds the volume that the first one has added, and must apply the same rule.
+    default = owner.default() if CLAIM not in annotations else None
+    is_default = default is not None and default.claim == claim
+    rule = default if default is not None and is_default else owner.rules(claim)[0]
+    return _Grant(claim=claim, rule=rule, sub_path=rule.sub_path, is_default=is_default)
 
 
 def _obstacle(metadata: Manifest, spec: Manifest) -> str | None:
     """Return the reason why KServe's storage initializer downloads nothing into a volume of this pod, or None."""
     annotations = tools.strings(metadata, "annotations")
     source = annotations.get(tools.SOURCE)
-    if source is None:
-        return "KServe downloads nothing for this pod"
     if tools.AGENT in annotations:
         return "KServe's agent downloads for this pod"
+    if source is None:
+        return _initializer_obstacle(spec) or (_CONFIDENTIAL if _is_confidential(annotations, spec) else None)
     if tools.LOCAL_MODEL in tools.strings(metadata, "labels"):
         return "the model comes from a LocalModelCache"
     if source.startswith(tools.OCI_SCHEMES):
         return "the model comes from an image"
     if source.startswith(tools.PVC_SCHEME):
         return "the model is served directly from a claim"
+    if _is_confidential(annotations, spec):
+        return _CONFIDENTIAL
     return None if _serving(spec) else f"the pod has no container `{tools.SERVING}`"
+
+
+def _initializer_obstacle(spec: Manifest) -> str | None:
+    """
+    Return why a pod cannot share a claim to which KServe's controller, not its webhook, has added the initializer.
+
+    Those are pods of an LLMInferenceService, which can, and of an InferenceService with `storageUris`, which cannot.
+    """
+    initializer = _initializer(spec)
+    if initializer is None:
+        return "KServe downloads nothing for this pod"
+    mounts = [(str(mount.get("name")), mount.get("mountPath")) for mount in _mounts(initializer)]
+    names = [name for name, path in mounts if name == MODEL_VOLUME or tools.is_model_path(path)]
+    if MODEL_VOLUME not in names:
+        where = f"the volume `{names[0]}`" if names else "a volume of another name"
+        return f"KServe downloads into {where}, as it does for `storageUris`"
+    arguments = initializer.get("args")
+    paths = [path for name, path in mounts if name == MODEL_VOLUME]
+    paths += [
+        mount.get("mountPath") for one in _serving(spec) for mount in _mounts(one) if mount.get("name") == MODEL_VOLUME
+    ]
+    if not isinstance(arguments, list) or len(arguments) != 2 or not all(map(tools.is_model_path, paths)):
+        return f"KServe mounts its volume for other files than one model at `{tools.MODEL_MOUNT_PATH}`"
+    return None if _serving(spec) else f"the pod has no container `{tools.LLM_SERVING}`"
+
+
+def _initializer(spec: Manifest) -> Manifest | None:
+    return tools.find_by_name(tools.entries(spec, "initContainers", "spec"), tools.INITIALIZER)
+
+
+def _own_volume(spec: Manifest) -> str | None:
+    """Return why a volume of the pod's own takes the place of the claim, or None."""
+    if _has_own_volume(spec):
+        return f"the pod has its own volume `{MODEL_VOLUME}`"
+    mounts = [mount for container in _serving(spec) for mount in _mounts(container)]
+    others = [mount for mount in mounts if mount.get("name") != MODEL_VOLUME]
+    other = next((mount for mount in others if tools.is_model_path(mount.get("mountPath"))), None)
+    return f"the pod mounts its own volume `{other.get('name')}` at `{tools.MODEL_MOUNT_PATH}`" if other else None
+
+
+def _is_confidential(annotations: dict[str, str], spec: Manifest) -> bool:
+    """Whether the storage initializer decrypts the model; a ClusterStorageContainer may set only the variable."""
+    found = _initializer(spec) or {}
+    variable = tools.find_by_name(tools.entries(found, "env", "spec.initContainers[]"), tools.CONFIDENTIAL_VARIABLE)
+    is_set = variable is not None and str(variable.get("value", "")).lower() == "true"
+    return is_set or annotations.get(tools.CONFIDENTIAL) == "true"
 
 
 def _serving(spec: Manifest) -> list[Manifest]:
     """Return the containers into which KServe mounts the model."""
     found = tools.entries(spec, "containers", "spec")
     main = tools.find_by_name(found, tools.SERVING) or tools.find_by_name(found, tools.WORKER)
+    if main is None and _initializer(spec) is not None:
+        # The tokenizer of an LLMInferenceService needs a few files only, and its initializer downloads no others.
+        main = tools.find_by_name(found, tools.LLM_SERVING)
     transformer = tools.find_by_name(found, tools.TRANSFORMER)
     return [] if main is None else [main, transformer] if transformer else [main]
 
@@ -231,9 +299,9 @@ def _direct(metadata: Manifest) -> list[tuple[str, str]]:
     annotations, labels = tools.strings(metadata, "annotations"), tools.strings(metadata, "labels")
     source = annotations.get(tools.SOURCE, "")
     if source and tools.LOCAL_MODEL in labels:
-        below = source.removeprefix(annotations.get(tools.LOCAL_MODEL_SOURCE, ""))
-        path = f"models/{labels[tools.LOCAL_MODEL]}/{below}"
-        return [(annotations.get(tools.LOCAL_MODEL_CLAIM, ""), path)]
+        cached = annotations.get(tools.LOCAL_MODEL_SOURCE, "")
+        below = source.removeprefix(cached).removeprefix("/")
+        return [(annotations.get(tools.LOCAL_MODEL_CLAIM, ""), f"models/{tools.storage_key(cached)}/{below}")]
     if source.startswith(tools.PVC_SCHEME):
         claim, _, path = source.removeprefix(tools.PVC_SCHEME).partition("/")
         return [(claim, path)]
@@ -269,24 +337,33 @@ def _mounts(container: Manifest) -> list[Manifest]:
     return tools.entries(container, "volumeMounts", "spec.containers[]")
 
 
-def _confine(spec: Manifest, owner: _Owner, notes: list[str]) -> None:
+def _confine(spec: Manifest, owner: _Owner, grant: _Grant | None, notes: list[str]) -> None:
     """Check the directory of every mount of a governed claim, and make it read-only unless a rule grants more."""
     for volume in tools.entries(spec, "volumes", "spec"):
         claim = _claim_of(volume)
         rules = owner.rules(claim) if claim else ()
         if claim is None or not rules:
             continue
+        if grant is not None and volume.get("name") == MODEL_VOLUME and _requests_nothing_else(spec, grant):
+            rules = (grant.rule,)
         if all(rule.access == "read" for rule in rules):
             # This applies to all mounts, including those that KServe adds later.
             volume["persistentVolumeClaim"]["readOnly"] = True
         for kind, container in tools.containers(spec):
-            _confine_container(kind, container, volume, claim, owner, notes)
+            _confine_container(kind, container, volume, owner, rules, notes)
+
+
+def _requests_nothing_else(spec: Manifest, grant: _Grant) -> bool:
+    """Whether a pod gets the default claim, and no container mounts a directory outside of the default rule's."""
+    mounts = [mount for _, container in tools.containers(spec) for mount in _mounts(container)]
+    paths = [_path(mount) for mount in mounts if mount.get("name") == MODEL_VOLUME]
+    return grant.is_default and all(grant.rule.covers(path) for path in paths)
 
 
 def _confine_container(
-    kind: str, container: Manifest, volume: Manifest, claim: str, owner: _Owner, notes: list[str]
+    kind: str, container: Manifest, volume: Manifest, owner: _Owner, rules: tuple[Rule, ...], notes: list[str]
 ) -> None:
-    name = container.get("name")
+    name, claim = container.get("name"), str(_claim_of(volume))
     if any(
         device.get("name") == volume.get("name")
         for device in tools.entries(container, "volumeDevices", "spec.containers[]")
@@ -298,20 +375,24 @@ def _confine_container(
     # Where the volume itself is read-only, the mount for KServe's initializer is not changed: KServe may add it later.
     is_volume_read_only = is_initializer and volume["persistentVolumeClaim"].get("readOnly") is True
     for mount in (mount for mount in _mounts(container) if mount.get("name") == volume.get("name")):
-        rule = owner.rule(claim, _directory(mount, claim, owner))
-        granted = rule.access if rule else "write"
+        granted = _access(mount, claim, owner, rules)
         may_write = granted == "write" or (granted == "download" and is_initializer)
         if not (may_write or is_volume_read_only or mount.get("readOnly") is True):
             mount["readOnly"] = True
             notes.append(f"container `{name}` mounts claim `{claim}` read-only: the policy grants `{granted}`")
 
 
-def _directory(mount: Manifest, claim: str, owner: _Owner) -> str:
-    if mount.get("subPathExpr"):
-        # Its variables are expanded when the container starts, so it needs a rule for the whole claim.
-        owner.rule(claim, "")
-        return ""
-    return str(mount.get("subPath") or "")
+def _access(mount: Manifest, claim: str, owner: _Owner, rules: tuple[Rule, ...]) -> Access:
+    """Return the access of the first of some rules for the directory of a mount, else of the first rule of all."""
+    sub_path = _path(mount)
+    rule = next((rule for rule in rules if rule.covers(sub_path)), None) or owner.rule(claim, sub_path)
+    assert rule is not None, "`owner.rules` is not empty"
+    return rule.access
+
+
+def _path(mount: Manifest) -> str:
+    # The variables of a `subPathExpr` are expanded when the container starts, so it needs a rule for the whole claim.
+    return "" if mount.get("subPathExpr") else str(mount.get("subPath") or "")
 
 
 def _directories(rules: tuple[Rule, ...]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, Literal, get_args
 
 import attrs
@@ -39,7 +40,7 @@ class Rule:
         service_accounts: Names of service accounts, or `*` for all.
         sub_path: The directory of the claim to which the rule applies, with all below it; empty for the whole claim.
         access: `read`, `download` or `write`.
-        default: Whether pods for which KServe would add an `emptyDir` get this claim without requesting it.
+        default: Whether pods for which KServe would add an `emptyDir` get what this rule allows without requesting it.
 
     Raises:
         SettingsError: A name is invalid, or the access is unknown.
@@ -83,9 +84,15 @@ class Rule:
 class Policy:
     """
     Rules, of which the first match decides. Without a rule nothing is granted, and no claim is governed.
+
+    Raises:
+        SettingsError: Two rules are the default of the same pods.
     """
 
     rules: tuple[Rule, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        check_defaults(self.rules)
 
     def governs(self, namespace: str, claim: str) -> bool:
         """
@@ -99,12 +106,39 @@ class Policy:
         """
         return tuple(rule for rule in self.rules if rule.claim == claim and rule.applies_to(namespace, service_account))
 
-    def default_for(self, namespace: str, service_account: str) -> str | None:
+    def default_for(self, namespace: str, service_account: str) -> Rule | None:
         """
-        Return the claim that a pod gets without requesting one, if any.
+        Return the rule for a pod that requests no claim, if any.
         """
-        found = (rule.claim for rule in self.rules if rule.default and rule.applies_to(namespace, service_account))
+        found = (rule for rule in self.rules if rule.default and rule.applies_to(namespace, service_account))
         return next(found, None)
+
+
+def check_defaults(rules: Sequence[Rule]) -> None:
+    """
+    Check that no pod has two default rules, of which the order of the policy would choose one.
+
+    Raises:
+        SettingsError: Two rules are the default of the same pods.
+    """
+    # The rules seen so far, by pairs of namespace and service account, each exact, `*`, or None for "not compared".
+    seen: dict[tuple[str | None, str | None], int] = {}
+    for index, rule in enumerate(rules):
+        pairs = list(product(_or_any(rule.namespaces), _or_any(rule.service_accounts))) if rule.default else []
+        for namespace, account in pairs:
+            # A `*` in this rule overlaps with every name, and a `*` in another one with this name.
+            pairs_before = product(_overlapping(namespace), _overlapping(account))
+            earlier = next((seen[pair] for pair in pairs_before if pair in seen), None)
+            if earlier is not None:
+                hint = f"`rules[{earlier}]` is the default of the same pods already; let one of the two name others"
+                raise SettingsError(f"rules[{index}].default", "true", hint)
+        for namespace, account in pairs:
+            for pair in product((namespace, None), (account, None)):
+                seen.setdefault(pair, index)
+
+
+def _overlapping(name: str) -> tuple[str | None, ...]:
+    return (None,) if name == ANY else (name, ANY)
 
 
 def check_subdomain(value: object, name: str) -> str:
@@ -223,6 +257,10 @@ def _field(name: str) -> str:
 
 def _names(names: Sequence[str], name: str) -> bool:
     return ANY in names or name in names
+
+
+def _or_any(names: Sequence[str]) -> Sequence[str]:
+    return (ANY,) if ANY in names else names
 
 
 def _parts(sub_path: str) -> list[str]:

@@ -79,8 +79,8 @@ class Storage:
 
 
 def _variables(allow_patterns: Sequence[str] | None, ignore_patterns: Sequence[str] | None) -> Variables:
-    os.environ.update(trust_bundle(os.environ))
     variables = read_variables()
+    os.environ.update(trust_bundle(os.environ))
     return attrs.evolve(
         variables,
         allow_patterns=variables.allow_patterns if allow_patterns is None else tuple(allow_patterns) or None,

@@ -7,7 +7,10 @@ empty fields are left out. A pod that KServe would refuse raises `RefusedByKServ
 
 from __future__ import annotations
 
+import json
+import re
 from copy import deepcopy
+from hashlib import sha256
 from typing import Any
 
 INTERNAL = "internal.serving.kserve.io"
@@ -18,16 +21,20 @@ VOLUME = "kserve-provision-location"
 MODELS = "/mnt/models"
 
 
+READONLY = "storage.kserve.io/readonly"
+
+
 class RefusedByKServeError(Exception):
     """
     KServe's webhook answers with an error.
     """
 
 
-def inject(pod: dict[str, Any]) -> dict[str, Any]:
+def inject(pod: dict[str, Any], model_volume: dict[str, Any] | None = None) -> dict[str, Any]:
     """
-    Apply the rules once.
+    Apply the rules once, in a cluster whose `modelVolumeSource` is given, else an `emptyDir`.
     """
+    model_volume = {"emptyDir": {}} if model_volume is None else model_volume
     pod = deepcopy(pod)
     annotations = pod["metadata"].get("annotations", {})
     source = _source(pod)
@@ -43,9 +50,49 @@ def inject(pod: dict[str, Any]) -> dict[str, Any]:
         return pod
     initializer = {"name": "storage-initializer", "image": "kserve/storage-initializer", "args": [source, MODELS]}
     pod["spec"]["initContainers"] = [*pod["spec"].get("initContainers", []), initializer]
-    _add(pod["spec"], targets, _mount(VOLUME, "", read_only), {"emptyDir": {}})
-    _add(pod["spec"], [initializer], _mount(VOLUME, "", False), {"emptyDir": {}})
+    _add(pod["spec"], targets, _mount(VOLUME, "", read_only), model_volume)
+    _add(pod["spec"], [initializer], _mount(VOLUME, "", False), model_volume)
     return pod
+
+
+def pod_of(service: dict[str, Any], runtime: dict[str, str]) -> dict[str, Any]:
+    """
+    Return what KServe's controller makes of an InferenceService with a `model`, with the annotations of its runtime.
+    """
+    predictor = service["spec"]["predictor"]
+    annotations = {
+        **runtime,
+        **service["metadata"].get("annotations", {}),
+        SOURCE: predictor["model"]["storageUri"],
+        **predictor.get("annotations", {}),
+    }
+    mounts = predictor["model"].get("volumeMounts")
+    serving = {"name": "kserve-container", **({"volumeMounts": deepcopy(mounts)} if mounts else {})}
+    spec = {"containers": [serving], "volumes": deepcopy(predictor.get("volumes", []))}
+    return {"kind": "Pod", "metadata": {"annotations": annotations}, "spec": spec}
+
+
+def is_supported(container: dict[str, Any], uri: str) -> bool:
+    """
+    Whether a ClusterStorageContainer takes a source: by a prefix, or by a regular expression that may match anywhere.
+    """
+    return any(
+        uri.startswith(one["prefix"]) if "prefix" in one else re.search(one["regex"], uri) is not None
+        for one in container["supportedUriFormats"]
+    )
+
+
+def storage_spec(storage: dict[str, Any], secret: dict[str, str]) -> tuple[str, str, dict[str, str]]:
+    """
+    Return of a `storage:` the URI by which KServe selects a container, and the source and variables that this gets.
+    """
+    selected = f"<scheme-placeholder>://{storage['path'].removeprefix('/')}"
+    over = storage.get("parameters", {})
+    kind, bucket = over.get("type") or secret["type"], over.get("bucket") or secret.get("bucket", "")
+    path = selected.removeprefix("<scheme-placeholder>://")
+    source = f"{kind}://{bucket}/{path}" if kind == "s3" else f"{kind}://{path}"
+    variables = {"STORAGE_CONFIG": json.dumps(secret)}
+    return selected, source, variables | ({"STORAGE_OVERRIDE_CONFIG": json.dumps(over)} if over else {})
 
 
 def _source(pod: dict[str, Any]) -> str | None:
@@ -56,9 +103,12 @@ def _source(pod: dict[str, Any]) -> str | None:
         return source
     if f"{INTERNAL}/localmodel-pvc-name" not in annotations:
         raise RefusedByKServeError("the cached model has no claim")
-    below = source.removeprefix(annotations.get(f"{INTERNAL}/localmodel-sourceuri", ""))
+    cached = annotations.get(f"{INTERNAL}/localmodel-sourceuri", "")
+    below = source.removeprefix(cached)
     below = below if below.startswith("/") else f"/{below}"
-    return f"pvc://{annotations[f'{INTERNAL}/localmodel-pvc-name']}/models/{labels[LOCAL_MODEL]}{below}"
+    # `GetStorageKey`: the claim's directory does not depend on the name of the cache.
+    key = sha256(cached.encode()).hexdigest()[:16]
+    return f"pvc://{annotations[f'{INTERNAL}/localmodel-pvc-name']}/models/{key}{below}"
 
 
 def _targets(spec: dict[str, Any]) -> list[dict[str, Any]]:
