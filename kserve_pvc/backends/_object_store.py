@@ -20,6 +20,7 @@ from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Checksum, RangeReader, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._crc32c import make_checksum
+from kserve_pvc.backends._directories import Directories
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._ranges import Reader, RefusedError, read_refusal, request_with_retries
@@ -184,7 +185,8 @@ class ObjectStore:
     Models in the buckets of one service.
 
     A URI of one object is a single file; any other names a prefix, and never brings its siblings: `m/model` means
-    `m/model/…`, not `m/model-v2/…`. An object wins over a prefix of the same name. Empty objects are files.
+    `m/model/…`, not `m/model-v2/…`. An object wins over a prefix of the same name. Empty objects are files, unless
+    something lies below their names: then they stand for directories.
 
     Args:
         bucket_parts: How many parts of an address, separated by `/`, name the bucket.
@@ -203,13 +205,16 @@ class ObjectStore:
         place = self.service.place(ref)
         name = place.name
         with self._translated(ref.uri, place):
-            if name and not name.endswith("/") and (single := self._single(place, ref)) is not None:
+            prefix = name.rstrip("/") + "/" if name.strip("/") else ""
+            below = attrs.evolve(place, name=prefix)
+            single = self._single(place, ref) if name and not name.endswith("/") else None
+            is_file = single is not None and (single.entry.size_bytes > 0 or ref.revision is not None)
+            if single is not None and (is_file or not self._is_directory(below)):
                 yield [single]
                 return
             if ref.revision is not None:
                 raise SourceNotFoundError(str(ref), self.service.no_version)
-            prefix = name.rstrip("/") + "/" if name.strip("/") else ""
-            yield from self._below(attrs.evolve(place, name=prefix), ref)
+            yield from self._below(below, ref)
 
     def _single(self, place: Place, ref: ModelRef) -> RemoteFile | None:
         """The object itself, if the URI names one."""
@@ -225,12 +230,31 @@ class ObjectStore:
             return None
         return self._file(place, ref, found, place.name.rpartition("/")[2])
 
+    def _is_directory(self, below: Place) -> bool:
+        """Whether something lies below the name of an empty object. Without the right to list, it is a file."""
+        try:
+            return any(page for page in self._listed(below))
+        except RefusedError as refusal:
+            if self.service.kind(refusal) in ("denied", "missing"):
+                return False
+            raise
+
     def _below(self, place: Place, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
+        directories = Directories(ref.uri)
+        for page in self._listed(place):
+            for found in page:
+                if found.is_directory:
+                    directories.mark(found.name[len(place.name) :])
+            files = (self._file(place, ref, found, self._inside(place, ref, found)) for found in _files(page))
+            yield directories.sift(files)
+        yield directories.empty_files()
+
+    def _listed(self, place: Place) -> Iterator[Sequence[Object]]:
         token: str | None = None
         seen: set[str] = set()
         while True:
             page, token = self.service.page(place, token)
-            yield [self._file(place, ref, found, self._inside(place, ref, found)) for found in _files(page)]
+            yield page
             if token is None:
                 return
             if token in seen:
