@@ -64,13 +64,14 @@ class Object:
     """
     One object as the service describes it now.
 
-    `token` changes with its content, `pin` makes a read of other content fail, `digest` is what the service vouches
-    for, as `name:hex`. An object that only marks a directory is left out; one with a `flaw` cannot be fetched as it is.
+    `token` changes with its content (None: nothing tells), `pin` makes a read of other content fail, `digest` is what
+    the service vouches for, as `name:hex`. An object that only marks a directory is left out; one with a `flaw` cannot
+    be fetched as it is.
     """
 
     name: str
     size_bytes: int
-    token: str
+    token: str | None
     pin: Mapping[str, str]
     digest: str | None = None
     is_directory: bool = False

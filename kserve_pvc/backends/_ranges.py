@@ -20,6 +20,7 @@ from kserve_pvc._source.retry import delays
 from kserve_pvc.backends._http.client import Exchange, HTTPClient
 from kserve_pvc.backends._http.connection import Response
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._validators import bare_etag
 from kserve_pvc.errors import PolicyError, SourceChangedError, SourceDeniedError, SourceUnavailableError, StoreError
 
 _MAX_ERROR_BYTES = 64 * 1024
@@ -292,7 +293,7 @@ def check_range(file: RemoteFile, where: str, response: Head, start: int, stop: 
     size = file.entry.size_bytes
     etag, pinned = response.header("etag"), file.pin.get("If-Match")
     # Some servers list without the quotes that their responses have.
-    if etag is not None and pinned is not None and etag.strip('"') != pinned.strip('"'):
+    if etag is not None and pinned is not None and bare_etag(etag) != bare_etag(pinned):
         raise SourceChangedError(where, str(file.entry.path))
     expected = f"bytes {start}-{stop - 1}/{size}"
     # Where there is no ETag, not every server looks at the condition that pins.

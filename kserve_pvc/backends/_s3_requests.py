@@ -17,6 +17,7 @@ from kserve_pvc.backends._login.sigv4 import encode_query, sign
 from kserve_pvc.backends._object_store import MetadataRequests, Request
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError, retry_after, unavailable
 from kserve_pvc.backends._s3_settings import Account
+from kserve_pvc.backends._validators import http_date, identifies
 from kserve_pvc.backends._xml import is_size, parse_xml
 
 DENIED = frozenset(
@@ -37,7 +38,8 @@ _ADDRESS = re.compile(r"[0-9.]+|.*:.*")
 _REGION = re.compile(r"[a-z0-9-]{1,40}")
 _NOT_S3 = "is this an S3 endpoint?"
 
-Listed = tuple[str, int, str]
+# Key, size, ETag and date.
+Listed = tuple[str, int, str | None, str | None]
 
 
 class Access(Protocol):
@@ -52,7 +54,7 @@ class Access(Protocol):
         """Return the headers of one object, by lower-case name."""
 
     def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Listed], str | None]:
-        """Return key, size and ETag of a page of objects below a prefix, and the token of the next page."""
+        """Return key, size, ETag and date of the objects of a page below a prefix, and the token of the next page."""
 
     def read(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> Request:
         """Return the address and headers that read a pinned object."""
@@ -91,9 +93,8 @@ class SignedAccess:
             self.account.source.renew()
         if "VersionId" in pin:
             return self._signed("GET", bucket, key, {"versionId": pin["VersionId"]}, {})
-        return self._signed(
-            "GET", bucket, key, {}, {"if-match": pin["If-Match"]} if self.account.has_conditions else {}
-        )
+        has_condition = "If-Match" in pin and self.account.has_conditions
+        return self._signed("GET", bucket, key, {}, {"if-match": pin["If-Match"]} if has_condition else {})
 
     def reader(self, bucket: str, key: str, pin: Mapping[str, str], start: int, stop: int) -> None:
         return None
@@ -148,7 +149,7 @@ class SignedAccess:
 
 def parse_listing(body: bytes) -> tuple[list[Listed], str | None]:
     """
-    Read one response to ListObjectsV2: key, size and ETag of each object, and the token of the next page.
+    Read one response to ListObjectsV2: key, size, ETag and date of each object, and the token of the next page.
 
     Raises:
         RefusedError: It is not such a response.
@@ -159,13 +160,14 @@ def parse_listing(body: bytes) -> tuple[list[Listed], str | None]:
     space = root.tag[: -len("ListBucketResult")]
     # Blanks come as `+`, and `+` as `%2B`.
     decode = unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
-    page = []
-    names = (f"{space}Key", f"{space}Size", f"{space}ETag")
+    page: list[Listed] = []
+    names = (f"{space}Key", f"{space}Size", f"{space}ETag", f"{space}LastModified")
     for item in root.iter(f"{space}Contents"):
-        key, size, etag = map(item.findtext, names)
-        if key is None or etag is None or size is None or not is_size(size):
-            raise RefusedError(f"the listing has an object without key, size or ETag; {_NOT_S3}")
-        page.append((decode(key), int(size), etag))
+        key, size, etag, date = map(item.findtext, names)
+        if key is None or size is None or not is_size(size):
+            raise RefusedError(f"the listing has an object without key or size; {_NOT_S3}")
+        # Few objects need a date, and reading it costs more than all else.
+        page.append((decode(key), int(size), etag, None if identifies(etag, int(size)) else http_date(date)))
     if root.findtext(f"{space}IsTruncated") != "true":
         return page, None
     token = root.findtext(f"{space}NextContinuationToken")

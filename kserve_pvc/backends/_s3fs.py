@@ -25,6 +25,7 @@ from kserve_pvc.backends._login.aws import NO_CREDENTIALS_HINT
 from kserve_pvc.backends._object_store import Request
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError
 from kserve_pvc.backends._s3_requests import Listed
+from kserve_pvc.backends._validators import http_date
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
 _SIGNED_SECONDS = 3600
@@ -65,19 +66,22 @@ class S3fsAccess:
         more = {"ContinuationToken": token} if token else {}
         with _translated():
             page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-            items = [(item["Key"], item["Size"], item["ETag"]) for item in page.get("Contents", ())]
+            items: list[Listed] = [
+                (item["Key"], item["Size"], item.get("ETag"), http_date(item.get("LastModified")))
+                for item in page.get("Contents", ())
+            ]
             return items, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
     def read(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> Request:
         pinned = _pinned(pin)
-        name = (bucket, key, next(iter(pinned.values())))
+        name = (bucket, key, next(iter(pinned.values()), ""))
         signed_at, target = self._signed.get(name, (0.0, None))
         if target is None or renewed or time.monotonic() - signed_at > _RENEW_SECONDS:
             target = self._sign({"Bucket": bucket, "Key": key, **pinned})
             if len(self._signed) >= _MAX_SIGNED:
                 self._signed.clear()
             self._signed[name] = (time.monotonic(), target)
-        return target, {} if "VersionId" in pin else {"If-Match": pin["If-Match"]}
+        return target, {"If-Match": pin["If-Match"]} if "IfMatch" in pinned else {}
 
     def reader(
         self, bucket: str, key: str, pin: Mapping[str, str], start: int, stop: int
@@ -88,15 +92,17 @@ class S3fsAccess:
 
         def piece(first: int, last: int, is_last: bool) -> bytes:
             with _translated():
-                return self._get(bucket, key, first, last, _pinned(pin))
+                return self._get(bucket, key, first, last, pin)
 
         return Reader(piece, start, stop)
 
-    def _get(self, bucket: str, key: str, start: int, stop: int, pinned: Mapping[str, str]) -> bytes:
+    def _get(self, bucket: str, key: str, start: int, stop: int, pin: Mapping[str, str]) -> bytes:
         async def get() -> bytes:
             found = await self._fs._call_s3(
-                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **pinned
+                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **_pinned(pin)
             )
+            if pin.get("If-Unmodified-Since") not in (None, http_date(found.get("LastModified"))):
+                raise RefusedError("it has another date now", code="PreconditionFailed")
             async with found["Body"] as body:
                 data: bytes = await body.read()
                 return data
@@ -115,7 +121,9 @@ class S3fsAccess:
 
 
 def _pinned(pin: Mapping[str, str]) -> dict[str, str]:
-    return {"VersionId": pin["VersionId"]} if "VersionId" in pin else {"IfMatch": pin["If-Match"]}
+    if "VersionId" in pin:
+        return {"VersionId": pin["VersionId"]}
+    return {"IfMatch": pin["If-Match"]} if "If-Match" in pin else {}
 
 
 @contextmanager

@@ -221,7 +221,8 @@ class AzureStorage:
     def read(self, place: Place, pin: Mapping[str, str], *, renewed: bool) -> Request:
         query = {"versionid": pin["versionid"]} if "versionid" in pin else {}
         target, headers = self._request(place, query, renewed=renewed)
-        return target, {**headers, "If-Match": pin["If-Match"]}
+        conditions = {name: value for name, value in pin.items() if name != "versionid"}
+        return target, {**headers, **conditions}
 
     def reader(self, place: Place, file: RemoteFile, start: int, stop: int) -> ClassReader | None:
         adlfs = self._class_for(place)

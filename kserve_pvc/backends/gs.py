@@ -204,7 +204,7 @@ class GoogleStorage:
     def head(self, place: Place, revision: str | None) -> Object | None:
         query = {"fields": FIELDS} | ({"generation": revision} if revision else {})
         found = parse_object(parse_json(self._get(_object_path(place), query)))
-        if found.name != place.name or (revision is not None and int(found.token) != int(revision)):
+        if found.name != place.name or (revision is not None and int(found.pin["generation"]) != int(revision)):
             raise RefusedError(f"requested `{place.name}`, but the response describes another object")
         return found
 

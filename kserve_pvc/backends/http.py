@@ -28,6 +28,7 @@ from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._options import Rule, configured_options, options_beyond
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, unavailable
+from kserve_pvc.backends._validators import identifies
 from kserve_pvc.backends._web_settings import OWN_OPTIONS, Headers, WebFile, parse_file, unpack_limits
 from kserve_pvc.errors import (
     PolicyError,
@@ -287,18 +288,17 @@ def _target(address: str) -> Target:
 
 
 def _remote_file(file: WebFile, place: _Place) -> RemoteFile:
-    is_strong = place.etag is not None and not place.etag.startswith("W/")
-    token = (
-        place.etag.strip('"') if is_strong and place.etag else " ".join(t for t in (place.etag, place.modified) if t)
-    )
+    etag = place.etag if identifies(place.etag, place.size_bytes) else None
+    is_strong = etag is not None and not etag.startswith("W/")
+    token = etag.strip('"') if is_strong and etag else " ".join(t for t in (etag, place.modified) if t)
     pin = {}
-    if is_strong and place.etag:
-        pin["If-Match"] = place.etag
+    if is_strong and etag:
+        pin["If-Match"] = etag
     elif place.modified:
         pin["If-Unmodified-Since"] = place.modified
     return RemoteFile(
         entry=FileEntry(
-            path=file.name, size_bytes=place.size_bytes, sha256=file.sha256, token=file.sha256 or token or None
+            path=file.name, size_bytes=place.size_bytes, sha256=file.sha256, token=file.sha256 or token or place.sha256
         ),
         address=file.address,
         pin=pin,
