@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
-from uuid import uuid4
 
 import attrs
 
@@ -59,7 +58,6 @@ class Resolved:
     The files that the source of a model holds now.
 
     `version` is the source's own name for it, such as a commit, or a SHA-256 over path, size and token of every file.
-    It is never the same twice if nothing tells two contents of a file apart.
     """
 
     ref: ModelRef
@@ -131,8 +129,7 @@ def _version(files: Iterable[RemoteFile]) -> str:
     digest, quoted = hashlib.sha256(), json.encoder.encode_basestring_ascii
     for file in files:
         entry = file.entry
-        # Where nothing tells one content from another, no listing is known to be of what another one was of.
-        token = quoted(entry.token or entry.sha256 or uuid4().hex)
+        token = "null" if entry.token is None else quoted(entry.token)
         # One JSON list for each file, as `json.dumps` writes it.
         digest.update(f"[{quoted(str(entry.path))}, {entry.size_bytes}, {token}]".encode())
     return "sha256:" + digest.hexdigest()

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from kserve_pvc.backends._object_store import Object, md5_digest
 from kserve_pvc.backends._ranges import RefusedError, from_base64, retry_after, unavailable
-from kserve_pvc.backends._validators import bare_etag, identifies
+from kserve_pvc.backends._validators import bare_etag, identifies, make_token
 from kserve_pvc.backends._xml import is_size, parse_xml
 
 _BUSY = {"ServerBusy", "OperationTimedOut"}
@@ -46,7 +46,7 @@ def make_object(
     return Object(
         name=name,
         size_bytes=size_bytes,
-        token=version or bare or date,
+        token=version or bare or date or make_token(),
         pin=pin,
         digest=digest,
         is_directory=is_directory,

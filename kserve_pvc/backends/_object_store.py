@@ -38,6 +38,7 @@ MAX_MD5_BYTES = 16 * 1024 * 1024
 MAX_PAGE_BYTES = 16 * 1024 * 1024
 # One for a region or an endpoint that the service corrects, one for credentials that have expired.
 _RENEWALS = 2
+_CONDITIONS = ("If-Match", "If-Unmodified-Since")
 
 # What a refusal means: no access; no such object or bucket; other content than was pinned; a pause is requested; a
 # retry does not help; nothing that the service gives a meaning of its own.
@@ -64,14 +65,14 @@ class Object:
     """
     One object as the service describes it now.
 
-    `token` changes with its content (None: nothing tells), `pin` makes a read of other content fail, `digest` is what
+    `token` changes with its content, `pin` makes a read of other content fail, `digest` is what
     the service vouches for, as `name:hex`. An object that only marks a directory is left out; one with a `flaw` cannot
     be fetched as it is.
     """
 
     name: str
     size_bytes: int
-    token: str | None
+    token: str
     pin: Mapping[str, str]
     digest: str | None = None
     is_directory: bool = False
@@ -198,6 +199,8 @@ class ObjectStore:
         self._requests = requests
         self._client = requests.client
         self._bucket_parts = bucket_parts
+        # Objects whose server refuses every condition.
+        self._unconditional: set[str] = set()
 
     def resolve(self, ref: ModelRef) -> Resolved:
         return order_listing(ref, chain.from_iterable(self.pages(ref)))
@@ -290,8 +293,25 @@ class ObjectStore:
 
     def request(self, file: RemoteFile, *, renewed: bool) -> Request:
         place = self._place_of(file)
+        pin = file.pin
+        if file.address in self._unconditional:
+            pin = {name: value for name, value in pin.items() if name not in _CONDITIONS}
         with self._pinned(file, place):
-            return self.service.read(place, file.pin, renewed=renewed)
+            return self.service.read(place, pin, renewed=renewed)
+
+    def is_unchanged(self, file: RemoteFile) -> bool:
+        """
+        Look what is there now, and remember if it is what was pinned.
+        """
+        place = self._place_of(file)
+        if file.address in self._unconditional:
+            return True  # Another stream was faster.
+        with self._pinned(file, place):
+            found = self.service.head(place, None)
+        is_same = found is not None and found.size_bytes == file.entry.size_bytes and found.pin == file.pin
+        if is_same:
+            self._unconditional.add(file.address)
+        return is_same
 
     def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
         place, refusal = self._place_of(file), self.service.refused(status, headers, body)

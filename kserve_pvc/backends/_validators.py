@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from uuid import uuid4
 
 # What some services give every object for its ETag.
 _NOTHING = frozenset(("", "null", "(null)", "nil", "none", "undefined", "unknown", "false", "n/a"))
@@ -40,6 +41,13 @@ def identifies(etag: str | None, size_bytes: int) -> bool:
     bare = bare_etag(etag).strip().lower()
     is_of_nothing = bare in _OF_NOTHING and size_bytes > 0
     return not (bare in _NOTHING or _FILLER.fullmatch(bare) or is_of_nothing)
+
+
+def make_token() -> str:
+    """
+    Make the token of a file of which nothing tells one content from another: no refresh takes it for what it was.
+    """
+    return f"unidentified-{uuid4().hex}"
 
 
 def http_date(text: object) -> str | None:

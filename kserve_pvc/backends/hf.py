@@ -344,6 +344,20 @@ class _Range:
             reader.__exit__(kind, error, trace)
 
     @property
+    def is_whole(self) -> bool:
+        """
+        Whether the server sends the whole file whatever range is requested.
+        """
+        return self._reader is not None and self._reader.is_whole
+
+    @property
+    def skipped(self) -> int:
+        """
+        How much was received and is not part of the range.
+        """
+        return 0 if self._reader is None else self._reader.skipped
+
+    @property
     def worked(self) -> float:
         """
         Seconds that reading took without waiting for anybody.
@@ -393,6 +407,10 @@ class _Range:
         # What was listed a moment ago has gone.
         is_gone = isinstance(error, SourceNotFoundError) and status != 401
         return SourceChangedError(self._where, str(file.entry.path)) if is_gone or status == 416 else error
+
+    def is_unchanged(self, file: RemoteFile) -> bool:
+        """No request has a condition: a commit names its files for ever."""
+        return False
 
     def _open(self) -> bool:
         """Send the request, unless that has been done. False: another stream is asking where the file is."""

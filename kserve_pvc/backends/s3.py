@@ -41,7 +41,7 @@ from kserve_pvc.backends._s3_settings import (
     plain_account,
     sdk_account,
 )
-from kserve_pvc.backends._validators import bare_etag, http_date, identifies
+from kserve_pvc.backends._validators import bare_etag, http_date, identifies, make_token
 from kserve_pvc.backends._xml import is_size
 from kserve_pvc.errors import InvalidURIError
 
@@ -122,12 +122,17 @@ class _S3:
 
     def head(self, place: Place, revision: str | None) -> Object:
         head = self.way(place.bucket).head(place.bucket, place.name, revision)
-        size = head.get("content-length", "")
+        size = head.get("content-length", "") or ("" if revision else self._listed_size(place))
         if not is_size(size):
             raise RefusedError("response lacks Content-Length; is this an S3 endpoint?")
         version = head.get("x-amz-version-id", "null")
         listed = (place.name, int(size), head.get("etag"), http_date(head.get("last-modified")))
         return self._object(listed, revision, None if version == "null" else version)
+
+    def _listed_size(self, place: Place) -> str:
+        """The size of an object whose description has none, as proxies send it."""
+        found, _ = self.way(place.bucket).page(place.bucket, place.name, None)
+        return next((str(size) for key, size, _, _ in found if key == place.name), "")
 
     def page(self, place: Place, token: str | None) -> tuple[Sequence[Object], str | None]:
         found, token = self.way(place.bucket).page(place.bucket, place.name, token)
@@ -147,7 +152,7 @@ class _S3:
         return Object(
             name=key,
             size_bytes=size,
-            token=revision or version or name or date,
+            token=revision or version or name or date or make_token(),
             pin=pin,
             digest=md5_digest(digest and digest[0], size),
             is_directory=not size and key.endswith("/"),
