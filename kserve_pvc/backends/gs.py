@@ -131,9 +131,9 @@ class GSBackend(ObjectStore):
         settings = read_settings("gs", options, environ)
         check_options("gs", settings.options, _OPTIONS | _IGNORED_OPTIONS | _CLASS_OPTIONS, _load_class)
         payer = _payer(settings)
-        endpoint, is_emulator = find_endpoint(settings.options, environ)
+        endpoint, is_emulator = find_endpoint(settings.options, settings.environ)
         reasons = find_reasons(RULES, settings)
-        client = HTTPClient(environ=environ)
+        client = HTTPClient(environ=settings.environ)
         if reasons:
             gcsfs = _make_gcsfs(settings, endpoint, is_emulator=is_emulator)
             service = GoogleStorage(gcsfs.requests(client), endpoint, gcsfs.login, payer, gcsfs)

@@ -27,7 +27,7 @@ from kserve_pvc.backends._hf_names import HubLocation, is_repository, parse_loca
 from kserve_pvc.backends._hf_settings import find_endpoint, find_token, is_true
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
-from kserve_pvc.backends._options import Rule, configured_options, options_beyond
+from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, retry_after, unavailable
 from kserve_pvc.errors import (
     SettingsError,
@@ -105,6 +105,7 @@ class HFBackend:
     """
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
+        options, environ = trim_options(options), TrimmedEnvironment(environ)
         self._endpoint = find_endpoint(options, environ)
         self._token = find_token(options, environ)
         self._is_offline = any(is_true(environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))

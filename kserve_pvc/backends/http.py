@@ -27,7 +27,7 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.backends._options import Rule, configured_options, options_beyond
+from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, unavailable
 from kserve_pvc.backends._validators import identifies, make_token
 from kserve_pvc.backends._web_settings import OWN_OPTIONS, Headers, WebFile, parse_file, unpack_limits
@@ -127,6 +127,7 @@ class HTTPBackend:
     """
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
+        options, environ = trim_options(options), TrimmedEnvironment(environ)
         self._headers = Headers(options, environ)
         self._limits = unpack_limits(options)
         self._client = HTTPClient(

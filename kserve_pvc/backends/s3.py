@@ -72,7 +72,7 @@ class S3Backend(ObjectStore):
         check_options("s3", settings.options, PLAIN_OPTIONS | OWN_OPTIONS, _load)
         reasons = find_reasons(RULES, settings)
         account, beyond = sdk_account(settings) if reasons else (plain_account(settings), ())
-        requests = MetadataRequests(HTTPClient(environ=environ, ca_bundle=account.ca_bundle), parse_refusal)
+        requests = MetadataRequests(HTTPClient(environ=settings.environ, ca_bundle=account.ca_bundle), parse_refusal)
         signed = SignedAccess(account, requests, "direct:s3fs" if reasons else "direct")
         reads = bool(find_reasons(BEYOND_URLS, settings))
 
