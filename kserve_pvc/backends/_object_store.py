@@ -174,7 +174,7 @@ class MetadataRequests:
         Send a request once; a subclass may send it in another way.
         """
         with self.client.open(method, target, headers) as response:
-            if response.status == 200:
+            if response.status in (200, 206):
                 deadline = time.monotonic() + 2 * self.client.response_seconds
                 return response.headers, response.read(MAX_PAGE_BYTES, deadline)
             refusal = self.refused(response.status, response.headers, read_refusal(response))

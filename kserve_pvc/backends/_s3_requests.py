@@ -12,7 +12,7 @@ from typing import Protocol
 from urllib.parse import quote, unquote_plus
 
 from kserve_pvc._source.contract import RangeReader
-from kserve_pvc.backends._http.target import Target
+from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._login.sigv4 import encode_query, sign
 from kserve_pvc.backends._object_store import MetadataRequests, Request
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError, retry_after, unavailable
@@ -80,7 +80,18 @@ class SignedAccess:
 
     def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
         query = {} if version is None else {"versionId": version}
-        return self._send("HEAD", bucket, key, query, {"x-amz-checksum-mode": "ENABLED"})[0]
+        headers = {"x-amz-checksum-mode": "ENABLED"}
+        try:
+            return self._send("HEAD", bucket, key, query, headers)[0]
+        except RefusedError as refusal:
+            if not hides_reason(refusal):
+                raise
+            hidden = refusal
+        try:
+            found = self._send("GET", bucket, key, query, {**headers, "range": "bytes=0-0"})[0]
+        except HTTPError:
+            raise hidden from None
+        return head_of_range(found)
 
     def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Listed], str | None]:
         query = {"list-type": "2", "prefix": prefix, "encoding-type": "url"}
@@ -145,6 +156,21 @@ class SignedAccess:
             self._regions[bucket] = region
             return True
         return refusal.code in DENIED and refusal.code != NO_CREDENTIALS and self.account.source.renew()
+
+
+def hides_reason(refusal: RefusedError) -> bool:
+    """
+    Whether a response to HEAD, which has no body, leaves out why something is refused. GET then says it.
+    """
+    return refusal.code in ("301", "307", "400", "401", "403", "405", "501")
+
+
+def head_of_range(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """
+    Turn the headers of a response with the first byte of an object into those of the whole object.
+    """
+    size = headers.get("content-range", "").rpartition("/")[2]
+    return {**headers, "content-length": size} if is_size(size) else headers
 
 
 def parse_listing(body: bytes) -> tuple[list[Listed], str | None]:

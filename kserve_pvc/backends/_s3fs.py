@@ -24,7 +24,7 @@ from kserve_pvc.backends._http.target import Target, target_of
 from kserve_pvc.backends._login.aws import NO_CREDENTIALS_HINT
 from kserve_pvc.backends._object_store import Request
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError
-from kserve_pvc.backends._s3_requests import Listed
+from kserve_pvc.backends._s3_requests import Listed, head_of_range, hides_reason
 from kserve_pvc.backends._validators import http_date
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
@@ -58,8 +58,17 @@ class S3fsAccess:
 
     def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
         wanted = {} if version is None else {"VersionId": version}
+        try:
+            return self._headers("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **wanted)
+        except RefusedError as refusal:
+            if not hides_reason(refusal):
+                raise
+        found = self._headers("get_object", Bucket=bucket, Key=key, Range="bytes=0-0", **wanted)
+        return head_of_range(found)
+
+    def _headers(self, call: str, **arguments: str) -> Mapping[str, str]:
         with _translated():
-            found = self._fs.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **wanted)
+            found = self._fs.call_s3(call, **arguments)
             return {name.lower(): str(value) for name, value in found["ResponseMetadata"]["HTTPHeaders"].items()}
 
     def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Listed], str | None]:
@@ -138,7 +147,10 @@ def _refusal(error: Exception) -> RefusedError:
     source = error if isinstance(error, ClientError) else error.__cause__
     reason = str(error) or type(error).__name__
     if isinstance(source, ClientError):
-        return RefusedError(reason, code=str(source.response.get("Error", {}).get("Code", "")))
+        said = source.response.get("ResponseMetadata", {})
+        headers = {name.lower(): str(value) for name, value in said.get("HTTPHeaders", {}).items()}
+        code = str(source.response.get("Error", {}).get("Code", ""))
+        return RefusedError(reason, status=said.get("HTTPStatusCode", 0), code=code, headers=headers)
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return RefusedError(reason, code=NO_CREDENTIALS, hint=NO_CREDENTIALS_HINT)
     if isinstance(error, KeyError):

@@ -121,7 +121,12 @@ class _S3:
         return f"s3://{place.address}"
 
     def head(self, place: Place, revision: str | None) -> Object:
-        head = self.way(place.bucket).head(place.bucket, place.name, revision)
+        try:
+            head = self.way(place.bucket).head(place.bucket, place.name, revision)
+        except RefusedError as refusal:
+            if revision is not None and _is_no_version(refusal):
+                raise RefusedError(refusal.reason, status=404, code="NoSuchVersion") from None
+            raise
         size = head.get("content-length", "") or ("" if revision else self._listed_size(place))
         if not is_size(size):
             raise RefusedError("response lacks Content-Length; is this an S3 endpoint?")
@@ -204,6 +209,13 @@ class _S3:
 
     def close(self) -> None:
         """Nothing but the client is kept open: s3fs closes its own session when it is collected."""
+
+
+def _is_no_version(refusal: RefusedError) -> bool:
+    """Whether a VersionId is that of a delete marker, or is malformed."""
+    if refusal.status == 405:
+        return refusal.headers.get("x-amz-delete-marker") == "true"
+    return refusal.status == 400 and refusal.code in ("400", "InvalidArgument", "InvalidVersionId")
 
 
 def _load() -> Sequence[Callable[..., Any]]:
