@@ -209,17 +209,18 @@ def parse_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refus
     if 300 <= status < 400:
         reason = unavailable("", status, headers).reason
         return RefusedError(reason, status=status, code=str(status), headers=headers)
-    code, message = _error_of(body)
-    code = code or str(status)
+    words = _words_of(body)
+    code, message = words.get("Code") or str(status), words.get("Message")
+    if "Region" in words:
+        headers = {"x-amz-bucket-region": words["Region"], **headers}
     says_when = status >= 500 and "retry-after" in headers
     busy = retry_after(headers) if status in (429, 503) or code in _BUSY or says_when else None
     reason = f"{code}: {message}" if message else f"HTTP {status}" + (f" ({code})" if code != str(status) else "")
     return RefusedError(reason, status=status, code=code, busy=busy, headers=headers)
 
 
-def _error_of(body: bytes) -> tuple[str | None, str | None]:
+def _words_of(body: bytes) -> Mapping[str, str]:
     root = parse_xml(body) if body else None
     if root is None or root.tag.rpartition("}")[2] != "Error":
-        return None, None
-    words = {child.tag.rpartition("}")[2]: child.text for child in root}
-    return words.get("Code"), words.get("Message")
+        return {}
+    return {child.tag.rpartition("}")[2]: child.text for child in root if child.text}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from urllib.parse import parse_qsl
 
 from aiohttp import ClientError as HTTPClientError
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
@@ -90,7 +91,16 @@ class S3fsAccess:
             if len(self._signed) >= _MAX_SIGNED:
                 self._signed.clear()
             self._signed[name] = (time.monotonic(), target)
-        return target, {"If-Match": pin["If-Match"]} if "IfMatch" in pinned else {}
+        return target, self._signed_headers(target, pinned)
+
+    def _signed_headers(self, target: Target, pinned: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers that a signed URL names: without them its signature is not valid."""
+        query = dict(parse_qsl(target.path.partition("?")[2]))
+        signed = query.get("X-Amz-SignedHeaders", "").split(";")
+        headers = {"If-Match": pinned["IfMatch"]} if "IfMatch" in pinned else {}
+        if "x-amz-request-payer" in signed:
+            headers["x-amz-request-payer"] = "requester"
+        return headers
 
     def reader(
         self, bucket: str, key: str, pin: Mapping[str, str], start: int, stop: int
