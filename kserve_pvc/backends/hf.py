@@ -17,13 +17,14 @@ import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._hf_addresses import ADDRESS_SECONDS, Addresses, lifetime
 from kserve_pvc.backends._hf_names import HubLocation, is_repository, parse_location, repository_and_path
+from kserve_pvc.backends._hf_replies import find_next_page, not_a_hub, seconds_until_more
 from kserve_pvc.backends._hf_settings import find_endpoint, find_token, is_true
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
@@ -40,9 +41,6 @@ from kserve_pvc.errors import (
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NEXT_PAGE = re.compile(r'<([^>]*)>[^,<]*;\s*rel="?next\b')
-# `RateLimit: "api";r=0;t=55`: nothing is left, and there will be more in so many seconds.
-_USED_UP = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*([0-9]{1,6})\b")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024
@@ -180,7 +178,7 @@ class HFBackend:
         code, words = headers.get("x-error-code", ""), headers.get("x-error-message", "")
         if status == 429:
             return SourceUnavailableError(
-                uri, "it answered 429", retry_after=max(retry_after(headers), _used_up(headers))
+                uri, "it answered 429", retry_after=max(retry_after(headers), seconds_until_more(headers))
             )
         if code == "GatedRepo":
             who = "no token was given" if self._token is None else "the account of the token has no access"
@@ -216,7 +214,7 @@ class HFBackend:
         found, _ = self._ask(ref.uri, f"/api/models/{wish.repository}/revision/{revision}", {})
         commit, name = (found.get("sha"), found.get("id")) if isinstance(found, dict) else (None, None)
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise _no_hub(ref.uri, "its answer names no commit")
+            raise not_a_hub(ref.uri, "its answer names no commit")
         # A model that was renamed is asked for by its new name, so that not every file leads through a redirect.
         return name if isinstance(name, str) and is_repository(name) else wish.repository, commit
 
@@ -247,10 +245,10 @@ class HFBackend:
         while True:
             entries, headers = self._ask(uri, path, query)
             if not isinstance(entries, list):
-                raise _no_hub(uri, "its listing is no list")
+                raise not_a_hub(uri, "its listing is no list")
             for entry in entries:
                 yield _checked(uri, entry, f"{directory}/" if directory else "")
-            following = _following(uri, headers.get("link", ""))
+            following = find_next_page(uri, headers.get("link", ""))
             if following is None:
                 return
             seen.add(urlencode(query))
@@ -461,14 +459,14 @@ def _from_json(uri: str, body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise _no_hub(uri, "its answer is no JSON") from error
+        raise not_a_hub(uri, "its answer is no JSON") from error
 
 
 def _checked(uri: str, entry: Any, prefix: str) -> dict[str, Any]:
     """One entry of a listing, if it is what was asked for."""
     path = entry.get("path") if isinstance(entry, dict) else None
     if not isinstance(path, str) or entry.get("type") not in ("file", "directory"):
-        raise _no_hub(uri, "its listing holds what is neither file nor directory")
+        raise not_a_hub(uri, "its listing holds what is neither file nor directory")
     if not path.startswith(prefix):
         raise SourceUnavailableError(uri, f"it was asked for `{prefix}` and listed `{path}`")
     return dict(entry)
@@ -481,7 +479,7 @@ def _remote_file(uri: str, repository: str, commit: str, entry: Mapping[str, Any
     )
     pattern = _SHA256 if isinstance(large, dict) else _COMMIT
     if type(size) is not int or not 0 <= size < _MAX_SIZE or not isinstance(blob, str) or not pattern.fullmatch(blob):
-        raise _no_hub(uri, f"its listing gives `{entry['path']}` no size or no digest")
+        raise not_a_hub(uri, f"its listing gives `{entry['path']}` no size or no digest")
     is_large = isinstance(large, dict)
     return RemoteFile(
         entry=FileEntry(path=name, size_bytes=size, sha256=blob if is_large else None, token=blob),
@@ -489,27 +487,6 @@ def _remote_file(uri: str, repository: str, commit: str, entry: Mapping[str, Any
         pin={"commit": commit},
         digest=None if is_large or size >= _MAX_BLOB_SIZE else f"{_BLOB}{size}:{blob}",
     )
-
-
-def _following(uri: str, link: str) -> Mapping[str, str] | None:
-    """The query of the next page, if a `Link` header names one."""
-    match = _NEXT_PAGE.search(link)
-    if match is None:
-        return None
-    try:
-        return dict(parse_qsl(urlsplit(match[1]).query, keep_blank_values=True))
-    except ValueError as error:
-        raise _no_hub(uri, "the link to its next page is none") from error
-
-
-def _used_up(headers: Mapping[str, str]) -> float:
-    """Seconds until the hub answers again, as its draft standard puts it; rounded up, as the hub rounds them down."""
-    match = _USED_UP.search(headers.get("ratelimit", ""))
-    return float(match[1]) + 1.0 if match else 0.0
-
-
-def _no_hub(uri: str, reason: str) -> SourceUnavailableError:
-    return SourceUnavailableError(uri, f"{reason}, so it is no Hugging Face Hub")
 
 
 def _astray(uri: str) -> SourceUnavailableError:
