@@ -25,12 +25,13 @@ def find_next_page(uri: str, link: str) -> Mapping[str, str] | None:
     try:
         return dict(parse_qsl(urlsplit(match[1]).query, keep_blank_values=True))
     except ValueError as error:
-        raise not_a_hub(uri, "the link to its next page is none") from error
+        raise not_a_hub(uri, "the link to the next page is malformed") from error
 
 
 def seconds_until_more(headers: Mapping[str, str]) -> float:
     """
-    Return how long a limit of requests lasts, as a draft standard puts it; rounded up, as the hub rounds it down.
+    Return how many seconds it takes until the hub accepts requests again (draft RateLimit header); rounded up, as the
+    hub rounds down.
     """
     match = _USED_UP.search(headers.get("ratelimit", ""))
     return float(match[1]) + 1.0 if match else 0.0
@@ -40,4 +41,4 @@ def not_a_hub(uri: str, reason: str) -> SourceUnavailableError:
     """
     Make the error for a response that no hub sends.
     """
-    return SourceUnavailableError(uri, f"{reason}, so it is no Hugging Face Hub")
+    return SourceUnavailableError(uri, f"{reason}, so it is not a Hugging Face Hub")
