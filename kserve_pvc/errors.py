@@ -391,7 +391,7 @@ class SourceDeniedError(StoreError, PermissionError):
 
     def _message(self) -> str:
         hint = self.hint or "check the credentials and their permissions"
-        return f"access to `{self.uri}` denied: {self.reason}; {hint}"
+        return f"access to `{self.uri}` was denied: {self.reason}; {hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

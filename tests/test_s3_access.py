@@ -13,7 +13,7 @@ import botocore.session
 import pytest
 from botocore.config import Config
 from trees import model_files, read_tree
-from weather import StormyS3, refuse
+from weather import Answer, StormyS3, refuse
 
 from kserve_pvc import ModelStore, SettingsError, SourceChangedError, SourceDeniedError, SourceNotFoundError
 from kserve_pvc._source.ref import parse_ref
@@ -285,14 +285,39 @@ def test_a_region_that_leads_nowhere_is_asked_once(home, region):
     host.
     """
     with StormyS3() as storm:
-        storm.script("head", refuse(400, "AuthorizationHeaderMalformed", x_amz_bucket_region=region))
+        for moment in ("head", "get"):
+            storm.script(moment, refuse(400, "AuthorizationHeaderMalformed", x_amz_bucket_region=region))
         backend = S3Backend(storm.options, {"HOME": str(home)})
-        with pytest.raises(Exception, match=r"Malformed|400"):
+        with pytest.raises(Exception, match="Malformed"):
             backend.resolve(parse_ref(f"s3://{BUCKET}/model"))
         regions = [r.headers["authorization"].split("/")[2] for r in storm.requests]
         backend.close()
 
-    assert regions == (["us-east-1", "eu-west-3"] if region == "eu-west-3" else ["us-east-1"])
+    # HEAD, and GET for the reason.
+    expected = ["us-east-1", "eu-west-3", "eu-west-3"] if region == "eu-west-3" else ["us-east-1", "us-east-1"]
+    assert regions == expected
+
+
+def test_the_region_of_a_bucket_may_be_told_in_the_body(home):
+    """
+    A server without the header of S3 writes the region into the error, which only a response to GET has.
+    """
+    body = b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-3</Region></Error>"
+
+    def insist(exchange):
+        if "/eu-west-3/" not in exchange.request.headers["authorization"]:
+            exchange.answer = Answer(status=400, headers={"Content-Length": str(len(body))}, body=body)
+        exchange.reply()
+
+    with StormyS3() as storm:
+        storm.put(BUCKET, "m.bin", b"weights")
+        for moment in ("head", "get", "list"):
+            storm.script(moment, insist)
+        backend = S3Backend(storm.options, {"HOME": str(home)})
+        (file,) = backend.resolve(parse_ref(f"s3://{BUCKET}/m.bin")).files
+        backend.close()
+
+    assert file.entry.size_bytes == 7
 
 
 # How the bytes come, and an option that makes them come so.
@@ -514,3 +539,39 @@ def test_a_profile_with_unknown_settings_is_signed_for_by_the_sdk(home):
     assert ordinary is not None
     assert ordinary.account.region == "eu-west-3"
     assert S3Backend(KEYS, {"HOME": str(home)}).signed is None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"requester_pays": True},
+        {"requester_pays": True, "config_kwargs": {"use_dualstack_endpoint": False}},
+        {"s3_additional_kwargs": {"ExpectedBucketOwner": "123456789012"}},
+        {
+            "s3_additional_kwargs": {
+                "SSECustomerAlgorithm": "AES256",
+                "SSECustomerKey": "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+                "SSECustomerKeyMD5": "tPltqPYRSu4LOz49iUoxSw==",
+            }
+        },
+    ],
+    ids=["payer", "payer-in-url", "owner", "customer-key"],
+)
+def test_every_header_that_a_signature_names_is_sent(more, home, root):
+    """
+    What is signed goes along, in the headers of the signature or beside a signed URL.
+    """
+    with StormyS3() as storm:
+        storm.put(BUCKET, "m/w.bin", b"weights")
+        model = ModelStore(root, mode="rw", storage_options={**storm.options, **more}).ensure(
+            f"s3://{BUCKET}/m", progress=False
+        )
+        requests = [request for request in storm.requests if request.kind == "get"]
+
+    assert read_tree(model.path) == {"w.bin": b"weights"}
+    for request in requests:
+        in_url = request.query.get("X-Amz-SignedHeaders")
+        signed = in_url or request.headers["authorization"].partition("SignedHeaders=")[2].partition(",")[0]
+        assert set(signed.split(";")) <= set(request.headers)
+        if "requester_pays" in more:
+            assert "x-amz-request-payer" in signed.split(";")

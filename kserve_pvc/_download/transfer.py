@@ -71,6 +71,7 @@ class Transfer:
             wait=self._failed.wait,
             retried=observer.retried,
         )
+        self._schedule.sequential = self.reader.whole
         self._promises = Promises(backend, tuning, request=self.reader.evidence, check=self._check)
         self._adoption = Adoption(donors, destination, observer, digest=tuning.digest, check=self._check)
         self._chasers = Chasers(self._catch_up, self._fail)

@@ -21,6 +21,7 @@ _COMPRESSED = (
     "stored with `Content-Encoding: gzip`, so its size and checksum are not those of its content; upload it without, "
     "or exclude it with `ignore_patterns`"
 )
+_SUMS = ("crc32c", "md5Hash")
 _GENERATION = re.compile(r"[0-9]{1,19}", re.ASCII)
 _SIZE = re.compile(r"[0-9]{1,18}", re.ASCII)
 
@@ -64,7 +65,8 @@ def parse_object(item: Any) -> Object:
     return Object(
         name=name,
         size_bytes=int(size),
-        token=generation,
+        # Zero is what stands for no generation.
+        token=generation if int(generation) else " ".join((generation, *(str(item[f]) for f in _SUMS if f in item))),
         pin={"generation": generation},
         digest=_digest(item, int(size)),
         is_directory=size == "0" and name.endswith("/"),

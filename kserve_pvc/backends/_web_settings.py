@@ -153,6 +153,8 @@ def _checked_headers(name: str, given: Any) -> Mapping[str, str]:
     remedy = 'use a JSON object of strings such as {"Authorization": "Bearer …"}'
     if not isinstance(given, Mapping):
         raise SettingsError(name, "not shown", remedy)
+    given = {header: value.strip() if isinstance(value, str) else value for header, value in given.items()}
+    checked: dict[str, str] = given
     for header, value in given.items():
         if (
             not isinstance(header, str)
@@ -163,4 +165,4 @@ def _checked_headers(name: str, given: Any) -> Mapping[str, str]:
             raise SettingsError(name, "not shown", remedy)
         if header.lower() in _OWN_HEADERS:
             raise SettingsError(name, f"{header}: not shown", "omit this header; requests set their own")
-    return given
+    return checked

@@ -24,6 +24,7 @@ from kserve_pvc.backends._fsspec.guard import guarded
 from kserve_pvc.backends._fsspec.listing import URI, URL, Listing
 from kserve_pvc.backends._fsspec.reading import Reader, piece_bytes_of, read_piece
 from kserve_pvc.backends._fsspec.spelling import spell
+from kserve_pvc.backends._options import trim_options
 from kserve_pvc.errors import SourceUnavailableError
 
 _LIMITS = UnpackLimits()
@@ -51,7 +52,7 @@ class FsspecBackend:
         *,
         limits: UnpackLimits | None = _LIMITS,
     ) -> None:
-        self._filesystems = filesystems or MadeHere(options, _prepare)
+        self._filesystems = filesystems or MadeHere(trim_options(options), _prepare)
         self._failures = Failures(self._filesystems.secrets)
         self._limits = limits
         self._call_seconds = 300.0

@@ -131,9 +131,9 @@ class GSBackend(ObjectStore):
         settings = read_settings("gs", options, environ)
         check_options("gs", settings.options, _OPTIONS | _IGNORED_OPTIONS | _CLASS_OPTIONS, _load_class)
         payer = _payer(settings)
-        endpoint, is_emulator = find_endpoint(settings.options, environ)
+        endpoint, is_emulator = find_endpoint(settings.options, settings.environ)
         reasons = find_reasons(RULES, settings)
-        client = HTTPClient(environ=environ)
+        client = HTTPClient(environ=settings.environ)
         if reasons:
             gcsfs = _make_gcsfs(settings, endpoint, is_emulator=is_emulator)
             service = GoogleStorage(gcsfs.requests(client), endpoint, gcsfs.login, payer, gcsfs)
@@ -204,7 +204,7 @@ class GoogleStorage:
     def head(self, place: Place, revision: str | None) -> Object | None:
         query = {"fields": FIELDS} | ({"generation": revision} if revision else {})
         found = parse_object(parse_json(self._get(_object_path(place), query)))
-        if found.name != place.name or (revision is not None and int(found.token) != int(revision)):
+        if found.name != place.name or (revision is not None and int(found.pin["generation"]) != int(revision)):
             raise RefusedError(f"requested `{place.name}`, but the response describes another object")
         return found
 

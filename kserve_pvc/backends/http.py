@@ -12,6 +12,7 @@ import base64
 import os
 import re
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -26,8 +27,9 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.backends._options import Rule, configured_options, options_beyond
+from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, unavailable
+from kserve_pvc.backends._validators import identifies, make_token
 from kserve_pvc.backends._web_settings import OWN_OPTIONS, Headers, WebFile, parse_file, unpack_limits
 from kserve_pvc.errors import (
     PolicyError,
@@ -41,6 +43,7 @@ from kserve_pvc.errors import (
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
 _MAX_ONE_BYTE_ANSWER = 1024
+_COUNTING_BYTES = 256 * 1024
 _CONTENT_RANGE = re.compile(r"bytes (?:0-0|\*)/([0-9]{1,18})")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _REPRESENTATION_DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):")
@@ -97,6 +100,19 @@ class _Place:
     sha256: str | None
     in_ranges: bool
 
+    @property
+    def useful_etag(self) -> str | None:
+        """The ETag, if it can tell one content from another."""
+        return self.etag if identifies(self.etag, self.size_bytes) else None
+
+    @property
+    def pin(self) -> Mapping[str, str]:
+        """The condition that is true for this content only."""
+        etag = self.useful_etag
+        if etag and not etag.startswith("W/"):
+            return {"If-Match": etag}
+        return {"If-Unmodified-Since": self.modified} if self.modified else {}
+
 
 class HTTPBackend:
     """
@@ -111,6 +127,7 @@ class HTTPBackend:
     """
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
+        options, environ = trim_options(options), TrimmedEnvironment(environ)
         self._headers = Headers(options, environ)
         self._limits = unpack_limits(options)
         self._client = HTTPClient(
@@ -118,10 +135,15 @@ class HTTPBackend:
         )
         self._retry_seconds = 300.0
         self._places: dict[str, _Place] = {}
+        self._unconditional: set[str] = set()
+        # Files whose digest is given, which tells the whole of one from a part.
+        self._promised: set[str] = set()
         self._guard = threading.Lock()
 
     def resolve(self, ref: ModelRef) -> Resolved:
         file = parse_file(ref, self._limits)
+        if file.sha256 is not None:
+            self._promised.add(file.address)
         place = self._ask(file.address, file.name, is_promised=file.sha256 is not None)
         with self._guard:
             self._places[file.address] = place
@@ -169,6 +191,18 @@ class HTTPBackend:
             if self._places.get(address) is place:
                 self._places.pop(address, None)
 
+    def is_unconditional(self, address: str) -> bool:
+        """
+        Whether the server of a file refuses every condition.
+        """
+        return address in self._unconditional
+
+    def request_without_condition(self, address: str) -> None:
+        """
+        Send no conditions for a file from now on. Validators of responses are compared anyhow.
+        """
+        self._unconditional.add(address)
+
     def headers(self, target: Target, address: str) -> Mapping[str, str]:
         """
         What goes along with a request: the headers that are given for the host of the URI, and for that host only.
@@ -201,7 +235,20 @@ class HTTPBackend:
             elif method == "HEAD" and _says_too_little(status, headers):
                 method = "GET"
             else:
+                if status in (200, 206) and address in self._promised and not _size_of(status, headers):
+                    status, headers = 200, {**headers, "content-length": str(self._count(target, address))}
                 return _place(address, target, method, status, headers, name)
+
+    def _count(self, target: Target, address: str) -> int:
+        """Receive a file whose length its server does not say, only to count its bytes."""
+        size, buffer = 0, memoryview(bytearray(_COUNTING_BYTES))
+        with self._client.open("GET", target, self.headers(target, address)) as answer:
+            since = time.monotonic()
+            while (count := answer.readinto(buffer)) != 0:
+                size, since = size + (count or 0), time.monotonic() if count else since
+                if time.monotonic() - since > self._client.response_seconds:
+                    raise HTTPError(f"nothing came for {self._client.response_seconds:g} s")
+        return size
 
     def _look(self, method: str, target: Target, address: str) -> tuple[int, Mapping[str, str]]:
         """Ask for the head of a file: by HEAD, or by GET of one byte where that is refused or does not say enough."""
@@ -229,7 +276,20 @@ class _Asking:
         except SourceNotFoundError as error:
             raise SourceChangedError(self._address, str(file.entry.path)) from error
         target = self._place.target
-        return target, {**self._backend.headers(target, self._address), **file.pin}
+        pin = {} if self._backend.is_unconditional(self._address) else file.pin
+        return target, {**self._backend.headers(target, self._address), **pin}
+
+    def is_unchanged(self, file: RemoteFile) -> bool:
+        """
+        Look what is there now, and remember if it is what was pinned.
+        """
+        if self._backend.is_unconditional(self._address):
+            return True
+        place = self._backend.place(self._address, instead_of=self._place)
+        is_same = place.pin == file.pin and place.size_bytes == file.entry.size_bytes
+        if is_same:
+            self._backend.request_without_condition(self._address)
+        return is_same
 
     def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
         del body  # It is for people with a browser.
@@ -285,21 +345,18 @@ def _target(address: str) -> Target:
 
 
 def _remote_file(file: WebFile, place: _Place) -> RemoteFile:
-    is_strong = place.etag is not None and not place.etag.startswith("W/")
-    token = (
-        place.etag.strip('"') if is_strong and place.etag else " ".join(t for t in (place.etag, place.modified) if t)
-    )
-    pin = {}
-    if is_strong and place.etag:
-        pin["If-Match"] = place.etag
-    elif place.modified:
-        pin["If-Unmodified-Since"] = place.modified
+    etag = place.useful_etag
+    is_strong = etag is not None and not etag.startswith("W/")
+    token = etag.strip('"') if is_strong and etag else " ".join(t for t in (etag, place.modified) if t)
     return RemoteFile(
         entry=FileEntry(
-            path=file.name, size_bytes=place.size_bytes, sha256=file.sha256, token=file.sha256 or token or None
+            path=file.name,
+            size_bytes=place.size_bytes,
+            sha256=file.sha256,
+            token=file.sha256 or token or place.sha256 or make_token(),
         ),
         address=file.address,
-        pin=pin,
+        pin=place.pin,
         digest=f"sha256:{place.sha256}" if place.sha256 else None,
         in_ranges=place.in_ranges,
         unpack=file.limits,
@@ -322,8 +379,7 @@ def _says_too_little(status: int, headers: Mapping[str, str]) -> bool:
 def _place(
     address: str, target: Target, method: str, status: int, headers: Mapping[str, str], name: str | None
 ) -> _Place:
-    found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
-    size = found[1] if found and status in (206, 416) else headers.get("content-length", "") if status == 200 else ""
+    size = _size_of(status, headers)
     if status not in (200, 206) and not (status == 416 and size == "0"):
         raise _refused(address, status, headers) or unavailable(address, status, headers)
     if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
@@ -346,6 +402,14 @@ def _place(
         sha256=_announced_digest(headers),
         in_ranges=method == "HEAD" or status != 200,
     )
+
+
+def _size_of(status: int, headers: Mapping[str, str]) -> str:
+    """The length of the whole file, as a response says it; empty if it does not."""
+    found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
+    if found and status in (206, 416):
+        return found[1]
+    return headers.get("content-length", "") if status == 200 else ""
 
 
 def _announced_digest(headers: Mapping[str, str]) -> str | None:

@@ -14,6 +14,7 @@ from fsspec.asyn import AsyncFileSystem
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import MAX_FILES, RemoteFile
+from kserve_pvc.backends._directories import Directories
 from kserve_pvc.backends._fsspec.filesystems import Lender
 from kserve_pvc.backends._fsspec.identity import identity, large_file_digest, token
 from kserve_pvc.backends._fsspec.spelling import Spelling
@@ -49,14 +50,31 @@ class Listing:
         with self.lender.borrowed() as fs:
             self.lender.forget(fs, path)
             info = None if url.endswith("/") else self.run(lambda: fs.info(path))
-            if info is not None and info["type"] != "directory":
+            if info is not None and info["type"] != "directory" and not self._is_marker(fs, path, info):
                 name = self.spelling.name or str(info["name"]).rstrip("/").rpartition("/")[2]
                 yield self._file(info, name)
                 return
-            for info in self._below(fs, path):
-                if info["name"] == path:
+            directories = Directories(self.uri)
+            for found in self._below(fs, path):
+                name = str(found["name"])
+                if found.get("size") == 0 and (name.endswith("/") or (name == path and info is not None)):
+                    directories.mark(name[len(path.rstrip("/")) + 1 :])
+                    continue
+                if found["name"] == path:
                     raise SourceNotFoundError(self.uri, "it is a file, not a directory; remove the slash at its end")
-                yield self._file(info, self._inside(path, info["name"]))
+                yield from directories.sift([self._file(found, self._inside(path, found["name"]))])
+            yield from directories.empty_files()
+
+    def _is_marker(self, fs: FileSystem, path: str, info: Mapping[str, Any]) -> bool:
+        """Whether an empty file has something below it, so that it stands for a directory of an object store."""
+        if info.get("size") != 0:
+            return False
+        prefix = path.rstrip("/") + "/"
+        try:
+            found = self.run(lambda: fs.find(path, detail=True))
+        except (OSError, NotImplementedError):
+            return False
+        return any(str(name).startswith(prefix) for name in found)
 
     def _below(self, fs: FileSystem, path: str) -> Iterator[Mapping[str, Any]]:
         """

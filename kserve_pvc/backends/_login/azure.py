@@ -310,13 +310,17 @@ def read_credential(credential: Any) -> Login:
     return Token(credential)
 
 
-def make_key(name: str, key: Any) -> AccountKey:
+def make_key(name: str, key: Any) -> Login:
     """
-    Take the key of an account, which the setting `name` holds.
+    Take the key of an account, which the setting `name` holds; or a signature, which Azure's SDK takes there too, and
+    which KServe's documentation puts into AZURE_STORAGE_ACCESS_KEY.
 
     Raises:
-        SettingsError: It is not base64.
+        SettingsError: It is neither base64 nor a signature.
     """
+    key = key.strip() if isinstance(key, str) else key
+    if isinstance(key, str) and "sig=" in key:
+        return read_signature(name, key)
     try:
         base64.b64decode(key, validate=True)
     except (TypeError, ValueError):
