@@ -281,6 +281,32 @@ def test_empty_objects_are_files_and_markers_are_not(root, gcs, put):
     assert read_tree(model.path) == {"empty": b"", "sub/also-empty": b"", "a": b"a"}
 
 
+def test_slashes_too_many_in_keys_make_no_other_names(root, gcs, put):
+    """
+    A key that ends in a slash is a directory whatever it holds, and the empty parts of a key are no directories.
+    """
+    uri = put({"": b"x", "sub/": b"y", "sub//w.bin": b"w", "a": b"a"})
+    store = store_of(root, gcs.storage_options)
+
+    model = store.ensure(uri, progress=False)
+
+    assert read_tree(model.path) == {"sub/w.bin": b"w", "a": b"a"}
+    assert read_tree(store.ensure(uri, ignore_patterns="sub//*", progress=False).path) == {"a": b"a"}
+
+
+def test_a_slash_too_many_in_a_uri_is_named(root, gcs, put):
+    """
+    Nothing is found, and the error says that the slash is a part of the key.
+    """
+    uri = put({"a": b"a"})
+    scheme, _, rest = uri.partition("://")
+    bucket, _, path = rest.partition("/")
+
+    for wrong, words in ((f"{bucket}//{path}", "begins with a slash"), (f"{bucket}/{path}//a", "two slashes")):
+        with pytest.raises(SourceNotFoundError, match=words):
+            store_of(root, gcs.storage_options).ensure(f"{scheme}://{wrong}", progress=False)
+
+
 @pytest.mark.parametrize("files", [{"": b"", "sub/": b""}, {}], ids=["markers", "nothing"])
 def test_a_prefix_without_files_is_not_found(root, gcs, put, files):
     """
@@ -389,7 +415,7 @@ def test_a_uri_is_taken_as_it_is_spelled(backend, put, name, below):
 
 @pytest.mark.parametrize(
     "name",
-    ["../up", "a/../../up", "/abs", "a//b", ".", "a/./b", "a\\b", "new\nline", "C:x", "a.", "a\u202eb"],
+    ["../up", "a/../../up", ".", "a/./b", "a\\b", "new\nline", "C:x", "a.", "a\u202eb"],
     ids=ascii,
 )
 def test_a_hostile_name_is_refused_and_nothing_is_written_outside(root, gcs, put, name):

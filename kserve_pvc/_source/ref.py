@@ -29,6 +29,8 @@ _USER_INFORMATION = re.compile(r"([^/:]*@)|([^/:]*:(?![0-9]+/).*@)", re.DOTALL)
 # `hf://organization/name@revision`: behind a slash, and with no colon before it, an `@` ends no user information.
 _AT_IN_PATH = re.compile(r"[^/:@]+/[^:]*@[^@]*", re.DOTALL)
 
+# Where a pattern stops being a plain name.
+_WILD = re.compile(r"[*?\[]")
 # What may follow a `#`: a digest is public, and part of the request.
 _DIGEST_FRAGMENT = re.compile(r"sha256=[0-9a-f]{64}")
 # The hosts of Azure accounts, as KServe knows them, whose addresses may bring a shared access signature as their query.
@@ -88,17 +90,43 @@ class ModelRef:
             identity = json.dumps([self.uri, self.revision, self.allow_patterns, self.ignore_patterns])
         return f"{_slug(self.location)}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
-    def selects(self, path: PurePosixPath) -> bool:
+    def selects(self, path: PurePosixPath | str) -> bool:
         """
         Whether the patterns let this file through: allowed first, then not ignored, as Hugging Face does it.
+
+        A string is a name as the source spells it. Backends call this before they make a `FileEntry`, which refuses
+        unsafe names: a file that the patterns leave out may have any name. Empty parts of a name are not compared.
         """
-        name = str(path)
-        if self.allow_patterns is not None and not any(fnmatchcase(name, p) for p in self.allow_patterns):
+        if self.allow_patterns is None and not self.ignore_patterns:
+            return True
+        name = join_parts(str(path))
+        if self.allow_patterns is not None and not any(fnmatchcase(name, join_parts(p)) for p in self.allow_patterns):
             return False
-        return not any(fnmatchcase(name, p) for p in self.ignore_patterns)
+        return not any(fnmatchcase(name, join_parts(p)) for p in self.ignore_patterns)
+
+    def may_select_below(self, directory: str) -> bool:
+        """
+        Whether the patterns may let a file of this directory through, if it has one.
+
+        A directory that cannot be listed is left out only where this is False.
+        """
+        below = directory.rstrip("/") + "/"
+        if any(fnmatchcase(below, p) for p in self.ignore_patterns if p.endswith("*")):
+            return False
+        starts = None if self.allow_patterns is None else [_WILD.split(p, maxsplit=1) for p in self.allow_patterns]
+        return starts is None or any(
+            start.startswith(below) or (bool(wild) and below.startswith(start)) for start, *wild in starts
+        )
 
     def __str__(self) -> str:
         return self.uri if self.revision is None else f"{self.uri} at {self.revision}"
+
+
+def join_parts(name: str) -> str:
+    """
+    Leave the empty parts out of a name, as every file system does: `a//b` is `a/b`.
+    """
+    return re.sub("/{2,}", "/", name) if "//" in name else name
 
 
 # What names a model: a URI or an absolute path, or a ref that was made before.

@@ -17,8 +17,8 @@ from typing import Literal, Protocol
 import attrs
 
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import Checksum, RangeReader, RemoteFile, Resolved, order_listing
-from kserve_pvc._source.ref import ModelRef
+from kserve_pvc._source.contract import EXCLUDED, Checksum, RangeReader, RemoteFile, Resolved, order_listing
+from kserve_pvc._source.ref import ModelRef, join_parts
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
@@ -223,14 +223,18 @@ class ObjectStore:
             raise
         if found is None:
             return None
-        return self._file(place, ref, found, place.name.rpartition("/")[2])
+        path = place.name.rpartition("/")[2]
+        if not ref.selects(path):
+            raise SourceNotFoundError(ref.uri, EXCLUDED)
+        return self._file(place, ref, found, path)
 
     def _below(self, place: Place, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
         token: str | None = None
         seen: set[str] = set()
         while True:
             page, token = self.service.page(place, token)
-            yield [self._file(place, ref, found, self._inside(place, ref, found)) for found in _files(page)]
+            inside = [(found, self._inside(place, ref, found)) for found in _files(page)]
+            yield [self._file(place, ref, found, path) for found, path in inside if ref.selects(path)]
             if token is None:
                 return
             if token in seen:
@@ -240,12 +244,13 @@ class ObjectStore:
     def _inside(self, place: Place, ref: ModelRef, found: Object) -> str:
         if not found.name.startswith(place.name):
             raise SourceUnavailableError(ref.uri, f"the listing of prefix `{place.name}` contains `{found.name}`")
-        return found.name[len(place.name) :]
+        # A directory has no name that is empty, so `m//w.bin` lies where `m/w.bin` would. Two such are a collision.
+        return join_parts(found.name[len(place.name) :]).removeprefix("/")
 
     def _file(self, place: Place, ref: ModelRef, found: Object, path: str) -> RemoteFile:
         entry = FileEntry(path=path, size_bytes=found.size_bytes, token=found.token)
         at = attrs.evolve(place, name=found.name)
-        if found.flaw and ref.selects(entry.path):
+        if found.flaw:
             raise PolicyError(self.service.uri(at), found.flaw)
         return RemoteFile(entry=entry, address=at.address, pin=found.pin, digest=found.digest)
 
@@ -338,7 +343,8 @@ class ObjectStore:
 
 
 def _files(page: Sequence[Object]) -> Iterator[Object]:
-    return (found for found in page if not found.is_directory)
+    # A key that ends in a slash can be no file, whatever it holds.
+    return (found for found in page if not found.is_directory and not found.name.endswith("/"))
 
 
 def md5_digest(hex_digits: str | None, size_bytes: int) -> str | None:
