@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import attrs
 
@@ -38,6 +38,14 @@ from kserve_pvc.errors import (
     StoreError,
 )
 
+# `Content-Encoding` to the endings of files that are stored so.
+_CODING_ENDINGS = {
+    **dict.fromkeys(("gzip", "x-gzip"), (".gz", ".tgz", ".gzip", ".taz")),
+    **dict.fromkeys(("xz", "x-xz"), (".xz", ".txz")),
+    **dict.fromkeys(("bzip2", "x-bzip2"), (".bz2", ".tbz", ".tbz2")),
+    **dict.fromkeys(("zstd", "x-zstd"), (".zst", ".tzst")),
+    **dict.fromkeys(("compress", "x-compress"), (".z", ".tz")),
+}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
 _MAX_ONE_BYTE_ANSWER = 1024
@@ -118,10 +126,16 @@ class HTTPBackend:
         )
         self._retry_seconds = 300.0
         self._places: dict[str, _Place] = {}
+        # Secrets, so they are in memory only. Of two links to one file the newer counts.
+        self._queries: dict[str, str] = {}
         self._guard = threading.Lock()
 
     def resolve(self, ref: ModelRef) -> Resolved:
         file = parse_file(ref, self._limits)
+        with self._guard:
+            self._queries.pop(file.address, None)
+            if file.query is not None:
+                self._queries[file.address] = file.query
         place = self._ask(file.address, file.name, is_promised=file.sha256 is not None)
         with self._guard:
             self._places[file.address] = place
@@ -161,6 +175,13 @@ class HTTPBackend:
                 place = self._places[address] = self._find(address)
             return place
 
+    def target(self, address: str) -> Target:
+        """
+        Where a file is requested first.
+        """
+        target, query = _target(address), self._queries.get(address)
+        return target if query is None else target._replace(path=f"{target.path}?{query}")
+
     def forget(self, address: str, place: _Place | None) -> None:
         """
         Ask anew the next time, unless somebody has in the meantime.
@@ -190,7 +211,7 @@ class HTTPBackend:
 
     def _find(self, address: str, name: str | None = None) -> _Place:
         """Follow a URL to where it leads. With `name`, an answer that is a web page and not such a file is refused."""
-        target, method, hops = _target(address), "HEAD", 0
+        target, method, hops = self.target(address), "HEAD", 0
         while True:
             status, headers = self._look(method, target, address)
             if status in _REDIRECTS and "location" in headers:
@@ -237,7 +258,7 @@ class _Asking:
         del body  # It is for people with a browser.
         if status in (412, 416):
             return SourceChangedError(self._address, str(file.entry.path))
-        is_elsewhere = self._place is not None and self._place.target != _target(self._address)
+        is_elsewhere = self._place is not None and self._place.target != self._backend.target(self._address)
         if status in _REDIRECTS or (is_elsewhere and status in (404, 410)):
             # Asked from the beginning, the server may lead to a better place, or say that there is none any more.
             self._backend.forget(self._address, self._place)
@@ -281,7 +302,7 @@ class _Rest:
 
 
 def _target(address: str) -> Target:
-    scheme, _, rest = address.partition("://")
+    scheme, _, rest = address.partition("#")[0].partition("://")
     authority, _, path = rest.partition("/")
     return target_of(f"{scheme}://{authority}/{quote(path, safe=_PATH_SAFE)}")
 
@@ -328,8 +349,9 @@ def _place(
     size = found[1] if found and status in (206, 416) else headers.get("content-length", "") if status == 200 else ""
     if status not in (200, 206) and not (status == 416 and size == "0"):
         raise _refused(address, status, headers) or unavailable(address, status, headers)
-    if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-        coding = headers["content-encoding"][:40]
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", "") and not _repeats_name(coding, target):
+        coding = coding[:40]
         raise PolicyError(
             address, f"its server sends it as `{coding}` without being asked, so its bytes are not those of the file"
         )
@@ -353,6 +375,12 @@ def _place(
     )
 
 
+def _repeats_name(coding: str, target: Target) -> bool:
+    """Whether a coding only says what the name of a file does: servers set it for `model.tar.gz` as it lies there."""
+    name = unquote(target.path.partition("?")[0]).lower()
+    return name.endswith(_CODING_ENDINGS.get(coding, ()))
+
+
 def _announced_digest(headers: Mapping[str, str]) -> str | None:
     """The SHA-256 that a server gives a file: as RFC 9530 has it, or as repositories of artefacts do."""
     match = _REPRESENTATION_DIGEST.search(headers.get("repr-digest", ""))
@@ -367,7 +395,7 @@ def _refused(address: str, status: int, headers: Mapping[str, str]) -> StoreErro
         host = _target(address).host
         reason = (
             f"it answered {status}; headers for this host are given "
-            f"by the variable `{host}-headers` or the option `headers`"
+            f"by the variable `{host}-headers` or the option `headers`; a signed link may have expired"
         )
         return SourceDeniedError(address, reason)
     if status in (404, 410):
