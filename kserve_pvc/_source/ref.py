@@ -47,6 +47,10 @@ _AZURE_SIGNING = re.compile(r"s[a-z]{1,5}|rs[a-z]{2}")
 _MAX_QUERY_BYTES = 16 * 1024
 # The hosts of Azure accounts, as KServe knows them, whose addresses may bring a shared access signature as their query.
 _AZURE_HOST = re.compile(r"[a-z0-9]+\.(?:blob\.core\.windows\.net|z[0-9]{1,2}\.blob\.storage\.azure\.net)")
+# `s3://arn:aws:s3:region:account:accesspoint/name/key`, also with a colon before the name.
+_ACCESS_POINT = re.compile(
+    r"arn:aws[a-z-]*:s3[a-z-]*:[a-z0-9-]*:[0-9]{12}:(?:accesspoint|outpost)(?::[A-Za-z0-9.-]+)*", re.ASCII
+)
 # `abfss://container@account.dfs.core.windows.net`: the one scheme whose `@` does not end user information.
 _AZURE_AUTHORITY = re.compile(r"[a-z0-9$-]{3,63}@[a-z0-9]+\.(?:dfs|blob)\.core\.windows\.net")
 
@@ -281,6 +285,9 @@ def _check_location(scheme: str, location: str) -> None:
     if scheme in ("abfs", "abfss") and _AZURE_AUTHORITY.fullmatch(authority):
         authority = authority.partition("@")[2]
     has_digest = scheme in ("http", "https") and _DIGEST_FRAGMENT.fullmatch(location.partition("#")[2])
+    if scheme == "s3" and _ACCESS_POINT.fullmatch(authority):
+        authority = ""
+        path = path.replace("@", "")
     # What follows a colon is a port or a password; a password may hold a slash and hide its `@` behind it.
     if "@" in authority or (not authority and "@" in path) or not _HOST_AND_PORT.fullmatch(authority):
         raise PolicyError(
