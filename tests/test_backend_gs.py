@@ -6,6 +6,7 @@ it, which knows tokens and gives them to who has a key.
 """
 
 import base64
+import gzip
 import hashlib
 import json
 import logging
@@ -624,19 +625,64 @@ def test_a_revision_that_is_no_number_is_refused(backend, generations, revision)
         backend.resolve(parse_ref(uri, revision=revision))
 
 
-@pytest.mark.parametrize("path", ["", "/packed.json"])
-def test_an_object_that_the_service_would_unpack_is_refused(root, gcs, put, here, path):
+def test_an_object_that_is_stored_compressed_is_what_it_holds(root, gcs, put, here):
     """
-    What was uploaded with `Content-Encoding: gzip` has neither the size nor the checksum of what comes, so it is no
-    file of a model.
+    What was uploaded with `Content-Encoding: gzip` is fetched as it is stored and then unpacked, under its own name.
     """
     uri = put(FILES)
-    gcs.put(f"{here}/model/packed.json", b"{}" * 1000, encoding="gzip")
+    data = b"{}" * 500_000
+    gcs.put(f"{here}/model/sub/packed.json", data, encoding="gzip")
+    store = store_of(root, gcs.storage_options)
 
-    with pytest.raises(PolicyError, match=r"packed\.json` is refused: .*Content-Encoding: gzip.*`ignore_patterns`"):
+    model = store.ensure(uri, progress=False)
+    single = store.ensure(f"{uri}/sub/packed.json", progress=False)
+    without = store.ensure(uri, ignore_patterns="sub/*.json", progress=False)
+
+    assert read_tree(model.path) == {**FILES, "sub/packed.json": data}
+    assert read_tree(single.path) == {"packed.json": data}
+    assert read_tree(without.path) == FILES
+    assert store.verify(uri, "full").ok
+
+
+def test_an_encoding_that_repeats_the_name_changes_nothing(root, gcs, put, here):
+    """
+    A `.gz` file that the service calls gzip is kept as it is stored.
+    """
+    put({})
+    gcs.put(f"{here}/model/a.tar.gz", b"content", encoding="gzip")
+
+    tree = read_tree(store_of(root, gcs.storage_options).ensure(gcs.uri(f"{here}/model"), progress=False).path)
+
+    assert tree.keys() == {"a.tar.gz"}
+    assert gzip.decompress(tree["a.tar.gz"]) == b"content"
+
+
+def test_a_compressed_object_that_holds_too_much_is_refused(root, gcs, put, here):
+    """
+    What it unpacks to is bounded as that of an archive is, and nothing is published.
+    """
+    put({})
+    gcs.put(f"{here}/model/bomb.json", bytes(40 << 20), encoding="gzip")
+
+    store, uri = store_of(root, gcs.storage_options), gcs.uri(f"{here}/model")
+    with pytest.raises(PolicyError, match="unpacks to more than"):
+        store.ensure(uri, progress=False)
+
+    assert uri not in store
+
+
+@pytest.mark.parametrize("path", ["", "/packed.tar"])
+def test_a_tar_that_is_stored_compressed_is_refused_with_a_way_out(root, gcs, put, here, path):
+    """
+    Under its name with `.gz` it would be unpacked as an archive, which other tools do not do here.
+    """
+    uri = put(FILES)
+    gcs.put(f"{here}/model/packed.tar", b"{}" * 1000, encoding="gzip")
+
+    with pytest.raises(PolicyError, match=r"packed\.tar` is refused: .*Content-Encoding: gzip.*`ignore_patterns`"):
         store_of(root, gcs.storage_options).ensure(uri + path, progress=False)
 
-    model = store_of(root, gcs.storage_options).ensure(uri, ignore_patterns="packed.json", progress=False)
+    model = store_of(root, gcs.storage_options).ensure(uri, ignore_patterns="packed.tar", progress=False)
     assert read_tree(model.path) == FILES
 
 

@@ -17,7 +17,15 @@ from typing import Literal, Protocol
 import attrs
 
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import EXCLUDED, Checksum, RangeReader, RemoteFile, Resolved, order_listing
+from kserve_pvc._source.contract import (
+    EXCLUDED,
+    Checksum,
+    RangeReader,
+    RemoteFile,
+    Resolved,
+    UnpackLimits,
+    order_listing,
+)
 from kserve_pvc._source.ref import ModelRef, join_parts
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._http.client import HTTPClient
@@ -65,6 +73,7 @@ class Object:
 
     `token` changes with its content, `pin` makes a read of other content fail, `digest` is what the service vouches
     for, as `name:hex`. An object that only marks a directory is left out; one with a `flaw` cannot be fetched as it is.
+    One that `is_compressed` by the service's own account comes as gzip and is stored as what that holds.
     """
 
     name: str
@@ -74,6 +83,7 @@ class Object:
     digest: str | None = None
     is_directory: bool = False
     flaw: str = ""
+    is_compressed: bool = False
 
 
 class Service(Protocol):
@@ -248,11 +258,15 @@ class ObjectStore:
         return join_parts(found.name[len(place.name) :]).removeprefix("/")
 
     def _file(self, place: Place, ref: ModelRef, found: Object, path: str) -> RemoteFile:
+        if found.is_compressed:
+            # Fetched as it is stored, with its size and checksum, and unpacked like an archive of one file.
+            path += ".gz"
         entry = FileEntry(path=path, size_bytes=found.size_bytes, token=found.token)
         at = attrs.evolve(place, name=found.name)
         if found.flaw:
             raise PolicyError(self.service.uri(at), found.flaw)
-        return RemoteFile(entry=entry, address=at.address, pin=found.pin, digest=found.digest)
+        limits = UnpackLimits() if found.is_compressed else None
+        return RemoteFile(entry=entry, address=at.address, pin=found.pin, digest=found.digest, unpack=limits)
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         place = self._place_of(file)
