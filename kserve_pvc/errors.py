@@ -331,15 +331,21 @@ class DownloadCancelledError(StoreError, InterruptedError):
 class InsufficientSpaceError(StoreError, OSError):
     """
     The volume has no room for the model. Sizes are in bytes; `needed_bytes` is 0 if a quota or the volume stopped a
-    write.
+    write. `is_quota` means that it was a quota, which `free_bytes` says nothing about.
     """
 
     exit_code: ClassVar[int] = 6
     root: str
     needed_bytes: int
     free_bytes: int
+    is_quota: bool = False
 
     def _message(self) -> str:
+        if self.is_quota:
+            return (
+                f"a quota is used up on the volume of `{self.root}`, which has {self.free_bytes} bytes free; remove a "
+                "model with `kserve-pvc rm`, or have the quota of this user, group or project raised"
+            )
         need = f"{self.needed_bytes} are needed" if self.needed_bytes else "the last write did not fit"
         return (
             f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; "

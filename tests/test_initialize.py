@@ -388,6 +388,22 @@ def test_patterns_choose_and_count(uri, source, place, name, text):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"), [("STORAGE_ALLOW_PATTERNS", "m.bin"), ("STORAGE_IGNORE_PATTERNS", "bad./*,ln")]
+)
+def test_patterns_leave_out_what_cannot_be_stored(tmp_path, place, name, text):
+    """
+    A file with a name that no store keeps, or a link, is left out by the patterns, and refuses the model without them.
+    """
+    model = tmp_path / "odd"
+    write_files(model, {"m.bin": b"m", "bad./x": b"x"})
+    (model / "ln").symlink_to("m.bin")
+
+    assert run(str(model), place).returncode == 1
+    assert run(str(model), place, env={name: text}).returncode == 0
+    assert served(place) == {"m.bin": b"m"}
+
+
+@pytest.mark.parametrize(
     "bad",
     [
         "s3://b/m/../../x",

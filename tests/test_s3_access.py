@@ -15,11 +15,19 @@ from botocore.config import Config
 from trees import model_files, read_tree
 from weather import Answer, StormyS3, refuse
 
-from kserve_pvc import ModelStore, SettingsError, SourceChangedError, SourceDeniedError, SourceNotFoundError
+from kserve_pvc import (
+    ModelStore,
+    PolicyError,
+    SettingsError,
+    SourceChangedError,
+    SourceDeniedError,
+    SourceNotFoundError,
+)
 from kserve_pvc._source.ref import parse_ref
-from kserve_pvc.backends._object_store import Place
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._object_store import MetadataRequests, Place
 from kserve_pvc.backends._options import explain, read_settings
-from kserve_pvc.backends._s3_requests import SignedAccess
+from kserve_pvc.backends._s3_requests import SignedAccess, parse_refusal
 from kserve_pvc.backends._s3_settings import Account, plain_account
 from kserve_pvc.backends.s3 import S3Backend
 
@@ -156,6 +164,62 @@ def test_a_bucket_with_rules_of_its_own_is_left_to_the_sdk(home, monkeypatch, bu
 
     assert service.way(bucket) is s3fs
     assert service.way("bucket").way == "direct"
+
+
+@pytest.mark.parametrize(
+    ("uri", "bucket", "key"),
+    [
+        (
+            "arn:aws:s3:us-west-2:123456789012:accesspoint/mine/m/x",
+            "arn:aws:s3:us-west-2:123456789012:accesspoint:mine",
+            "m/x",
+        ),
+        (
+            "arn:aws:s3:us-west-2:123456789012:accesspoint:mine/m@1",
+            "arn:aws:s3:us-west-2:123456789012:accesspoint:mine",
+            "m@1",
+        ),
+        (
+            "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint/mine",
+            "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint:mine",
+            "",
+        ),
+        ("arn:aws:s3::123456789012:accesspoint/m.mrap/a", "arn:aws:s3::123456789012:accesspoint:m.mrap", "a"),
+        (
+            "arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-1/accesspoint/mine/a",
+            "arn:aws:s3-outposts:us-west-2:123456789012:outpost:op-1:accesspoint:mine",
+            "a",
+        ),
+        (
+            "arn:aws:s3-object-lambda:us-west-2:123456789012:accesspoint/mine/a",
+            "arn:aws:s3-object-lambda:us-west-2:123456789012:accesspoint:mine",
+            "a",
+        ),
+    ],
+)
+def test_an_access_point_is_named_by_its_arn(home, uri, bucket, key):
+    """
+    Either spelling of the documentation names the access point and what follows it, and nothing of it is a password.
+    """
+    service = S3Backend(KEYS, {"HOME": str(home)}).service
+
+    assert service.place(parse_ref(f"s3://{uri}")) == Place(bucket, key)
+
+
+@pytest.mark.parametrize(
+    "uri", ["arn:aws:s3:us-west-2:1:accesspoint/m", "arn:SECRET@x/m", "arn:aws:iam::123456789012:role/m"]
+)
+def test_another_arn_is_refused(uri):
+    """
+    What is not the name of an access point is taken for what may hold credentials.
+    """
+    with pytest.raises(PolicyError):
+        parse_ref(f"s3://{uri}")
+
+
+def signed_access() -> SignedAccess:
+    account = plain(KEYS)
+    return SignedAccess(account, MetadataRequests(HTTPClient(environ={}), parse_refusal), "direct")
 
 
 def plain(options: dict, environ: dict | None = None) -> Account:
@@ -575,3 +639,56 @@ def test_every_header_that_a_signature_names_is_sent(more, home, root):
         assert set(signed.split(";")) <= set(request.headers)
         if "requester_pays" in more:
             assert "x-amz-request-payer" in signed.split(";")
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body"),
+    [
+        (400, {"x-amz-bucket-region": "eu-west-1"}, ""),
+        (400, {}, "<Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region>"),
+        (
+            400,
+            {},
+            "<Code>Malformed</Code><Message>the region 'x' is wrong; expecting 'eu-west-1'</Message>",
+        ),
+        (403, {}, "<Code>SignatureDoesNotMatch</Code><Region> eu-west-1 </Region>"),
+        (301, {}, "<Code>PermanentRedirect</Code><Endpoint>b.s3.eu-west-1.amazonaws.com</Endpoint>"),
+        (301, {}, "<Code>PermanentRedirect</Code><Endpoint>s3-eu-west-1.amazonaws.com</Endpoint>"),
+        (307, {"location": "https://b.s3.dualstack.eu-west-1.amazonaws.com/m?list-type=2"}, ""),
+        (307, {"location": "https://b.s3-fips.eu-west-1.amazonaws.com:443/"}, "<Code>TemporaryRedirect</Code>"),
+    ],
+)
+def test_the_region_of_a_bucket_is_learnt_wherever_it_is_told(status, headers, body):
+    """
+    In a header, an element of the body, its message, or the host that a redirect names.
+    """
+    access = signed_access()
+    refusal = parse_refusal(status, headers, f"<Error>{body}</Error>".encode())
+
+    learnt = access._renew("bkt", refusal)
+    target, sent = access.read("bkt", "m", {"If-Match": '"x"'}, renewed=False)
+
+    assert learnt
+    assert target.host in ("bkt.s3.eu-west-1.amazonaws.com", "s3.eu-west-1.amazonaws.com")
+    assert "/eu-west-1/s3/" in str(sent)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<Endpoint>bkt.s3.eu-west-1.amazonaws.com.evil.example</Endpoint>",
+        "<Endpoint>evil.example</Endpoint>",
+        "<Region>evil.example/</Region>",
+        "<Endpoint>//[</Endpoint>",
+    ],
+)
+def test_a_host_that_a_response_names_is_never_used(body):
+    """
+    What is no region of S3 is not learnt.
+    """
+    access = signed_access()
+
+    learnt = access._renew("bkt", parse_refusal(301, {}, f"<Error>{body}</Error>".encode()))
+
+    assert not learnt
+    assert access.read("bkt", "m", {"If-Match": '"x"'}, renewed=False)[0].host.endswith("s3.us-east-1.amazonaws.com")

@@ -183,7 +183,8 @@ def _translating_writes(file: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise InsufficientSpaceError(str(file.parent), 0, _free_bytes(file.parent)) from error
+            is_quota = error.errno == errno.EDQUOT
+            raise InsufficientSpaceError(str(file.parent), 0, _free_bytes(file.parent), is_quota=is_quota) from error
         raise VolumeError(str(file), "writing a bundle", os.strerror(error.errno or errno.EIO)) from error
 
 

@@ -239,7 +239,7 @@ class Volume:
         Translate an error of the volume for the caller.
         """
         if error.errno in NO_SPACE:
-            return InsufficientSpaceError(str(self.root), 0, self.free_bytes())
+            return InsufficientSpaceError(str(self.root), 0, self.free_bytes(), is_quota=error.errno == errno.EDQUOT)
         is_read = operation in ("reading", "listing")
         if error.errno == errno.EROFS:
             hint = "its volume is mounted read-only; mount it read-write for the process that downloads"

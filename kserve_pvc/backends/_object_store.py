@@ -17,8 +17,16 @@ from typing import Literal, Protocol
 import attrs
 
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import Checksum, RangeReader, RemoteFile, Resolved, order_listing
-from kserve_pvc._source.ref import ModelRef
+from kserve_pvc._source.contract import (
+    EXCLUDED,
+    Checksum,
+    RangeReader,
+    RemoteFile,
+    Resolved,
+    UnpackLimits,
+    order_listing,
+)
+from kserve_pvc._source.ref import ModelRef, join_parts
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._directories import Directories
 from kserve_pvc.backends._http.client import HTTPClient
@@ -65,9 +73,9 @@ class Object:
     """
     One object as the service describes it now.
 
-    `token` changes with its content, `pin` makes a read of other content fail, `digest` is what
-    the service vouches for, as `name:hex`. An object that only marks a directory is left out; one with a `flaw` cannot
-    be fetched as it is.
+    `token` changes with its content, `pin` makes a read of other content fail, `digest` is what the service vouches
+    for, as `name:hex`. An object that only marks a directory is left out; one with a `flaw` cannot be fetched as it is.
+    One that `is_compressed` by the service's own account comes as gzip and is stored as what that holds.
     """
 
     name: str
@@ -77,6 +85,7 @@ class Object:
     digest: str | None = None
     is_directory: bool = False
     flaw: str = ""
+    is_compressed: bool = False
 
 
 class Service(Protocol):
@@ -232,7 +241,10 @@ class ObjectStore:
             raise
         if found is None:
             return None
-        return self._file(place, ref, found, place.name.rpartition("/")[2])
+        path = place.name.rpartition("/")[2]
+        if not ref.selects(path):
+            raise SourceNotFoundError(ref.uri, EXCLUDED)
+        return self._file(place, ref, found, path)
 
     def _is_directory(self, below: Place) -> bool:
         """Whether something lies below the name of an empty object. Without the right to list, it is a file."""
@@ -249,8 +261,11 @@ class ObjectStore:
             for found in page:
                 if found.is_directory:
                     directories.mark(found.name[len(place.name) :])
-            files = (self._file(place, ref, found, self._inside(place, ref, found)) for found in _files(page))
-            yield directories.sift(files)
+            inside = [(found, self._inside(place, ref, found)) for found in _files(page)]
+            for _, path in inside:
+                # What has something below its name is a directory, also where the patterns leave that out.
+                directories.mark(path)
+            yield directories.sift(self._file(place, ref, found, path) for found, path in inside if ref.selects(path))
         yield directories.empty_files()
 
     def _listed(self, place: Place) -> Iterator[Sequence[Object]]:
@@ -268,14 +283,19 @@ class ObjectStore:
     def _inside(self, place: Place, ref: ModelRef, found: Object) -> str:
         if not found.name.startswith(place.name):
             raise SourceUnavailableError(ref.uri, f"the listing of prefix `{place.name}` contains `{found.name}`")
-        return found.name[len(place.name) :]
+        # A directory has no name that is empty, so `m//w.bin` lies where `m/w.bin` would. Two such are a collision.
+        return join_parts(found.name[len(place.name) :]).removeprefix("/")
 
     def _file(self, place: Place, ref: ModelRef, found: Object, path: str) -> RemoteFile:
+        if found.is_compressed:
+            # Fetched as it is stored, with its size and checksum, and unpacked like an archive of one file.
+            path += ".gz"
         entry = FileEntry(path=path, size_bytes=found.size_bytes, token=found.token)
         at = attrs.evolve(place, name=found.name)
-        if found.flaw and ref.selects(entry.path):
+        if found.flaw:
             raise PolicyError(self.service.uri(at), found.flaw)
-        return RemoteFile(entry=entry, address=at.address, pin=found.pin, digest=found.digest)
+        limits = UnpackLimits() if found.is_compressed else None
+        return RemoteFile(entry=entry, address=at.address, pin=found.pin, digest=found.digest, unpack=limits)
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         place = self._place_of(file)
@@ -383,7 +403,8 @@ class ObjectStore:
 
 
 def _files(page: Sequence[Object]) -> Iterator[Object]:
-    return (found for found in page if not found.is_directory)
+    # A key that ends in a slash can be no file, whatever it holds.
+    return (found for found in page if not found.is_directory and not found.name.endswith("/"))
 
 
 def md5_digest(hex_digits: str | None, size_bytes: int) -> str | None:

@@ -36,6 +36,11 @@ _BUSY = frozenset(
 _HOST_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _ADDRESS = re.compile(r"[0-9.]+|.*:.*")
 _REGION = re.compile(r"[a-z0-9-]{1,40}")
+# "The authorization header is malformed; the region 'us-east-1' is wrong; expecting 'eu-west-1'"
+_EXPECTED = re.compile(r"is wrong; expecting '([a-z0-9-]{1,40})'")
+_REGIONAL_HOST = re.compile(
+    r"(?:^|\.)s3(?:[.-](?:fips[.-])?(?:dualstack\.)?([a-z0-9-]{1,40}))?\.amazonaws\.com(?:\.cn)?(?::[0-9]+)?$"
+)
 _NOT_S3 = "is this an S3 endpoint?"
 
 # Key, size, ETag and date.
@@ -206,21 +211,40 @@ def parse_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refus
     """
     Read a response that is not a success.
     """
+    words = _error_of(body)
+    if region := _region_of(headers, words):
+        headers = {**headers, "x-amz-bucket-region": region}
     if 300 <= status < 400:
         reason = unavailable("", status, headers).reason
         return RefusedError(reason, status=status, code=str(status), headers=headers)
-    words = _words_of(body)
     code, message = words.get("Code") or str(status), words.get("Message")
-    if "Region" in words:
-        headers = {"x-amz-bucket-region": words["Region"], **headers}
     says_when = status >= 500 and "retry-after" in headers
     busy = retry_after(headers) if status in (429, 503) or code in _BUSY or says_when else None
     reason = f"{code}: {message}" if message else f"HTTP {status}" + (f" ({code})" if code != str(status) else "")
     return RefusedError(reason, status=status, code=code, busy=busy, headers=headers)
 
 
-def _words_of(body: bytes) -> Mapping[str, str]:
+def _error_of(body: bytes) -> Mapping[str, str | None]:
     root = parse_xml(body) if body else None
     if root is None or root.tag.rpartition("}")[2] != "Error":
         return {}
-    return {child.tag.rpartition("}")[2]: child.text for child in root if child.text}
+    return {child.tag.rpartition("}")[2]: child.text for child in root}
+
+
+def _region_of(headers: Mapping[str, str], words: Mapping[str, str | None]) -> str:
+    """
+    The region of a bucket, wherever a refusal names it: in a header, in the body, or in the host where the bucket is.
+
+    Only the region is taken: requests never go to a host that a response names.
+    """
+    if told := headers.get("x-amz-bucket-region"):
+        return told
+    if told := (words.get("Region") or "").strip():
+        return told
+    if match := _EXPECTED.search(words.get("Message") or ""):
+        return match[1]
+    for place in (words.get("Endpoint"), headers.get("location")):
+        host = re.split(r"[/?#]", (place or "").rpartition("//")[2], maxsplit=1)[0]
+        if match := _REGIONAL_HOST.search(host.lower()):
+            return "us-east-1" if match[1] in (None, "external-1") else match[1]
+    return ""

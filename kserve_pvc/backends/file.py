@@ -28,6 +28,7 @@ from kserve_pvc.errors import (
     UnsafePathError,
 )
 
+LOST_AND_FOUND = "lost+found"
 RULES = (
     Rule(configured_options, "is set in fsspec's configuration"),
     Rule(options_beyond(()), "is an argument of fsspec's LocalFileSystem"),
@@ -78,7 +79,7 @@ class FileBackend:
         if ".." in root.parts:
             raise UnsafePathError(ref.location, "a path may not climb with `..`")
         try:
-            return order_listing(ref, _list(root))
+            return order_listing(ref, _list(root, ref))
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
@@ -123,15 +124,27 @@ class _FileReader:
         return count
 
 
-def _list(root: Path) -> Iterator[RemoteFile]:
+def _list(root: Path, ref: ModelRef) -> Iterator[RemoteFile]:
     found = os.lstat(root)
     if not stat.S_ISDIR(found.st_mode):
         yield _file(root, PurePosixPath(check_name(root.name)), found)
         return
-    for directory, names, files in os.walk(root, onerror=_raise):
+
+    def pass_over(error: OSError) -> None:
+        # What cannot be listed may hold a part of the model, unless the patterns leave all of it out.
+        inside = os.path.relpath(error.filename or root, root)
+        if inside == "." or ref.may_select_below(inside):
+            raise error
+
+    for directory, names, files in os.walk(root, onerror=pass_over):
+        if directory == str(root):
+            # `fsck` makes it at the root of a volume, for nobody but root to read; it is no part of a model.
+            names[:] = [name for name in names if name != LOST_AND_FOUND]
         for name in [n for n in names if os.path.islink(os.path.join(directory, n))] + files:
             path = Path(directory, name)
-            yield _file(path, check_name(path.relative_to(root).as_posix()), os.lstat(path))
+            inside = path.relative_to(root).as_posix()
+            if ref.selects(inside):
+                yield _file(path, check_name(inside), os.lstat(path))
 
 
 def _file(path: Path, inside: PurePosixPath, found: os.stat_result) -> RemoteFile:
@@ -152,12 +165,10 @@ def _changed(file: RemoteFile) -> SourceChangedError:
     return SourceChangedError(f"file://{file.address}", str(file.entry.path))
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
 def _translate(where: str, error: OSError) -> StoreError:
     reason = error.strerror or str(error)
+    if error.filename and not where.endswith(str(error.filename)):
+        reason = f"`{error.filename}`: {reason}"
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return SourceNotFoundError(where, reason)
     return (

@@ -61,7 +61,7 @@ class FsspecBackend:
         spelling = spell(ref, self._limits)
         lender = self._filesystems.at(spelling.url)
         with self._failures.translated(ref.uri):
-            listing = Listing(ref.uri, spelling, lender, partial(self._run, ref.uri))
+            listing = Listing(ref, spelling, lender, partial(self._run, ref.uri))
             return order_listing(ref, listing.files())
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Reader:

@@ -233,7 +233,8 @@ class HFBackend:
         for entry in self._tree(ref.uri, repository, commit, inside, is_recursive=True):
             if entry["type"] == "file":
                 name = entry["path"][len(inside) + 1 :] if inside else entry["path"]
-                yield _remote_file(ref.uri, repository, commit, entry, name)
+                if ref.selects(name):
+                    yield _remote_file(ref.uri, repository, commit, entry, name)
 
     def _tree(
         self, uri: str, repository: str, commit: str, directory: str, *, is_recursive: bool

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import attrs
 
@@ -40,6 +40,14 @@ from kserve_pvc.errors import (
     StoreError,
 )
 
+# `Content-Encoding` to the endings of files that are stored so.
+_CODING_ENDINGS = {
+    **dict.fromkeys(("gzip", "x-gzip"), (".gz", ".tgz", ".gzip", ".taz")),
+    **dict.fromkeys(("xz", "x-xz"), (".xz", ".txz")),
+    **dict.fromkeys(("bzip2", "x-bzip2"), (".bz2", ".tbz", ".tbz2")),
+    **dict.fromkeys(("zstd", "x-zstd"), (".zst", ".tzst")),
+    **dict.fromkeys(("compress", "x-compress"), (".z", ".tz")),
+}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
 _MAX_ONE_BYTE_ANSWER = 1024
@@ -138,12 +146,18 @@ class HTTPBackend:
         self._unconditional: set[str] = set()
         # Files whose digest is given, which tells the whole of one from a part.
         self._promised: set[str] = set()
+        # Secrets, so they are in memory only. Of two links to one file the newer counts.
+        self._queries: dict[str, str] = {}
         self._guard = threading.Lock()
 
     def resolve(self, ref: ModelRef) -> Resolved:
         file = parse_file(ref, self._limits)
         if file.sha256 is not None:
             self._promised.add(file.address)
+        with self._guard:
+            self._queries.pop(file.address, None)
+            if file.query is not None:
+                self._queries[file.address] = file.query
         place = self._ask(file.address, file.name, is_promised=file.sha256 is not None)
         with self._guard:
             self._places[file.address] = place
@@ -182,6 +196,13 @@ class HTTPBackend:
             if place is None or place is instead_of:
                 place = self._places[address] = self._find(address)
             return place
+
+    def target(self, address: str) -> Target:
+        """
+        Where a file is requested first.
+        """
+        target, query = _target(address), self._queries.get(address)
+        return target if query is None else target._replace(path=f"{target.path}?{query}")
 
     def forget(self, address: str, place: _Place | None) -> None:
         """
@@ -224,7 +245,7 @@ class HTTPBackend:
 
     def _find(self, address: str, name: str | None = None) -> _Place:
         """Follow a URL to where it leads. With `name`, a response that is a web page and not such a file is refused."""
-        target, method, hops = _target(address), "HEAD", 0
+        target, method, hops = self.target(address), "HEAD", 0
         while True:
             status, headers = self._look(method, target, address)
             if status in _REDIRECTS and "location" in headers:
@@ -295,7 +316,7 @@ class _Asking:
         del body  # It is for people with a browser.
         if status in (412, 416):
             return SourceChangedError(self._address, str(file.entry.path))
-        is_elsewhere = self._place is not None and self._place.target != _target(self._address)
+        is_elsewhere = self._place is not None and self._place.target != self._backend.target(self._address)
         if status in _REDIRECTS or (is_elsewhere and status in (404, 410)):
             # Asked from the beginning, the server may lead to a better place, or say that there is none any more.
             self._backend.forget(self._address, self._place)
@@ -339,7 +360,7 @@ class _Rest:
 
 
 def _target(address: str) -> Target:
-    scheme, _, rest = address.partition("://")
+    scheme, _, rest = address.partition("#")[0].partition("://")
     authority, _, path = rest.partition("/")
     return target_of(f"{scheme}://{authority}/{quote(path, safe=_PATH_SAFE)}")
 
@@ -382,8 +403,9 @@ def _place(
     size = _size_of(status, headers)
     if status not in (200, 206) and not (status == 416 and size == "0"):
         raise _refused(address, status, headers) or unavailable(address, status, headers)
-    if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-        coding = headers["content-encoding"][:40]
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", "") and not _repeats_name(coding, target):
+        coding = coding[:40]
         raise PolicyError(
             address, f"the server encodes it as `{coding}` unasked, so the bytes are not those of the file"
         )
@@ -412,6 +434,12 @@ def _size_of(status: int, headers: Mapping[str, str]) -> str:
     return headers.get("content-length", "") if status == 200 else ""
 
 
+def _repeats_name(coding: str, target: Target) -> bool:
+    """Whether a coding only says what the name of a file does: servers set it for `model.tar.gz` as it lies there."""
+    name = unquote(target.path.partition("?")[0]).lower()
+    return name.endswith(_CODING_ENDINGS.get(coding, ()))
+
+
 def _announced_digest(headers: Mapping[str, str]) -> str | None:
     """The SHA-256 that a server gives a file: as RFC 9530 has it, or as repositories of artefacts do."""
     match = _REPRESENTATION_DIGEST.search(headers.get("repr-digest", ""))
@@ -425,7 +453,7 @@ def _refused(address: str, status: int, headers: Mapping[str, str]) -> StoreErro
     if status in (401, 403, 407):
         host = _target(address).host
         where = f"the variable `{host}-headers` or the option `headers`"
-        reason = f"HTTP {status}; set headers for this host in {where}"
+        reason = f"HTTP {status}; set headers for this host in {where}, or get another link if it is signed"
         return SourceDeniedError(address, reason)
     if status in (404, 410):
         return SourceNotFoundError(address, f"HTTP {status}")

@@ -49,6 +49,11 @@ __all__ = ["RULES", "S3Backend"]
 
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
+# An access point, and what follows it.
+_RESOURCE = re.compile(
+    r"(arn:[^:/]+:[^:/]+:[^:/]*:[0-9]{12}:(?:outpost[:/][A-Za-z0-9-]+[:/])?accesspoint[:/][A-Za-z0-9.-]+)(?:/|$)(.*)",
+    re.DOTALL | re.ASCII,
+)
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -112,8 +117,12 @@ class _S3:
         return self._class
 
     def place(self, ref: ModelRef) -> Place:
+        match = _RESOURCE.match(ref.location)
+        if match is not None:
+            # The SDK takes slashes and colons alike, and one without a slash is a bucket as others are.
+            return Place(match[1].replace("/", ":"), match[2])
         bucket, _, key = ref.location.partition("/")
-        if not bucket:
+        if not bucket or bucket.startswith("arn:"):
             raise InvalidURIError(ref.uri, "it names no bucket; write `s3://bucket/path`")
         return Place(bucket, key)
 

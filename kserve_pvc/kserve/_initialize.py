@@ -240,7 +240,7 @@ def _ensure(store: ModelStore, one: CheckedSource, variables: Variables) -> Mode
     if ref.scheme in variables.streams:
         ensure = partial(ensure, max_workers=variables.streams[ref.scheme])
     # With its signature, which is sent and never stored.
-    uri = ref.uri if ref.query is None else f"{ref.uri}?{ref.query}"
+    uri = ref.signed_uri
     try:
         return ensure(uri, allow_patterns=ref.allow_patterns, ignore_patterns=ref.ignore_patterns or None)
     except SourceNotFoundError:

@@ -98,7 +98,9 @@ class HTTPClient:
         """
         place = f"http://{target.authority}{target.path}" if connection.is_forwarded else target.path
         # A response in another encoding would have other bytes than the range that was requested.
-        lines = [f"{method} {place} HTTP/1.1", f"Host: {target.authority}", "Accept-Encoding: identity"]
+        lines = [f"{method} {place} HTTP/1.1", f"Host: {target.authority}"]
+        if "Accept-Encoding" not in headers:
+            lines.append("Accept-Encoding: identity")
         if connection.is_forwarded and connection.proxy_password:
             lines.append(f"Proxy-Authorization: {connection.proxy_password}")
         lines += [f"{name}: {value}" for name, value in headers.items()]
