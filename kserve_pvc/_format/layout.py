@@ -19,6 +19,8 @@ TRASH = META / "trash"
 LEASES = META / "leases"
 MANIFESTS = META / "manifests"
 DOCTOR = META / "doctor"
+# Numbers of attempts to create the store, one empty directory each.
+CREATION = META / "creation"
 NAMES = PurePosixPath("names")
 
 _LOG_NAME = re.compile(r"([0-9]{12})\.(commit|restore|tombstone)")

@@ -19,7 +19,7 @@ import attrs
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._settings import Mode, read_settings
 from kserve_pvc.errors import PolicyError, SettingsError
-from kserve_pvc.kserve._destination import Method
+from kserve_pvc.kserve._placing import Method
 
 Kind = Literal["auto", "private", "store"]
 
