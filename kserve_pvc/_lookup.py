@@ -29,6 +29,8 @@ class Lookup:
     def __init__(self, volume: Volume, identity: str) -> None:
         self.identity = identity
         self._volume = volume
+        # The generation of each model to which KServe's link was seen to lead, so that it is looked at once.
+        self.seen_views: dict[str, str] = {}
 
     def view(self, ref: ModelRef) -> LogView:
         """

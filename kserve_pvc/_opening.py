@@ -131,6 +131,7 @@ def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float 
     let both win.
     """
     from kserve_pvc._volume.profile import probe_here
+    from kserve_pvc._volume.reserve import fill_reserve
 
     chosen = "lease"
     if locker is not None:
@@ -154,6 +155,7 @@ def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float 
     # What is on the volume counts, for all.
     made = _fresh_settings(writer)
     writer.throw_away(private)
+    fill_reserve(writer)
     if made is None:
         raise VolumeError(str(writer.absolute(layout.SETTINGS)), "creating a store", "it is missing after it was made")
     return made

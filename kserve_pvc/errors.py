@@ -338,13 +338,11 @@ class InsufficientSpaceError(StoreError, OSError):
     root: str
     needed_bytes: int
     free_bytes: int
+    hint: str = "remove a model with `kserve-pvc rm`, or enlarge the volume"
 
     def _message(self) -> str:
         need = f"{self.needed_bytes} are needed" if self.needed_bytes else "the last write did not fit"
-        return (
-            f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; "
-            "remove a model with `kserve-pvc rm`, or enlarge the volume"
-        )
+        return f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; {self.hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

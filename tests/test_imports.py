@@ -19,7 +19,7 @@ PACKAGE = Path(kserve_pvc.__file__).parent
 # The folders are the tiers: a room imports from rooms further down and from itself, never from beside or above.
 TIERS = (
     {"errors", "_defaults"},
-    {"_format", "_settings", "_arguments"},
+    {"_format", "_settings", "_arguments", "_threads"},
     {"_source", "_show"},
     {"_volume", "locks"},
     {"_archive"},
@@ -599,7 +599,8 @@ def test_the_decision_about_a_pod_loads_no_server():
 def test_a_hit_reads_one_directory_and_one_record(warm, hit):
     """
     A store that is open lists the log, opens its newest record and looks what the model's directory is; it opens and
-    lists nothing else. With `ctypes`, which a process loads once it is worth it, each of them is one call.
+    lists nothing else. With `ctypes`, which a process loads once it is worth it, each of them is one call. The first
+    hit of a store that may write also looks at KServe's link to the model.
     """
     root, uri = warm
     program = f"""
@@ -609,6 +610,7 @@ store, uri, seen = ModelStore({root!r}, mode="rw"), {uri!r}, []
 def note(event, found):
     if event == "open" or event.startswith("os."):
         seen.append((event, str(found[0])))
+{hit}
 sys.addaudithook(note)
 {hit}
 print(json.dumps(seen))

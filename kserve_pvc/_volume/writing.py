@@ -12,6 +12,7 @@ descriptor whose `fsync` failed is never synced again.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ from kserve_pvc._volume.calls import (
 from kserve_pvc._volume.making import create_file_at, enter_or_make, make_directory_at, open_lock_file
 from kserve_pvc._volume.reading import Volume, translating_links
 from kserve_pvc.errors import StoreError, UnsafePathError, VolumeError
+
+# What `dated_name` makes.
+_TRASH_NAME = re.compile(r"([0-9]{12,15})-")
 
 
 class VolumeWriter(Volume):
@@ -264,21 +268,26 @@ class VolumeWriter(Volume):
 
     def throw_away(self, place: PurePosixPath) -> None:
         """
-        Discard a tree that no process can be reading, and delete it at once.
+        Discard a tree that no process can be reading, and delete it at once. What cannot be deleted stays in the trash.
         """
         if (trashed := self.discard(place)) is not None:
-            self.delete_trash(trashed)
+            with suppress(StoreError):
+                self.delete_trash(trashed)
 
     def empty_trash(self, older_than: float) -> None:
         """
         Delete what has been in the trash for longer than this many seconds by this node's clock.
 
-        A wrong clock deletes early; that costs only readers without a lease, since all others were waited for.
+        Zero seconds delete all of it, also what a node threw away whose clock is ahead. A wrong clock deletes early;
+        that costs only readers without a lease, since all others were waited for. What cannot be deleted stays, and
+        fails nothing: a file of another user, one that is open, or what is none of ours.
         """
-        for name in self.list_names(TRASH):
-            thrown_at = name.partition("-")[0]
-            if thrown_at.isdigit() and time.time() - int(thrown_at) >= older_than:
-                self.delete_trash(TRASH / name)
+        with suppress(StoreError):
+            for name in self.list_names(TRASH):
+                thrown_at = _TRASH_NAME.match(name)
+                if thrown_at and (older_than <= 0 or time.time() - int(thrown_at[1]) >= older_than):
+                    with suppress(StoreError):
+                        self.delete_trash(TRASH / name)
 
     def delete_trash(self, place: PurePosixPath) -> None:
         """
