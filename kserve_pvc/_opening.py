@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from kserve_pvc._arguments import check_choice, check_count, check_seconds
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES
 from kserve_pvc._format.log_entry import (
@@ -20,6 +19,7 @@ from kserve_pvc._format.log_entry import (
     encode_settings,
     now,
 )
+from kserve_pvc._source.arguments import check_choice, check_count, check_seconds
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError, StoreRootError, VolumeError
 

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Unpack
 
 from kserve_pvc import _defaults as defaults
-from kserve_pvc._arguments import check_cancel, check_choice, check_count, check_listener, check_timeout
+from kserve_pvc._access import SourceAccess
 from kserve_pvc._format import layout
 from kserve_pvc._format.log_entry import LogEntry, StoreSettings
 from kserve_pvc._keys.log import LogView, read_log, read_manifest
-from kserve_pvc._lookup import Lookup
-from kserve_pvc._model import Model, Status
+from kserve_pvc._model import Lookup, Model, Status
 from kserve_pvc._opening import (
     StoreArguments,
     check_arguments,
@@ -30,8 +29,8 @@ from kserve_pvc._opening import (
     open_store,
 )
 from kserve_pvc._process import flight_of, this_process
+from kserve_pvc._source.arguments import check_cancel, check_choice, check_count, check_listener, check_timeout
 from kserve_pvc._source.ref import ModelRef, Patterns, Source, parse_ref
-from kserve_pvc._sources import Sources
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import InsufficientSpaceError, ReadOnlyStoreError, StoreFormatError
 
@@ -132,7 +131,7 @@ class ModelStore:
         self._on_event = on_event
         patience = {"stall_seconds": stall_seconds, "retry_seconds": retry_seconds}
         self._tuning: Mapping[str, Any] = {"part_bytes": part_bytes, "digest": digest, **patience}
-        self._sources = Sources(
+        self._sources = SourceAccess(
             factories=backends or {},
             storage_options=storage_options or {},
             filesystems=filesystems or {},
@@ -289,7 +288,7 @@ class ModelStore:
         options["resolved"] = resolved
         options["after_seq"] = view.seq if force_download else 0
         call = self._call(ref, started, listen, on_event, cancel, **options)
-        self._sources.check_scheme(ref)
+        self._sources.check(ref)
         return self._download(writing, ref, call, partial(self._sources.backend, ref))
 
     def _call(
@@ -795,7 +794,14 @@ class ModelStore:
         from kserve_pvc._doctor.doctor import diagnose
 
         timeout = check_timeout(timeout)
-        return diagnose(self.root, writes=self._writing is not None, holder=this_process(), peer=peer, timeout=timeout)
+        return diagnose(
+            self.root,
+            writes=self._writing is not None,
+            holder=this_process(),
+            peer=peer,
+            timeout=timeout,
+            sources=self._sources.explain(),
+        )
 
     def locks(self) -> Sequence[LockInfo]:
         """

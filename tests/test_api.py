@@ -14,8 +14,8 @@ import pytest
 
 import kserve_pvc
 from kserve_pvc import InvalidURIError, ModelRef, ModelStore, PolicyError, SettingsError
-from kserve_pvc._arguments import check_count, check_seconds, check_timeout
 from kserve_pvc._opening import StoreArguments
+from kserve_pvc._source.arguments import check_count, check_seconds, check_timeout
 from kserve_pvc._source.ref import parse_ref
 
 FILES = {"config.json": b"{}", "weights/a.bin": b"weights"}

@@ -27,7 +27,8 @@ from kserve_pvc import StoreError
 from kserve_pvc.backends import make_backend
 
 try:
-    print(type(make_backend(sys.argv[1], {}, {"token": "canary"})).__name__)
+    options = {} if sys.argv[1] == "file" else {"token": "canary"}
+    print(type(make_backend(sys.argv[1], {}, options)).__name__)
 except StoreError as error:
     print(f"{type(error).__name__}: {error}")
 """

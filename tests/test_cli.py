@@ -674,6 +674,23 @@ def test_quiet_and_verbose(root, uri, place):
     assert talkative.stderr.splitlines()[-1].startswith("kserve_pvc.errors.ModelNotFoundError: ")
 
 
+def test_verbose_says_why_settings_are_not_plain(root, tmp_path):
+    """
+    `-v` logs which way a source is reached and why, and `doctor` reports the same reason.
+    """
+    (tmp_path / "config").write_text("[profile other]\nregion = eu-west-1\n")
+    env = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    closed = {**env, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+
+    verbose = shell.kserve_pvc(root, "-v", "plan", "s3://bucket/model", env=closed)
+    silent = shell.kserve_pvc(root, "plan", "s3://bucket/model", env=closed)
+    report = shell.document(shell.kserve_pvc(root, "--json", "doctor", env=env))
+
+    assert "`AWS_CONFIG_FILE`" in verbose.stderr
+    assert "AWS_CONFIG_FILE" not in silent.stderr
+    assert "`AWS_CONFIG_FILE`" in " ".join(report["sources"]["s3"])
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

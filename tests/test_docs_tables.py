@@ -23,7 +23,8 @@ from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import log_entry, records
 from kserve_pvc._source.contract import MAX_FILES, UnpackLimits
 from kserve_pvc._source.retry import ATTEMPTS
-from kserve_pvc.backends import _ranges, fsspec_, hf, http
+from kserve_pvc.backends import _hf_settings, _ranges, hf, http
+from kserve_pvc.backends._fsspec import filesystems, reading
 from kserve_pvc.backends._http import wire
 
 MIB = 2**20
@@ -142,7 +143,7 @@ def test_limits_of_http_and_archives_are_those_of_the_code():
     assert (
         missing(
             page,
-            *(f"`{ending}`" for ending in unpack._ENDINGS),
+            *(f"`{ending}`" for ending in unpack._EXTENSIONS),
             f"| `entries` | {limits.entries:,}, including directories |",
             "| `size_bytes` | 1 TiB in total |",
             f"| `ratio` | {limits.ratio:.0f} times the size of the archive; not checked up to {harmless} MiB |",
@@ -158,19 +159,22 @@ def test_numbers_of_the_hub_and_of_fsspec_are_those_of_the_code():
     """
     The pages about the Hub and fsspec name the endpoint, redirects, pieces and protocols that the code has.
     """
-    protocols = fsspec_._WHOLE - {"jlab"}
+    protocols = filesystems.WHOLE - {"jlab"}
 
     assert hf._MAX_HOPS == 5
-    assert missing("how-to/huggingface.md", f"else `{hf._HUB}`", "at most five in a row", f"`{hf._BLOB}554:…`") == []
+    assert (
+        missing("how-to/huggingface.md", f"else `{_hf_settings._HUB}`", "at most five in a row", f"`{hf._BLOB}554:…`")
+        == []
+    )
     assert (
         missing(
             "how-to/fsspec.md",
-            f"pieces of {fsspec_.PIECE_BYTES // MIB} MiB",
+            f"pieces of {reading.PIECE_BYTES // MIB} MiB",
             *(f"`{protocol}`" for protocol in protocols),
         )
         == []
     )
-    assert {"simplecache", "filecache", "reference", "dir"} <= fsspec_._WRAPPERS
+    assert {"simplecache", "filecache", "reference", "dir"} <= filesystems.WRAPPERS
 
 
 def test_defaults_of_the_api_are_those_of_the_code():

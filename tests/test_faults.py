@@ -543,7 +543,7 @@ def test_a_stale_handle_is_looked_up_once_more(root, model, monkeypatch, times, 
         return honest(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", open_)
-    monkeypatch.setattr(beneath, "_call_if_worth", lambda: None)  # Python cannot get between this process and `openat2`.
+    monkeypatch.setattr(beneath, "_call_if_worth", lambda: None)  # `openat2` cannot be replaced from here.
     store = ModelStore(root)
 
     if status is None:

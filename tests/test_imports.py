@@ -19,14 +19,15 @@ PACKAGE = Path(kserve_pvc.__file__).parent
 # The folders are the tiers: a room imports from rooms further down and from itself, never from beside or above.
 TIERS = (
     {"errors", "_defaults"},
-    {"_format", "_settings", "_arguments", "_threads"},
+    {"_format", "_settings", "_threads"},
     {"_source", "_show"},
     {"_volume", "locks"},
     {"_archive"},
     {"_keys", "backends"},
-    {"_model", "_opening", "_process"},
+    {"_process"},
+    {"_model", "_opening"},
     {"_download", "_doctor"},
-    {"_lookup", "_sources"},
+    {"_access"},
     {"_store"},
     {"_filesystem"},
     {"__init__", "kserve", "testing"},
@@ -41,13 +42,14 @@ IMPURE = {"ctypes", "multiprocessing", "os", "random", "select", "socket", "subp
 FOREIGN = {
     "backends": {"fsspec", "s3fs", "aiobotocore", "botocore", "aiohttp", "azure", "gcsfs", "google"}
     | {"google_crc32c", "huggingface_hub", "requests", "yarl"},
+    "_filesystem": {"fsspec"},
     "locks": {"portalocker", "redis", "kubernetes"},
     "testing": {"pytest"},
     "_show": {"tqdm"},
     "kserve": {"yaml", "starlette", "uvicorn", "prometheus_client"},
     "_cli": {"shtab"},
     # For types only: callers may pass file systems.
-    **{room: {"fsspec"} for room in ("_opening", "_sources", "_store")},
+    **{room: {"fsspec"} for room in ("_access", "_opening", "_store")},
 }
 
 # `ModelStore` is the public interface: every method with its arguments and what it promises.
@@ -472,13 +474,11 @@ LAZY = {
 }
 # What a hit in the store loads of this package: nothing that writes, downloads, removes, checks, locks or shows.
 HIT = {
-    "_arguments",
+    "_access",
     "_defaults",
-    "_lookup",
     "_model",
     "_opening",
     "_process",
-    "_sources",
     "_store",
     "errors",
     "_format",
@@ -491,6 +491,7 @@ HIT = {
         "_format.layout",
         "_format.log_entry",
         "_keys.log",
+        "_source.arguments",
         "_source.ref",
         "_volume.beneath",
         "_volume.calls",

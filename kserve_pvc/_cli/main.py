@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from kserve_pvc._cli.output import fail, say
+from kserve_pvc._cli.output import fail, log_to_stderr, say
 from kserve_pvc._cli.parser import VERBS, make_parser
 from kserve_pvc._cli.verbs import run_initializer, selection
 from kserve_pvc._settings import read_settings
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] == "initialize" and not {"-h", "--help"} & set(argv):
         return run_initializer(argv[1:])  # Arguments and exit codes are KServe's, not ours.
     arguments = make_parser(argv[0] if argv and argv[0] in VERBS else None).parse_args(argv)
+    if arguments.verbose:
+        log_to_stderr()
     # A pod that is deleted gets SIGTERM first: unwinding releases the claim, so that no process waits out its lease.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -161,6 +161,18 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def log_to_stderr() -> None:
+    """
+    Print every record of the package's logger, such as why a source is read through its fsspec class.
+    """
+    import logging
+
+    logger, handler = logging.getLogger("kserve_pvc"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("kserve-pvc: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+
+
 def say(text: str) -> None:
     """
     Print a line for a person, on stderr.

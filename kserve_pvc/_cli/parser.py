@@ -268,7 +268,7 @@ def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
     for names, text in (
         (("--json",), "print one JSON document"),
         (("-q", "--quiet"), "print neither progress nor summaries"),
-        (("-v", "--verbose"), "print the traceback of an error"),
+        (("-v", "--verbose"), "print log records, and the traceback of an error"),
     ):
         parser.add_argument(*names, action="store_true", default=False if defaults else argparse.SUPPRESS, help=text)
 

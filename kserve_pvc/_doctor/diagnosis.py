@@ -4,7 +4,7 @@ A diagnosis: what a doctor measured on a volume, and the findings that follow fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +77,7 @@ class Diagnosis:
         clock_ahead: How many seconds the clock that sets file times is ahead of the clock of this node; None if
             nothing was written.
         peer: The results of the tests with another node; None if no peer was requested, or none appeared.
+        sources: Why settings of sources are not plain, by scheme. Schemes whose settings are plain are left out.
         ok: Whether no finding is `unsafe` or `change`.
     """
 
@@ -96,6 +97,7 @@ class Diagnosis:
     speed: Speed | None
     peer: PeerReport | None
     findings: tuple[Finding, ...]
+    sources: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
 
     @property
     def ok(self) -> bool:

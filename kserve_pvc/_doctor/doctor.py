@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -56,6 +56,7 @@ def diagnose(
     peer: str | None = None,
     timeout: float = defaults.DOCTOR_TIMEOUT,
     sample_bytes: int = SAMPLE_BYTES,
+    sources: Mapping[str, Sequence[str]] | None = None,
 ) -> Diagnosis:
     """
     Examine a directory, which need not be a store.
@@ -64,6 +65,7 @@ def diagnose(
         writes: Whether write tests may run. Otherwise the directory is only inspected.
         peer: Run tests with a doctor on another node that is started with the same name.
         timeout: Seconds to wait for the peer.
+        sources: Why sources are read through their fsspec class, for the report.
 
     Returns:
         All measurements, and the findings with the most severe first.
@@ -88,7 +90,9 @@ def diagnose(
     diagnosis = _diagnosis(volume, settings, measured)
     findings += judge(diagnosis, expects_peer=peer is not None)
     order: Mapping[Level, int] = {"unsafe": 0, "change": 1, "note": 2}
-    return attrs.evolve(diagnosis, findings=tuple(sorted(findings, key=lambda finding: order[finding.level])))
+    return attrs.evolve(
+        diagnosis, sources=sources or {}, findings=tuple(sorted(findings, key=lambda finding: order[finding.level]))
+    )
 
 
 @attrs.frozen(kw_only=True)

@@ -55,6 +55,8 @@ def _describe(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "locker", f"{diagnosis.locker}, lease {diagnosis.lease_seconds:g} s"
     owner = f"uid {diagnosis.owner_uid} gid {diagnosis.owner_gid} mode {diagnosis.mode:04o}"
     yield "access", f"uid {diagnosis.uid} gid {diagnosis.gid} on a directory of {owner}"
+    for scheme, reasons in diagnosis.sources.items():
+        yield f"source {scheme}", f"settings are not plain: {'; '.join(reasons)}"
     yield "space", f"{format_bytes(diagnosis.free_bytes)} of {format_bytes(diagnosis.total_bytes)} reported free"
 
 

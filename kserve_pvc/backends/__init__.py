@@ -65,6 +65,18 @@ def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
         raise _unknown(scheme, factories)
 
 
+def check_filesystem(filesystem: AbstractFileSystem) -> None:
+    """
+    Make sure that a file system can be used by a call of this thread, before anything is claimed.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    from kserve_pvc.backends._fsspec.filesystems import check_instance
+
+    check_instance(filesystem)
+
+
 def options_for(
     ref: ModelRef, options: Mapping[str, Any], factories: Mapping[str, BackendFactory]
 ) -> Mapping[str, Any]:

@@ -42,6 +42,8 @@ _TABLES = {
     "https": "kserve_pvc.backends.http",
     "s3": "kserve_pvc.backends._s3_settings",
 }
+# One name for each table, as people write it.
+_EXPLAINED = ("s3", "gs", "az", "hf", "http", "file")
 # Arguments of every fsspec class that change how objects are cached or awaited, and never which bytes are read.
 NEUTRAL_OPTIONS = frozenset(
     (
@@ -182,6 +184,29 @@ def explain(scheme: str, options: Mapping[str, Any], environ: Mapping[str, str] 
         return ()
     rules: Sequence[Rule] = import_module(_TABLES[scheme]).RULES
     return find_reasons(rules, read_settings(scheme, options, environ))
+
+
+def explain_all(
+    options: Callable[[str], Mapping[str, Any]] = lambda scheme: {}, environ: Mapping[str, str] = os.environ
+) -> Mapping[str, Sequence[str]]:
+    """
+    Say for each scheme why it goes through its fsspec class, where it does.
+
+    Args:
+        options: Gives the `storage_options` of a scheme.
+
+    Returns:
+        Schemes with their reasons. A configuration that cannot be read is the reason itself.
+    """
+    found: dict[str, Sequence[str]] = {}
+    for scheme in _EXPLAINED:
+        try:
+            reasons = tuple(map(str, explain(scheme, options(scheme), environ)))
+        except InvalidFileError as error:
+            reasons = (str(error),)
+        if reasons:
+            found[scheme] = reasons
+    return found
 
 
 def log_access(scheme: str, access: str, reasons: Sequence[Reason]) -> None:

@@ -155,12 +155,6 @@ class HandedIn:
         if protocol not in protocols(self.kind):
             known = ", ".join(f"`{name}://`" for name in sorted(protocols(self.kind)))
             raise SettingsError("filesystem", self.kind.__name__, f"it reads {known}, and not `{protocol}://`")
-        if _is_running_here(getattr(self._fs, "loop", None)):
-            raise SettingsError(
-                "filesystem",
-                self.kind.__name__,
-                "it works on the event loop that this call blocks; call `await asyncio.to_thread(store.ensure, …)`",
-            )
         named = self.kind._get_kwargs_from_urls(url)
         has = {name: getattr(self._fs, name, self._fs.storage_options.get(name)) for name in named}
         check_same_place(url, named, {name: value for name, value in has.items() if value is not None})
@@ -289,10 +283,11 @@ def package_of(kind: type[FileSystem]) -> str:
 
 def check_instance(fs: object) -> None:
     """
-    Refuse a file system that cannot be used from here.
+    Refuse a file system that cannot be used by the thread that calls this.
 
     Raises:
-        SettingsError: It is not a file system, reads through another one, or is for `await` only.
+        SettingsError: It is not a file system, reads through another one, is for `await` only, or works on the event
+            loop of this thread.
     """
     name = type(fs).__name__
     if not isinstance(fs, FileSystem):
@@ -303,6 +298,12 @@ def check_instance(fs: object) -> None:
     if getattr(fs, "asynchronous", False):
         raise SettingsError(
             "filesystem", name, "it was made for `await`, with `asynchronous=True`; make one without that argument"
+        )
+    if _is_running_here(getattr(fs, "_loop", None)):
+        raise SettingsError(
+            "filesystem",
+            name,
+            "it works on the event loop that this call blocks; call `await asyncio.to_thread(store.ensure, …)`",
         )
 
 

@@ -5,7 +5,7 @@ The sources of one store: which backend serves a model, and whether a source may
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kserve_pvc._source.contract import Backend, BackendFactory, Resolved
 
 
-class Sources:
+class SourceAccess:
     """
     How one store reaches its sources.
 
@@ -55,7 +55,7 @@ class Sources:
 
     def with_arguments(
         self, storage_options: Mapping[str, Any] | None, filesystem: AbstractFileSystem | None
-    ) -> Sources:
+    ) -> SourceAccess:
         """
         Return these sources with other storage options or a file system for one call, and with backends of its own.
 
@@ -90,15 +90,21 @@ class Sources:
                 str(ref), "this store is offline; unset `KSERVE_PVC_OFFLINE`, or `import` a bundle of the model"
             )
 
-    def check_scheme(self, ref: ModelRef) -> None:
+    def check(self, ref: ModelRef) -> None:
         """
+        Make sure that there is a way to the source, before anything is claimed.
+
         Raises:
             UnknownSchemeError: No backend serves the scheme.
+            SettingsError: The file system cannot be used by this thread.
         """
-        from kserve_pvc.backends import check_scheme
+        from kserve_pvc.backends import check_filesystem, check_scheme
 
-        if self._filesystem_for(ref) is None:
+        filesystem = self._filesystem_for(ref)
+        if filesystem is None:
             check_scheme(self._service(ref), self._factories)
+        else:
+            check_filesystem(filesystem)
 
     def resolve(self, ref: ModelRef, cancel: Cancel | None = None) -> Resolved:
         """
@@ -121,6 +127,16 @@ class Sources:
                     backend.close()
 
         return resolve() if cancel is None else run_detachable(resolve, Cancellation(str(ref), cancel))
+
+    def explain(self) -> Mapping[str, Sequence[str]]:
+        """
+        Say for each scheme why it goes through its fsspec class, where it does.
+        """
+        from kserve_pvc.backends import options_for
+        from kserve_pvc.backends._options import explain_all
+
+        # A name that no source needs to have: only the scheme counts.
+        return explain_all(lambda scheme: options_for(ModelRef(uri=f"{scheme}://x"), self._options, self._factories))
 
     def backend(self, ref: ModelRef) -> Backend:
         """
