@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from kserve_pvc import ModelStore
+from kserve_pvc._cli.main import main
 from kserve_pvc._format import layout
 from kserve_pvc._volume.calls import delete_tree
 from kserve_pvc._volume.profile import try_lock
@@ -18,11 +19,14 @@ from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     InsufficientSpaceError,
+    InvalidFileError,
     ModelNotFoundError,
     ReadOnlyStoreError,
     StoreError,
+    UnknownSchemeError,
     VolumeError,
 )
+from kserve_pvc.kserve._yaml import read_documents
 from kserve_pvc.locks.lease import Heartbeat
 from tests.support.trees import write_files
 
@@ -489,3 +493,38 @@ def test_a_reader_puts_no_link_right(store, root, uri):
 
     assert ModelStore(root).ensure(uri).status == "present"
     assert not (root / layout.view_link(model.key)).exists()
+
+
+# What is read from elsewhere
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 2_000_000, "0b" + "1" * 2_000_000, "9" * 2_000_000])
+def test_a_number_of_millions_of_digits_is_invalid(number):
+    """
+    A manifest with a number that cannot be printed is refused when it is read.
+    """
+    with pytest.raises(InvalidFileError, match="invalid YAML"):
+        read_documents(f"a: {number}", "patch.yaml")
+
+
+def test_a_catalogue_of_deep_json_is_an_error(store, tmp_path, capsys):
+    """
+    `warm -f` refuses a line that is nested too deeply, by its number.
+    """
+    catalogue = tmp_path / "models.txt"
+    catalogue.write_text("# one\n" + '{"uri": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+
+    assert main(["warm", "-f", str(catalogue), "--store", str(store.root)]) != 0
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_a_factory_that_exits_serves_no_scheme(root):
+    """
+    A plug-in that ends the process when it is called is an error about its scheme.
+    """
+
+    def factory(options):
+        raise SystemExit(3)
+
+    with pytest.raises(UnknownSchemeError, match="SystemExit"):
+        ModelStore(root, mode="rw", backends={"odd": factory}).ensure("odd://model", progress=False)

@@ -172,7 +172,7 @@ def _patterns(name: str, environ: Mapping[str, str]) -> tuple[str, ...] | None:
     text = environ.get(name, "").strip()
     try:
         found = json.loads(text) if text else []
-    except ValueError:
+    except (ValueError, RecursionError):
         found = text.split(",")
     patterns = found if isinstance(found, list) else [found]
     return tuple(stripped for pattern in patterns if (stripped := str(pattern).strip())) or None
@@ -219,7 +219,7 @@ def _variables_of(secret: Mapping[str, Any]) -> dict[str, str]:
 def _json(name: str, environ: Mapping[str, str]) -> Mapping[str, Any]:
     try:
         found = json.loads(environ.get(name) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):  # The value may hold secrets.
         raise SettingsError(name, "not shown", "expected a JSON object")
