@@ -962,7 +962,7 @@ def test_a_connection_string_says_where_the_account_is(text, endpoint, account):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"acount_key": KEY}, "storage_options"),
+        ({"acount_key": KEY}, "acount_key"),
         ({"account_key": "canary no base64"}, "account_key"),
         ({"account_name": "evil.example/"}, "account_name"),
         ({"account_host": "user@evil.example"}, "account_host"),

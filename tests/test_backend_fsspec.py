@@ -5,6 +5,7 @@ Whatever fsspec reads: on real file systems of fsspec, and on some that misbehav
 import os
 import threading
 import time
+import zipfile
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from itertools import pairwise
@@ -14,6 +15,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 from trees import model_files, read_tree, write_files
+from webserver import SECRET, Page, WebServer
 
 from kserve_pvc import (
     InvalidURIError,
@@ -30,6 +32,7 @@ from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends._fsspec.identity import identity as identity_of
 from kserve_pvc.backends._fsspec.reading import PIECE_BYTES
 from kserve_pvc.backends.fsspec_ import FsspecBackend
+from kserve_pvc.backends.http import http_backend
 
 FILES = model_files(seed=1)
 BIG = os.urandom(2 * PIECE_BYTES + 1000)
@@ -561,3 +564,97 @@ def test_each_model_has_its_own_file_system(tmp_path, strange):
     files = [only_file(backend, uri) for uri in (f"fsspec+local://{tmp_path}/a", f"fsspec+strange://{tmp_path}/b")]
 
     assert [read(backend, file, 0, 1) for file in files] == [b"a", b"b"]
+
+
+def test_a_class_over_http_is_kept_from_private_addresses(root):
+    """
+    Through `HTTPFileSystem`, a URL leads to a private address neither by itself nor by a name nor by a redirect.
+    """
+    pytest.importorskip("aiohttp", reason="`aiohttp` is not installed")
+    with WebServer() as server:
+        server.put("m.bin", b"secret")
+        server.pages["/away.bin"] = Page(status=302, location=f"http://127.0.0.1:{server.port}/m.bin")
+        by_name = server.uri("m.bin").replace("127.0.0.1", "localhost")
+        store = ModelStore(root, mode="rw", storage_options={"block_size": 1000})
+        allowed = {"block_size": 1000, "allow_private": ["localhost"]}
+
+        for uri in (server.uri("m.bin"), by_name):
+            with pytest.raises(PolicyError, match="is not public"):
+                store.ensure(uri, progress=False)
+        asked = len(server.asked)
+        with pytest.raises(PolicyError, match="is not public"):
+            store.ensure(by_name.replace("m.bin", "away.bin"), storage_options=allowed, progress=False)
+
+        assert (asked, {request.path for request in server.asked}) == (0, {"/away.bin"})
+        assert store.ensure(by_name, storage_options=allowed, progress=False).record.access == "fsspec:fsspec"
+
+
+def test_headers_of_a_host_stay_there_through_the_class(root):
+    """
+    Through `HTTPFileSystem`, headers of a host go to that host, and a redirect to another one is refused.
+    """
+    pytest.importorskip("aiohttp", reason="`aiohttp` is not installed")
+    with WebServer(wants={"X-Key": SECRET}) as server, WebServer(host="127.0.0.2") as other:
+        server.put("m.bin", b"bytes")
+        other.put("m.bin", b"bytes")
+        server.pages["/away.bin"] = Page(status=302, location=other.uri("m.bin"))
+        options = {**server.storage_options, "block_size": 1000}
+        store = ModelStore(root, mode="rw", storage_options=options)
+
+        model = store.ensure(server.uri("m.bin"), progress=False)
+        with pytest.raises(PolicyError, match=r"it redirects to `127\.0\.0\.2`"):
+            store.ensure(server.uri("away.bin"), progress=False)
+
+        assert (model / "m.bin").read_bytes() == b"bytes"
+        assert other.asked == []
+
+
+def test_a_session_of_the_callers_own_needs_permission():
+    """
+    What connects where it likes is refused unless private addresses are allowed.
+    """
+    pytest.importorskip("aiohttp", reason="`aiohttp` is not installed")
+    backend = http_backend({"get_client": lambda **arguments: None})
+
+    with pytest.raises(PolicyError, match="connects where it likes"):
+        backend.resolve(parse_ref("https://models.example.org/m.bin"))
+
+
+@pytest.mark.parametrize("options", [{"unpack": True}, {"unpack": False}])
+def test_an_archive_means_the_same_through_the_class(tmp_path, root, options):
+    """
+    What a URL means does not depend on the way: an archive is unpacked, unless that is switched off.
+    """
+    pytest.importorskip("aiohttp", reason="`aiohttp` is not installed")
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        archive.writestr("config.json", "{}")
+    with WebServer() as server:
+        server.put("m.zip", (tmp_path / "m.zip").read_bytes())
+        options = {**options, "block_size": 1000, "allow_private": True}
+        model = ModelStore(root, mode="rw", storage_options=options).ensure(server.uri("m.zip"), progress=False)
+
+    assert [*read_tree(model.path)] == (["config.json"] if options["unpack"] else ["m.zip"])
+
+
+def test_a_protocol_that_only_fsspec_knows_needs_no_prefix(root, source, strange):
+    """
+    Without a backend or plug-in for its scheme, a URI is read by the class of fsspec; a factory for the scheme wins.
+    """
+    strange()
+    store = ModelStore(root, mode="rw", storage_options={"strange": {}})
+
+    model = store.ensure(f"strange://{source}", progress=False)
+
+    assert read_tree(model.path) == FILES
+    assert model.record.access.startswith("fsspec:")
+    with pytest.raises(ZeroDivisionError):
+        ModelStore(root, backends={"strange": lambda options: 1 / 0}).resolve(f"strange://{source}")
+
+
+def test_an_unknown_scheme_names_near_matches(root):
+    """
+    A misspelled scheme is an error that says what may be meant, of ours and of fsspec.
+    """
+    for scheme, near in (("sfpt", "`sftp://`"), ("htps", "`https://`")):
+        with pytest.raises(UnknownSchemeError, match=f"did you mean .*{near}"):
+            ModelStore(root, mode="rw").ensure(f"{scheme}://host/model", progress=False)

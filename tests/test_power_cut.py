@@ -1,6 +1,6 @@
 """
-A power cut at any moment of a download, a refresh, a takeover or a removal, on a volume that keeps only what was
-synced.
+A power cut at any moment of a download, a refresh, a takeover, a removal or an initializer, on a volume that keeps only
+what was synced.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import attrs
 import pytest
-from power_cut import Recording, Sync, record
+from power_cut import Cut, Recording, Sync, record
 from trees import model_files, read_tree, write_files
 
 from kserve_pvc import ModelNotFoundError, ModelStore
+from kserve_pvc._model import Lookup
+from kserve_pvc.kserve._destination import INTENDED, OURS, Destination
+from kserve_pvc.kserve._environment import Variables, read_variables
+from kserve_pvc.kserve._initialize import fill_all
 
 # `nox -s soak` asks for many more.
-CUTS = int(os.environ.get("KSERVE_PVC_TEST_CUTS", "320"))
+FEW_CUTS = 320
+CUTS = int(os.environ.get("KSERVE_PVC_TEST_CUTS", str(FEW_CUTS)))
 
 # Each argument is a step. A mark is made after each, outside the volume.
 STEPS = """
@@ -78,7 +83,8 @@ def machines_of_their_own(monkeypatch):
     """
     All states are of one store, and no two of one process: what was returned of one says nothing about another.
     """
-    monkeypatch.setattr(ModelStore, "_identity", property(lambda self: str(self.root)))
+    by_place = property(lambda self: str(self._volume.root), lambda self, identity: None)
+    monkeypatch.setattr(Lookup, "identity", by_place, raising=False)
 
 
 def run(root: Path, source: Path, marks: Path, *steps: str) -> list[str]:
@@ -207,3 +213,124 @@ def test_a_writer_that_syncs_nothing_is_caught(scene, memory):
     said = judge_many(attrs.evolve(scene, recording=recording), 300, memory)
 
     assert Counter(wrong.partition(": ")[2] for wrong in said)["what `ensure` promised is not there"] > 0
+
+
+INITIALIZE = """
+import os, sys
+from kserve_pvc.kserve._initialize import main
+source, place, marks = sys.argv[1:]
+code = main([source, place])
+os.close(os.open(f"{marks}/initialized", os.O_CREAT | os.O_WRONLY))
+sys.exit(code)
+"""
+
+
+@attrs.frozen(kw_only=True)
+class Filling(Scene):
+    """
+    A recording of an initializer; `variables` are its settings.
+    """
+
+    variables: Variables
+
+
+def variables_for(method: str, store: Path) -> dict[str, str]:
+    """
+    The environment of an initializer whose destination is private, or which fills it from a store that is mounted
+    elsewhere.
+    """
+    if method == "move":
+        return {"KSERVE_PVC_DESTINATION": "private"}
+    return {"KSERVE_PVC_STORE": str(store), "KSERVE_PVC_MATERIALIZE": method}
+
+
+def initialize(source: Path, place: Path, marks: Path, environ: Mapping[str, str]) -> list[str]:
+    settings = [f"{name}={value}" for name, value in environ.items()]
+    return ["env", *settings, sys.executable, "-I", "-c", INITIALIZE, f"file://{source}", str(place), str(marks)]
+
+
+@pytest.fixture
+def filling(request, tmp_path, tool) -> Filling:
+    """
+    An initializer that fills a directory, in which another model of equal sizes is or is not.
+    """
+    strace = tool("strace")
+    before, method = request.param
+    place, store, marks, scratch = (tmp_path / name for name in ("place", "store", "marks", "scratch"))
+    for directory in (place, store, marks, scratch):
+        directory.mkdir()
+    # Only the digests tell which of the two a file belongs to, or whether half of it is missing.
+    old, new = model_files(seed=1, big=9_000), model_files(seed=2, big=9_000)
+    old["of/the/old"], new["deep/er/new"] = b"old", b"new"
+    write_files(tmp_path / "old", old)
+    write_files(tmp_path / "new", new)
+    environ = variables_for(method, store)
+    if before == "replace":
+        subprocess.run(initialize(tmp_path / "old", place, scratch, environ), check=True, capture_output=True)
+        # In a directory of the old model, which therefore stays.
+        foreign = {"of/the/user": b"foreign"}
+        write_files(place, foreign)
+        old, new = old | foreign, new | foreign
+    command = initialize(tmp_path / "new", place, marks, environ)
+    return Filling(
+        recording=record(strace, command, place, marks, scratch),
+        uri=f"file://{tmp_path / 'new'}",
+        allowed=(None, new) if before == "fill" else (None, old, new),
+        after={"initialized": new},
+        newest=new,
+        variables=read_variables(environ),
+    )
+
+
+FILLINGS = [("fill", "move"), ("fill", "copy"), ("replace", "move"), ("replace", "copy")]
+
+
+def served(place: Path) -> dict[str, bytes] | None:
+    """
+    What a server reads, if a record says that it is complete.
+    """
+    if Destination(place).record() is None:
+        return None
+    return {name: data for name, data in read_tree(place).items() if PurePosixPath(name).parts[0] != OURS.parts[0]}
+
+
+def judge_filling(filling: Filling, cut: Cut, place: Path) -> str:
+    """
+    Leave what a cut leaves, look whether its record is true, start the initializer again, and say what is wrong or "".
+    """
+    filling.recording.image(cut).write_to(place)
+    try:
+        there = served(place)
+        if there not in filling.allowed:
+            return f"{cut}: the record is not true"
+        for mark in filling.recording.marks(cut.count):
+            if there != filling.after[mark]:
+                return f"{cut}: what `{mark}` promised is not there"
+        fill_all([(filling.uri, str(place))], filling.variables)
+        if served(place) != filling.newest:
+            return f"{cut}: the next start does not complete it"
+    except Exception as error:  # Whatever it is, it is what the test reports.
+        return f"{cut}: {error!r}"
+    else:
+        return ""
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("filling", FILLINGS, indirect=True, ids="-".join)
+def test_a_power_cut_leaves_a_destination_whose_record_is_true(filling, memory, request):
+    """
+    After every prefix, with nothing, one step, all but one or all of what was not synced gone, a destination with a
+    record has the files of that record and no others, a finished one is complete, and the next start completes any.
+    """
+    cuts = filling.recording.distinct_cuts(filling.recording.secured())
+    if CUTS <= FEW_CUTS:  # What comes before is a download, which has scenes of its own.
+        declared = filling.recording.find(INTENDED.name)
+        cuts = [cut for cut in cuts if cut.count >= declared]
+
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(lambda n: judge_filling(filling, cuts[n], memory / str(n)), range(len(cuts))))
+
+    print(f"{request.node.callspec.id}: {len(filling.recording.steps)} steps, {len(cuts)} states")
+    assert [wrong for wrong in said if wrong] == []

@@ -136,21 +136,22 @@ def _find_factory(scheme: str, factories: Mapping[str, BackendFactory]) -> Backe
 
 
 def _fsspec_knows(scheme: str) -> bool:
-    if scheme in _NOT_OF_FSSPEC:
-        return False
-    from fsspec import available_protocols
+    return scheme not in _NOT_OF_FSSPEC and scheme in _protocols_of_fsspec()
 
-    return scheme in available_protocols()
+
+def _protocols_of_fsspec() -> set[str]:
+    """Return those that it would import a class for, and those that a program has registered."""
+    from fsspec import available_protocols, registry
+
+    return {*available_protocols(), *registry}
 
 
 def _unknown(scheme: str, factories: Mapping[str, BackendFactory]) -> UnknownSchemeError:
     from difflib import get_close_matches
     from importlib.metadata import entry_points
 
-    from fsspec import available_protocols
-
     installed = {point.name for point in entry_points(group=GROUP)} | set(_BUILT_IN) | set(factories)
-    known = (installed | set(available_protocols())) - {scheme}
+    known = (installed | _protocols_of_fsspec()) - {scheme}
     near = get_close_matches(scheme, sorted(known), n=3)
     guess = f"did you mean {' or '.join(f'`{name}://`' for name in near)}? " if near else ""
     served = ", ".join(f"`{name}`" for name in sorted(installed))

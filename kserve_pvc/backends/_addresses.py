@@ -56,7 +56,7 @@ def make_address_check(options: Mapping[str, Any], environ: Mapping[str, str]) -
         text = environ.get(ALLOW_PRIVATE, "").strip()
         given = text.lower() in ("1", "true", "yes", "on")
         if not given and text.lower() not in ("", "0", "false", "no", "off"):
-            raise SettingsError(ALLOW_PRIVATE, text, "write 1, or leave it out")
+            raise SettingsError(ALLOW_PRIVATE, text, "use 1, or unset it")
     if isinstance(given, bool):
         return None if given else check_address
     hosts = {str(host).lower() for host in ([given] if isinstance(given, str) else given)}

@@ -26,12 +26,12 @@ _MAX_ADDRESS_SECONDS = 3600.0
 class _Address:
     target: Target | None = None
     good_until: float = 0.0
-    is_asked_for: bool = False
+    is_requested: bool = False
 
 
 class Addresses:
     """
-    Where files were found to be, for as long as that is good, and who is asking. Used by all streams.
+    Where files were found to be, until that expires, and which are being requested. Used by all streams.
     """
 
     def __init__(self) -> None:
@@ -40,18 +40,18 @@ class Addresses:
 
     def take(self, name: str) -> tuple[Target | None, bool]:
         """
-        The address of a file; or True: ask, and say what came of it; or, after a moment, neither: another one is
-        asking.
+        Return the address of a file; or True: the caller must request it, then call `found` or `give_up`; or, after a
+        poll interval, neither: another stream is requesting it.
         """
         with self._guard:
-            if (address := self._entry(name)).is_asked_for:
-                self._guard.wait_for(lambda: not self._entry(name).is_asked_for, POLL_SECONDS)
+            if (address := self._entry(name)).is_requested:
+                self._guard.wait_for(lambda: not self._entry(name).is_requested, POLL_SECONDS)
                 address = self._entry(name)
-            if address.is_asked_for:
+            if address.is_requested:
                 return None, False
             if address.target is not None and time.monotonic() < address.good_until:
                 return address.target, False
-            address.target, address.is_asked_for = None, True
+            address.target, address.is_requested = None, True
             return None, True
 
     def found(self, name: str, target: Target, seconds: float) -> None:
@@ -60,20 +60,20 @@ class Addresses:
         """
         with self._guard:
             address = self._entry(name)
-            address.target, address.good_until, address.is_asked_for = target, time.monotonic() + seconds, False
+            address.target, address.good_until, address.is_requested = target, time.monotonic() + seconds, False
             self._guard.notify_all()
 
     def give_up(self, name: str) -> None:
         """
-        Let another one ask.
+        Let another stream request the address.
         """
         with self._guard:
-            self._entry(name).is_asked_for = False
+            self._entry(name).is_requested = False
             self._guard.notify_all()
 
     def forget(self, name: str, target: Target) -> None:
         """
-        Do not use an address again. One that somebody has learnt since stays.
+        Do not use an address again. One that another stream has found since stays.
         """
         with self._guard:
             if (address := self._entry(name)).target == target:

@@ -39,20 +39,18 @@ def parse_location(ref: ModelRef) -> HubLocation:
     match = _LOCATION.fullmatch(ref.location)
     if match is None or not is_repository(match[1]):
         raise InvalidURIError(
-            ref.uri, "it names no model; write `hf://org/name`, `hf://org/name:revision` or `hf://org/name/directory`"
+            ref.uri, "no model is named; use `hf://org/name`, `hf://org/name:revision` or `hf://org/name/directory`"
         )
     repository, named, path = match[1], match[2], match[3] or ""
     if repository.partition("/")[0] in _OTHER_KINDS:
         raise InvalidURIError(
-            ref.uri, "only models are served, and without a word for their kind; write `hf://org/name`"
+            ref.uri, "only models are supported, without a prefix for their kind; use `hf://org/name`"
         )
     if named is not None and ref.revision not in (None, named):
-        raise InvalidURIError(
-            ref.uri, f"it names the revision `{named}`, and the argument `{ref.revision}`; leave one out"
-        )
+        raise InvalidURIError(ref.uri, f"the URI names revision `{named}`, the argument `{ref.revision}`; omit one")
     revision = named or ref.revision or "main"
     if revision.startswith(".") or ".." in revision:
-        raise InvalidURIError(ref.uri, "no branch, tag or commit begins with a dot or holds two in a row")
+        raise InvalidURIError(ref.uri, "a revision cannot begin with a dot or contain two in a row")
     if path:
         check_name(path.removesuffix("/"))
     return HubLocation(repository, revision, path)

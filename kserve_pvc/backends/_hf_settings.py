@@ -24,10 +24,10 @@ def find_endpoint(options: Mapping[str, Any], environ: Mapping[str, str]) -> Tar
     try:
         target = target_of(url)
         if "@" in urlsplit(url).netloc or "?" in url or "#" in url:
-            raise HTTPError("it holds more than an address")
+            raise HTTPError("it contains more than an address")
     except HTTPError as error:
         shown = "not shown" if re.search(r"[@?#]", url) else url
-        raise SettingsError(name, shown, "write `https://host`; a token is given by `token` or HF_TOKEN") from error
+        raise SettingsError(name, shown, "use `https://host`; pass a token by `token` or HF_TOKEN") from error
     return target._replace(path=target.path.rstrip("/"))
 
 
@@ -35,7 +35,7 @@ def find_token(options: Mapping[str, Any], environ: Mapping[str, str]) -> str | 
     """The token, with the precedence that huggingface_hub has. It is never shown, whatever is wrong with it."""
     given = options.get("token")
     if not isinstance(given, str | bool | None):
-        raise SettingsError("token", f"of type {type(given).__name__}", "give a text, or False for none")
+        raise SettingsError("token", f"of type {type(given).__name__}", "pass a string, or False for none")
     if given is False or (given is None and is_true(environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN"))):
         return None
     token = (
@@ -45,13 +45,13 @@ def find_token(options: Mapping[str, Any], environ: Mapping[str, str]) -> str | 
     )
     token = token.replace("\r", "").replace("\n", "").strip()
     if not token.isascii() or not token.isprintable() or " " in token:
-        raise SettingsError("token", "not shown", "it holds characters that no token has")
+        raise SettingsError("token", "not shown", "it contains characters that a token cannot have")
     return token or None
 
 
 def _token_file(environ: Mapping[str, str]) -> str:
     home = environ.get("HF_HOME") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    # Without a home directory, or with one that may not be read, nobody has logged in.
+    # Without a home directory, or with one that may not be read, there is no login.
     with suppress(OSError, RuntimeError, ValueError):
         return Path(environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")).expanduser().read_text()
     return ""

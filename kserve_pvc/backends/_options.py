@@ -255,7 +255,8 @@ def check_options(
         accepted = set()
     for name in sorted(unknown - accepted):
         supported = sorted({*known, *accepted, *NEUTRAL_OPTIONS})
-        raise unknown_option("storage option", name, supported, f"`{protocol}` has no such option; remove it")
+        hint = f"`{protocol}` has no such option; remove it, or pass options by scheme, as `{{'s3': {{…}}}}`"
+        raise unknown_option("storage option", name, supported, hint)
 
 
 def _parameters(target: Callable[..., Any]) -> Iterator[str]:

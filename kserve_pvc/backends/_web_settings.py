@@ -21,7 +21,7 @@ from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
 OWN_OPTIONS = {"allow_private", "headers", "unpack", "unpack_limits", "verify"}
 _SHA256_FRAGMENT = re.compile(r"sha256=([0-9a-f]{64})")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# What requests are made of: a header of the user's would change which bytes are asked for, or how answers are framed.
+# Headers of every request: one from the user would change which bytes are requested, or how responses are framed.
 _OWN_HEADERS = {
     *(
         "accept-encoding",
@@ -124,7 +124,7 @@ def unpack_limits(options: Mapping[str, Any]) -> UnpackLimits | None:
     for name, value in dict(given).items():
         if name not in known or isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise SettingsError(
-                "unpack_limits", f"{name}={value!r}", f"write positive numbers for any of {', '.join(sorted(known))}"
+                "unpack_limits", f"{name}={value!r}", f"use positive numbers for any of {', '.join(sorted(known))}"
             )
     return UnpackLimits(**given)
 
@@ -132,7 +132,7 @@ def unpack_limits(options: Mapping[str, Any]) -> UnpackLimits | None:
 def _name(uri: str, address: str) -> str:
     last = address.partition("://")[2].partition("/")[2].rpartition("/")[2]
     if not last:
-        raise InvalidURIError(uri, "it names no file; a directory cannot be listed over HTTP")
+        raise InvalidURIError(uri, "no file is named; a directory cannot be listed over HTTP")
     # What is no UTF-8 becomes what no name may hold.
     name = unquote(last, errors="surrogateescape")
     if "/" in name:
@@ -143,14 +143,14 @@ def _name(uri: str, address: str) -> str:
 def _given_headers(given: Any) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or not all(isinstance(headers, Mapping) for headers in given.values()):
         raise SettingsError(
-            "headers", "not shown", 'write them by host, as {"models.example.org": {"Authorization": "Bearer …"}}'
+            "headers", "not shown", 'pass them by host, as {"models.example.org": {"Authorization": "Bearer …"}}'
         )
     return {str(host).lower(): headers for host, headers in given.items()}
 
 
 def _checked_headers(name: str, given: Any) -> Mapping[str, str]:
-    """Headers of the user's. Their values are never shown, whatever is wrong with them."""
-    remedy = 'write a JSON object of texts such as {"Authorization": "Bearer …"}'
+    """The user's headers. Their values are never shown, whatever is wrong with them."""
+    remedy = 'use a JSON object of strings such as {"Authorization": "Bearer …"}'
     if not isinstance(given, Mapping):
         raise SettingsError(name, "not shown", remedy)
     for header, value in given.items():
@@ -162,5 +162,5 @@ def _checked_headers(name: str, given: Any) -> Mapping[str, str]:
         ):
             raise SettingsError(name, "not shown", remedy)
         if header.lower() in _OWN_HEADERS:
-            raise SettingsError(name, f"{header}: not shown", "leave this header out; requests have their own")
+            raise SettingsError(name, f"{header}: not shown", "omit this header; requests set their own")
     return given

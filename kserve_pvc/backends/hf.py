@@ -1,5 +1,5 @@
 """
-`hf://`: models on the Hugging Face Hub, or on what answers as the Hub does.
+`hf://`: models on the Hugging Face Hub, or on a server with its interface.
 
 A revision is turned into a commit first, and every later request names that commit. Names, sizes and digests come from
 the commit's tree: the SHA-256 of what is in large file storage, the id of the git blob for all else, so that every byte
@@ -88,7 +88,7 @@ def _through_class(arguments: Mapping[str, Any]) -> Backend:
     from kserve_pvc.backends.fsspec_ import FsspecBackend
 
     if "verify" in arguments:
-        hint = "HfFileSystem has no such argument; name certificates in SSL_CERT_FILE, or give no other option"
+        hint = "HfFileSystem has no such argument; name certificates in SSL_CERT_FILE, or pass no other option"
         raise SettingsError("verify", "not shown", hint)
     return FsspecBackend(arguments)
 
@@ -139,20 +139,20 @@ class HFBackend:
 
     def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
         """
-        How long the hub may stay silent before it answers, and how long a listing is tried.
+        Limit how long the hub may take for a response, and for how long a listing is retried.
         """
         self.client.response_seconds = stall_seconds
         self._retry_seconds = retry_seconds
 
     def close(self) -> None:
         """
-        Let go of idle connections. Whoever goes on gets new ones.
+        Release idle connections. Later calls make new ones.
         """
         self.client.close()
 
     def place(self, path: str, query: Mapping[str, str] | None = None) -> Target:
         """
-        Where a path of the hub, encoded already, is asked for.
+        Return the address of a path of the hub, which is encoded already.
         """
         path = self._endpoint.path + path
         return self._endpoint._replace(path=f"{path}?{urlencode(query)}" if query else path)
@@ -178,13 +178,11 @@ class HFBackend:
         """
         code, words = headers.get("x-error-code", ""), headers.get("x-error-message", "")
         if status == 429:
-            return SourceUnavailableError(
-                uri, "it answered 429", retry_after=max(retry_after(headers), _used_up(headers))
-            )
+            return SourceUnavailableError(uri, "HTTP 429", retry_after=max(retry_after(headers), _used_up(headers)))
         if code == "GatedRepo":
             who = "no token was given" if self._token is None else "the account of the token has no access"
             return SourceDeniedError(
-                uri, f"the model is gated and {who}; ask for access on the model's page, and give a token (HF_TOKEN)"
+                uri, f"the model is gated and {who}; request access on the model's page, and pass a token (HF_TOKEN)"
             )
         if status == 401 and self._token is not None and words.startswith("Invalid credentials"):
             return SourceDeniedError(uri, "the token is wrong or has expired; set HF_TOKEN to a valid one")
@@ -198,14 +196,14 @@ class HFBackend:
         if code == "EntryNotFound":
             return SourceNotFoundError(uri, "the model has no such file or directory")
         if status in (401, 403):
-            return SourceDeniedError(uri, f"it answered {status}; the token (HF_TOKEN) may not read the model")
+            return SourceDeniedError(uri, f"HTTP {status}; the token (HF_TOKEN) may not read the model")
         if status == 404:
-            return SourceNotFoundError(uri, "it answered 404, without the word of a hub; check HF_ENDPOINT too")
+            return SourceNotFoundError(uri, "HTTP 404, without an error code of a hub; check HF_ENDPOINT too")
         return unavailable(uri, status, headers)
 
     def _check_online(self, uri: str) -> None:
         if self._is_offline:
-            raise SourceUnavailableError(uri, "HF_HUB_OFFLINE is set, so the hub is not asked", is_final=True)
+            raise SourceUnavailableError(uri, "HF_HUB_OFFLINE is set, so no request is sent", is_final=True)
 
     def _pinned(self, ref: ModelRef, wish: HubLocation) -> tuple[str, str]:
         """The repository, by the name it has today, and the commit that its revision means now."""
@@ -215,8 +213,8 @@ class HFBackend:
         found, _ = self._ask(ref.uri, f"/api/models/{wish.repository}/revision/{revision}", {})
         commit, name = (found.get("sha"), found.get("id")) if isinstance(found, dict) else (None, None)
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise _no_hub(ref.uri, "its answer names no commit")
-        # A model that was renamed is asked for by its new name, so that not every file leads through a redirect.
+            raise _no_hub(ref.uri, "the response names no commit")
+        # A model that was renamed is requested by its new name, so that not every file leads through a redirect.
         return name if isinstance(name, str) and is_repository(name) else wish.repository, commit
 
     def _files(self, ref: ModelRef, repository: str, commit: str, path: str) -> Iterator[RemoteFile]:
@@ -246,20 +244,20 @@ class HFBackend:
         while True:
             entries, headers = self._ask(uri, path, query)
             if not isinstance(entries, list):
-                raise _no_hub(uri, "its listing is no list")
+                raise _no_hub(uri, "the listing is not a list")
             for entry in entries:
                 yield _checked(uri, entry, f"{directory}/" if directory else "")
             following = _following(uri, headers.get("link", ""))
             if following is None:
                 return
             seen.add(urlencode(query))
-            # Only the query is taken from the link: the hub that was named is asked, whatever host a mirror repeats.
+            # Only the query is taken from the link: requests go to the configured hub, whatever host a mirror repeats.
             query = following
             if urlencode(query) in seen or len(seen) >= _MAX_PAGES:
-                raise SourceUnavailableError(uri, "its listing does not end", is_final=True)
+                raise SourceUnavailableError(uri, "the listing loops: a page is named a second time", is_final=True)
 
     def _ask(self, uri: str, path: str, query: Mapping[str, str]) -> tuple[Any, Mapping[str, str]]:
-        """A small question, asked again while the hub is busy or the network fails."""
+        """Send a small request, and retry while the hub is busy or the network fails."""
         try:
             headers, body = request_with_retries(
                 lambda: self._ask_once(uri, self.place(path, query)), self._retry_seconds
@@ -295,8 +293,8 @@ class HFBackend:
 
 class _MovedError(Exception):
     """
-    The bytes are elsewhere: where `headers` say, or, if they say nothing, where the hub will say when it is asked
-    again.
+    The bytes are elsewhere: where `headers` say, or, if they say nothing, where the hub says in response to
+    another request.
     """
 
     def __init__(self, headers: Mapping[str, str]) -> None:
@@ -309,7 +307,7 @@ class _Range:
     A range of one file, wherever the hub says that it is.
 
     Of several streams that read one file the first asks the hub, and the others wait for what it learns. Nothing waits
-    longer than a moment, so that whoever reads may look up.
+    longer than a poll interval, so that the reader can check other things.
     """
 
     def __init__(self, backend: HFBackend, file: RemoteFile, start: int, stop: int) -> None:
@@ -352,11 +350,11 @@ class _Range:
 
     def readinto(self, buffer: memoryview) -> int | None:
         """
-        Fill the start of a buffer with what comes next. None: nothing has come for a moment; 0: the answer is over.
+        Fill the start of a buffer with what comes next. None: no data within a poll interval; 0: it has ended.
 
         Raises:
             SourceChangedError: The hub has something else by now.
-            SourceUnavailableError: There is no answer, or not the one that was asked for.
+            SourceUnavailableError: There is no response, or not the one that was requested.
             StoreError: What the hub calls a refusal.
         """
         while True:
@@ -390,7 +388,7 @@ class _Range:
         if not self._backend.is_hub(target):
             return None  # The hub may name a better address the next time.
         error = self._backend.refusal(self._where, status, headers)
-        # What was listed a moment ago has gone.
+        # What was listed before has gone.
         is_gone = isinstance(error, SourceNotFoundError) and status != 401
         return SourceChangedError(self._where, str(file.entry.path)) if is_gone or status == 416 else error
 
@@ -408,7 +406,7 @@ class _Range:
         return True
 
     def _follow(self, headers: Mapping[str, str]) -> None:
-        self._reader = None  # It has let go of its connection before it said so.
+        self._reader = None  # It has released its connection before it raised.
         self._hops += 1
         if self._hops > _MAX_HOPS:
             raise _astray(self._where)
@@ -442,16 +440,16 @@ def _from_json(uri: str, body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise _no_hub(uri, "its answer is no JSON") from error
+        raise _no_hub(uri, "the response is not JSON") from error
 
 
 def _checked(uri: str, entry: Any, prefix: str) -> dict[str, Any]:
-    """One entry of a listing, if it is what was asked for."""
+    """One entry of a listing, if it is below what was requested."""
     path = entry.get("path") if isinstance(entry, dict) else None
     if not isinstance(path, str) or entry.get("type") not in ("file", "directory"):
-        raise _no_hub(uri, "its listing holds what is neither file nor directory")
+        raise _no_hub(uri, "the listing contains an entry that is neither file nor directory")
     if not path.startswith(prefix):
-        raise SourceUnavailableError(uri, f"it was asked for `{prefix}` and listed `{path}`")
+        raise SourceUnavailableError(uri, f"the listing of `{prefix}` contains `{path}`")
     return dict(entry)
 
 
@@ -462,7 +460,7 @@ def _remote_file(uri: str, repository: str, commit: str, entry: Mapping[str, Any
     )
     pattern = _SHA256 if isinstance(large, dict) else _COMMIT
     if type(size) is not int or not 0 <= size < _MAX_SIZE or not isinstance(blob, str) or not pattern.fullmatch(blob):
-        raise _no_hub(uri, f"its listing gives `{entry['path']}` no size or no digest")
+        raise _no_hub(uri, f"the listing gives no size or no digest for `{entry['path']}`")
     is_large = isinstance(large, dict)
     return RemoteFile(
         entry=FileEntry(path=name, size_bytes=size, sha256=blob if is_large else None, token=blob),
@@ -480,18 +478,18 @@ def _following(uri: str, link: str) -> Mapping[str, str] | None:
     try:
         return dict(parse_qsl(urlsplit(match[1]).query, keep_blank_values=True))
     except ValueError as error:
-        raise _no_hub(uri, "the link to its next page is none") from error
+        raise _no_hub(uri, "the link to the next page is malformed") from error
 
 
 def _used_up(headers: Mapping[str, str]) -> float:
-    """Seconds until the hub answers again, as its draft standard puts it; rounded up, as the hub rounds them down."""
+    """Seconds until the hub accepts requests again (draft RateLimit header); rounded up, as the hub rounds down."""
     match = _USED_UP.search(headers.get("ratelimit", ""))
     return float(match[1]) + 1.0 if match else 0.0
 
 
 def _no_hub(uri: str, reason: str) -> SourceUnavailableError:
-    return SourceUnavailableError(uri, f"{reason}, so it is no Hugging Face Hub")
+    return SourceUnavailableError(uri, f"{reason}, so it is not a Hugging Face Hub")
 
 
 def _astray(uri: str) -> SourceUnavailableError:
-    return SourceUnavailableError(uri, f"it points elsewhere more than {_MAX_HOPS} times in a row", is_final=True)
+    return SourceUnavailableError(uri, f"more than {_MAX_HOPS} redirects in a row", is_final=True)

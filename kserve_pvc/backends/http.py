@@ -1,7 +1,7 @@
 """
 `http://` and `https://`: one file, or an archive whose members are the model.
 
-There is nothing to sign and nothing to list, but everything that a URL leads to is somebody else's choice: where it
+There is nothing to sign and nothing to list, but everything that a URL leads to is chosen by others: where it
 redirects, which address a name has, what an archive holds. Redirects are followed here, hop by hop, each to a checked
 address.
 """
@@ -140,20 +140,20 @@ class HTTPBackend:
 
     def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
         """
-        How long a server may stay silent before it answers, and how long it is asked for a file.
+        Limit how long a server may take for a response, and for how long a request is retried.
         """
         self._client.response_seconds = stall_seconds
         self._retry_seconds = retry_seconds
 
     def close(self) -> None:
         """
-        Let go of idle connections. Whoever goes on gets new ones.
+        Release idle connections. Later calls make new ones.
         """
         self._client.close()
 
     def place(self, address: str, *, instead_of: _Place | None = None) -> _Place:
         """
-        Where the bytes of a file are. The server is asked again if that is not known, or if it led to `instead_of`.
+        Return where the bytes of a file are. It is looked up again if that is unknown, or if it was `instead_of`.
         """
         with self._guard:
             place = self._places.get(address)
@@ -163,7 +163,7 @@ class HTTPBackend:
 
     def forget(self, address: str, place: _Place | None) -> None:
         """
-        Ask anew the next time, unless somebody has in the meantime.
+        Look a place up again the next time, unless another thread already has.
         """
         with self._guard:
             if self._places.get(address) is place:
@@ -182,23 +182,21 @@ class HTTPBackend:
         return given if any(name.lower() == "user-agent" for name in given) else {"User-Agent": "kserve-pvc", **given}
 
     def _ask(self, address: str, name: str, *, is_promised: bool) -> _Place:
-        """Find out what is there, asked again while the server is busy or the network fails."""
+        """Find out what is there, and retry while the server is busy or the network fails."""
         try:
             return request_with_retries(lambda: self._find(address, None if is_promised else name), self._retry_seconds)
         except HTTPError as error:
             raise SourceUnavailableError(address, str(error), is_final=error.is_final) from error
 
     def _find(self, address: str, name: str | None = None) -> _Place:
-        """Follow a URL to where it leads. With `name`, an answer that is a web page and not such a file is refused."""
+        """Follow a URL to where it leads. With `name`, a response that is a web page and not such a file is refused."""
         target, method, hops = _target(address), "HEAD", 0
         while True:
             status, headers = self._look(method, target, address)
             if status in _REDIRECTS and "location" in headers:
                 hops += 1
                 if hops > _MAX_HOPS:
-                    raise SourceUnavailableError(
-                        address, f"it points elsewhere more than {_MAX_HOPS} times in a row", is_final=True
-                    )
+                    raise SourceUnavailableError(address, f"more than {_MAX_HOPS} redirects in a row", is_final=True)
                 target = follow(address, target, headers["location"])
             elif method == "HEAD" and _says_too_little(status, headers):
                 method = "GET"
@@ -241,7 +239,7 @@ class _Asking:
         if status in _REDIRECTS or (is_elsewhere and status in (404, 410)):
             # Asked from the beginning, the server may lead to a better place, or say that there is none any more.
             self._backend.forget(self._address, self._place)
-            return SourceUnavailableError(self._address, f"where it led before answers {status}")
+            return SourceUnavailableError(self._address, f"HTTP {status} from where it redirected to before")
         error = _refused(self._address, status, headers)
         return (
             SourceChangedError(self._address, str(file.entry.path)) if isinstance(error, SourceNotFoundError) else error
@@ -250,7 +248,7 @@ class _Asking:
 
 class _Rest:
     """
-    What follows the first bytes of an answer that cannot begin later.
+    What follows the first bytes of a response that cannot begin later.
     """
 
     def __init__(self, reader: Reader, skipped_bytes: int) -> None:
@@ -268,8 +266,8 @@ class _Rest:
 
     def readinto(self, buffer: memoryview) -> int | None:
         """
-        Fill the start of a buffer with what comes next. None: nothing of it has come for a moment; 0: the answer is
-        over.
+        Fill the start of a buffer with what comes next. None: no data within a poll interval; 0: the response has
+        ended.
         """
         if not self._left:
             return self._reader.readinto(buffer)
@@ -309,7 +307,7 @@ def _remote_file(file: WebFile, place: _Place) -> RemoteFile:
 
 
 def _says_too_little(status: int, headers: Mapping[str, str]) -> bool:
-    """Whether an answer to HEAD leaves a question that GET may answer."""
+    """Whether the response to HEAD leaves out something that GET may say."""
     if status == 429 or (status >= 500 and status != 501):
         return False
     length = headers.get("content-length", "0")
@@ -331,17 +329,14 @@ def _place(
     if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
         coding = headers["content-encoding"][:40]
         raise PolicyError(
-            address, f"its server sends it as `{coding}` without being asked, so its bytes are not those of the file"
+            address, f"the server encodes it as `{coding}` unasked, so the bytes are not those of the file"
         )
     if not _LENGTH.fullmatch(size):
-        rule = (
-            "its server does not say how long it is, so nothing tells "
-            "a whole file from a part of it; serve it with Content-Length"
-        )
+        rule = "the server sends no length, so a part cannot be told from the whole; serve it with Content-Length"
         raise PolicyError(address, rule)
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if name is not None and kind == "text/html" and not name.lower().endswith((".html", ".htm")):
-        reason = "it answered with a web page and not with a file, as a server does that wants a login"
+        reason = "the response is a web page, not a file, as from a server that requires a login"
         raise SourceDeniedError(address, f"{reason}; if it is the file, say so with `#sha256=`")
     return _Place(
         target=target,
@@ -365,11 +360,9 @@ def _announced_digest(headers: Mapping[str, str]) -> str | None:
 def _refused(address: str, status: int, headers: Mapping[str, str]) -> StoreError | None:
     if status in (401, 403, 407):
         host = _target(address).host
-        reason = (
-            f"it answered {status}; headers for this host are given "
-            f"by the variable `{host}-headers` or the option `headers`"
-        )
+        where = f"the variable `{host}-headers` or the option `headers`"
+        reason = f"HTTP {status}; set headers for this host in {where}"
         return SourceDeniedError(address, reason)
     if status in (404, 410):
-        return SourceNotFoundError(address, f"it answered {status}")
+        return SourceNotFoundError(address, f"HTTP {status}")
     return unavailable(address, status, headers) if status not in _REDIRECTS else None

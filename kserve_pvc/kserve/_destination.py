@@ -39,7 +39,7 @@ from kserve_pvc.locks.lease import LeaseLostError
 OURS = PurePosixPath(".kserve-pvc-initialize")
 WORK = OURS / "work"
 _RECORD = OURS / "record.json"
-_INTENDED = OURS / "plan.json"
+INTENDED = OURS / "plan.json"
 _NEXT = OURS / "next"
 _LOCK = OURS / "lock"
 _KEY = "destination-0000000000000000"
@@ -232,7 +232,8 @@ class Destination:
             check()
             place(file)
         with self._writer.translated("syncing", PurePosixPath()):
-            self._sync_directories(paths)
+            # Those of removed files too: with the new record, no later call would know that these are an initializer's.
+            self._sync_directories(paths | earlier)
         check()
         self._put(_RECORD, encode(contents))
 
@@ -240,7 +241,7 @@ class Destination:
         """
         Delete temporary files that are not needed after the record is written.
         """
-        for place in (_INTENDED, _NEXT, WORK):
+        for place in (INTENDED, _NEXT, WORK):
             self.delete(place)
 
     def make_work(self) -> Path:
@@ -258,13 +259,13 @@ class Destination:
 
     def _earlier_paths(self) -> set[PurePosixPath]:
         """Return every file that an earlier call has, or may have, put here."""
-        record, intended = self._read(Contents, _RECORD), self._read(_Intended, _INTENDED)
+        record, intended = self._read(Contents, _RECORD), self._read(_Intended, INTENDED)
         recorded = {file.path for file in (record.files if record else ())}
         return recorded | {PurePosixPath(path) for path in (intended.paths if intended else ())}
 
     def _declare(self, paths: Iterable[PurePosixPath]) -> None:
         # The intended files are written before the old record is deleted, so that no file is ever without an owner.
-        self._put(_INTENDED, encode(_Intended(paths=tuple(map(str, sorted(paths))))))
+        self._put(INTENDED, encode(_Intended(paths=tuple(map(str, sorted(paths))))))
         self.delete(_RECORD)
         with self._writer.translated("syncing", OURS):
             self._sync_directory(OURS)
@@ -375,7 +376,8 @@ class Destination:
 
     def _sync_directories(self, paths: Iterable[PurePosixPath]) -> None:
         for directory in sorted({above for path in paths for above in path.parents}, reverse=True):
-            self._sync_directory(directory)
+            with suppress(FileNotFoundError, UnsafePathError):  # It went with the last file in it.
+                self._sync_directory(directory)
 
     def _sync_directory(self, place: PurePosixPath) -> None:
         fd = self._writer.open_directory(place)

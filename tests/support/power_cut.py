@@ -12,7 +12,7 @@ import os
 import random
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -79,7 +79,7 @@ class _Call:
 
 
 @attrs.define
-class _Image:
+class Image:
     """
     Directories, files and symbolic links by number.
     """
@@ -132,6 +132,17 @@ class _Image:
                 target.write_bytes(self.files[what])
                 written[what] = target
 
+    def state(self, directory: int = _ROOT) -> Hashable:
+        """What `write_to` would write, links between files aside."""
+        names = self.directories[directory].items()
+        return tuple(
+            (
+                name,
+                self.state(what) if what in self.directories else self.links.get(what) or bytes(self.files[what]),
+            )
+            for name, what in sorted(names)
+        )
+
     def load(self, place: Path, directory: int = _ROOT, numbers: dict[int, int] | None = None) -> None:
         numbers = {} if numbers is None else numbers
         for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -175,10 +186,20 @@ class Recording:
             return True
         if isinstance(what, Write):
             return what.file == by.file
-        return isinstance(what, Names) and any(directory == by.file for directory, _, _ in what.changes)
+        # A rename is durable once the directory of the new name is. That of the old one may be synced for other
+        # reasons, which on some file systems keeps nothing but the loss.
+        return isinstance(what, Names) and what.changes[-1][0] == by.file
 
     def marks(self, cut: int) -> set[str]:
         return {step.name for step in self.steps[:cut] if isinstance(step, Mark)}
+
+    def find(self, name: str) -> int:
+        """
+        The first step that gives something this name.
+        """
+        return next(
+            number for number, step in enumerate(self.steps) if isinstance(step, Names) and step.changes[-1][1] == name
+        )
 
     def leave(self, cut: int, seed: int, place: Path, secured: Sequence[int]) -> None:
         """
@@ -186,16 +207,59 @@ class Recording:
         """
         bits = random.Random(seed)
         chance = bits.choice(_CHANCES)
-        image = _Image()
-        image.load(self.before)
-        for step in self.steps[:cut]:
-            image.make(step)
+        image = self._begin(cut)
         for step, needs in zip(self.steps[:cut], secured, strict=False):
             if needs <= cut or bits.random() > chance:
                 image.apply(step)
             elif isinstance(step, Write):
                 image.apply(_damaged(step, bits))
         image.write_to(place)
+
+    def distinct_cuts(self, secured: Sequence[int]) -> list[Cut]:
+        """
+        Of the cuts after which nothing, one step, all but one or all of what was not synced is lost, those that leave
+        different states. Lost bytes are zeros, so no size tells.
+        """
+        found: dict[Hashable, Cut] = {}
+        for count in range(len(self.steps) + 1):
+            for lost in _losses([n for n in range(count) if secured[n] > count]):
+                cut = Cut(count, lost)
+                found.setdefault((self.image(cut).state(), frozenset(self.marks(count))), cut)
+        return list(found.values())
+
+    def image(self, cut: Cut) -> Image:
+        """
+        What a cut leaves.
+        """
+        image = self._begin(cut.count)
+        for number, step in enumerate(self.steps[: cut.count]):
+            if number not in cut.lost:
+                image.apply(step)
+            elif isinstance(step, Write):
+                image.apply(attrs.evolve(step, data=bytes(len(step.data))))
+        return image
+
+    def _begin(self, count: int) -> Image:
+        image = Image()
+        image.load(self.before)
+        for step in self.steps[:count]:
+            image.make(step)
+        return image
+
+
+@attrs.frozen
+class Cut:
+    """
+    A cut after so many steps that loses some of them.
+    """
+
+    count: int
+    lost: frozenset[int]
+
+
+def _losses(unsynced: Sequence[int]) -> set[frozenset[int]]:
+    every = frozenset(unsynced)
+    return {frozenset(), every, *(frozenset({n}) for n in every), *(every - {n} for n in every)}
 
 
 def _damaged(write: Write, bits: random.Random) -> Step:
@@ -221,10 +285,10 @@ def record(strace: str, command: Sequence[str], root: Path, marks: Path, scratch
     done = subprocess.run([strace, *options, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     recording = Recording(before)
-    image = _Image()
+    image = Image()
     image.load(before)
     for call in _calls(log):
-        step = _step(call, image, f"{root}/", f"{marks}/", len(image.directories) + len(image.files) + 10_000)
+        step = _step(call, image, f"{root}/", f"{marks}/", _new_number(image))
         if step is not None:
             image.make(step)
             image.apply(step)
@@ -234,6 +298,10 @@ def record(strace: str, command: Sequence[str], root: Path, marks: Path, scratch
     image.write_to(scratch / "replayed")
     assert _tree(scratch / "replayed") == _tree(root)
     return recording
+
+
+def _new_number(image: Image) -> int:
+    return len(image.directories) + len(image.files) + len(image.links) + 10_000
 
 
 def _copy_links(source: Path, target: Path) -> None:
@@ -280,7 +348,7 @@ def _decoded(text: str) -> bytes:
     return re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes([int(match[1], 16)]), text.encode("latin-1"))
 
 
-def _step(call: _Call, image: _Image, root: str, marks: str, new: int) -> Step | None:
+def _step(call: _Call, image: Image, root: str, marks: str, new: int) -> Step | None:
     """What a call means, or None if it is not about the root."""
     descriptors = [os.fsdecode(_decoded(text)) for text in _DESCRIPTOR.findall(call.arguments)]
     places = [os.path.join(*map(os.fsdecode, map(_decoded, pair))) for pair in _PLACE.findall(call.arguments)]
@@ -326,18 +394,18 @@ def _step(call: _Call, image: _Image, root: str, marks: str, new: int) -> Step |
     raise AssertionError(f"`{call.name}` on the volume is not understood")
 
 
-def _change(image: _Image, path: str, what: int | None) -> tuple[int, str, int | None]:
+def _change(image: Image, path: str, what: int | None) -> tuple[int, str, int | None]:
     parent, _, name = path.rpartition("/")
     directory = image.find(parent)
     assert directory is not None, path
     return directory, name, what
 
 
-def _made(image: _Image, path: str, new: int, *, is_directory: bool) -> Names:
+def _made(image: Image, path: str, new: int, *, is_directory: bool) -> Names:
     return Names((_change(image, path, new),), (new, is_directory))
 
 
-def _write(call: _Call, image: _Image, root: str, descriptors: Sequence[str]) -> Step | None:
+def _write(call: _Call, image: Image, root: str, descriptors: Sequence[str]) -> Step | None:
     target = image.find(descriptors[-1].removeprefix(root))
     if target is None:  # Its last name is gone, so nobody will ever see it.
         return None

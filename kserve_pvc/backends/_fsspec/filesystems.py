@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import attrs
 from fsspec import AbstractFileSystem as FileSystem
 from fsspec import get_filesystem_class
+from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.config import apply_config
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
@@ -39,6 +40,7 @@ WRAPPERS = {
     "reference",
     "simplecache",
 }
+_CLOSE_SECONDS = 2.0
 # Besides those that are asynchronous inside: several threads may use one of these at once.
 _THREAD_SAFE = (LocalFileSystem, MemoryFileSystem, ArrowFSWrapper)
 
@@ -191,6 +193,7 @@ class _Pool:
     _idle: list[FileSystem] = attrs.field(factory=list)
     _guard: threading.Lock = attrs.field(factory=threading.Lock)
     _is_closed: bool = False
+    _borrowers: int = 0
 
     @contextmanager
     def borrowed(self) -> Iterator[FileSystem]:
@@ -199,7 +202,8 @@ class _Pool:
         unknown.
         """
         if self.kind.async_impl:
-            yield self._shared()
+            with self._sharing() as fs:
+                yield fs
             return
         with self._guard:
             fs = self._idle.pop() if self._idle else None
@@ -228,16 +232,30 @@ class _Pool:
         Release idle connections now, and those in use once they are idle.
         """
         with self._guard:
-            self._is_closed, idle = True, [*self._idle]
-            self._idle.clear()
-        for fs in idle if not self.kind.async_impl else ():
+            self._is_closed = True
+            released = [] if self._borrowers else [*self._idle]
+            if not self._borrowers:
+                self._idle.clear()
+        for fs in released:
             _release(fs)
 
-    def _shared(self) -> FileSystem:
+    @contextmanager
+    def _sharing(self) -> Iterator[FileSystem]:
         with self._guard:
             if not self._idle:
                 self._idle.append(self._make())
-            return self._idle[0]
+            fs = self._idle[0]
+            self._borrowers += 1
+        try:
+            yield fs
+        finally:
+            with self._guard:
+                self._borrowers -= 1
+                is_last = self._is_closed and not self._borrowers
+                if is_last:
+                    self._idle.clear()
+            if is_last:
+                _release(fs)
 
     def _make(self) -> FileSystem:
         return self.kind(**self.arguments, skip_instance_cache=True)
@@ -335,6 +353,10 @@ def _is_running_here(loop: object) -> bool:
 
 def _release(fs: FileSystem) -> None:
     # fsspec has no method for it, and some connections have threads that keep them alive.
+    if isinstance(fs, AsyncFileSystem):
+        with suppress(Exception):
+            sync(fs.loop, fs._session.close, timeout=_CLOSE_SECONDS)
+        return
     for name in ("ftp", "client", "session"):
         with suppress(Exception):
             getattr(fs, name).close()

@@ -53,10 +53,15 @@ def _session(check: Check | None, stays_at: str | None, arguments: Mapping[str, 
     async def check_redirect(session: Any, context: Any, parameters: Any) -> None:
         location = parameters.response.headers.get("Location", "")
         host = urlsplit(urljoin(str(parameters.url), location)).hostname or ""
-        if stays_at is not None and host != stays_at:
-            raise PolicyError(stays_at, f"it redirects to `{host}`, which must not get the headers for this host")
-        if check is not None and _is_address(host):
-            check(host, host)
+        try:
+            if stays_at is not None and host != stays_at:
+                raise PolicyError(stays_at, f"it redirects to `{host}`, which must not get the headers for this host")
+            if check is not None and _is_address(host):
+                check(host, host)
+        except PolicyError:
+            # aiohttp does not release the connection of a request that ends here.
+            parameters.response.close()
+            raise
 
     trace = aiohttp.TraceConfig()
     trace.on_request_start.append(check_start)
