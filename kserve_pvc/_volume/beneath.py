@@ -145,10 +145,11 @@ def _openat2() -> _Call | None:
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
     syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(How), ctypes.c_size_t)
-    size = ctypes.sizeof(How)
+    size, known = ctypes.sizeof(How), dict[tuple[int, int, int], How]()
 
     def openat2(directory: int, path: bytes, flags: int, mode: int, resolve: int) -> int:
-        how = How(flags, mode, resolve)
+        if (how := known.get((flags, mode, resolve))) is None:
+            how = known[flags, mode, resolve] = How(flags, mode, resolve)  # There are a few, and making one takes time.
         while (fd := syscall(_SYS_OPENAT2, directory, path, how, size)) < 0:
             if (code := ctypes.get_errno()) != errno.EINTR:
                 return -code
