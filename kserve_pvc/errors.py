@@ -339,6 +339,7 @@ class InsufficientSpaceError(StoreError, OSError):
     needed_bytes: int
     free_bytes: int
     is_quota: bool = False
+    hint: str = "remove a model with `kserve-pvc rm`, or enlarge the volume"
 
     def _message(self) -> str:
         if self.is_quota:
@@ -347,10 +348,7 @@ class InsufficientSpaceError(StoreError, OSError):
                 "model with `kserve-pvc rm`, or have the quota of this user, group or project raised"
             )
         need = f"{self.needed_bytes} are needed" if self.needed_bytes else "the last write did not fit"
-        return (
-            f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; "
-            "remove a model with `kserve-pvc rm`, or enlarge the volume"
-        )
+        return f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; {self.hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

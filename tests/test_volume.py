@@ -290,9 +290,10 @@ def test_a_tree_of_many_directories_holds_few_descriptors(root, monkeypatch, not
     Directories are kept open up to a number, and all files are where they belong.
     """
     monkeypatch.setattr(tree_module, "_MOST_DIRECTORIES", 5)
+    writer = VolumeWriter(root)
     before = len(os.listdir("/proc/self/fd"))
 
-    with writing_tree(VolumeWriter(root), GENERATION) as tree:
+    with writing_tree(writer, GENERATION) as tree:
         for number in range(100):
             path = PurePosixPath(f"{number % 20}/deep/{number}")
             fd = tree.create(path)

@@ -230,7 +230,7 @@ def _read_json(place: Path) -> Mapping[str, Any]:
         content = json.loads(place.read_bytes())
     except OSError as error:
         raise SettingsError("token", str(place), f"the file cannot be read: {error.strerror or error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise SettingsError("token", str(place), "the file is not the JSON of a service account or of a user's login")
