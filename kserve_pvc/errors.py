@@ -339,16 +339,15 @@ class InsufficientSpaceError(StoreError, OSError):
     needed_bytes: int
     free_bytes: int
     is_quota: bool = False
-    hint: str = "remove a model with `kserve-pvc rm`, or enlarge the volume"
+    hint: str = ""
 
     def _message(self) -> str:
+        hint = "have the quota of this user, group or project raised" if self.is_quota else "enlarge the volume"
+        hint = self.hint or f"remove a model with `kserve-pvc rm`, or {hint}"
         if self.is_quota:
-            return (
-                f"a quota is used up on the volume of `{self.root}`, which has {self.free_bytes} bytes free; remove a "
-                "model with `kserve-pvc rm`, or have the quota of this user, group or project raised"
-            )
+            return f"a quota is used up on the volume of `{self.root}`, which has {self.free_bytes} bytes free; {hint}"
         need = f"{self.needed_bytes} are needed" if self.needed_bytes else "the last write did not fit"
-        return f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; {self.hint}"
+        return f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; {hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

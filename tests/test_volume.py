@@ -240,7 +240,7 @@ def test_a_failed_close_fails_the_file(root, monkeypatch, is_large, nothing_is_l
 
     monkeypatch.setattr(os, "close", close)
 
-    with pytest.raises(OSError, match="did not fit"):
+    with pytest.raises(OSError, match="quota is used up"):
         tree.finish(fd, PurePosixPath("file"), is_large)
     monkeypatch.undo()
     tree.close()
