@@ -17,11 +17,11 @@ import attrs
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import KEY
 from kserve_pvc._format.log_entry import LogEntry
-from kserve_pvc._keys.log import LogView, read_log, read_log_of, read_manifest
+from kserve_pvc._keys.log import LogView, read_log_of, read_manifest, read_model
 from kserve_pvc._process import newest_returned, remember_returned
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc.errors import DamagedRecordError, ModelNotFoundError, StoreFormatError
+from kserve_pvc.errors import DamagedRecordError, ModelNotFoundError, StoreFormatError, StoreRootError, VolumeError
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or talks to a source is imported by the method that does it.
@@ -135,6 +135,8 @@ class Lookup:
     def __init__(self, volume: Volume, identity: str) -> None:
         self.identity = identity
         self._volume = volume
+        # The generation of each model to which KServe's link was seen to lead, so that it is looked at once.
+        self.seen_views: dict[str, str] = {}
 
     def view(self, ref: ModelRef) -> LogView:
         """
@@ -143,6 +145,7 @@ class Lookup:
         Raises:
             StoreFormatError: The newest record is older than one that was returned.
         """
+        self._volume.check()
         # Before reading: another thread may return a newer one meanwhile.
         seen = newest_returned(self.identity, ref.key)
         view = read_log_of(self._volume, ref)
@@ -207,13 +210,22 @@ class Lookup:
         """
         List every key of the store, whether its model is present or not.
         """
+        self._volume.check()
         return [name for name in self._volume.list_names(layout.KEYS) if KEY.fullmatch(name)]
 
     def views(self) -> Iterator[tuple[str, LogView]]:
         """
         Read the newest record of every key.
         """
-        return ((key, read_log(self._volume, key)) for key in self.list_keys())
+        for key in self.list_keys():
+            try:
+                view = read_model(self._volume, key)
+            except StoreRootError:
+                raise
+            except VolumeError as error:
+                # One key that cannot be read takes no other with it.
+                view = LogView(damage=StoreFormatError(error.path, error.reason))
+            yield key, view
 
     def models(self) -> list[Model]:
         """

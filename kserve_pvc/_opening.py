@@ -5,6 +5,7 @@ Opening a store: arguments checked, settings read, a new store created and agree
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -20,7 +21,7 @@ from kserve_pvc._format.log_entry import (
 )
 from kserve_pvc._source.arguments import check_choice, check_count, check_seconds
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError
+from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError, StoreRootError, VolumeError
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or talks to a source is imported by the method that does it.
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 # Lockers that need no module to be understood.
 _PLAIN_LOCKERS = ("lease", "flock")
+# How often, and how long, a process looks for the settings that another one is creating.
+LOOKS_FOR_SETTINGS = 20
+LOOK_PAUSE = 0.05
 
 
 class StoreArguments(TypedDict, total=False):
@@ -82,7 +86,11 @@ def check_tuning(part_bytes: object, digest: object, stall_seconds: object, retr
 
 def read_store_settings(volume: Volume) -> StoreSettings | None:
     data = volume.read(layout.SETTINGS, MAX_RECORD_BYTES)
-    return None if data is None else decode_settings(data, str(layout.SETTINGS))
+    if data is None:
+        return None
+    settings = decode_settings(data, str(layout.SETTINGS))
+    volume.settings = data  # From now on this volume is that store, and what replaces it is noticed.
+    return settings
 
 
 def open_store(
@@ -105,14 +113,25 @@ def open_store(
     from kserve_pvc._volume.writing import VolumeWriter
 
     writer = VolumeWriter(volume.root)
-    settings = settings or create_store(writer, locker, lease_seconds)
+    # Read by the writer itself: another volume may have been mounted since.
+    found = read_store_settings(writer) or create_store(writer, locker, lease_seconds)
+    if settings is not None and settings.store_id != found.store_id:
+        raise StoreRootError(str(volume.root), "the volume was replaced while it was opened")
+    volume.settings = writer.settings
     # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
-    check_agreement(volume, settings, locker, lease_seconds)
-    return (writer, settings), settings.store_id
+    check_agreement(volume, found, locker, lease_seconds)
+    return (writer, found), found.store_id
 
 
 def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:
+    """
+    Make `store.json`, or take what another process made.
+
+    As with a record of a log, a number is reserved first, by `mkdir`: of two processes that link one name, some volumes
+    let both win.
+    """
     from kserve_pvc._volume.profile import probe_here
+    from kserve_pvc._volume.reserve import fill_reserve
 
     chosen = "lease"
     if locker is not None:
@@ -124,11 +143,37 @@ def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float 
     settings = StoreSettings(
         store_id=os.urandom(16).hex(), locker=chosen, lease_seconds=lease_seconds or default, created_at=now()
     )
+    number = 1
+    while not writer.reserve(layout.CREATION / f"{number:012d}"):
+        if (found := _await_settings(writer)) is not None:
+            return found
+        number += 1  # The process with that number died before it wrote.
+    if (found := _fresh_settings(writer)) is not None:
+        return found
     private = layout.staging_dir(f"create-{settings.store_id}")
     writer.publish(layout.SETTINGS, encode_settings(settings), private / "store.json")
+    # What is on the volume counts, for all.
+    made = _fresh_settings(writer)
     writer.throw_away(private)
-    # Another process may have been first: what is on the volume counts, for all.
-    return read_store_settings(writer) or settings
+    fill_reserve(writer)
+    if made is None:
+        raise VolumeError(str(writer.absolute(layout.SETTINGS)), "creating a store", "it is missing after it was made")
+    return made
+
+
+def _await_settings(writer: VolumeWriter) -> StoreSettings | None:
+    """Wait for what the process that reserved the number before is about to write."""
+    for look in range(LOOKS_FOR_SETTINGS):
+        if look:
+            time.sleep(LOOK_PAUSE)
+        if (found := _fresh_settings(writer)) is not None:
+            return found
+    return None
+
+
+def _fresh_settings(volume: Volume) -> StoreSettings | None:
+    # A listing makes a network volume look again where it remembers that there was nothing.
+    return read_store_settings(volume) if layout.SETTINGS.name in volume.list_names(layout.META) else None
 
 
 def check_agreement(volume: Volume, settings: StoreSettings, locker: str | None, lease_seconds: float | None) -> None:

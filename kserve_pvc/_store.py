@@ -32,7 +32,7 @@ from kserve_pvc._process import flight_of, this_process
 from kserve_pvc._source.arguments import check_cancel, check_choice, check_count, check_listener, check_timeout
 from kserve_pvc._source.ref import ModelRef, Patterns, Source, parse_ref
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc.errors import ReadOnlyStoreError, StoreFormatError
+from kserve_pvc.errors import InsufficientSpaceError, ReadOnlyStoreError, StoreFormatError
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or requests a source is imported by the method that does it.
@@ -209,8 +209,9 @@ class ModelStore:
         """
         Return a complete, verified directory of the model, downloading it once for all processes.
 
-        A model that is present is returned at once: no network, no lock, no write. Otherwise one process downloads
-        while all others wait, and one of them continues from what it wrote if it dies.
+        A model that is present is returned at once: no network, no lock, no write, but that the link by which KServe
+        finds it is put right if its writer died too early. Otherwise one process downloads while all others wait, and
+        one of them continues from what it wrote if it dies.
 
         Args:
             uri: As KServe spells it, such as `s3://bucket/path`; an absolute path; or a `ModelRef` or `Model`, which
@@ -332,6 +333,7 @@ class ModelStore:
     def _found(self, ref: ModelRef, entry: LogEntry, started: float, on_event: Listener | None) -> Model:
         """Describe a model that is present. Without a listener nothing else happens: a hit is fast."""
         model = self._lookup.model(entry, "present", started)
+        self._mend_view(entry)
         if on_event is not None or self._on_event is not None:
             from kserve_pvc._show.events import CallFinished
             from kserve_pvc._show.observing import notify
@@ -345,6 +347,16 @@ class ModelStore:
             )
             notify(self._listeners(on_event), finished)
         return model
+
+    def _mend_view(self, entry: LogEntry) -> None:
+        """Put KServe's link to a model right, once for each generation, if its writer died before it did so."""
+        if self._writing is None or self._lookup.seen_views.get(entry.key) == entry.generation:
+            return
+        self._lookup.seen_views[entry.key] = entry.generation
+        if self._volume.link_target(layout.view_link(entry.key)) != f"{entry.key}/{entry.generation}":
+            from kserve_pvc._keys.aliases import settle_view_quietly
+
+            settle_view_quietly(self._writing[0], entry.key)
 
     def warm(
         self,
@@ -740,8 +752,8 @@ class ModelStore:
         """
         Hold a model that is present, so that no process removes it inside the `with`.
 
-        A read-only store, or a volume that refuses to be written, cannot hold a lease: there only the time that bytes
-        stay in the trash protects the model.
+        A read-only store, or a volume that refuses to be written or is full, cannot hold a lease: there only the time
+        that bytes stay in the trash protects the model.
 
         Raises:
             ModelNotFoundError: It is absent.
@@ -756,7 +768,7 @@ class ModelStore:
 
             (writer, settings), generation = self._writing, model.path.name
             with ExitStack() as lease:
-                with suppress(ReadOnlyStoreError):
+                with suppress(ReadOnlyStoreError, InsufficientSpaceError):
                     lease.enter_context(
                         reading(writer, generation, lease_seconds=settings.lease_seconds, holder=this_process())
                     )
@@ -793,11 +805,12 @@ class ModelStore:
 
     def locks(self) -> Sequence[LockInfo]:
         """
-        Return every claim that has not been released, by key. Changes nothing.
+        Return every claim that has not been released, by key. Changes nothing. A key that cannot be read is left out;
+        `verify_all` names it.
         """
-        from kserve_pvc._keys.claims import read_lock
+        from kserve_pvc._keys.claims import read_locks
 
-        return [lock for key in self._lookup.list_keys() if (lock := read_lock(self._volume, key)) is not None]
+        return read_locks(self._volume, self._lookup.list_keys())
 
     def break_lock(
         self,

@@ -331,20 +331,23 @@ class DownloadCancelledError(StoreError, InterruptedError):
 class InsufficientSpaceError(StoreError, OSError):
     """
     The volume has no room for the model. Sizes are in bytes; `needed_bytes` is 0 if a quota or the volume stopped a
-    write.
+    write. `is_quota` means that it was a quota, which `free_bytes` says nothing about.
     """
 
     exit_code: ClassVar[int] = 6
     root: str
     needed_bytes: int
     free_bytes: int
+    is_quota: bool = False
+    hint: str = ""
 
     def _message(self) -> str:
+        hint = "have the quota of this user, group or project raised" if self.is_quota else "enlarge the volume"
+        hint = self.hint or f"remove a model with `kserve-pvc rm`, or {hint}"
+        if self.is_quota:
+            return f"a quota is used up on the volume of `{self.root}`, which has {self.free_bytes} bytes free; {hint}"
         need = f"{self.needed_bytes} are needed" if self.needed_bytes else "the last write did not fit"
-        return (
-            f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; "
-            "remove a model with `kserve-pvc rm`, or enlarge the volume"
-        )
+        return f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; {hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
@@ -391,7 +394,7 @@ class SourceDeniedError(StoreError, PermissionError):
 
     def _message(self) -> str:
         hint = self.hint or "check the credentials and their permissions"
-        return f"access to `{self.uri}` denied: {self.reason}; {hint}"
+        return f"access to `{self.uri}` was denied: {self.reason}; {hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

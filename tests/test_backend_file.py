@@ -23,6 +23,7 @@ from kserve_pvc import (
 )
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends.file import FileBackend
+from kserve_pvc.backends.fsspec_ import FsspecBackend
 
 BACKEND = FileBackend({})
 
@@ -161,14 +162,59 @@ def test_a_uri_of_something_irregular_is_refused(source, make):
         names_in(source / "odd")
 
 
-def test_patterns_get_no_link_past_the_listing(root, source):
+@pytest.mark.parametrize("make", [make_a_link, os.mkfifo], ids=lambda make: make.__name__)
+def test_patterns_leave_out_what_is_irregular(root, source, make):
     """
-    A link refuses the model even if the patterns would leave it out.
+    A link or device that the patterns leave out is not read, and refuses no model.
     """
-    make_a_link(source / "odd")
+    make(source / "odd")
+    store = ModelStore(root, mode="rw")
 
-    with pytest.raises(UnsafePathError):
-        ModelStore(root, mode="rw").ensure(f"file://{source}", allow_patterns="*.json", progress=False)
+    model = store.ensure(f"file://{source}", ignore_patterns="odd", progress=False)
+    chosen = store.ensure(f"file://{source}", allow_patterns="*.json", progress=False)
+
+    assert read_tree(model.path) == model_files(seed=1)
+    assert read_tree(chosen.path).keys() == {name for name in model_files(seed=1) if name.endswith(".json")}
+
+
+@pytest.mark.parametrize("scheme", ["file", "fsspec+local"])
+def test_what_a_volume_keeps_at_its_root_is_no_part_of_a_model(source, scheme):
+    """
+    `lost+found` at the root of a source is passed over; a directory of that name elsewhere is one as others are.
+    """
+    write_files(source, {"lost+found/#12": b"x", "deep/lost+found/kept": b"y"})
+
+    backend = FileBackend({}) if scheme == "file" else FsspecBackend({})
+    found = backend.resolve(parse_ref(f"{scheme}://{source}"))
+
+    assert [name for name in (str(f.entry.path) for f in found.files) if "lost" in name] == ["deep/lost+found/kept"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_closed_directory_is_named_and_can_be_left_out():
+    """
+    A directory that may not be listed is an error that names it, unless the patterns select nothing below it.
+    """
+    script = """
+from kserve_pvc._source.ref import parse_ref
+for patterns in ({}, {"ignore_patterns": "shut/*"}, {"ignore_patterns": "shut/"}, {"allow_patterns": "w.bin"},
+                 {"allow_patterns": "*.bin"}, {"ignore_patterns": "shut/?"}):
+    try:
+        found = FileBackend({}).resolve(parse_ref("file://" + sys.argv[1], **patterns))
+        print([str(f.entry.path) for f in found.files])
+    except PermissionError as error:
+        print(type(error).__name__, "shut" in str(error))
+"""
+    with public_directory() as place:
+        write_files(place, {"w.bin": b"w"})
+        (place / "shut").mkdir(mode=0o700)
+        printed = python_as(65534, script, str(place)).splitlines()
+
+    assert printed == [
+        "SourceDeniedError True",
+        *["['w.bin']"] * 3,
+        *["SourceDeniedError True"] * 2,
+    ]
 
 
 @pytest.mark.parametrize("name", [b"bad\xff", b"new\nline", b"back\\slash", b"esc\x1b[31m"], ids=repr)

@@ -1189,3 +1189,81 @@ class TestHttp(BackendConformance):
     def remote(self) -> Iterator[WebServer]:
         with WebServer(wants={"X-Key": SECRET}) as server:
             yield server
+
+
+QUERY = "X-Amz-Expires=60&X-Amz-Signature=canary%2Fof+a+signature"
+
+
+def test_a_signed_link_is_read_and_its_signature_is_nowhere(root, server, other, caplog):
+    """
+    The query is sent as it is spelled, not on to another host, and is neither stored, shown nor needed afterwards.
+    """
+    caplog.set_level("DEBUG")
+    server.pages[f"/weights.bin?{QUERY}"] = page(WEIGHTS, takes_head=False)
+    server.pages[f"/moved.bin?{QUERY}"] = page(b"", status=302, location=other.uri("there.bin"))
+    other.pages["/there.bin"] = page(WEIGHTS)
+    events = []
+    here = ModelStore(root, mode="rw", storage_options={"allow_private": True}, on_event=events.append)
+    address = server.uri("weights.bin")
+
+    model = here.ensure(f"{address}?{QUERY}", progress=False)
+    moved = here.ensure(f"{server.uri('moved.bin')}?{QUERY}", progress=False)
+    with pytest.raises(SourceNotFoundError) as gone:
+        here.ensure(f"{server.uri('gone.bin')}?{QUERY}", progress=False)
+
+    assert read_tree(model.path) == {"weights.bin": WEIGHTS}
+    assert read_tree(moved.path) == {"moved.bin": WEIGHTS}
+    assert (model.ref.uri, here.ensure(f"{address}?{QUERY}0").status, here.ensure(address).status) == (
+        address,
+        "present",
+        "present",
+    )
+    assert all("?" not in asked.path for asked in other.asked)
+    shown = [str(gone.value), repr(gone.value), caplog.text, repr(events), repr(model), repr(model.record)]
+    stored = [path.read_bytes().decode("latin-1") + str(path) for path in root.rglob("*") if path.is_file()]
+    assert [text for text in shown + stored if "canary" in text] == []
+
+
+def test_parameters_that_do_not_sign_make_other_models(root, server):
+    """
+    Each is fetched with its own query, several at once too, and without the link only what is present is found.
+    """
+    for number in (1, 2):
+        server.pages[f"/get?id={number}&{QUERY}"] = page(b"%d" % number)
+    here = ModelStore(root, mode="rw", storage_options={"allow_private": True})
+    address = server.uri("get")
+
+    models = [here.ensure(f"{address}?id={number}&{QUERY}", progress=False) for number in (1, 2)]
+
+    assert [read_tree(model.path) for model in models] == [{"get": b"1"}, {"get": b"2"}]
+    assert here.ensure(models[0].ref.uri).path == models[0].path
+    with pytest.raises(PolicyError, match="pass the link with its query"):
+        here.ensure(models[0].ref.uri, force_download=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "coding", "is_read"),
+    [
+        ("m.json.gz", "gzip", True),
+        ("m.tgz", "x-gzip", True),
+        ("m.tar.xz", "xz", True),
+        ("m.tar.zst", "zstd", True),
+        ("m.json", "gzip", False),
+        ("m.tar", "gzip", False),
+        ("m.xz", "gzip", False),
+        ("m.gz", "gzip, gzip", False),
+        ("m.gz", "br", False),
+    ],
+)
+def test_an_encoding_that_repeats_the_name_is_none(root, server, name, coding, is_read):
+    """
+    Servers announce `gzip` for a file that lies there as `.gz`: its bytes are those of the file.
+    """
+    server.pages[f"/{name}"] = page(b"as it lies there", headers={"Content-Encoding": coding})
+    here = ModelStore(root, mode="rw", storage_options={"allow_private": True, "unpack": False})
+
+    if is_read:
+        assert read_tree(here.ensure(server.uri(name), progress=False).path) == {name: b"as it lies there"}
+    else:
+        with pytest.raises(PolicyError, match="unasked"):
+            here.ensure(server.uri(name), progress=False)

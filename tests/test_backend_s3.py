@@ -351,13 +351,17 @@ def test_a_version_id_is_a_revision(root, s3, versions):
 
 def test_a_version_id_pins_against_replacement(root, s3, client, versions):
     """
-    An object of a versioned bucket that is replaced during a download is still read as it was listed.
+    An object that is replaced during a download is still read as it was listed if the URI names its version; without
+    one it has changed, as reading an older version takes another right.
     """
     _, ((_, _), (second, _)) = versions
-    client.put_object(Bucket="versioned", Key="pinned/weights.bin", Body=second)
+    put = client.put_object(Bucket="versioned", Key="pinned/weights.bin", Body=second)
     replace = lambda: client.put_object(Bucket="versioned", Key="pinned/weights.bin", Body=b"third")  # noqa: E731
 
-    model = interfered(root, s3, after_resolve=replace).ensure("s3://versioned/pinned/weights.bin", progress=False)
+    store = interfered(root, s3, after_resolve=replace)
+    with pytest.raises(SourceChangedError):
+        store.ensure("s3://versioned/pinned/weights.bin", progress=False)
+    model = store.ensure("s3://versioned/pinned/weights.bin", revision=put["VersionId"], progress=False)
 
     assert read_tree(model.path) == {"weights.bin": second}
 

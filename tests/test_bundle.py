@@ -1046,3 +1046,27 @@ def test_nobody_imports_a_uri_that_nobody_may_ask_for(tmp_path, root):
     """
     with pytest.raises((PolicyError, InvalidURIError)):
         ModelStore(root, mode="rw").export("fake://user:secret@host/model", tmp_path / "m.tar", progress=False)
+
+
+@pytest.mark.parametrize("what", ["link", "second name", "link to nothing"])
+@pytest.mark.parametrize("name", ["target", "partial"])
+def test_a_bundle_replaces_no_file_that_a_link_leads_to(connected, bundle, tmp_path, what, name):
+    """
+    A link or a second name, planted under a name that an export is about to use, lets it change no other file.
+    """
+    good, secret = bundle.read_bytes(), tmp_path / "secret"
+    bundle.unlink()
+    if what != "link to nothing":
+        secret.write_bytes(b"private")
+    place = bundle if name == "target" else partial_of(good, bundle)
+    os.link(secret, place) if what == "second name" else place.symlink_to(secret)
+
+    if (name, what) == ("target", "second name"):
+        connected.export(URI, bundle, progress=False)
+        assert bundle.read_bytes() == good
+    else:
+        with pytest.raises((SettingsError, VolumeError)):
+            connected.export(URI, bundle, progress=False)
+
+    assert secret.exists() == (what != "link to nothing")
+    assert what == "link to nothing" or secret.read_bytes() == b"private"

@@ -37,15 +37,11 @@ from kserve_pvc.testing import BackendConformance
 
 # The whole number is a session of its own for each back end: most of its time is what the services take to hold them.
 MANY_FILES = int(os.environ.get("KSERVE_PVC_TEST_FILES", "300"))
-NO_SUCH_FILES = dict.fromkeys(
-    ["climbs", "climbs-inside", "absolute", "empty-part", "dot-part", "nul"], "no file has such a name"
-)
+NO_SUCH_FILES = dict.fromkeys(["climbs", "climbs-inside", "dot-part", "nul"], "no file has such a name")
 
 NO_SUCH_LINES = {**NO_SUCH_FILES, "newline": "FTP lists one file a line"}
-NO_SUCH_OBJECTS = dict.fromkeys(["absolute", "empty-part"], "older versions of fsspec take two slashes for one")
 NO_SUCH_KEYS = {
     **dict.fromkeys(["climbs", "climbs-inside", "dot-part", "nul", "backslash"], "SeaweedFS refuses such keys"),
-    **dict.fromkeys(["absolute", "empty-part"], "SeaweedFS takes two slashes for one"),
 }
 
 
@@ -264,7 +260,6 @@ class TestFsspecMemory(BackendConformance):
 
     backend = FsspecBackend
     is_shared = False
-    cannot_hold = NO_SUCH_OBJECTS
     many_files = min(MANY_FILES, 1000)  # Each look at one file goes through all of them.
 
     @pytest.fixture

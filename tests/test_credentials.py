@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,6 +21,11 @@ from sources import FakeBackend
 from trees import model_files, read_tree
 
 from kserve_pvc import ModelStore, SourceDeniedError
+from kserve_pvc.backends._login.aws import SDKCredentials
+from kserve_pvc.backends._login.azure import Token
+from kserve_pvc.backends._login.contract import Scope
+from kserve_pvc.backends._login.google import GoogleAuthLogin
+from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError
 
 TENANTS = ("alice", "bob")
 MODELS = 3
@@ -216,3 +222,46 @@ def test_a_back_end_gets_the_options_of_one_place(root, call):
     store.resolve("fake://x/y")
 
     assert made == ([{"user": "store"}] if call is None else [call, {"user": "store"}])
+
+
+class ForeignError(Exception):
+    """
+    What no library here knows.
+    """
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (IsADirectoryError(21, "Is a directory", "/creds"), "`/creds` cannot be read: Is a directory"),
+        (PermissionError(13, "Permission denied", "/creds"), "`/creds` cannot be read: Permission denied"),
+        (KeyError("private_key"), "KeyError: private_key"),
+        (AttributeError("'list' object has no attribute 'get'"), "AttributeError: 'list'"),
+        (ForeignError("cannot decode\nmore"), "cannot decode"),
+        (ForeignError(), "ForeignError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+@pytest.mark.parametrize("service", ["gs", "az", "s3"])
+def test_what_a_library_raises_for_credentials_is_a_refusal(service, raised, words):
+    """
+    A file that cannot be read, or has another shape than expected, denies access and is named; nothing passes raw.
+
+    The libraries are replaced by what raises: each of their ways to fail cannot be brought about here.
+    """
+    pytest.importorskip({"gs": "google.auth", "az": "azure.identity", "s3": "botocore"}[service])
+
+    def fail(*_: object) -> object:
+        raise raised
+
+    acts = {
+        "gs": lambda: GoogleAuthLogin(fail).authorize(Scope(), renewed=False),
+        "az": lambda: Token(SimpleNamespace(get_token=fail)).authorize(Scope(), renewed=False),
+        "s3": lambda: SDKCredentials(fail, fail).get(),
+    }
+    with pytest.raises(RefusedError) as caught:
+        acts[service]()
+
+    assert words in caught.value.reason
+    assert "\n" not in caught.value.reason
+    assert caught.value.code == NO_CREDENTIALS

@@ -133,7 +133,7 @@ EXAMPLES: list[tuple[type[StoreError], Callable[[Stage], object]]] = [
     (errors.DigestMismatchError, lambda s: s.store.import_(s.export(), sha256="0" * 64, progress=False)),
     (errors.DamagedArchiveError, lambda s: unpack_damaged()),
     (errors.UnsafePathError, lambda s: s.store.alias("../llama", s.source)),
-    (errors.PolicyError, lambda s: s.store.ensure("https://host/llama?token=secret")),
+    (errors.PolicyError, lambda s: s.store.ensure("s3://bucket/llama?token=secret")),
     (errors.InvalidURIError, lambda s: s.store.ensure("llama")),
     (errors.UnknownSchemeError, lambda s: s.store.ensure("ftps://host/llama", progress=False)),
     (errors.SettingsError, lambda s: ModelStore(s.root, mode="w")),  # type: ignore[arg-type]

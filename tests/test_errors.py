@@ -3,7 +3,9 @@ What every deliberate error promises to whoever catches it.
 """
 
 import copy
+import errno
 import pickle
+from pathlib import PurePosixPath
 
 import attrs
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 import kserve_pvc
 from kserve_pvc import errors
+from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import StoreError, printable
 
 # For each error the builtin that a Python caller expects, and what the command line exits with.
@@ -223,6 +226,16 @@ def test_an_insufficient_space_error_tells_a_quota_from_a_plan():
 
     assert "has 7 bytes free and 10 are needed; " in str(planned)
     assert "has 7 bytes free and the last write did not fit; " in str(stopped)
+
+
+@pytest.mark.parametrize(("code", "is_quota"), [(errno.ENOSPC, False), (errno.EDQUOT, True)])
+def test_what_is_used_up_is_called_by_its_name(tmp_path, code, is_quota):
+    """
+    Free bytes of the volume are no contradiction then, and enlarging the volume is not recommended.
+    """
+    error = Volume(tmp_path).failure("writing", PurePosixPath("x"), OSError(code, ""))
+
+    assert ("a quota is used up" in str(error), "enlarge the volume" in str(error)) == (is_quota, not is_quota)
 
 
 def test_an_error_shows_its_facts_to_a_developer():

@@ -19,6 +19,7 @@ from weather import Authority, StormyS3
 
 from kserve_pvc.backends._http import client as _http
 from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._http.dial import bypasses_proxy
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._http.wire import POLL_SECONDS
 
@@ -232,6 +233,8 @@ BODIES = {
     "length": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
     "lower-case": b"HTTP/1.1 200 OK\r\ncontent-length:5\r\n\r\nhello",
     "blanks": b"HTTP/1.1 200 OK\r\nContent-Length: \t 5 \t\r\n\r\nhello",
+    "length-twice": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\nContent-Length: 5\r\n\r\nhello",
+    "length-list": b"HTTP/1.1 200 OK\r\nContent-Length: 5, 5\r\n\r\nhello",
     "no-reason": b"HTTP/1.1 200\r\nContent-Length: 5\r\n\r\nhello",
     "interim": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nContent-Length: 9\r\n\r\n" + OK,
     "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n",
@@ -341,7 +344,6 @@ MALFORMED = {
     "http-2": b"HTTP/2.0 200 OK\r\nContent-Length: 5\r\n\r\nhello",
     "no-status": b"HTTP/1.1 OK\r\nContent-Length: 5\r\n\r\nhello",
     "two-lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-    "the-same-length-twice": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
     "negative-length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nhello",
     "signed-length": b"HTTP/1.1 200 OK\r\nContent-Length: +5\r\n\r\nhello",
     "underlined-length": b"HTTP/1.1 200 OK\r\nContent-Length: 0_5\r\n\r\nhello",
@@ -792,6 +794,8 @@ def test_a_proxy_gets_whole_addresses_and_its_password():
         ({"NO_PROXY": "other, 127.0.0.1 "}, True),
         ({"no_proxy": "*"}, True),
         ({"no_proxy": "27.0.0.1"}, False),
+        ({"no_proxy": "10.0.0.0/8,127.0.0.0/8"}, True),
+        ({"no_proxy": "10.0.0.0/8"}, False),
         ({"no_proxy": ""}, False),
         ({"http_proxy": "", "HTTP_PROXY": "", "https_proxy": "http://nowhere.invalid:1"}, True),
     ],
@@ -806,6 +810,45 @@ def test_no_proxy_is_asked_where_none_is_wanted(variables, is_direct):
         made.close()
 
     assert found == (200, b"there" if is_direct else b"hello")
+
+
+@pytest.mark.parametrize(
+    ("url", "entry", "expected"),
+    [
+        ("http://10.1.2.3:9000/", "10.0.0.0/8", True),
+        ("http://10.1.2.3:9000/", "10.1.2.3/32", True),
+        ("http://10.1.2.3:9000/", "10.1.2.4/32", False),
+        ("http://10.1.2.3:9000/", "10.1.2.3/8", True),
+        ("http://10.1.2.3:9000/", "10.1.2.0/40", False),
+        ("http://10.1.2.3:9000/", "10.1.2.3:9000", True),
+        ("http://10.1.2.3:9000/", "10.1.2.3:9001", False),
+        ("http://10.1.2.3:9000/", "2.3", False),
+        ("http://ten.example/", "10.0.0.0/8", False),
+        ("http://[::1]:9000/", "[::1]", True),
+        ("http://[::1]:9000/", "::1", True),
+        ("http://[::1]:9000/", "[::1]:9000", True),
+        ("http://[::1]:9000/", "[::1]:9001", False),
+        ("http://[0:0:0:0:0:0:0:1]/", "::1", True),
+        ("http://[fd00::5]/", "fd00::/8", True),
+        ("http://[fd00::5]/", "fe80::/10", False),
+        ("http://[fd00::5]/", "10.0.0.0/8", False),
+        ("http://minio.svc.cluster.local/", "svc.cluster.local", True),
+        ("http://minio.svc.cluster.local/", ".cluster.local", True),
+        ("http://minio.svc.cluster.local/", "*.cluster.local", True),
+        ("http://minio.svc.cluster.local./", "cluster.local", True),
+        ("http://minio.svc.cluster.local/", "ter.local", False),
+        ("http://Minio/", "MINIO", True),
+        ("http://minio/", "minio:443", False),
+        ("http://minio/", "minio:80", True),
+        ("http://minio/", "/8", False),
+        ("http://minio/", "[", False),
+    ],
+)
+def test_no_proxy_names_hosts_domains_addresses_and_networks(url, entry, expected):
+    """
+    Entries mean what they mean for `requests`, and addresses of IPv6 may have brackets and a port.
+    """
+    assert [bypasses_proxy(target_of(url), f"other, {entry},") for _ in range(2)] == [expected] * 2
 
 
 @pytest.mark.parametrize("environ", [{"HTTP_PROXY": "x"}, {"ALL_PROXY": "x"}, {"http_proxy": "x"}])

@@ -19,7 +19,7 @@ PACKAGE = Path(kserve_pvc.__file__).parent
 # The folders are the tiers: a room imports from rooms further down and from itself, never from beside or above.
 TIERS = (
     {"errors", "_defaults"},
-    {"_format", "_settings"},
+    {"_format", "_settings", "_threads"},
     {"_source", "_show"},
     {"_volume", "locks"},
     {"_archive"},
@@ -318,7 +318,29 @@ def test_only_the_volume_changes_the_volume():
         "_volume",
         "_archive.export",
         "kserve._destination",
+        "kserve._placing",
     }
+
+
+def test_no_mode_is_set_by_path():
+    """
+    Modes are set through descriptors of what was just created, and in two modules only: a path may lead elsewhere by
+    the time it is followed.
+    """
+    setters = {"chmod", "lchmod", "fchmod", "chown", "lchown", "fchown"}
+
+    found = {
+        (name, node.attr)
+        for name, tree in ((module_name(file), ast.parse(file.read_text())) for file in PACKAGE.rglob("*.py"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in setters
+    }
+
+    assert found == {("_volume.making", "fchmod"), ("_volume.tree", "fchmod")}
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
 
 
 @pytest.mark.parametrize(
@@ -471,12 +493,14 @@ HIT = {
         "_keys.log",
         "_source.arguments",
         "_source.ref",
-        "_volume.reading",
+        "_volume.beneath",
         "_volume.calls",
+        "_volume.reading",
+        "_volume.root",
     ),
 }
 # A store that may write has the tool that writes, and its hit loads nothing more.
-WRITING_HIT = HIT | {"_volume.writing"}
+WRITING_HIT = HIT | {"_volume.making", "_volume.writing"}
 
 
 def run(program: str) -> str:
@@ -576,16 +600,19 @@ def test_the_decision_about_a_pod_loads_no_server():
 @pytest.mark.parametrize("hit", ["assert uri in store", "store.get(uri)", "store.ensure(uri)"])
 def test_a_hit_reads_one_directory_and_one_record(warm, hit):
     """
-    A store that is open lists the log and opens its newest record; it opens and lists nothing else.
+    A store that is open lists the log, opens its newest record and looks what the model's directory is; it opens and
+    lists nothing else. With `ctypes`, which a process loads once it is worth it, each of them is one call. The first
+    hit of a store that may write also looks at KServe's link to the model.
     """
     root, uri = warm
     program = f"""
-import json, sys
+import ctypes, json, sys
 from kserve_pvc import ModelStore
 store, uri, seen = ModelStore({root!r}, mode="rw"), {uri!r}, []
 def note(event, found):
     if event == "open" or event.startswith("os."):
         seen.append((event, str(found[0])))
+{hit}
 sys.addaudithook(note)
 {hit}
 print(json.dumps(seen))
@@ -593,8 +620,10 @@ print(json.dumps(seen))
 
     seen = json.loads(run(program))
 
-    log = next(Path(root).glob(".kserve-pvc/keys/*/log"))
-    assert seen == [["os.listdir", str(log)], ["open", str(log / "000000000001.commit")]]
+    log, model = (next(Path(root).glob(place)) for place in (".kserve-pvc/keys/*/log", "models/*/0*"))
+    places = [str(place.relative_to(root)) for place in (log, log / "000000000001.commit", model)]
+    assert [found for event, found in seen if event == "open"] == places
+    assert [event for event, _ in seen if event != "open"] == ["os.listdir"]
 
 
 def test_what_is_lazy_would_be_noticed():

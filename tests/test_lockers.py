@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from trees import model_files, read_tree
 from waiting import until
 
 from kserve_pvc import LockerMismatchError, LockServiceError, ModelStore, SettingsError
-from kserve_pvc.locks.choice import external_lock, parse_locker
+from kserve_pvc.locks.choice import check_confirmed, external_lock, parse_locker
 from kserve_pvc.locks.lease import HEARTBEATS_PER_LEASE, RENEW_DEADLINE
 
 KINDS = ["lease", "flock", "redis", "kubernetes"]
@@ -392,3 +393,28 @@ def test_outside_of_a_pod_a_namespace_is_asked_for(root, monkeypatch):
         ModelStore(root, mode="rw", locker="kubernetes")
 
     assert list(root.rglob("store.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "requested", "refused"),
+    [
+        ("lease", None, False),
+        ("flock", None, False),
+        ("redis://cache:6379/0", None, True),
+        ("redis://cache:6379/0", "redis://cache:6379/0", False),
+        ("kubernetes://team-a", None, False),
+        ("kubernetes://team-b", None, True),
+        ("kubernetes://team-b", "kubernetes://team-b", False),
+    ],
+)
+def test_a_volume_names_no_service_that_was_not_confirmed(monkeypatch, stored, requested, refused):
+    """
+    What `store.json` says leads a process to no server, and to no namespace but its own, of which it was not told.
+    """
+    monkeypatch.setenv("POD_NAMESPACE", "team-a")
+
+    if refused:
+        with pytest.raises(SettingsError, match=re.escape(stored)):
+            check_confirmed(stored, requested)
+    else:
+        check_confirmed(stored, requested)

@@ -3,6 +3,7 @@ What a caller may ask for, what it is called in a store, and which files it sele
 """
 
 import hashlib
+import re
 from pathlib import PurePosixPath
 
 import pytest
@@ -232,13 +233,10 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri, shown):
 @pytest.mark.parametrize(
     ("uri", "shown"),
     [
-        ("https://host/model?sig=SECRET", "https://host/model"),
         ("https://host/model#SECRET", "https://host/model"),
         ("https://host/model?#SECRET", "https://host/model"),
         ("https://host/model?a=b&X-Amz-Signature=SECRET#SECRET", "https://host/model"),
-        ("https://host/model?sig=a'SECRET", "https://host/model"),
         ("https://host/model?a b=SECRET", "https://host/model"),
-        ("https://host/model\n?sig=SECRET", "https://host/model\n"),
     ],
 )
 def test_a_query_or_fragment_is_refused_and_not_repeated(uri, shown):
@@ -286,9 +284,7 @@ def test_a_digest_belongs_to_what_is_asked_for(scheme):
     assert ref.key.startswith("model.tar-")
 
 
-@pytest.mark.parametrize(
-    "uri", [f"s3://b/m#{DIGEST}", f"https://h/m#{DIGEST}0", "https://h/m#sha256=zz", f"https://h/m?a=b#{DIGEST}"]
-)
+@pytest.mark.parametrize("uri", [f"s3://b/m#{DIGEST}", f"https://h/m#{DIGEST}0", "https://h/m#sha256=zz"])
 def test_any_other_fragment_is_refused(uri):
     """
     Only a whole digest, in lower case, at an http address is known to be no secret.
@@ -321,8 +317,6 @@ def test_the_signature_of_an_azure_address_is_kept_aside(uri):
         f"{SIGNED}?sig=SECRET#a",
         f"{SIGNED}?sig=SECRET\n",
         "http://account.blob.core.windows.net/m?sig=SECRET",
-        "https://account.blob.core.windows.net.example.com/m?sig=SECRET",
-        "https://a.b.blob.core.windows.net/m?sig=SECRET",
         "s3://account.blob.core.windows.net/m?sig=SECRET",
     ],
     ids=ascii,
@@ -504,3 +498,72 @@ def test_redaction_takes_secrets_out_of_every_url_in_a_text(text, cleaned):
     User information, query and fragment go from each URL; the rest of the text stays, with control characters escaped.
     """
     assert redact(text) == cleaned
+
+
+SIGNATURES = [
+    "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AK%2F1&X-Amz-Expires=60&X-Amz-Signature=SECRET",
+    "AWSAccessKeyId=AK&Expires=17&Signature=SECRET",
+    "X-Goog-Algorithm=GOOG4&X-Goog-Signature=SECRET",
+    "GoogleAccessId=a&Expires=1&Signature=SECRET%2F",
+    "Policy=p&Key-Pair-Id=k&Signature=SECRET~",
+    "sv=2024&sr=b&sp=r&se=2026&skoid=1&rscd=a&sig=SECRET",
+    "OSSAccessKeyId=a&Expires=1&Signature=SECRET&security-token=t",
+    "q-sign-algorithm=sha1&q-ak=a&q-sign-time=1&q-key-time=1&q-header-list=&q-url-param-list=&q-signature=SECRET",
+    "token=SECRET",
+    "response-content-disposition=attachment&X-Amz-Signature=a'SECRET",
+]
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("query", SIGNATURES)
+def test_a_signed_link_is_the_model_of_its_address(scheme, query):
+    """
+    What signs a link is kept apart, is in no string of the ref, and makes no other key; signed anew it is equal.
+    """
+    plain = parse_ref(f"{scheme}://host/m.tar.gz")
+    ref = parse_ref(f"{scheme}://host/m.tar.gz?{query}")
+
+    assert (ref, ref.key, ref.uri) == (plain, plain.key, plain.uri)
+    assert "SECRET" not in f"{ref!r} {ref} {ref.key}"
+    assert ref.signed_uri == f"{scheme}://host/m.tar.gz?{query}"
+    assert parse_ref(ref) == ref
+    assert parse_ref(ref).query == query
+    assert parse_ref(f"{scheme}://host/m.tar.gz?{query}#{DIGEST}").uri == f"{plain.uri}#{DIGEST}"
+
+
+def test_other_parameters_make_another_model_and_are_not_shown():
+    """
+    They may select what is read, so they count, by a digest: they may be secret too.
+    """
+
+    def link(number: int, sign: str) -> ModelRef:
+        return parse_ref(f"https://host/get?id={number}&X-Amz-Signature={sign}")
+
+    one, again, other = link(1, "a"), link(1, "b"), link(2, "a")
+
+    assert one == again != other
+    assert len({one.key, other.key, parse_ref("https://host/get").key}) == 2 + 1
+    assert re.fullmatch(r"https://host/get#query=[0-9a-f]{16}", one.uri)
+    assert parse_ref(one.uri) == one
+    assert parse_ref(one).query == one.query
+    assert parse_ref(f"https://host/get?id=1#{DIGEST}").uri == f"{one.uri}&{DIGEST}"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://user:pa?SECRET@host/x",
+        "https://tok?SECRET@host/x",
+        "https://host?sig=SECRET",
+        "https://host/m?a=SECRET\n",
+    ]
+    + ["https://host/m?sig=SECRET#other", "https://host/m#a?sig=SECRET", f"https://host/m?sig={'SECRET' * 3000}"],
+)
+def test_what_may_be_more_than_a_query_is_refused(uri):
+    """
+    User information behind a question mark, other fragments and queries without an end are not repeated.
+    """
+    with pytest.raises(PolicyError) as caught:
+        parse_ref(uri)
+
+    assert "SECRET" not in str(caught.value)

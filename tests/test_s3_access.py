@@ -13,13 +13,21 @@ import botocore.session
 import pytest
 from botocore.config import Config
 from trees import model_files, read_tree
-from weather import StormyS3, refuse
+from weather import Answer, StormyS3, refuse
 
-from kserve_pvc import ModelStore, SettingsError, SourceChangedError, SourceDeniedError, SourceNotFoundError
+from kserve_pvc import (
+    ModelStore,
+    PolicyError,
+    SettingsError,
+    SourceChangedError,
+    SourceDeniedError,
+    SourceNotFoundError,
+)
 from kserve_pvc._source.ref import parse_ref
-from kserve_pvc.backends._object_store import Place
+from kserve_pvc.backends._http.client import HTTPClient
+from kserve_pvc.backends._object_store import MetadataRequests, Place
 from kserve_pvc.backends._options import explain, read_settings
-from kserve_pvc.backends._s3_requests import SignedAccess
+from kserve_pvc.backends._s3_requests import SignedAccess, parse_refusal
 from kserve_pvc.backends._s3_settings import Account, plain_account
 from kserve_pvc.backends.s3 import S3Backend
 
@@ -158,6 +166,62 @@ def test_a_bucket_with_rules_of_its_own_is_left_to_the_sdk(home, monkeypatch, bu
     assert service.way("bucket").way == "direct"
 
 
+@pytest.mark.parametrize(
+    ("uri", "bucket", "key"),
+    [
+        (
+            "arn:aws:s3:us-west-2:123456789012:accesspoint/mine/m/x",
+            "arn:aws:s3:us-west-2:123456789012:accesspoint:mine",
+            "m/x",
+        ),
+        (
+            "arn:aws:s3:us-west-2:123456789012:accesspoint:mine/m@1",
+            "arn:aws:s3:us-west-2:123456789012:accesspoint:mine",
+            "m@1",
+        ),
+        (
+            "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint/mine",
+            "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint:mine",
+            "",
+        ),
+        ("arn:aws:s3::123456789012:accesspoint/m.mrap/a", "arn:aws:s3::123456789012:accesspoint:m.mrap", "a"),
+        (
+            "arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-1/accesspoint/mine/a",
+            "arn:aws:s3-outposts:us-west-2:123456789012:outpost:op-1:accesspoint:mine",
+            "a",
+        ),
+        (
+            "arn:aws:s3-object-lambda:us-west-2:123456789012:accesspoint/mine/a",
+            "arn:aws:s3-object-lambda:us-west-2:123456789012:accesspoint:mine",
+            "a",
+        ),
+    ],
+)
+def test_an_access_point_is_named_by_its_arn(home, uri, bucket, key):
+    """
+    Either spelling of the documentation names the access point and what follows it, and nothing of it is a password.
+    """
+    service = S3Backend(KEYS, {"HOME": str(home)}).service
+
+    assert service.place(parse_ref(f"s3://{uri}")) == Place(bucket, key)
+
+
+@pytest.mark.parametrize(
+    "uri", ["arn:aws:s3:us-west-2:1:accesspoint/m", "arn:SECRET@x/m", "arn:aws:iam::123456789012:role/m"]
+)
+def test_another_arn_is_refused(uri):
+    """
+    What is not the name of an access point is taken for what may hold credentials.
+    """
+    with pytest.raises(PolicyError):
+        parse_ref(f"s3://{uri}")
+
+
+def signed_access() -> SignedAccess:
+    account = plain(KEYS)
+    return SignedAccess(account, MetadataRequests(HTTPClient(environ={}), parse_refusal), "direct")
+
+
 def plain(options: dict, environ: dict | None = None) -> Account:
     return plain_account(read_settings("s3", options, {"HOME": "/none", **(environ or {})}))
 
@@ -285,14 +349,39 @@ def test_a_region_that_leads_nowhere_is_asked_once(home, region):
     host.
     """
     with StormyS3() as storm:
-        storm.script("head", refuse(400, "AuthorizationHeaderMalformed", x_amz_bucket_region=region))
+        for moment in ("head", "get"):
+            storm.script(moment, refuse(400, "AuthorizationHeaderMalformed", x_amz_bucket_region=region))
         backend = S3Backend(storm.options, {"HOME": str(home)})
-        with pytest.raises(Exception, match=r"Malformed|400"):
+        with pytest.raises(Exception, match="Malformed"):
             backend.resolve(parse_ref(f"s3://{BUCKET}/model"))
         regions = [r.headers["authorization"].split("/")[2] for r in storm.requests]
         backend.close()
 
-    assert regions == (["us-east-1", "eu-west-3"] if region == "eu-west-3" else ["us-east-1"])
+    # HEAD, and GET for the reason.
+    expected = ["us-east-1", "eu-west-3", "eu-west-3"] if region == "eu-west-3" else ["us-east-1", "us-east-1"]
+    assert regions == expected
+
+
+def test_the_region_of_a_bucket_may_be_told_in_the_body(home):
+    """
+    A server without the header of S3 writes the region into the error, which only a response to GET has.
+    """
+    body = b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-3</Region></Error>"
+
+    def insist(exchange):
+        if "/eu-west-3/" not in exchange.request.headers["authorization"]:
+            exchange.answer = Answer(status=400, headers={"Content-Length": str(len(body))}, body=body)
+        exchange.reply()
+
+    with StormyS3() as storm:
+        storm.put(BUCKET, "m.bin", b"weights")
+        for moment in ("head", "get", "list"):
+            storm.script(moment, insist)
+        backend = S3Backend(storm.options, {"HOME": str(home)})
+        (file,) = backend.resolve(parse_ref(f"s3://{BUCKET}/m.bin")).files
+        backend.close()
+
+    assert file.entry.size_bytes == 7
 
 
 # How the bytes come, and an option that makes them come so.
@@ -514,3 +603,92 @@ def test_a_profile_with_unknown_settings_is_signed_for_by_the_sdk(home):
     assert ordinary is not None
     assert ordinary.account.region == "eu-west-3"
     assert S3Backend(KEYS, {"HOME": str(home)}).signed is None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"requester_pays": True},
+        {"requester_pays": True, "config_kwargs": {"use_dualstack_endpoint": False}},
+        {"s3_additional_kwargs": {"ExpectedBucketOwner": "123456789012"}},
+        {
+            "s3_additional_kwargs": {
+                "SSECustomerAlgorithm": "AES256",
+                "SSECustomerKey": "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+                "SSECustomerKeyMD5": "tPltqPYRSu4LOz49iUoxSw==",
+            }
+        },
+    ],
+    ids=["payer", "payer-in-url", "owner", "customer-key"],
+)
+def test_every_header_that_a_signature_names_is_sent(more, home, root):
+    """
+    What is signed goes along, in the headers of the signature or beside a signed URL.
+    """
+    with StormyS3() as storm:
+        storm.put(BUCKET, "m/w.bin", b"weights")
+        model = ModelStore(root, mode="rw", storage_options={**storm.options, **more}).ensure(
+            f"s3://{BUCKET}/m", progress=False
+        )
+        requests = [request for request in storm.requests if request.kind == "get"]
+
+    assert read_tree(model.path) == {"w.bin": b"weights"}
+    for request in requests:
+        in_url = request.query.get("X-Amz-SignedHeaders")
+        signed = in_url or request.headers["authorization"].partition("SignedHeaders=")[2].partition(",")[0]
+        assert set(signed.split(";")) <= set(request.headers)
+        if "requester_pays" in more:
+            assert "x-amz-request-payer" in signed.split(";")
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body"),
+    [
+        (400, {"x-amz-bucket-region": "eu-west-1"}, ""),
+        (400, {}, "<Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region>"),
+        (
+            400,
+            {},
+            "<Code>Malformed</Code><Message>the region 'x' is wrong; expecting 'eu-west-1'</Message>",
+        ),
+        (403, {}, "<Code>SignatureDoesNotMatch</Code><Region> eu-west-1 </Region>"),
+        (301, {}, "<Code>PermanentRedirect</Code><Endpoint>b.s3.eu-west-1.amazonaws.com</Endpoint>"),
+        (301, {}, "<Code>PermanentRedirect</Code><Endpoint>s3-eu-west-1.amazonaws.com</Endpoint>"),
+        (307, {"location": "https://b.s3.dualstack.eu-west-1.amazonaws.com/m?list-type=2"}, ""),
+        (307, {"location": "https://b.s3-fips.eu-west-1.amazonaws.com:443/"}, "<Code>TemporaryRedirect</Code>"),
+    ],
+)
+def test_the_region_of_a_bucket_is_learnt_wherever_it_is_told(status, headers, body):
+    """
+    In a header, an element of the body, its message, or the host that a redirect names.
+    """
+    access = signed_access()
+    refusal = parse_refusal(status, headers, f"<Error>{body}</Error>".encode())
+
+    learnt = access._renew("bkt", refusal)
+    target, sent = access.read("bkt", "m", {"If-Match": '"x"'}, renewed=False)
+
+    assert learnt
+    assert target.host in ("bkt.s3.eu-west-1.amazonaws.com", "s3.eu-west-1.amazonaws.com")
+    assert "/eu-west-1/s3/" in str(sent)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<Endpoint>bkt.s3.eu-west-1.amazonaws.com.evil.example</Endpoint>",
+        "<Endpoint>evil.example</Endpoint>",
+        "<Region>evil.example/</Region>",
+        "<Endpoint>//[</Endpoint>",
+    ],
+)
+def test_a_host_that_a_response_names_is_never_used(body):
+    """
+    What is no region of S3 is not learnt.
+    """
+    access = signed_access()
+
+    learnt = access._renew("bkt", parse_refusal(301, {}, f"<Error>{body}</Error>".encode()))
+
+    assert not learnt
+    assert access.read("bkt", "m", {"If-Match": '"x"'}, renewed=False)[0].host.endswith("s3.us-east-1.amazonaws.com")

@@ -222,7 +222,7 @@ def test_a_refusal_that_no_renewal_helps_ends(home, root, storm, monkeypatch):
     with pytest.raises(SourceDeniedError):
         ensure(root, f"s3://{BUCKET}/m")
 
-    assert len(storm.requests) == 2  # For the object of that name, and for what is below it.
+    assert len(storm.requests) == 3  # For the object of that name, for the reason, and for what is below it.
 
 
 def test_a_profile_that_does_not_exist_is_named(home):

@@ -240,7 +240,7 @@ def test_a_failed_close_fails_the_file(root, monkeypatch, is_large, nothing_is_l
 
     monkeypatch.setattr(os, "close", close)
 
-    with pytest.raises(OSError, match="did not fit"):
+    with pytest.raises(OSError, match="quota is used up"):
         tree.finish(fd, PurePosixPath("file"), is_large)
     monkeypatch.undo()
     tree.close()
@@ -290,9 +290,10 @@ def test_a_tree_of_many_directories_holds_few_descriptors(root, monkeypatch, not
     Directories are kept open up to a number, and all files are where they belong.
     """
     monkeypatch.setattr(tree_module, "_MOST_DIRECTORIES", 5)
+    writer = VolumeWriter(root)
     before = len(os.listdir("/proc/self/fd"))
 
-    with writing_tree(VolumeWriter(root), GENERATION) as tree:
+    with writing_tree(writer, GENERATION) as tree:
         for number in range(100):
             path = PurePosixPath(f"{number % 20}/deep/{number}")
             fd = tree.create(path)

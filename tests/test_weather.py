@@ -470,10 +470,6 @@ LASTING = {
     "204": (refuse(204, "NoContent", body=b""), SourceUnavailableError),
     "other-range": (changed(shifted), SourceUnavailableError),
     "other-size": (changed(of_another_size), (SourceUnavailableError, SourceChangedError)),
-    "many-ranges": (
-        with_headers(Content_Type="multipart/byteranges; boundary=x", Content_Range=None),
-        SourceUnavailableError,
-    ),
     "403": (refuse(403, "AccessDenied"), SourceDeniedError),
     "403-expired": (refuse(403, "ExpiredToken"), SourceDeniedError),
     "400-expired": (refuse(400, "ExpiredToken"), SourceDeniedError),

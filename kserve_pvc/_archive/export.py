@@ -105,9 +105,12 @@ def export_bundle(
 
 
 def _check_target(file: Path, root: Path) -> Path:
-    target = Path(os.path.realpath(file))
+    target = Path(os.path.realpath(file.parent), file.name)
     if target.is_relative_to(root):
         raise SettingsError("file", str(file), f"it is inside the store at `{root}`; choose a path outside")
+    if target.is_symlink():
+        # It may be another's, who would choose by it which file is replaced.
+        raise SettingsError("file", str(file), "it is a link; name the file itself")
     with _translating_writes(target):
         is_special = target.exists() and not target.is_file()
     if is_special:
@@ -124,7 +127,7 @@ def _export_to_file(export: _Export, file: Path) -> None:
         return
     partial = file.with_name(f"{file.name}.{layout.sha256[:16]}.partial")
     with _translating_writes(partial):
-        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        fd = _open_partial(partial)
         try:
             _check_partial(partial, os.fstat(fd), layout.size_bytes)
             export.write(_FileTarget(fd, partial))
@@ -134,6 +137,16 @@ def _export_to_file(export: _Export, file: Path) -> None:
         finally:
             os.close(fd)
         _sync_parent(file)
+
+
+def _open_partial(partial: Path) -> int:
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with suppress(FileExistsError):
+        return os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return os.open(partial, flags)
+    except FileNotFoundError:  # Another export of the same version has just given it its name.
+        return os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def _publish(fd: int, partial: Path, file: Path) -> None:
@@ -156,6 +169,9 @@ def _is_written(layout: BundleLayout, file: Path) -> bool:
 def _check_partial(partial: Path, found: os.stat_result, size_bytes: int) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise SettingsError("file", str(partial), "it exists and is not a regular file; remove it")
+    # Its name can be known before: whoever may write to the directory could have it lead to a file of this user.
+    if found.st_nlink > 1 or found.st_uid != os.geteuid():
+        raise SettingsError("file", str(partial), "it exists and is another user's, or has a second name; remove it")
     needed = size_bytes - found.st_blocks * BLOCK
     free = _free_bytes(partial.parent)
     if free < needed:
@@ -183,7 +199,8 @@ def _translating_writes(file: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise InsufficientSpaceError(str(file.parent), 0, _free_bytes(file.parent)) from error
+            is_quota = error.errno == errno.EDQUOT
+            raise InsufficientSpaceError(str(file.parent), 0, _free_bytes(file.parent), is_quota=is_quota) from error
         raise VolumeError(str(file), "writing a bundle", os.strerror(error.errno or errno.EIO)) from error
 
 

@@ -4,7 +4,7 @@ Members of an archive: name checks and size limits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Protocol
@@ -26,12 +26,13 @@ class Member:
     One regular file of an archive. Its pieces must be read to the end before the next member is requested.
 
     `evidence` is the digest that the archive stores for it, as `name:hex`. The iteration of the pieces raises an error
-    if they do not match it.
+    if they do not match it. A member with `copy_of` has no pieces: it is a hard link to that earlier member.
     """
 
     path: PurePosixPath
     pieces: Iterator[bytes]
     evidence: str | None = None
+    copy_of: PurePosixPath | None = None
 
 
 class Readable(Protocol):
@@ -41,11 +42,14 @@ class Readable(Protocol):
 class NameCheck:
     """
     Checks each name of an archive by itself and for collisions with the names before it.
+
+    Names are spelled as tools spell those of a working directory: parts that are empty or `.` lead nowhere and go.
     """
 
-    def __init__(self, archive: str, limits: UnpackLimits) -> None:
+    def __init__(self, archive: str, limits: UnpackLimits, selects: Callable[[str], bool]) -> None:
         self.archive = archive
         self.limits = limits
+        self._selects = selects
         self._left = limits.entries
         # The archive itself is in the same directory as its members until all of them are unpacked.
         self._files = {fold(archive): archive}
@@ -67,6 +71,13 @@ class NameCheck:
                 self.archive, f"it has more than {self.limits.entries} entries; raise `unpack_limits` to allow more"
             )
 
+    def selects(self, name: str, *, is_directory: bool = False) -> bool:
+        """
+        Whether the patterns select a member. What they leave out may have any name, and be anything.
+        """
+        inside = spell(name)
+        return self._selects(f"{inside}/" if is_directory and inside else inside)
+
     def add(self, name: str, *, is_directory: bool = False) -> PurePosixPath | None:
         """
         Check a name and convert it to a path inside the model.
@@ -78,12 +89,9 @@ class NameCheck:
             UnsafePathError: The name is unsafe, or collides with an earlier one.
             PolicyError: The name is too long.
         """
-        # `tar -C model .` puts this before every name.
-        inside = name.removeprefix("./")
-        if is_directory:
-            inside = inside.rstrip("/") if inside.strip("/") else inside[:1]
-            if inside in ("", "."):
-                return None
+        inside = spell(name)
+        if is_directory and not inside:
+            return None
         try:
             path = check_name(inside)
         except UnsafePathError as error:
@@ -115,6 +123,14 @@ class NameCheck:
         return UnsafePathError(self.shown(name), rule)
 
 
+def spell(name: str) -> str:
+    """
+    Leave out the parts of a member's name that lead nowhere. An absolute name stays absolute.
+    """
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return ("/" if name.startswith("/") else "") + "/".join(parts)
+
+
 class Meter:
     """
     Counts the bytes that are unpacked from an archive, and stops at a limit.
@@ -144,6 +160,12 @@ class Meter:
             raise PolicyError(self._archive, rule)
 
 
+class EmptyReadError(EOFError):
+    """
+    A stream ends where something would begin.
+    """
+
+
 class MeteredStream:
     """
     A decompressed stream whose bytes are counted against the limit.
@@ -151,12 +173,12 @@ class MeteredStream:
 
     def __init__(self, source: Readable, meter: Meter) -> None:
         self._source = source
-        self._meter = meter
+        self.meter = meter
         self.position = 0
 
     def read(self, most: int) -> bytes:
         data = self._source.read(most)
-        self._meter.add(len(data))
+        self.meter.add(len(data))
         self.position += len(data)
         return data
 
@@ -167,7 +189,9 @@ class MeteredStream:
         return data
 
     def read_exactly(self, count: int) -> bytes:
-        data = bytearray()
+        data = bytearray(self.read(min(count, PIECE_BYTES)))
+        if not data:
+            raise EmptyReadError("unexpected end of data")
         while len(data) < count:
             data += self.read_some(count - len(data))
         return bytes(data)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from kserve_pvc._archive.members import (
@@ -40,6 +39,8 @@ _EXTENSIONS = {
     ".xz": ("", "xz"),
     ".zst": ("", "zst"),
 }
+# How a compressed stream begins. No tar does: its first bytes are a name.
+_MAGIC = {b"\x1f\x8b": "gz", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 # Limits for decompressor memory, above what the presets of the compressors need. A header may request gigabytes.
 _WINDOW_LOG = 27
 _XZ_BYTES = 129 * 1024 * 1024
@@ -73,7 +74,7 @@ def unpack(
     name: str,
     limits: UnpackLimits,
     *,
-    selects: Callable[[PurePosixPath], bool],
+    selects: Callable[[str], bool],
     make_room: Callable[[int], None],
 ) -> Iterator[Member]:
     """
@@ -82,7 +83,7 @@ def unpack(
     Args:
         archive: A seekable binary file, open for reading.
         name: The file name, whose extension determines the format.
-        selects: Whether to unpack a path. The names of all other members are checked too.
+        selects: Whether to unpack a path. Other members are not looked at further, and may have any name.
         make_room: Called with the number of bytes that are about to be needed, where the archive states it.
 
     Raises:
@@ -93,7 +94,7 @@ def unpack(
     extension = _extension(name)
     assert extension is not None  # The caller checks `is_archive`.
     container, coding = _EXTENSIONS[extension]
-    names = NameCheck(name, limits)
+    names = NameCheck(name, limits, selects)
     size = archive.seek(0, io.SEEK_END)
     archive.seek(0)
     meter = Meter(name, limits, size)
@@ -101,14 +102,16 @@ def unpack(
         if not size:
             raise EOFError("the file is empty")
         if container == "zip":
-            yield from zip_members(archive, names, meter, selects, make_room)
+            yield from zip_members(archive, names, meter, make_room)
             return
+        if container == "tar":
+            coding = _seen_coding(archive)
         stream = MeteredStream(_decoded(archive, coding), meter)
         if container == "tar":
-            yield from tar_members(stream, names, selects, make_room)
+            yield from tar_members(stream, names, make_room, is_compressed=bool(coding))
             return
         path = names.add(name[: -len(extension)])
-        if path is not None and selects(path):
+        if path is not None and selects(str(path)):
             yield Member(path=path, pieces=read_pieces(stream, name))
 
 
@@ -116,6 +119,15 @@ def _extension(name: str) -> str | None:
     last = name.rpartition("/")[2].lower()
     extension = next((extension for extension in _EXTENSIONS if last.endswith(extension)), None)
     return None if extension == last else extension
+
+
+def _seen_coding(archive: BinaryIO) -> str:
+    """
+    How a tar is compressed, by its first bytes: servers and clients undo or add a compression and keep the name.
+    """
+    start = archive.read(8)
+    archive.seek(0)
+    return next((coding for magic, coding in _MAGIC.items() if start.startswith(magic)), "")
 
 
 def _decoded(archive: BinaryIO, coding: str) -> Readable:

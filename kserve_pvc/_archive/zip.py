@@ -51,7 +51,6 @@ def zip_members(
     archive: BinaryIO,
     names: NameCheck,
     meter: Meter,
-    selects: Callable[[PurePosixPath], bool],
     make_room: Callable[[int], None],
 ) -> Iterator[Member]:
     import zipfile
@@ -61,7 +60,7 @@ def zip_members(
         bounded.is_opening = False
         infos = opened.infolist()
         _check_overlaps(infos, opened.start_dir, names)
-        chosen = [(info, path) for info in infos if (path := _zip_path(info, names)) is not None and selects(path)]
+        chosen = [(info, path) for info in infos if (path := _zip_path(info, names)) is not None]
         total = sum(info.file_size for info, _ in chosen)
         meter.check(total)
         make_room(total)
@@ -82,11 +81,13 @@ def _check_overlaps(infos: list[zipfile.ZipInfo], end: int, names: NameCheck) ->
 
 
 def _zip_path(info: zipfile.ZipInfo, names: NameCheck) -> PurePosixPath | None:
-    """Return the path of a regular file, or None for a directory."""
+    """Return the path of a regular file that is selected, or None."""
     names.count()
     # The name as stored: `filename` is cut at a NUL.
     name = info.orig_filename
     kind = stat.S_IFMT(info.external_attr >> 16)
+    if not names.selects(name, is_directory=name.endswith("/")):
+        return None
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         what = "a link" if kind == stat.S_IFLNK else "not a regular file"
         raise UnsafePathError(names.shown(name), f"it is {what}, and only regular files and directories are unpacked")

@@ -128,7 +128,7 @@ def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
             place = f"{name}, line {number}"
             try:
                 item = json.loads(line)
-            except ValueError:  # Without the line, which may hold a secret.
+            except (ValueError, RecursionError):  # Without the line, which may hold a secret.
                 raise InvalidFileError(place, "invalid JSON", 'use `{"uri": "…"}` in one line') from None
             yield normalize_item(item, place)
         elif line and not line.startswith("#"):

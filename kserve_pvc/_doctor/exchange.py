@@ -435,8 +435,8 @@ def _request_lock(fd: int, kind: str) -> LockAnswer:
     import fcntl
 
     if kind == "flock":
-        return try_lock(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB), _LOCK_SECONDS)
-    return try_lock(lambda: lock_range(fd, release=False), _LOCK_SECONDS)
+        return try_lock(fd, lambda own: fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB), _LOCK_SECONDS)
+    return try_lock(fd, lambda own: lock_range(own, release=False), _LOCK_SECONDS)
 
 
 def _retry_until_granted(fd: int, kind: str) -> LockAnswer:

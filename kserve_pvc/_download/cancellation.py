@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from kserve_pvc._threads import start_thread
 from kserve_pvc.errors import DownloadCancelledError
 
 # How soon a cancelled call notices. It compares a flag, which costs nothing beside a download.
@@ -130,7 +131,7 @@ def run_detachable(
         finally:
             is_over.set()
 
-    threading.Thread(target=run, name="kserve-pvc-download", daemon=True).start()
+    start_thread(run, "kserve-pvc-download")
     try:
         cancellation.wait(is_over)
     except BaseException:  # A KeyboardInterrupt too, and the SystemExit of a signal handler.

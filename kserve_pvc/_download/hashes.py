@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, SupportsChecksums
+from kserve_pvc._threads import start_thread
 from kserve_pvc._volume.buffers import make_buffer
-from kserve_pvc.errors import DigestMismatchError
+from kserve_pvc.errors import DigestMismatchError, VolumeError
 
 _BUFFER_BYTES = 512 * 1024
 
@@ -231,9 +232,12 @@ class Chasers:
             # One for each processor: more would only take turns.
             if self._running < (os.cpu_count() or 1):
                 name = f"kserve-pvc-hash-{len(self._threads)}"
-                thread = threading.Thread(target=self._run, name=name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
+                try:
+                    self._threads.append(start_thread(self._run, name))
+                except VolumeError:
+                    if not self._running:
+                        raise
+                    return  # Those that run hash it too.
                 self._running += 1
 
     def join(self) -> None:

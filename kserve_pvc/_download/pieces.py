@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import PurePosixPath
 from types import TracebackType
 
 from kserve_pvc._download.streams import StreamLimit
@@ -97,6 +98,8 @@ class PatientReader:
         self._evidence: Callable[[RemoteFile], str | None] = (
             backend.evidence if isinstance(backend, SupportsEvidence) else lambda file: file.digest
         )
+        # Files whose source sends them whole only.
+        self.whole: set[PurePosixPath] = set()
         self._busy_until = 0.0
         self.received = 0
         self.waited = 0.0
@@ -144,7 +147,7 @@ class PatientReader:
     ) -> Iterator[memoryview]:
         """Yield what one response brings, as long as it is more than a trickle."""
         start, stop = span
-        began = start
+        began, skipped = start, 0
         while start < stop:
             self._check()
             before, worked = time.monotonic(), getattr(reader, "worked", 0.0)
@@ -159,8 +162,12 @@ class PatientReader:
                 start += count
                 self.received += count
                 yield buffer[:count]
+            if getattr(reader, "is_whole", False):
+                self.whole.add(file.entry.path)
             if now - since > self._tuning.stall_seconds:
-                if start - began < self._tuning.trickle_bytes and start < stop:
+                # Bytes that come before the range are a sign of life.
+                skipped, before_range = getattr(reader, "skipped", 0), skipped
+                if start - began + skipped - before_range < self._tuning.trickle_bytes and start < stop:
                     self._limit.congested(now, 0.0)
                     reason = f"only {start - began} bytes of `{file.entry.path}` came in {now - since:.3g} s"
                     raise SourceUnavailableError(self._uri, reason)

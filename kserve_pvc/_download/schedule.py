@@ -138,6 +138,8 @@ class Schedule:
 
     def __init__(self, tuning: Tuning, offered: Container[PurePosixPath] = ()) -> None:
         self._offered = offered
+        # Files of which one worker at a time fetches what is at the front. May grow at any time.
+        self.sequential: Container[PurePosixPath] = ()
         self._part_bytes = tuning.part_bytes
         self._shortest = min(tuning.shortest_range_bytes, tuning.part_bytes)
         self._step = max(1, tuning.shortest_range_bytes // 8)
@@ -213,7 +215,8 @@ class Schedule:
             if self._batches * length < streams:
                 self._batches += 1
                 return Batch(deque([self._pop()]), length)
-        longest = max((p for p in self._open.values() if p.gaps), key=lambda p: p.gap_bytes, default=None)
+        gaps = (p for p in self._open.values() if p.gaps and p.file.entry.path not in self.sequential)
+        longest = max(gaps, key=lambda p: p.gap_bytes, default=None)
         return None if longest is None else self._take(longest, streams)
 
     def extend(self, batch: Batch, streams: int) -> RemoteFile | None:

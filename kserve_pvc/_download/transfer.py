@@ -30,7 +30,8 @@ from kserve_pvc._download.streams import StreamLimit
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Backend, RemoteFile
-from kserve_pvc.errors import DigestMismatchError, StoreError
+from kserve_pvc._threads import start_thread
+from kserve_pvc.errors import DigestMismatchError, StoreError, VolumeError
 
 
 class Transfer:
@@ -71,6 +72,7 @@ class Transfer:
             wait=self._failed.wait,
             retried=observer.retried,
         )
+        self._schedule.sequential = self.reader.whole
         self._promises = Promises(backend, tuning, request=self.reader.evidence, check=self._check)
         self._adoption = Adoption(donors, destination, observer, digest=tuning.digest, check=self._check)
         self._chasers = Chasers(self._catch_up, self._fail)
@@ -120,9 +122,12 @@ class Transfer:
             self._guard.notify_all()
         while (number := len(workers)) < wanted:
             name = f"kserve-pvc-transfer-{number}"
-            worker = threading.Thread(target=self._work, args=(number,), name=name, daemon=True)
-            worker.start()
-            workers.append(worker)
+            try:
+                workers.append(start_thread(self._work, name, number))
+            except VolumeError:
+                if not workers:
+                    raise
+                return  # Those that run do the work too, and it is tried again at the next look.
 
     def _fail(self, error: BaseException) -> None:
         with self._guard:

@@ -5,14 +5,14 @@ Replacing the archives of a download by their members.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import PurePosixPath
 
 import attrs
 
-from kserve_pvc._archive.members import Member
+from kserve_pvc._archive.members import PIECE_BYTES, Member
 from kserve_pvc._archive.unpack import unpack
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import RemoteFile
@@ -81,7 +81,7 @@ class Unpacking:
         size = 0
         fd = self.tree.create(member.path)
         try:
-            for piece in member.pieces:
+            for piece in member.pieces if member.copy_of is None else self._read(member.copy_of):
                 self.check()
                 if hashed is not None:
                     hashed.update(piece)
@@ -94,3 +94,9 @@ class Unpacking:
         self.tree.finish(fd, member.path, size >= _LARGE_BYTES)
         digest = None if hashed is None else hashed.hexdigest()
         return FileEntry(path=member.path, size_bytes=size, sha256=digest, evidence=member.evidence)
+
+    def _read(self, path: PurePosixPath) -> Iterator[bytes]:
+        """Read a member that was written before."""
+        with self.writer.open_file(self.place / path) as fd, open(fd, "rb", closefd=False) as stream:
+            while piece := stream.read(PIECE_BYTES):
+                yield piece

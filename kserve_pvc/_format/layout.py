@@ -19,6 +19,10 @@ TRASH = META / "trash"
 LEASES = META / "leases"
 MANIFESTS = META / "manifests"
 DOCTOR = META / "doctor"
+# Numbers of attempts to create the store, one empty directory each.
+CREATION = META / "creation"
+# Files that a removal deletes where the volume is full, since it has to write before it frees anything.
+RESERVE = META / "reserve"
 NAMES = PurePosixPath("names")
 
 _LOG_NAME = re.compile(r"([0-9]{12})\.(commit|restore|tombstone)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Literal, TypeVar
@@ -148,6 +148,17 @@ def read_lock(volume: Volume, key: str) -> LockInfo | None:
     )
 
 
+def read_locks(volume: Volume, keys: Iterable[str]) -> list[LockInfo]:
+    """
+    Describe the claims of several keys that are not released, but for keys that the volume cannot read.
+    """
+    found = []
+    for key in keys:
+        with suppress(VolumeError):
+            found.append(read_lock(volume, key))
+    return [lock for lock in found if lock is not None]
+
+
 def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: Holder) -> Claim | None:
     """
     Claim a number, or learn that another process has it.
@@ -204,6 +215,8 @@ def start_heartbeat(
         fd = writer.create(place / "beat")
     try:
         return Heartbeat(fd, lease_seconds=lease_seconds, progress=progress, superseded=superseded)
+    except StoreError:
+        raise
     except OSError as error:
         raise writer.failure("writing", place / "beat", error) from error
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode
-from kserve_pvc._format.layout import log_dir, manifest_file, parse_log_name, record_file
+from kserve_pvc._format.layout import generation_dir, log_dir, manifest_file, parse_log_name, record_file
 from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.reading import Volume
@@ -64,11 +64,24 @@ def read_log(volume: Volume, key: str) -> LogView:
     return view
 
 
+def read_model(volume: Volume, key: str) -> LogView:
+    """
+    As `read_log`. A record of a model whose directory is a link, or lies below one, is damage: nothing of ours is.
+    """
+    view = read_log(volume, key)
+    if view.present is None:
+        return view
+    place = generation_dir(key, view.present.generation)
+    if volume.is_directory(place):
+        return view
+    return LogView(seq=view.seq, damage=StoreFormatError(str(place), "it is a link or a file, or lies below one"))
+
+
 def read_log_of(volume: Volume, ref: ModelRef) -> LogView:
     """
     Read the newest record of a ref. A record that speaks of another model is damage, though it is whole.
     """
-    view = read_log(volume, ref.key)
+    view = read_model(volume, ref.key)
     entry = view.entry
     if entry is None or (entry.uri, entry.revision, entry.allow_patterns, entry.ignore_patterns) == (
         ref.uri,

@@ -125,7 +125,7 @@ def drive(procedure: Procedure[_T], perform: Callable[[Operation], object]) -> _
 
 
 def append(
-    after_seq: int, type: Literal["commit", "tombstone", "restore"], of: Newest | None = None
+    after_seq: int, type: Literal["commit", "tombstone", "restore"], of: Newest | None = None, *, above: int = 0
 ) -> Procedure[int | None]:
     """
     Append the next record, or learn that another process did.
@@ -134,11 +134,15 @@ def append(
     published, and the log is listed once more. A record that was published before is respected, a process that
     reserves later sees ours, and a process that was paused anywhere in between finds a newer record and has lost.
 
+    Args:
+        above: A number that is reserved, and everything up to it is passed over: whoever holds one of these loses by a
+            record above them.
+
     Returns:
         The number of the record, or None if the log moved on since `after_seq`. Then it may hold this record below a
         newer one.
     """
-    seq = after_seq + 1
+    seq = max(after_seq, above) + 1
     while not (yield Reserve(seq)):
         moved_on = yield from _moves_on(after_seq, seq)
         if moved_on:
@@ -203,12 +207,13 @@ def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["rem
         that wrote the tombstone on the model alone decides about it.
     """
     before: Newest | None = newest if newest.is_present else None
+    highest: int = 0
     while True:
         # Until a tombstone has the highest number that is reserved, also where there is no commit: a download that
         # reserved a number above an earlier one, and was paused, would make a model of bytes about to be collected.
-        seq: int | None = yield from append(newest.seq, "tombstone", before)
+        seq: int | None = yield from append(newest.seq, "tombstone", before, above=highest)
         if seq is not None:
-            highest: int = yield ReadHighestSlot()
+            highest = yield ReadHighestSlot()
             if highest == seq:
                 break
         generations = yield ListGenerations()

@@ -7,8 +7,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
+from pathlib import PurePosixPath
 
 import attrs
 
@@ -20,8 +22,9 @@ from kserve_pvc._keys.log_writer import LogWriter, generations
 from kserve_pvc._keys.procedures import AwaitReaders, AwaitVisibility, Operation, Publish, drive, remove
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.mount import mount_of
+from kserve_pvc._volume.reserve import fill_reserve, release_reserve
 from kserve_pvc._volume.writing import VolumeWriter
-from kserve_pvc.errors import ModelInUseError
+from kserve_pvc.errors import InsufficientSpaceError, ModelInUseError, StoreError
 
 
 @attrs.frozen
@@ -44,11 +47,27 @@ class Removal:
 
         Raises:
             ModelInUseError: A process downloads it, or reads it; a tombstone was undone.
+            InsufficientSpaceError: The volume is full, and there is neither trash nor a reserve to give up.
         """
         try:
-            return self._run()
+            return self._run_in_little_room()
         finally:
             self.writer.empty_trash(trash_seconds)
+            fill_reserve(self.writer)
+
+    def _run_in_little_room(self) -> bool:
+        # A tombstone takes room before anything is freed. A second attempt goes on where the first one stopped.
+        with suppress(InsufficientSpaceError):
+            return self._run()
+        self.writer.empty_trash(0)
+        with suppress(InsufficientSpaceError):
+            return self._run()
+        release_reserve(self.writer)
+        try:
+            return self._run()
+        except InsufficientSpaceError as error:
+            hint = "a removal has to note it on the volume; enlarge it, or delete a file that is not of the store"
+            raise attrs.evolve(error, hint=hint) from error
 
     def _run(self) -> bool:
         # Generations first, the log after: what is collected was begun on a record older than the tombstone, and loses.
@@ -61,9 +80,7 @@ class Removal:
         if downloader is not None:
             raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
         staging = layout.staging_dir(f"remove-{secrets.token_hex(16)}")
-        log = LogWriter(
-            self.writer, self.ref.key, partial(self._record, found), private=staging / "record", collect=self._collect
-        )
+        log = self._log_writer(staging, _named(found, view))
         readers: list[str] = []
 
         def perform(operation: Operation) -> object:
@@ -81,15 +98,20 @@ class Removal:
             if drive(remove(view, found), perform) == "read":
                 raise ModelInUseError(str(self.ref), tuple(readers))
         finally:
-            self.writer.throw_away(staging)
+            with suppress(StoreError):
+                self.writer.throw_away(staging)
         return True
 
-    def _record(self, found: Sequence[str], request: Publish) -> LogEntry:
+    def _log_writer(self, staging: PurePosixPath, generation: str) -> LogWriter:
+        make = partial(self._record, generation)
+        return LogWriter(self.writer, self.ref.key, make, private=staging / "record", collect=self._collect)
+
+    def _record(self, generation: str, request: Publish) -> LogEntry:
         before = request.of.entry if isinstance(request.of, LogView) else None
-        entry = self._nothing(found) if before is None else before
+        entry = self._nothing(generation) if before is None else before
         return attrs.evolve(entry, type=request.type, seq=request.seq, created_at=now(), writer=self.holder)
 
-    def _nothing(self, found: Sequence[str]) -> LogEntry:
+    def _nothing(self, generation: str) -> LogEntry:
         return LogEntry(
             type="tombstone",
             seq=1,
@@ -98,7 +120,7 @@ class Removal:
             revision=self.ref.revision,
             allow_patterns=self.ref.allow_patterns,
             ignore_patterns=self.ref.ignore_patterns,
-            generation=found[-1],
+            generation=generation,
             version="unfinished",
             files=0,
             size_bytes=0,
@@ -114,3 +136,8 @@ class Removal:
             self.writer.throw_away(place)
         # Last, since what is left of a removal is found by it.
         self.writer.discard(layout.generation_dir(self.ref.key, generation))
+
+
+def _named(found: Sequence[str], view: LogView) -> str:
+    """The generation that a tombstone speaks of. The directory of a model that is present may be gone."""
+    return found[-1] if found or view.entry is None else view.entry.generation

@@ -22,7 +22,7 @@ from kserve_pvc._show.events import (
     WaitingForDownload,
 )
 from kserve_pvc._show.log import EventLog
-from kserve_pvc.errors import StoreError
+from kserve_pvc.errors import StoreError, VolumeError
 
 
 @contextmanager
@@ -104,7 +104,11 @@ class Delivery:
         self._pending: list[Event] = []
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="kserve-pvc-events", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            reason = "no thread can be started: the container is at its limit of threads"
+            raise VolumeError("events", "starting a thread", reason, "raise its limit of PIDs") from error
 
     def put(self, event: Event) -> None:
         """

@@ -18,6 +18,8 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import PolicyError, SourceNotFoundError
 
 MAX_FILES = 250_000
+# Why nothing is found where something is listed.
+EXCLUDED = "it has no files, or the patterns exclude them all"
 
 
 @attrs.frozen(kw_only=True)
@@ -120,9 +122,18 @@ class Listing:
         # As paths are ordered, part by part, which comparing paths takes five times as long for.
         chosen = sorted(self._chosen, key=lambda f: str(f.entry.path).replace("/", "\0"))
         if not chosen:
-            raise SourceNotFoundError(str(self._ref), "it has no files, or the patterns exclude them all")
+            raise SourceNotFoundError(str(self._ref), EXCLUDED + _say_slashes(self._ref))
         check_collisions(f.entry.path for f in chosen)
         return Resolved(ref=self._ref, version=version or _version(chosen), files=tuple(chosen))
+
+
+def _say_slashes(ref: ModelRef) -> str:
+    """A slash too many is a part of the name in an object store, and no directory there is called so."""
+    name = ref.location.partition("/")[2]
+    if ref.service == "file" or "//" not in f"/{name.rstrip('/')}":
+        return ""
+    where = "begins with a slash" if name.startswith("/") else "holds two slashes in a row"
+    return f"; its path `{name}` {where}, which is part of the name there: if it should not be, leave the slash out"
 
 
 def _version(files: Iterable[RemoteFile]) -> str:

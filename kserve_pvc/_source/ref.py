@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
+from urllib.parse import unquote
 
 import attrs
 
@@ -29,10 +30,27 @@ _USER_INFORMATION = re.compile(r"([^/:]*@)|([^/:]*:(?![0-9]+/).*@)", re.DOTALL)
 # `hf://organization/name@revision`: behind a slash, and with no colon before it, an `@` ends no user information.
 _AT_IN_PATH = re.compile(r"[^/:@]+/[^:]*@[^@]*", re.DOTALL)
 
+# Where a pattern stops being a plain name.
+_WILD = re.compile(r"[*?\[]")
 # What may follow a `#`: a digest is public, and part of the request.
-_DIGEST_FRAGMENT = re.compile(r"sha256=[0-9a-f]{64}")
+_DIGEST_FRAGMENT = re.compile(r"query=[0-9a-f]{16}(?:&sha256=[0-9a-f]{64})?|sha256=[0-9a-f]{64}")
+# Parameters that sign a link, or let its bearer in, and do not select what is read. A link that is signed anew names
+# the same model.
+_SIGNING = re.compile(
+    r"x-(?:amz|goog|oss|obs|tos|ms)-.*|q-(?:sign|ak|key|header|url|signature).*|(?:aws|oss)?access_?key_?id|googleaccessid"
+    r"|signature|sig|expires?|exp|policy|key-pair-id|hash-algorithm|security-token|token|access_token|auth|authorization"
+    r"|api_?key|response-(?:content|cache|expires).*|hmac|hdnts|__token__",
+    re.IGNORECASE,
+)
+# Those of a shared access signature of Azure, which are too short to mean anything without one.
+_AZURE_SIGNING = re.compile(r"s[a-z]{1,5}|rs[a-z]{2}")
+_MAX_QUERY_BYTES = 16 * 1024
 # The hosts of Azure accounts, as KServe knows them, whose addresses may bring a shared access signature as their query.
 _AZURE_HOST = re.compile(r"[a-z0-9]+\.(?:blob\.core\.windows\.net|z[0-9]{1,2}\.blob\.storage\.azure\.net)")
+# `s3://arn:aws:s3:region:account:accesspoint/name/key`, also with a colon before the name.
+_ACCESS_POINT = re.compile(
+    r"arn:aws[a-z-]*:s3[a-z-]*:[a-z0-9-]*:[0-9]{12}:(?:accesspoint|outpost)(?::[A-Za-z0-9.-]+)*", re.ASCII
+)
 # `abfss://container@account.dfs.core.windows.net`: the one scheme whose `@` does not end user information.
 _AZURE_AUTHORITY = re.compile(r"[a-z0-9$-]{3,63}@[a-z0-9]+\.(?:dfs|blob)\.core\.windows\.net")
 
@@ -44,8 +62,8 @@ class ModelRef:
     """
     One model as it is requested; equal refs share one key and one copy in a store.
 
-    `query` is what followed the address of an Azure blob: a signature, which is neither shown nor stored, and which
-    makes no other model.
+    `query` is what followed the address of an Azure blob or a web page: it may hold a signature, so it is neither shown
+    nor stored. What signs a link makes no other model. Other parameters do: `uri` then ends in `#query=` and a digest.
     """
 
     uri: str
@@ -53,6 +71,14 @@ class ModelRef:
     allow_patterns: tuple[str, ...] | None = None
     ignore_patterns: tuple[str, ...] = ()
     query: str | None = attrs.field(default=None, repr=False, eq=False)
+
+    @property
+    def signed_uri(self) -> str:
+        """
+        The URI with its query, which is a secret.
+        """
+        address, mark, fragment = self.uri.partition("#")
+        return self.uri if self.query is None else f"{address}?{self.query}{mark}{fragment}"
 
     @property
     def scheme(self) -> str:
@@ -88,17 +114,43 @@ class ModelRef:
             identity = json.dumps([self.uri, self.revision, self.allow_patterns, self.ignore_patterns])
         return f"{_slug(self.location)}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
-    def selects(self, path: PurePosixPath) -> bool:
+    def selects(self, path: PurePosixPath | str) -> bool:
         """
         Whether the patterns let this file through: allowed first, then not ignored, as Hugging Face does it.
+
+        A string is a name as the source spells it. Backends call this before they make a `FileEntry`, which refuses
+        unsafe names: a file that the patterns leave out may have any name. Empty parts of a name are not compared.
         """
-        name = str(path)
-        if self.allow_patterns is not None and not any(fnmatchcase(name, p) for p in self.allow_patterns):
+        if self.allow_patterns is None and not self.ignore_patterns:
+            return True
+        name = join_parts(str(path))
+        if self.allow_patterns is not None and not any(fnmatchcase(name, join_parts(p)) for p in self.allow_patterns):
             return False
-        return not any(fnmatchcase(name, p) for p in self.ignore_patterns)
+        return not any(fnmatchcase(name, join_parts(p)) for p in self.ignore_patterns)
+
+    def may_select_below(self, directory: str) -> bool:
+        """
+        Whether the patterns may let a file of this directory through, if it has one.
+
+        A directory that cannot be listed is left out only where this is False.
+        """
+        below = directory.rstrip("/") + "/"
+        if any(fnmatchcase(below, p) for p in self.ignore_patterns if p.endswith("*")):
+            return False
+        starts = None if self.allow_patterns is None else [_WILD.split(p, maxsplit=1) for p in self.allow_patterns]
+        return starts is None or any(
+            start.startswith(below) or (bool(wild) and below.startswith(start)) for start, *wild in starts
+        )
 
     def __str__(self) -> str:
         return self.uri if self.revision is None else f"{self.uri} at {self.revision}"
+
+
+def join_parts(name: str) -> str:
+    """
+    Leave the empty parts out of a name, as every file system does: `a//b` is `a/b`.
+    """
+    return re.sub("/{2,}", "/", name) if "//" in name else name
 
 
 # What names a model: a URI or an absolute path, or a ref that was made before.
@@ -146,8 +198,7 @@ def _check_ref(ref: ModelRef, selection: Mapping[str, Patterns]) -> ModelRef:
     for name, value in selection.items():
         if value is not None:
             raise SettingsError(name, str(value), "omit it, since a `ModelRef` has its own; see `attrs.evolve`")
-    signed = ref.uri if ref.query is None else f"{ref.uri}?{ref.query}"
-    return _parse(signed, ref.revision, ref.allow_patterns, ref.ignore_patterns)
+    return _parse(ref.signed_uri, ref.revision, ref.allow_patterns, ref.ignore_patterns)
 
 
 def _spelling(uri: object) -> object:
@@ -187,7 +238,9 @@ def _parse(uri: object, revision: str | None, allow_patterns: Patterns, ignore_p
 
 
 def _take_signature(scheme: str, location: str) -> tuple[str, str | None]:
-    """Take the shared access signature off the address of an Azure blob; another query stays, and is refused."""
+    """Take the query off an address that may be signed; any other query stays, and is refused."""
+    if scheme in ("http", "https") and not _AZURE_HOST.fullmatch(location.partition("/")[0]):
+        return _take_query(location)
     address, _, query = location.partition("?")
     is_signed = (
         scheme == "https"
@@ -201,6 +254,29 @@ def _take_signature(scheme: str, location: str) -> tuple[str, str | None]:
     )
 
 
+def _take_query(location: str) -> tuple[str, str | None]:
+    before, _, rest = location.partition("?")
+    query, _, fragment = rest.partition("#")
+    is_query = query.isascii() and query.isprintable() and not {" ", "@"} & set(query)
+    if not query or not is_query or len(query) > _MAX_QUERY_BYTES or "/" not in before or "#" in before:
+        return location, None
+    selecting = _selecting(query)
+    parts = [f"query={hashlib.sha256(selecting.encode()).hexdigest()[:16]}"] if selecting else []
+    parts += [part for part in fragment.split("&") if part and not part.startswith("query=")]
+    return before + ("#" + "&".join(parts) if parts else ""), query
+
+
+def _selecting(query: str) -> str:
+    """The parameters of a query that may select what is read, in their order."""
+    pairs = [(unquote(pair.partition("=")[0]), pair) for pair in query.split("&") if pair]
+    is_azure = any(name == "sig" for name, _ in pairs)
+    return "&".join(
+        pair
+        for name, pair in pairs
+        if not _SIGNING.fullmatch(name) and not (is_azure and _AZURE_SIGNING.fullmatch(name))
+    )
+
+
 def _check_location(scheme: str, location: str) -> None:
     def shown() -> str:
         return f"{scheme}://{_without_secrets(location)}"
@@ -209,6 +285,9 @@ def _check_location(scheme: str, location: str) -> None:
     if scheme in ("abfs", "abfss") and _AZURE_AUTHORITY.fullmatch(authority):
         authority = authority.partition("@")[2]
     has_digest = scheme in ("http", "https") and _DIGEST_FRAGMENT.fullmatch(location.partition("#")[2])
+    if scheme == "s3" and _ACCESS_POINT.fullmatch(authority):
+        authority = ""
+        path = path.replace("@", "")
     # What follows a colon is a port or a password; a password may hold a slash and hide its `@` behind it.
     if "@" in authority or (not authority and "@" in path) or not _HOST_AND_PORT.fullmatch(authority):
         raise PolicyError(

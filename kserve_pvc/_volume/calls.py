@@ -25,6 +25,7 @@ _NO_REPLACE = 1  # RENAME_NOREPLACE
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a file is as long as what was written to it.
 _COPY_BYTES = 1 << 30
 _PIECE_BYTES = 1024 * 1024
+_DELETED_LEVELS = 32
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -157,23 +158,66 @@ def sync_below(fd: int) -> None:
 def delete_tree(parent: int, name: str) -> None:
     """
     Delete a file, or a directory with all that is in it, below an open directory, following no link.
+
+    However many levels there are, few descriptors are open: what lies deep is moved up first. What cannot be deleted
+    stays, and the first error is raised once the rest is gone.
     """
-    try:
-        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=parent)
-    except NotADirectoryError:
-        os.unlink(name, dir_fd=parent)
-        return
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        os.unlink(name, dir_fd=parent)
+    failures: list[OSError] = []
+    fd = _open_or_unlink(parent, name)
+    if fd is None:
         return
     try:
-        for child in os.listdir(fd):
-            with suppress(FileNotFoundError):
-                delete_tree(fd, child)
+        while _delete_children(fd, fd, _DELETED_LEVELS, failures):
+            pass  # What was moved up is in this directory now.
     finally:
         os.close(fd)
+    _remove_directory(parent, name)
+    if failures:
+        raise failures[0]
+
+
+def _delete_children(fd: int, top: int, levels: int, failures: list[OSError]) -> int:
+    """Delete what is in an open directory, and return how many deep directories were moved into `top`."""
+    moved = 0
+    for name in os.listdir(fd):
+        try:
+            child = _open_or_unlink(fd, name)
+            if child is None:
+                continue
+            try:
+                moved += _delete_children(child, top, levels - 1, failures) if levels else _move_up(child, top)
+            finally:
+                os.close(child)
+            _remove_directory(fd, name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            failures.append(error)
+    return moved
+
+
+def _move_up(fd: int, top: int) -> int:
+    names = os.listdir(fd)
+    for name in names:
+        os.rename(name, f"{os.urandom(16).hex()}", src_dir_fd=fd, dst_dir_fd=top)
+    return len(names)
+
+
+def _open_or_unlink(parent: int, name: str) -> int | None:
+    """Open a directory, or delete what is none."""
+    try:
+        return os.open(name, DIRECTORY_FLAGS, dir_fd=parent)
+    except PermissionError:
+        os.rmdir(name, dir_fd=parent)  # Another user's, and empty.
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+    os.unlink(name, dir_fd=parent)
+    return None
+
+
+def _remove_directory(parent: int, name: str) -> None:
     try:
         os.rmdir(name, dir_fd=parent)
     except OSError as error:

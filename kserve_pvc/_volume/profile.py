@@ -12,7 +12,6 @@ import errno
 import os
 import re
 import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -23,6 +22,7 @@ import attrs
 
 from kserve_pvc._format import layout
 from kserve_pvc._format.file_names import MAX_PART_BYTES
+from kserve_pvc._threads import start_thread
 from kserve_pvc._volume.calls import dated_name, write_all
 from kserve_pvc._volume.mount import Mount, mount_of
 from kserve_pvc._volume.reading import Volume
@@ -282,8 +282,8 @@ def _try_file(scratch: Scratch) -> dict[str, Any]:
         found = {
             "writes_at_offset": _can(lambda: _write_backwards(fd)),
             "syncs_files": _can(lambda: os.fsync(fd)),
-            "flock": try_lock(lambda: _flock(fd)),
-            "range_lock": try_lock(lambda: lock_range(fd)),
+            "flock": try_lock(fd, _flock),
+            "range_lock": try_lock(fd, lock_range),
         }
     finally:
         os.close(fd)
@@ -367,24 +367,33 @@ def _is_there(scratch: Scratch, name: str) -> bool:
     return True
 
 
-def try_lock(lock: Callable[[], None], patience: float = _PATIENCE) -> LockAnswer:
+def try_lock(fd: int, lock: Callable[[int], None], patience: float = _PATIENCE) -> LockAnswer:
     """
     Request a lock without waiting for the volume: on some, even a lock that does not wait hangs while a server
     recovers.
+
+    An attempt that hangs is left behind with a descriptor of its own: the number of the caller's may by then be that of
+    another file.
     """
     answers: list[LockAnswer] = []
+    own = os.dup(fd)
 
     def ask() -> None:
         try:
-            lock()
+            lock(own)
         except OSError as error:
             is_held = error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
             answers.append("refused" if is_held else "unsupported")
         else:
             answers.append("granted")
+        finally:
+            os.close(own)
 
-    thread = threading.Thread(target=ask, name="kserve-pvc-lock-probe", daemon=True)
-    thread.start()
+    try:
+        thread = start_thread(ask, "kserve-pvc-lock-probe")
+    except VolumeError:
+        os.close(own)
+        raise
     thread.join(patience)
     return answers[0] if answers else "hangs"
 

@@ -16,7 +16,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from kserve_pvc._volume.beneath import PATH_FLAGS, open_each, walk_beneath
 from kserve_pvc._volume.calls import DIRECTORY_FLAGS, NO_SPACE, retry_stale
+from kserve_pvc._volume.root import KeptRoot
 from kserve_pvc.errors import (
     InsufficientSpaceError,
     ReadOnlyStoreError,
@@ -42,6 +44,8 @@ def _joined(root: Path, place: PurePosixPath) -> Path:
 class Volume:
     """
     The reading half of a store's volume.
+
+    The root is kept open, and all that lies below is opened from there, following no link in any component.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -55,8 +59,27 @@ class Volume:
             ) from error
         if not self.root.is_dir():
             raise StoreRootError(str(self.root), "it is not a directory")
+        self._kept = KeptRoot(self.root)
 
-        self._prefix = f"{self.root}/"
+    @property
+    def settings(self) -> bytes | None:
+        """
+        The content of `store.json`, once the store was opened. From then on what replaces it is noticed.
+        """
+        return self._kept.settings
+
+    @settings.setter
+    def settings(self, data: bytes | None) -> None:
+        self._kept.settings = data
+
+    def check(self) -> None:
+        """
+        See that the directory which was opened is still the one at its path.
+
+        Raises:
+            StoreRootError: Another volume is there, or none.
+        """
+        self._kept.check()
 
     def absolute(self, place: PurePosixPath) -> Path:
         return _joined(self.root, place)
@@ -73,7 +96,9 @@ class Volume:
         """
         for _ in range(2):
             try:
-                fd = os.open(f"{self._prefix}{place}", READ_FLAGS)
+                fd = self._kept.open(place, READ_FLAGS)
+            except StoreRootError:
+                raise
             except OSError as error:
                 if error.errno == errno.ESTALE:
                     continue
@@ -123,18 +148,27 @@ class Volume:
         List a directory, sorted; empty if it is not there. Listing is fresh on every volume measured, `stat` is not.
         """
         try:
-            return sorted(os.listdir(f"{self._prefix}{place}"))
+            fd = self._kept.open(place, DIRECTORY_FLAGS)
+            try:
+                return sorted(os.listdir(fd))
+            finally:
+                os.close(fd)
+        except StoreRootError:
+            raise
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP):
                 return self._names_below(place)
             raise self.failure("listing", place, error) from error
 
     def _names_below(self, place: PurePosixPath) -> list[str]:
-        # NFS remembers for half a minute that a name was not there. Opening the directories above makes it look again.
+        # What is below a link is not there. And NFS remembers for half a minute that a name was not there. Opening the
+        # directories above makes it look again.
         try:
             return retry_stale(lambda: self._listed(place), {errno.ESTALE})
         except (FileNotFoundError, UnsafePathError):
             return []
+        except StoreRootError:
+            raise
         except OSError as error:
             raise self.failure("listing", place, error) from error
 
@@ -154,8 +188,8 @@ class Volume:
 
     def tree(self, place: PurePosixPath) -> Iterator[FoundFile]:
         """
-        Walk a directory without following links. Directories themselves are not reported; nothing is there if it is
-        not.
+        Walk a directory without following links. Directories themselves are not reported, but for those that lie deeper
+        than any file of a model can; nothing is there if it is not.
 
         Raises:
             UnsafePathError: The directory itself is a link.
@@ -163,29 +197,21 @@ class Volume:
         try:
             fd = self.open_directory(place)
             try:
-                yield from self._walk(fd, PurePosixPath())
+                yield from self._walk(fd)
             finally:
                 os.close(fd)
         except FileNotFoundError:
             return
+        except StoreRootError:
+            raise
         except OSError as error:
             raise self.failure("reading", place, error) from error
 
-    def _walk(self, fd: int, inside: PurePosixPath) -> Iterator[FoundFile]:
+    def _walk(self, top: int) -> Iterator[FoundFile]:
         from kserve_pvc._format.records import FoundFile
 
-        with os.scandir(fd) as entries:
-            names = sorted(entry.name for entry in entries)
-        for name in names:
-            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if stat.S_ISDIR(found.st_mode):
-                child = os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
-                try:
-                    yield from self._walk(child, inside / name)
-                finally:
-                    os.close(child)
-            else:
-                yield FoundFile(path=inside / name, size_bytes=found.st_size, is_regular=stat.S_ISREG(found.st_mode))
+        for inside, found in walk_beneath(top):
+            yield FoundFile(path=inside, size_bytes=found.st_size, is_regular=stat.S_ISREG(found.st_mode))
 
     @contextmanager
     def open_file(self, place: PurePosixPath) -> Iterator[int]:
@@ -196,8 +222,8 @@ class Volume:
             FileNotFoundError: It is not there.
             UnsafePathError: It, or a directory above it, is a link or not a regular file.
         """
-        with self.open_parent(place) as parent:
-            fd = self._open_at(parent, place, READ_FLAGS)
+        with translating_links(place):
+            fd = self._kept.open(place, READ_FLAGS)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise UnsafePathError(str(place), "it is not a regular file")
@@ -214,32 +240,35 @@ class Volume:
             os.close(fd)
 
     def open_directory(self, place: PurePosixPath) -> int:
-        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        for part in place.parts:
+        with translating_links(place):
             try:
-                child = self._open_at(fd, PurePosixPath(part), DIRECTORY_FLAGS)
-            finally:
-                os.close(fd)
-            fd = child
-        return fd
+                return self._kept.open(place, DIRECTORY_FLAGS)
+            except FileNotFoundError:
+                # A network volume may remember that there was nothing, and looks again when it is entered step by step.
+                fd = self._kept.open(PurePosixPath(), DIRECTORY_FLAGS)
+                try:
+                    return open_each(fd, str(place), DIRECTORY_FLAGS)
+                finally:
+                    os.close(fd)
 
-    def _open_at(self, parent: int, place: PurePosixPath, flags: int, mode: int = 0o666) -> int:
+    def is_directory(self, place: PurePosixPath) -> bool:
+        """
+        Return False if a link or a file stands there or on the way; True if a directory is there, or nothing.
+        """
         try:
-            return os.open(place.name, flags, mode, dir_fd=parent)
+            os.close(self._kept.open(place, PATH_FLAGS))
         except OSError as error:
-            # O_NOFOLLOW fails with ELOOP for a link, or with ENOTDIR if a directory was requested.
-            if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise UnsafePathError(
-                    str(place), "a link or file stands where a directory or file of the store belongs"
-                ) from error
-            raise
+            return error.errno not in (errno.ELOOP, errno.ENOTDIR)
+        return True
 
     def failure(self, operation: str, place: PurePosixPath, error: OSError) -> Exception:
         """
         Translate an error of the volume for the caller.
         """
         if error.errno in NO_SPACE:
-            return InsufficientSpaceError(str(self.root), 0, self.free_bytes())
+            return InsufficientSpaceError(
+                str(self.root), 0, self._free_bytes_now(), is_quota=error.errno == errno.EDQUOT
+            )
         is_read = operation in ("reading", "listing")
         if error.errno == errno.EROFS:
             hint = "its volume is mounted read-only; mount it read-write for the process that downloads"
@@ -252,9 +281,43 @@ class Volume:
             reason = f"{self._who_may('read')}; set `fsGroup`, or give the group read permission"
         return VolumeError(str(self.root / place), operation, reason)
 
+    def _free_bytes_now(self) -> int:
+        # The root may be gone, or refuse to be looked at, by the time an error is told.
+        try:
+            return self.free_bytes()
+        except OSError:
+            return 0
+
     def _who_may(self, act: str) -> str:
-        found = os.stat(self.root)
+        try:
+            found = os.stat(self.root)
+        except OSError as error:
+            return f"uid {os.geteuid()} gid {os.getegid()} may not {act} it, nor look at the root ({error.strerror})"
         return (
             f"uid {os.geteuid()} gid {os.getegid()} may not {act} it, below a root of uid {found.st_uid} "
             f"gid {found.st_gid} mode {stat.S_IMODE(found.st_mode):04o}"
         )
+
+
+@contextmanager
+def translating_links(place: PurePosixPath) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # O_NOFOLLOW fails with ELOOP for a link, or with ENOTDIR if a directory was requested.
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise UnsafePathError(
+                str(place), "a link or file stands where a directory or file of the store belongs"
+            ) from error
+        raise
+
+
+def open_part(parent: int, place: PurePosixPath, flags: int, mode: int = 0) -> int:
+    """
+    Open the last component of a path in an open directory.
+
+    Raises:
+        UnsafePathError: A link stands there, or a file instead of a directory.
+    """
+    with translating_links(place):
+        return os.open(place.name, flags, mode, dir_fd=parent)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 
 from kserve_pvc._volume.calls import CREATE_FLAGS, NO_SPACE, UNSUPPORTED, allocate, call_libc, has_libc
+from kserve_pvc._volume.making import widen_new_file
 from kserve_pvc._volume.mount import mount_of
 from kserve_pvc._volume.reading import READ_FLAGS
 from kserve_pvc._volume.writing import VolumeWriter
@@ -41,7 +42,7 @@ class Tree:
         self._guard = threading.Lock()
         self._directories: dict[PurePosixPath, int] = {}
         # Opened before the first write, so that an error of any write since is reported by `syncfs` on it.
-        self._root = os.open(writer.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._root = writer.open_directory(PurePosixPath())
         kind = mount_of(writer.root).type
         self._syncs_at_once = kind in _LOCAL_TYPES
         # Memory has no pieces to lay out, and reserving it costs as much as writing it.
@@ -65,7 +66,7 @@ class Tree:
         """
         Reserve room for a large file, and let others of the store's group take over what is there if this process dies.
         """
-        self._writer.set_open_mode(fd, self._writer.file_mode)
+        widen_new_file(fd, self._writer.file_mode)
         if self._allocates:
             allocate(fd, size_bytes)
 

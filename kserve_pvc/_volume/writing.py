@@ -12,6 +12,7 @@ descriptor whose `fsync` failed is never synced again.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from pathlib import PurePosixPath
 
 from kserve_pvc._format.layout import DOCTOR, LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
 from kserve_pvc._volume.calls import (
-    CREATE_FLAGS,
     DIRECTORY_FLAGS,
     UNSUPPORTED,
     dated_name,
@@ -31,8 +31,12 @@ from kserve_pvc._volume.calls import (
     sync_directory,
     write_all,
 )
-from kserve_pvc._volume.reading import Volume
-from kserve_pvc.errors import InsufficientSpaceError, ReadOnlyStoreError, StoreFormatError, UnsafePathError, VolumeError
+from kserve_pvc._volume.making import create_file_at, enter_or_make, make_directory_at, open_lock_file
+from kserve_pvc._volume.reading import Volume, translating_links
+from kserve_pvc.errors import StoreError, UnsafePathError, VolumeError
+
+# What `dated_name` makes.
+_TRASH_NAME = re.compile(r"([0-9]{12,15})-")
 
 
 class VolumeWriter(Volume):
@@ -43,7 +47,7 @@ class VolumeWriter(Volume):
     def __init__(self, root: str | os.PathLike[str]) -> None:
         super().__init__(root)
         # The permission bits of the root are those of the store, whatever the umask.
-        bits = stat.S_IMODE(os.stat(self.root).st_mode) & 0o777
+        bits = stat.S_IMODE(self._kept.stat().st_mode) & 0o777
         self._directory_mode = bits | 0o700
         self.file_mode = (bits & 0o666) | 0o600
 
@@ -51,7 +55,7 @@ class VolumeWriter(Volume):
     def translated(self, operation: str, place: PurePosixPath) -> Iterator[None]:
         try:
             yield
-        except (ReadOnlyStoreError, InsufficientSpaceError, VolumeError, UnsafePathError, StoreFormatError):
+        except StoreError:
             raise
         except OSError as error:
             raise self.failure(operation, place, error) from error
@@ -66,33 +70,27 @@ class VolumeWriter(Volume):
     def ensure_directory(self, place: PurePosixPath) -> int:
         return retry_stale(lambda: self._make_way(place))
 
+    def check(self) -> None:
+        """
+        See that what is about to be written lands in the store that was opened.
+
+        Raises:
+            StoreRootError: Its volume was unmounted or replaced, or its `store.json` is gone or another.
+        """
+        self._kept.check_store()
+
     def _make_way(self, place: PurePosixPath) -> int:
-        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.check()
+        with suppress(FileNotFoundError, PermissionError), translating_links(place):
+            return self._kept.open(place, DIRECTORY_FLAGS)
+        fd = self._kept.open(PurePosixPath(), DIRECTORY_FLAGS)
         for part in place.parts:
             try:
-                child = self._enter_or_make(fd, PurePosixPath(part))
+                child = enter_or_make(fd, PurePosixPath(part), self._directory_mode)
             finally:
                 os.close(fd)
             fd = child
         return fd
-
-    def _enter_or_make(self, parent: int, part: PurePosixPath) -> int:
-        with suppress(FileNotFoundError):
-            return self._open_at(parent, part, DIRECTORY_FLAGS)
-        with suppress(FileExistsError):
-            os.mkdir(part.name, self._directory_mode, dir_fd=parent)
-            self._set_mode(parent, part.name, self._directory_mode)
-            sync_directory(parent)
-        return self._open_at(parent, part, DIRECTORY_FLAGS)
-
-    def _set_mode(self, parent: int, name: str, mode: int) -> None:
-        # Only of what was just made here, and only against a narrow umask; object and SMB mounts refuse.
-        with suppress(OSError):
-            found = stat.S_IMODE(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
-            if found & 0o777 != mode:
-                os.chmod(
-                    name, found & 0o7000 | mode, dir_fd=parent
-                )  # The set-gid bit of an `fsGroup` volume is inherited.
 
     def reserve(self, place: PurePosixPath) -> bool:
         """
@@ -107,9 +105,7 @@ class VolumeWriter(Volume):
     def _reserve(self, place: PurePosixPath) -> bool:
         fd = self._make_way(place.parent)
         try:
-            os.mkdir(place.name, self._directory_mode, dir_fd=fd)
-            self._set_mode(fd, place.name, self._directory_mode)
-            sync_directory(fd)
+            make_directory_at(fd, place, self._directory_mode)
         except FileExistsError:
             return False
         finally:
@@ -176,11 +172,8 @@ class VolumeWriter(Volume):
                 os.close(fd)
 
     def _write_new(self, parent: int, place: PurePosixPath, data: bytes) -> None:
-        fd = self._open_at(
-            parent, place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, self.file_mode
-        )
+        fd = create_file_at(parent, place, self.file_mode)
         try:
-            self.set_open_mode(fd, self.file_mode)
             write_all(fd, data, 0)
             os.fsync(fd)
         finally:
@@ -193,11 +186,9 @@ class VolumeWriter(Volume):
         with self.translated("creating", place):
             fd = self.ensure_directory(place.parent)
             try:
-                made = self._open_at(fd, place, CREATE_FLAGS, self.file_mode)
+                return create_file_at(fd, place, self.file_mode)
             finally:
                 os.close(fd)
-            self.set_open_mode(made, self.file_mode)
-            return made
 
     def open_shared(self, place: PurePosixPath) -> int:
         """
@@ -206,16 +197,9 @@ class VolumeWriter(Volume):
         with self.translated("opening", place):
             fd = self.ensure_directory(place.parent)
             try:
-                made = self._open_at(fd, place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self.file_mode)
+                return open_lock_file(fd, place, self.file_mode)
             finally:
                 os.close(fd)
-            self.set_open_mode(made, self.file_mode)
-            return made
-
-    def set_open_mode(self, fd: int, mode: int) -> None:
-        with suppress(OSError):
-            if stat.S_IMODE(os.fstat(fd).st_mode) & 0o777 != mode:
-                os.fchmod(fd, mode)
 
     def sync_tree(self, place: PurePosixPath) -> None:
         """
@@ -284,21 +268,26 @@ class VolumeWriter(Volume):
 
     def throw_away(self, place: PurePosixPath) -> None:
         """
-        Discard a tree that no process can be reading, and delete it at once.
+        Discard a tree that no process can be reading, and delete it at once. What cannot be deleted stays in the trash.
         """
         if (trashed := self.discard(place)) is not None:
-            self.delete_trash(trashed)
+            with suppress(StoreError):
+                self.delete_trash(trashed)
 
     def empty_trash(self, older_than: float) -> None:
         """
         Delete what has been in the trash for longer than this many seconds by this node's clock.
 
-        A wrong clock deletes early; that costs only readers without a lease, since all others were waited for.
+        Zero seconds delete all of it, also what a node threw away whose clock is ahead. A wrong clock deletes early;
+        that costs only readers without a lease, since all others were waited for. What cannot be deleted stays, and
+        fails nothing: a file of another user, one that is open, or what is none of ours.
         """
-        for name in self.list_names(TRASH):
-            thrown_at = name.partition("-")[0]
-            if thrown_at.isdigit() and time.time() - int(thrown_at) >= older_than:
-                self.delete_trash(TRASH / name)
+        with suppress(StoreError):
+            for name in self.list_names(TRASH):
+                thrown_at = _TRASH_NAME.match(name)
+                if thrown_at and (older_than <= 0 or time.time() - int(thrown_at[1]) >= older_than):
+                    with suppress(StoreError):
+                        self.delete_trash(TRASH / name)
 
     def delete_trash(self, place: PurePosixPath) -> None:
         """

@@ -118,7 +118,8 @@ def make_backend(
         else:
             factory = _find_factory(scheme, factories)
         return factory(options)
-    except ImportError as error:
+    except (ImportError, SystemExit) as error:
+        # A foreign factory may exit, as its module may when it is imported.
         raise UnknownSchemeError(scheme, _how_to_install(scheme, error)) from error
 
 

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,6 +32,7 @@ from kserve_pvc.backends._login.azure import Account, Signature, Token, find_end
 from kserve_pvc.backends._login.contract import Anonymous, Authorization, Login, Scope
 from kserve_pvc.backends._object_store import MetadataRequests, Object, Place
 from kserve_pvc.backends._ranges import RefusedError, request_with_retries, retry_after
+from kserve_pvc.backends._validators import http_date
 from kserve_pvc.errors import HIDDEN, SettingsError
 
 _OURS = ("asynchronous", "loop", "skip_instance_cache")
@@ -124,8 +126,7 @@ class Adlfs:
                     stream = await blob.download_blob(
                         offset=first,
                         length=last - first,
-                        etag=file.pin["If-Match"],
-                        match_condition=MatchConditions.IfNotModified,
+                        **_conditions(file.pin),
                         version_id=file.pin.get("versionid"),
                         max_concurrency=1,
                         **self._timeouts,
@@ -241,6 +242,14 @@ class _RotatedSignature(Login):
         return read_signature("credential", self.credential.signature)
 
 
+def _conditions(pin: Mapping[str, str]) -> Mapping[str, Any]:
+    """Write a pin as arguments of the SDK."""
+    if "If-Match" in pin:
+        return {"etag": pin["If-Match"], "match_condition": MatchConditions.IfNotModified}
+    date = pin.get("If-Unmodified-Since")
+    return {"if_unmodified_since": parsedate_to_datetime(date)} if date else {}
+
+
 def _describe(blob: Any, version: str | None) -> Object:
     metadata = {name.lower(): value for name, value in (blob.metadata or {}).items()}
     is_directory = is_marker(None, metadata.get("hdi_isfolder")) or (not blob.size and blob.name.endswith("/"))
@@ -249,6 +258,7 @@ def _describe(blob: Any, version: str | None) -> Object:
         blob.name,
         blob.size,
         blob.etag,
+        date=http_date(blob.last_modified),
         md5=bytes(md5).hex() if md5 and len(md5) == 16 else None,
         version=version,
         is_directory=is_directory,

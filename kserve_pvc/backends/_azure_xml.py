@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 from kserve_pvc.backends._object_store import Object, md5_digest
 from kserve_pvc.backends._ranges import RefusedError, from_base64, retry_after, unavailable
+from kserve_pvc.backends._validators import bare_etag, identifies, make_token
 from kserve_pvc.backends._xml import is_size, parse_xml
 
 _BUSY = {"ServerBusy", "OperationTimedOut"}
@@ -19,8 +20,9 @@ _NOT_A_SERVICE = "is this an Azure Blob Storage endpoint?"
 def make_object(
     name: str,
     size_bytes: int,
-    etag: str,
+    etag: str | None,
     *,
+    date: str | None = None,
     md5: str | None = None,
     version: str | None = None,
     is_directory: bool = False,
@@ -30,14 +32,24 @@ def make_object(
 
     Args:
         etag: With or without quotes: listings have it without those that a condition needs.
+        date: When it was written, as a header has it.
         md5: Its Content-MD5, in hex.
         version: Its version id, if it is one version of a blob.
     """
-    bare = etag.strip('"')
-    pin = {"If-Match": f'"{bare}"'} | ({} if version is None else {"versionid": version})
+    bare = bare_etag(etag) if etag is not None and identifies(etag, size_bytes) else None
+    pin = {} if version is None else {"versionid": version}
+    if bare is not None:
+        pin["If-Match"] = f'"{bare}"'
+    elif date is not None:
+        pin["If-Unmodified-Since"] = date
     digest = md5_digest(md5, size_bytes)
     return Object(
-        name=name, size_bytes=size_bytes, token=version or bare, pin=pin, digest=digest, is_directory=is_directory
+        name=name,
+        size_bytes=size_bytes,
+        token=version or bare or date or make_token(),
+        pin=pin,
+        digest=digest,
+        is_directory=is_directory,
     )
 
 
@@ -49,11 +61,11 @@ def parse_properties(name: str, headers: Mapping[str, str], version: str | None)
         RefusedError: It does not describe a blob.
     """
     is_directory = is_marker(headers.get("x-ms-resource-type"), headers.get("x-ms-meta-hdi_isfolder"))
-    size, etag = headers.get("content-length", ""), headers.get("etag")
-    if not is_size(size) or not etag:
-        raise RefusedError(f"response lacks Content-Length or ETag; {_NOT_A_SERVICE}")
+    size, etag, date = headers.get("content-length", ""), headers.get("etag"), headers.get("last-modified")
+    if not is_size(size) or not (etag or date):
+        raise RefusedError(f"response lacks Content-Length, or both ETag and Last-Modified; {_NOT_A_SERVICE}")
     md5 = from_base64(headers.get("content-md5"), 16)
-    return make_object(name, int(size), etag, md5=md5, version=version, is_directory=is_directory)
+    return make_object(name, int(size), etag, date=date, md5=md5, version=version, is_directory=is_directory)
 
 
 def parse_listing(body: bytes) -> tuple[list[Object], str | None]:
@@ -74,15 +86,16 @@ def _parse_blob(item: ET.Element) -> Object:
     if named is None or not named.text or properties is None:
         raise RefusedError(f"the listing has a blob without name or properties; {_NOT_A_SERVICE}")
     size, etag = properties.findtext("Content-Length", ""), properties.findtext("Etag", "")
-    if not is_size(size) or not etag:
-        raise RefusedError(f"the listing has a blob without length or ETag; {_NOT_A_SERVICE}")
+    date = properties.findtext("Last-Modified")
+    if not is_size(size) or not (etag or date):
+        raise RefusedError(f"the listing has a blob without length, or without ETag and date; {_NOT_A_SERVICE}")
     # What XML cannot hold is percent-encoded, and marked as such.
     name = unquote(named.text) if named.get("Encoded") == "true" else named.text
     metadata = {child.tag.lower(): child.text for child in item.find("Metadata") or ()}
     is_directory = is_marker(properties.findtext("ResourceType"), metadata.get("hdi_isfolder"))
     is_empty_name = size == "0" and name.endswith("/")
     md5 = from_base64(properties.findtext("Content-MD5"), 16)
-    return make_object(name, int(size), etag, md5=md5, is_directory=is_directory or is_empty_name)
+    return make_object(name, int(size), etag, date=date, md5=md5, is_directory=is_directory or is_empty_name)
 
 
 def is_marker(kind: str | None, is_folder: str | None) -> bool:

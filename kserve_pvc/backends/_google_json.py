@@ -18,9 +18,12 @@ FIELDS = "name,size,generation,crc32c,md5Hash,contentEncoding"
 _BUSY = {"rateLimitExceeded", "userRateLimitExceeded"}
 _MAX_MESSAGE = 500
 _COMPRESSED = (
-    "stored with `Content-Encoding: gzip`, so its size and checksum are not those of its content; upload it without, "
-    "or exclude it with `ignore_patterns`"
+    "it is a tar stored with `Content-Encoding: gzip`; upload it without the encoding or with a name in `.tar.gz`, or "
+    "exclude it with `ignore_patterns`"
 )
+_SUMS = ("crc32c", "md5Hash")
+# Pinned as well: what such an object is asked for in.
+ENCODING = "encoding"
 _GENERATION = re.compile(r"[0-9]{1,19}", re.ASCII)
 _SIZE = re.compile(r"[0-9]{1,18}", re.ASCII)
 
@@ -61,14 +64,19 @@ def parse_object(item: Any) -> Object:
         raise RefusedError(
             "response has an object without name, size or generation; is this a Google Cloud Storage endpoint?"
         )
+    is_compressed = "gzip" in str(item.get("contentEncoding", "")).lower()
+    ending = name.lower()
     return Object(
         name=name,
         size_bytes=int(size),
-        token=generation,
-        pin={"generation": generation},
+        # Zero is what stands for no generation.
+        token=generation if int(generation) else " ".join((generation, *(str(item[f]) for f in _SUMS if f in item))),
+        pin={"generation": generation} | ({ENCODING: "gzip"} if is_compressed else {}),
         digest=_digest(item, int(size)),
         is_directory=size == "0" and name.endswith("/"),
-        flaw=_COMPRESSED if "gzip" in str(item.get("contentEncoding", "")).lower() else "",
+        flaw=_COMPRESSED if is_compressed and ending.endswith(".tar") else "",
+        # An encoding that only repeats what the name says is none: the file is kept as it is stored.
+        is_compressed=is_compressed and not ending.endswith((".gz", ".tgz")),
     )
 
 

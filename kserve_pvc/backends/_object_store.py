@@ -17,9 +17,18 @@ from typing import Literal, Protocol
 import attrs
 
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._source.contract import Checksum, RangeReader, RemoteFile, Resolved, order_listing
-from kserve_pvc._source.ref import ModelRef
+from kserve_pvc._source.contract import (
+    EXCLUDED,
+    Checksum,
+    RangeReader,
+    RemoteFile,
+    Resolved,
+    UnpackLimits,
+    order_listing,
+)
+from kserve_pvc._source.ref import ModelRef, join_parts
 from kserve_pvc.backends._crc32c import make_checksum
+from kserve_pvc.backends._directories import Directories
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._ranges import Reader, RefusedError, read_refusal, request_with_retries
@@ -37,6 +46,7 @@ MAX_MD5_BYTES = 16 * 1024 * 1024
 MAX_PAGE_BYTES = 16 * 1024 * 1024
 # One for a region or an endpoint that the service corrects, one for credentials that have expired.
 _RENEWALS = 2
+_CONDITIONS = ("If-Match", "If-Unmodified-Since")
 
 # What a refusal means: no access; no such object or bucket; other content than was pinned; a pause is requested; a
 # retry does not help; nothing that the service gives a meaning of its own.
@@ -65,6 +75,7 @@ class Object:
 
     `token` changes with its content, `pin` makes a read of other content fail, `digest` is what the service vouches
     for, as `name:hex`. An object that only marks a directory is left out; one with a `flaw` cannot be fetched as it is.
+    One that `is_compressed` by the service's own account comes as gzip and is stored as what that holds.
     """
 
     name: str
@@ -74,6 +85,7 @@ class Object:
     digest: str | None = None
     is_directory: bool = False
     flaw: str = ""
+    is_compressed: bool = False
 
 
 class Service(Protocol):
@@ -171,7 +183,7 @@ class MetadataRequests:
         Send a request once; a subclass may send it in another way.
         """
         with self.client.open(method, target, headers) as response:
-            if response.status == 200:
+            if response.status in (200, 206):
                 deadline = time.monotonic() + 2 * self.client.response_seconds
                 return response.headers, response.read(MAX_PAGE_BYTES, deadline)
             refusal = self.refused(response.status, response.headers, read_refusal(response))
@@ -184,7 +196,8 @@ class ObjectStore:
     Models in the buckets of one service.
 
     A URI of one object is a single file; any other names a prefix, and never brings its siblings: `m/model` means
-    `m/model/…`, not `m/model-v2/…`. An object wins over a prefix of the same name. Empty objects are files.
+    `m/model/…`, not `m/model-v2/…`. An object wins over a prefix of the same name. Empty objects are files, unless
+    something lies below their names: then they stand for directories.
 
     Args:
         bucket_parts: How many parts of an address, separated by `/`, name the bucket.
@@ -195,6 +208,8 @@ class ObjectStore:
         self._requests = requests
         self._client = requests.client
         self._bucket_parts = bucket_parts
+        # Objects whose server refuses every condition.
+        self._unconditional: set[str] = set()
 
     def resolve(self, ref: ModelRef) -> Resolved:
         return order_listing(ref, chain.from_iterable(self.pages(ref)))
@@ -203,13 +218,16 @@ class ObjectStore:
         place = self.service.place(ref)
         name = place.name
         with self._translated(ref.uri, place):
-            if name and not name.endswith("/") and (single := self._single(place, ref)) is not None:
+            prefix = name.rstrip("/") + "/" if name.strip("/") else ""
+            below = attrs.evolve(place, name=prefix)
+            single = self._single(place, ref) if name and not name.endswith("/") else None
+            is_file = single is not None and (single.entry.size_bytes > 0 or ref.revision is not None)
+            if single is not None and (is_file or not self._is_directory(below)):
                 yield [single]
                 return
             if ref.revision is not None:
                 raise SourceNotFoundError(str(ref), self.service.no_version)
-            prefix = name.rstrip("/") + "/" if name.strip("/") else ""
-            yield from self._below(attrs.evolve(place, name=prefix), ref)
+            yield from self._below(below, ref)
 
     def _single(self, place: Place, ref: ModelRef) -> RemoteFile | None:
         """The object itself, if the URI names one."""
@@ -223,14 +241,39 @@ class ObjectStore:
             raise
         if found is None:
             return None
-        return self._file(place, ref, found, place.name.rpartition("/")[2])
+        path = place.name.rpartition("/")[2]
+        if not ref.selects(path):
+            raise SourceNotFoundError(ref.uri, EXCLUDED)
+        return self._file(place, ref, found, path)
+
+    def _is_directory(self, below: Place) -> bool:
+        """Whether something lies below the name of an empty object. Without the right to list, it is a file."""
+        try:
+            return any(page for page in self._listed(below))
+        except RefusedError as refusal:
+            if self.service.kind(refusal) in ("denied", "missing"):
+                return False
+            raise
 
     def _below(self, place: Place, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
+        directories = Directories(ref.uri)
+        for page in self._listed(place):
+            for found in page:
+                if found.is_directory:
+                    directories.mark(found.name[len(place.name) :])
+            inside = [(found, self._inside(place, ref, found)) for found in _files(page)]
+            for _, path in inside:
+                # What has something below its name is a directory, also where the patterns leave that out.
+                directories.mark(path)
+            yield directories.sift(self._file(place, ref, found, path) for found, path in inside if ref.selects(path))
+        yield directories.empty_files()
+
+    def _listed(self, place: Place) -> Iterator[Sequence[Object]]:
         token: str | None = None
         seen: set[str] = set()
         while True:
             page, token = self.service.page(place, token)
-            yield [self._file(place, ref, found, self._inside(place, ref, found)) for found in _files(page)]
+            yield page
             if token is None:
                 return
             if token in seen:
@@ -240,14 +283,19 @@ class ObjectStore:
     def _inside(self, place: Place, ref: ModelRef, found: Object) -> str:
         if not found.name.startswith(place.name):
             raise SourceUnavailableError(ref.uri, f"the listing of prefix `{place.name}` contains `{found.name}`")
-        return found.name[len(place.name) :]
+        # A directory has no name that is empty, so `m//w.bin` lies where `m/w.bin` would. Two such are a collision.
+        return join_parts(found.name[len(place.name) :]).removeprefix("/")
 
     def _file(self, place: Place, ref: ModelRef, found: Object, path: str) -> RemoteFile:
+        if found.is_compressed:
+            # Fetched as it is stored, with its size and checksum, and unpacked like an archive of one file.
+            path += ".gz"
         entry = FileEntry(path=path, size_bytes=found.size_bytes, token=found.token)
         at = attrs.evolve(place, name=found.name)
-        if found.flaw and ref.selects(entry.path):
+        if found.flaw:
             raise PolicyError(self.service.uri(at), found.flaw)
-        return RemoteFile(entry=entry, address=at.address, pin=found.pin, digest=found.digest)
+        limits = UnpackLimits() if found.is_compressed else None
+        return RemoteFile(entry=entry, address=at.address, pin=found.pin, digest=found.digest, unpack=limits)
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         place = self._place_of(file)
@@ -265,8 +313,25 @@ class ObjectStore:
 
     def request(self, file: RemoteFile, *, renewed: bool) -> Request:
         place = self._place_of(file)
+        pin = file.pin
+        if file.address in self._unconditional:
+            pin = {name: value for name, value in pin.items() if name not in _CONDITIONS}
         with self._pinned(file, place):
-            return self.service.read(place, file.pin, renewed=renewed)
+            return self.service.read(place, pin, renewed=renewed)
+
+    def is_unchanged(self, file: RemoteFile) -> bool:
+        """
+        Look what is there now, and remember if it is what was pinned.
+        """
+        place = self._place_of(file)
+        if file.address in self._unconditional:
+            return True  # Another stream was faster.
+        with self._pinned(file, place):
+            found = self.service.head(place, None)
+        is_same = found is not None and found.size_bytes == file.entry.size_bytes and found.pin == file.pin
+        if is_same:
+            self._unconditional.add(file.address)
+        return is_same
 
     def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
         place, refusal = self._place_of(file), self.service.refused(status, headers, body)
@@ -338,7 +403,8 @@ class ObjectStore:
 
 
 def _files(page: Sequence[Object]) -> Iterator[Object]:
-    return (found for found in page if not found.is_directory)
+    # A key that ends in a slash can be no file, whatever it holds.
+    return (found for found in page if not found.is_directory and not found.name.endswith("/"))
 
 
 def md5_digest(hex_digits: str | None, size_bytes: int) -> str | None:

@@ -85,6 +85,37 @@ class Settings:
     environ: Mapping[str, str] = attrs.field(repr=False)
 
 
+class TrimmedEnvironment(Mapping[str, str]):
+    """
+    An environment whose values have no blanks and line breaks around them, as `echo | base64` leaves in secrets.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+
+    def __getitem__(self, name: str) -> str:
+        return self._environ[name].strip()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._environ)
+
+    def __len__(self) -> int:
+        return len(self._environ)
+
+
+def trim_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    Return options without blanks and line breaks around strings, those of mappings such as `client_kwargs` among them.
+    """
+    return {name: _trimmed(value) for name, value in options.items()}
+
+
+def _trimmed(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.strip()
+    return {name: _trimmed(inner) for name, inner in value.items()} if type(value) is dict else value
+
+
 @attrs.frozen
 class Rule:
     """
@@ -103,7 +134,8 @@ def read_settings(scheme: str, options: Mapping[str, Any], environ: Mapping[str,
         InvalidFileError: A file of fsspec's configuration cannot be read.
     """
     configured = fsspec_configuration(scheme, environ)
-    return Settings({**configured, **options}, configured.keys() - options.keys(), environ)
+    whole = trim_options({**configured, **options})
+    return Settings(whole, configured.keys() - options.keys(), TrimmedEnvironment(environ))
 
 
 def fsspec_configuration(protocol: str, environ: Mapping[str, str] = os.environ) -> Mapping[str, Any]:

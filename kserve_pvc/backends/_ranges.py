@@ -20,10 +20,12 @@ from kserve_pvc._source.retry import delays
 from kserve_pvc.backends._http.client import Exchange, HTTPClient
 from kserve_pvc.backends._http.connection import Response
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._validators import bare_etag
 from kserve_pvc.errors import PolicyError, SourceChangedError, SourceDeniedError, SourceUnavailableError, StoreError
 
 _MAX_ERROR_BYTES = 64 * 1024
 _ERROR_SECONDS = 10.0
+_END_SECONDS = 10.0
 _BUSY = (429, 503)
 _FINAL_STATUS = (301, 302, 303, 307, 308, 400, 405, 501)
 _ATTEMPTS = 4
@@ -83,13 +85,20 @@ class Requests(Protocol):
     def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
         """Say what an unsuccessful response means; None if it has no meaning of its own for this service."""
 
+    def is_unchanged(self, file: RemoteFile) -> bool:
+        """
+        Whether a file whose condition was refused is what was pinned after all, as some servers find no condition
+        true. Then it is requested without a condition from now on.
+        """
+
 
 class Reader:
     """
     Bytes `start` to `stop` (not included) of a pinned file, as `RangeReader` wants them.
 
     The request is sent when the `with` begins, and nothing blocks longer than a poll interval, so that the caller can
-    stop. A refusal is taken for an expired signature once: then the request is signed anew.
+    stop. A refusal is taken for an expired signature once: then the request is signed anew. A server that does not keep
+    ranges sends the whole file: what comes before the range is skipped, and the next reader goes on with the response.
     """
 
     def __init__(
@@ -100,10 +109,14 @@ class Reader:
         self._file = file
         self._where = where
         self._range = (start, stop)
-        self._is_renewed = False
+        self._is_renewed = self._is_unconditional = self._is_ranged = False
         self._exchange: Exchange | None = None
         self._response: Response | None = None
         self._worked_before = 0.0
+        self._whole = client.whole_of((where, *sorted(file.pin.items())))
+        self._position, self._stop = start, stop
+        # How much was received and is not part of the range.
+        self.skipped = 0
 
     def __enter__(self) -> Reader:
         try:
@@ -116,8 +129,18 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         exchange, self._exchange = self._exchange, None
-        if exchange is not None:
+        has_rest = not self._is_ranged and self._position == self._stop < self._file.entry.size_bytes
+        if exchange is not None and self._response is not None and kind is None and has_rest:
+            self._whole.keep(self._position, exchange)
+        elif exchange is not None:
             exchange.__exit__(kind, error, trace)
+
+    @property
+    def is_whole(self) -> bool:
+        """
+        Whether the server sends the whole file whatever range is requested.
+        """
+        return self._whole.is_known
 
     @property
     def worked(self) -> float:
@@ -138,31 +161,64 @@ class Reader:
         try:
             if self._response is None and not self._begin():
                 return None
-            assert self._response is not None  # It has begun.
-            return self._response.readinto(buffer)
+            return self._receive(buffer)
         except HTTPError as error:
             raise SourceUnavailableError(self._where, str(error), is_final=error.is_final) from error
 
+    def _receive(self, buffer: memoryview) -> int | None:
+        assert self._response is not None  # It has begun.
+        before = self._range[0] - self._position
+        if before > 0:
+            count = self._response.readinto(buffer[:before])
+            self._position += count or 0
+            self.skipped += count or 0
+            return None if count else count
+        # The end of a response is received together with its last byte, in case it has more of them.
+        left = self._stop - self._position
+        count = self._response.readinto(buffer[:left]) if left else 0
+        self._position += count or 0
+        if count == left and self._response.length is None and self._position == self._file.entry.size_bytes:
+            self._expect_end(self._response)
+        return count
+
+    def _expect_end(self, response: Response) -> None:
+        """Make sure that a response without a length has no more bytes than the file."""
+        deadline, one = time.monotonic() + _END_SECONDS, memoryview(bytearray(1))
+        while (count := response.readinto(one)) is None:
+            if time.monotonic() > deadline:
+                raise SourceUnavailableError(self._where, "the response does not end")
+        if count:
+            raise SourceChangedError(self._where, str(self._file.entry.path))
+
     def _send(self) -> Exchange:
         start, stop = self._range
+        kept = self._whole.take(start)
+        if kept is not None:
+            self._position, self._exchange = kept
+            self._is_ranged = False
+            return self._exchange
+        is_part = stop - start < self._file.entry.size_bytes
+        # As it is known now: what other readers learn meanwhile says nothing about this request.
+        self._is_ranged = is_part and not self._whole.is_known
+        self._position = start if self._is_ranged else 0
         target, headers = self._requests.request(self._file, renewed=self._is_renewed)
-        if stop - start < self._file.entry.size_bytes:
+        if self._is_ranged:
             headers = {**headers, "Range": f"bytes={start}-{stop - 1}"}
         self._exchange = self._client.send("GET", target, headers)
         return self._exchange
 
     def _begin(self) -> bool:
-        start, stop = self._range
         exchange = self._exchange or self._send()
         response = exchange.response()
         if response is None:
             return False
         if response.status in (200, 206):
-            check_range(self._file, self._where, response, start, stop)
-            self._response, self._worked_before = response, response.worked
-            return True
+            return self._accept(response)
         body = read_refusal(response)
         self.__exit__(None, None, None)
+        if response.status == 412 and not self._is_unconditional and self._requests.is_unchanged(self._file):
+            self._is_unconditional = True
+            return False
         refusal = self._requests.refusal(self._file, response.status, response.headers, body)
         # S3 has status 400 for a token that has expired.
         is_denied = response.status in (401, 403) or isinstance(refusal, SourceDeniedError)
@@ -170,6 +226,19 @@ class Reader:
             self._is_renewed = True
             return False
         raise refusal or unavailable(self._where, response.status, response.headers)
+
+    def _accept(self, response: Response) -> bool:
+        """Begin with a response, if it has the range. False: the whole file is requested instead."""
+        if self._is_ranged and response.status == 206 and response.header("content-range") is None:
+            # Nothing tells which bytes these are.
+            self._whole.is_known = True
+            self.__exit__(None, None, None)
+            return False
+        check_range(self._file, self._where, response, *self._range)
+        if self._is_ranged and response.status == 200:
+            self._whole.is_known, self._is_ranged, self._position = True, False, 0
+        self._response, self._worked_before = response, response.worked
+        return True
 
 
 def request_with_retries(attempt: Callable[[], _T], seconds: float) -> _T:
@@ -283,7 +352,7 @@ class Head(Protocol):
 
 def check_range(file: RemoteFile, where: str, response: Head, start: int, stop: int) -> None:
     """
-    Make sure that a response is for the requested bytes of the pinned content.
+    Make sure that a response is for the requested bytes of the pinned content, or (status 200) for all of it.
 
     Raises:
         SourceChangedError: It is of other content.
@@ -292,7 +361,7 @@ def check_range(file: RemoteFile, where: str, response: Head, start: int, stop: 
     size = file.entry.size_bytes
     etag, pinned = response.header("etag"), file.pin.get("If-Match")
     # Some servers list without the quotes that their responses have.
-    if etag is not None and pinned is not None and etag.strip('"') != pinned.strip('"'):
+    if etag is not None and pinned is not None and bare_etag(etag) != bare_etag(pinned):
         raise SourceChangedError(where, str(file.entry.path))
     expected = f"bytes {start}-{stop - 1}/{size}"
     # Where there is no ETag, not every server looks at the condition that pins.
@@ -300,13 +369,11 @@ def check_range(file: RemoteFile, where: str, response: Head, start: int, stop: 
         said, wanted = response.header(name) if pin in file.pin else None, file.pin.get(pin)
         if said is not None and said != wanted:
             raise SourceChangedError(where, str(file.entry.path))
-    # A whole object comes without a range: then its length has to be the one that was pinned.
-    got = (
-        response.header("content-range")
-        if response.status == 206
-        else f"bytes 0-{(response.length or 0) - 1}/{response.length}"
-    )
-    if got != expected:
+    if response.status == 200 and response.length in (None, size):
+        # Without a length it is counted while it is received.
+        return
+    got = f"bytes 0-{response.length}" if response.status == 200 else response.header("content-range")
+    if got not in (expected, f"bytes {start}-{stop - 1}/*"):
         raise SourceUnavailableError(where, f"requested `{expected}`, received `{got}`")
     if response.length is not None and response.length != stop - start:
         raise SourceUnavailableError(where, f"requested {stop - start} bytes, Content-Length is {response.length}")

@@ -12,11 +12,12 @@ from typing import Protocol
 from urllib.parse import quote, unquote_plus
 
 from kserve_pvc._source.contract import RangeReader
-from kserve_pvc.backends._http.target import Target
+from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._login.sigv4 import encode_query, sign
 from kserve_pvc.backends._object_store import MetadataRequests, Request
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError, retry_after, unavailable
 from kserve_pvc.backends._s3_settings import Account
+from kserve_pvc.backends._validators import http_date, identifies
 from kserve_pvc.backends._xml import is_size, parse_xml
 
 DENIED = frozenset(
@@ -35,9 +36,15 @@ _BUSY = frozenset(
 _HOST_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _ADDRESS = re.compile(r"[0-9.]+|.*:.*")
 _REGION = re.compile(r"[a-z0-9-]{1,40}")
+# "The authorization header is malformed; the region 'us-east-1' is wrong; expecting 'eu-west-1'"
+_EXPECTED = re.compile(r"is wrong; expecting '([a-z0-9-]{1,40})'")
+_REGIONAL_HOST = re.compile(
+    r"(?:^|\.)s3(?:[.-](?:fips[.-])?(?:dualstack\.)?([a-z0-9-]{1,40}))?\.amazonaws\.com(?:\.cn)?(?::[0-9]+)?$"
+)
 _NOT_S3 = "is this an S3 endpoint?"
 
-Listed = tuple[str, int, str]
+# Key, size, ETag and date.
+Listed = tuple[str, int, str | None, str | None]
 
 
 class Access(Protocol):
@@ -52,7 +59,7 @@ class Access(Protocol):
         """Return the headers of one object, by lower-case name."""
 
     def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Listed], str | None]:
-        """Return key, size and ETag of a page of objects below a prefix, and the token of the next page."""
+        """Return key, size, ETag and date of the objects of a page below a prefix, and the token of the next page."""
 
     def read(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> Request:
         """Return the address and headers that read a pinned object."""
@@ -78,7 +85,18 @@ class SignedAccess:
 
     def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
         query = {} if version is None else {"versionId": version}
-        return self._send("HEAD", bucket, key, query, {"x-amz-checksum-mode": "ENABLED"})[0]
+        headers = {"x-amz-checksum-mode": "ENABLED"}
+        try:
+            return self._send("HEAD", bucket, key, query, headers)[0]
+        except RefusedError as refusal:
+            if not hides_reason(refusal):
+                raise
+            hidden = refusal
+        try:
+            found = self._send("GET", bucket, key, query, {**headers, "range": "bytes=0-0"})[0]
+        except HTTPError:
+            raise hidden from None
+        return head_of_range(found)
 
     def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Listed], str | None]:
         query = {"list-type": "2", "prefix": prefix, "encoding-type": "url"}
@@ -91,9 +109,8 @@ class SignedAccess:
             self.account.source.renew()
         if "VersionId" in pin:
             return self._signed("GET", bucket, key, {"versionId": pin["VersionId"]}, {})
-        return self._signed(
-            "GET", bucket, key, {}, {"if-match": pin["If-Match"]} if self.account.has_conditions else {}
-        )
+        has_condition = "If-Match" in pin and self.account.has_conditions
+        return self._signed("GET", bucket, key, {}, {"if-match": pin["If-Match"]} if has_condition else {})
 
     def reader(self, bucket: str, key: str, pin: Mapping[str, str], start: int, stop: int) -> None:
         return None
@@ -146,9 +163,24 @@ class SignedAccess:
         return refusal.code in DENIED and refusal.code != NO_CREDENTIALS and self.account.source.renew()
 
 
+def hides_reason(refusal: RefusedError) -> bool:
+    """
+    Whether a response to HEAD, which has no body, leaves out why something is refused. GET then says it.
+    """
+    return refusal.code in ("301", "307", "400", "401", "403", "405", "501")
+
+
+def head_of_range(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """
+    Turn the headers of a response with the first byte of an object into those of the whole object.
+    """
+    size = headers.get("content-range", "").rpartition("/")[2]
+    return {**headers, "content-length": size} if is_size(size) else headers
+
+
 def parse_listing(body: bytes) -> tuple[list[Listed], str | None]:
     """
-    Read one response to ListObjectsV2: key, size and ETag of each object, and the token of the next page.
+    Read one response to ListObjectsV2: key, size, ETag and date of each object, and the token of the next page.
 
     Raises:
         RefusedError: It is not such a response.
@@ -159,13 +191,14 @@ def parse_listing(body: bytes) -> tuple[list[Listed], str | None]:
     space = root.tag[: -len("ListBucketResult")]
     # Blanks come as `+`, and `+` as `%2B`.
     decode = unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
-    page = []
-    names = (f"{space}Key", f"{space}Size", f"{space}ETag")
+    page: list[Listed] = []
+    names = (f"{space}Key", f"{space}Size", f"{space}ETag", f"{space}LastModified")
     for item in root.iter(f"{space}Contents"):
-        key, size, etag = map(item.findtext, names)
-        if key is None or etag is None or size is None or not is_size(size):
-            raise RefusedError(f"the listing has an object without key, size or ETag; {_NOT_S3}")
-        page.append((decode(key), int(size), etag))
+        key, size, etag, date = map(item.findtext, names)
+        if key is None or size is None or not is_size(size):
+            raise RefusedError(f"the listing has an object without key or size; {_NOT_S3}")
+        # Few objects need a date, and reading it costs more than all else.
+        page.append((decode(key), int(size), etag, None if identifies(etag, int(size)) else http_date(date)))
     if root.findtext(f"{space}IsTruncated") != "true":
         return page, None
     token = root.findtext(f"{space}NextContinuationToken")
@@ -178,20 +211,40 @@ def parse_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refus
     """
     Read a response that is not a success.
     """
+    words = _error_of(body)
+    if region := _region_of(headers, words):
+        headers = {**headers, "x-amz-bucket-region": region}
     if 300 <= status < 400:
         reason = unavailable("", status, headers).reason
         return RefusedError(reason, status=status, code=str(status), headers=headers)
-    code, message = _error_of(body)
-    code = code or str(status)
+    code, message = words.get("Code") or str(status), words.get("Message")
     says_when = status >= 500 and "retry-after" in headers
     busy = retry_after(headers) if status in (429, 503) or code in _BUSY or says_when else None
     reason = f"{code}: {message}" if message else f"HTTP {status}" + (f" ({code})" if code != str(status) else "")
     return RefusedError(reason, status=status, code=code, busy=busy, headers=headers)
 
 
-def _error_of(body: bytes) -> tuple[str | None, str | None]:
+def _error_of(body: bytes) -> Mapping[str, str | None]:
     root = parse_xml(body) if body else None
     if root is None or root.tag.rpartition("}")[2] != "Error":
-        return None, None
-    words = {child.tag.rpartition("}")[2]: child.text for child in root}
-    return words.get("Code"), words.get("Message")
+        return {}
+    return {child.tag.rpartition("}")[2]: child.text for child in root}
+
+
+def _region_of(headers: Mapping[str, str], words: Mapping[str, str | None]) -> str:
+    """
+    The region of a bucket, wherever a refusal names it: in a header, in the body, or in the host where the bucket is.
+
+    Only the region is taken: requests never go to a host that a response names.
+    """
+    if told := headers.get("x-amz-bucket-region"):
+        return told
+    if told := (words.get("Region") or "").strip():
+        return told
+    if match := _EXPECTED.search(words.get("Message") or ""):
+        return match[1]
+    for place in (words.get("Endpoint"), headers.get("location")):
+        host = re.split(r"[/?#]", (place or "").rpartition("//")[2], maxsplit=1)[0]
+        if match := _REGIONAL_HOST.search(host.lower()):
+            return "us-east-1" if match[1] in (None, "external-1") else match[1]
+    return ""

@@ -178,7 +178,7 @@ def _account(settings: Settings, url: str | None, region: str, source: Credentia
     is_sealed = arguments.get("use_ssl", options.get("use_ssl", True))
     return Account(
         endpoint,
-        region,
+        region.strip(),
         source or FixedCredentials(None),
         # As botocore does: the bucket goes into the name of the host, but not at an endpoint that was named.
         is_virtual=addressing == "virtual" or (addressing == "auto" and endpoint is None),
@@ -241,7 +241,7 @@ def _plain_region(settings: Settings) -> str:
 
 def _endpoint(url: str | None) -> Target | None:
     try:
-        return target_of(url) if url else None
+        return target_of(url.strip()) if url else None
     except HTTPError as error:
         raise SettingsError("endpoint_url", redact(str(url)), "write `https://host:port`") from error
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from urllib.parse import parse_qsl
 
 from aiohttp import ClientError as HTTPClientError
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
@@ -24,7 +25,8 @@ from kserve_pvc.backends._http.target import Target, target_of
 from kserve_pvc.backends._login.aws import NO_CREDENTIALS_HINT
 from kserve_pvc.backends._object_store import Request
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError
-from kserve_pvc.backends._s3_requests import Listed
+from kserve_pvc.backends._s3_requests import Listed, head_of_range, hides_reason
+from kserve_pvc.backends._validators import http_date
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
 _SIGNED_SECONDS = 3600
@@ -57,27 +59,48 @@ class S3fsAccess:
 
     def head(self, bucket: str, key: str, version: str | None) -> Mapping[str, str]:
         wanted = {} if version is None else {"VersionId": version}
+        try:
+            return self._headers("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **wanted)
+        except RefusedError as refusal:
+            if not hides_reason(refusal):
+                raise
+        found = self._headers("get_object", Bucket=bucket, Key=key, Range="bytes=0-0", **wanted)
+        return head_of_range(found)
+
+    def _headers(self, call: str, **arguments: str) -> Mapping[str, str]:
         with _translated():
-            found = self._fs.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **wanted)
+            found = self._fs.call_s3(call, **arguments)
             return {name.lower(): str(value) for name, value in found["ResponseMetadata"]["HTTPHeaders"].items()}
 
     def page(self, bucket: str, prefix: str, token: str | None) -> tuple[list[Listed], str | None]:
         more = {"ContinuationToken": token} if token else {}
         with _translated():
             page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-            items = [(item["Key"], item["Size"], item["ETag"]) for item in page.get("Contents", ())]
+            items: list[Listed] = [
+                (item["Key"], item["Size"], item.get("ETag"), http_date(item.get("LastModified")))
+                for item in page.get("Contents", ())
+            ]
             return items, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
     def read(self, bucket: str, key: str, pin: Mapping[str, str], *, renewed: bool) -> Request:
         pinned = _pinned(pin)
-        name = (bucket, key, next(iter(pinned.values())))
+        name = (bucket, key, next(iter(pinned.values()), ""))
         signed_at, target = self._signed.get(name, (0.0, None))
         if target is None or renewed or time.monotonic() - signed_at > _RENEW_SECONDS:
             target = self._sign({"Bucket": bucket, "Key": key, **pinned})
             if len(self._signed) >= _MAX_SIGNED:
                 self._signed.clear()
             self._signed[name] = (time.monotonic(), target)
-        return target, {} if "VersionId" in pin else {"If-Match": pin["If-Match"]}
+        return target, self._signed_headers(target, pinned)
+
+    def _signed_headers(self, target: Target, pinned: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers that a signed URL names: without them its signature is not valid."""
+        query = dict(parse_qsl(target.path.partition("?")[2]))
+        signed = query.get("X-Amz-SignedHeaders", "").split(";")
+        headers = {"If-Match": pinned["IfMatch"]} if "IfMatch" in pinned else {}
+        if "x-amz-request-payer" in signed:
+            headers["x-amz-request-payer"] = "requester"
+        return headers
 
     def reader(
         self, bucket: str, key: str, pin: Mapping[str, str], start: int, stop: int
@@ -88,15 +111,17 @@ class S3fsAccess:
 
         def piece(first: int, last: int, is_last: bool) -> bytes:
             with _translated():
-                return self._get(bucket, key, first, last, _pinned(pin))
+                return self._get(bucket, key, first, last, pin)
 
         return Reader(piece, start, stop)
 
-    def _get(self, bucket: str, key: str, start: int, stop: int, pinned: Mapping[str, str]) -> bytes:
+    def _get(self, bucket: str, key: str, start: int, stop: int, pin: Mapping[str, str]) -> bytes:
         async def get() -> bytes:
             found = await self._fs._call_s3(
-                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **pinned
+                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **_pinned(pin)
             )
+            if pin.get("If-Unmodified-Since") not in (None, http_date(found.get("LastModified"))):
+                raise RefusedError("it has another date now", code="PreconditionFailed")
             async with found["Body"] as body:
                 data: bytes = await body.read()
                 return data
@@ -115,7 +140,9 @@ class S3fsAccess:
 
 
 def _pinned(pin: Mapping[str, str]) -> dict[str, str]:
-    return {"VersionId": pin["VersionId"]} if "VersionId" in pin else {"IfMatch": pin["If-Match"]}
+    if "VersionId" in pin:
+        return {"VersionId": pin["VersionId"]}
+    return {"IfMatch": pin["If-Match"]} if "If-Match" in pin else {}
 
 
 @contextmanager
@@ -130,7 +157,10 @@ def _refusal(error: Exception) -> RefusedError:
     source = error if isinstance(error, ClientError) else error.__cause__
     reason = str(error) or type(error).__name__
     if isinstance(source, ClientError):
-        return RefusedError(reason, code=str(source.response.get("Error", {}).get("Code", "")))
+        said = source.response.get("ResponseMetadata", {})
+        headers = {name.lower(): str(value) for name, value in said.get("HTTPHeaders", {}).items()}
+        code = str(source.response.get("Error", {}).get("Code", ""))
+        return RefusedError(reason, status=said.get("HTTPStatusCode", 0), code=code, headers=headers)
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return RefusedError(reason, code=NO_CREDENTIALS, hint=NO_CREDENTIALS_HINT)
     if isinstance(error, KeyError):

@@ -16,7 +16,7 @@ from kserve_pvc._archive.unpack import check_readable, is_archive
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
+from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError, UnsafePathError
 
 OWN_OPTIONS = {"allow_private", "headers", "unpack", "unpack_limits", "verify"}
 _SHA256_FRAGMENT = re.compile(r"sha256=([0-9a-f]{64})")
@@ -50,12 +50,15 @@ _OWN_HEADERS = {
 class WebFile:
     """
     What a URI names: an address, the name of the file, what its bytes must amount to, and how it is unpacked.
+
+    `query` belongs to the address, and is kept apart because it is a secret.
     """
 
     address: str
     name: str
     sha256: str | None
     limits: UnpackLimits | None
+    query: str | None = attrs.field(default=None, repr=False)
 
 
 def parse_file(ref: ModelRef, limits: UnpackLimits | None) -> WebFile:
@@ -73,12 +76,17 @@ def parse_file(ref: ModelRef, limits: UnpackLimits | None) -> WebFile:
     if ref.revision is not None:
         raise InvalidURIError(ref.uri, "a URL has no revisions; pin its content with `#sha256=<64 hex digits>`")
     address, _, fragment = ref.uri.partition("#")
+    selector = fragment.partition("&")[0]
+    if selector.startswith("query=") and ref.query is None:
+        raise PolicyError(ref.uri, "its query selects what is read, and was not stored; pass the link with its query")
     name = _name(ref.uri, address)
     limits = limits if is_archive(name) else None
     if limits is not None:
         check_readable(name)
-    promised = _SHA256_FRAGMENT.fullmatch(fragment)
-    return WebFile(address=address, name=name, sha256=promised[1] if promised else None, limits=limits)
+    promised = _SHA256_FRAGMENT.fullmatch(fragment.rpartition("&")[2])
+    if selector.startswith("query="):
+        address = f"{address}#{selector}"
+    return WebFile(address=address, name=name, sha256=promised[1] if promised else None, limits=limits, query=ref.query)
 
 
 class Headers:
@@ -153,6 +161,8 @@ def _checked_headers(name: str, given: Any) -> Mapping[str, str]:
     remedy = 'use a JSON object of strings such as {"Authorization": "Bearer …"}'
     if not isinstance(given, Mapping):
         raise SettingsError(name, "not shown", remedy)
+    given = {header: value.strip() if isinstance(value, str) else value for header, value in given.items()}
+    checked: dict[str, str] = given
     for header, value in given.items():
         if (
             not isinstance(header, str)
@@ -163,4 +173,4 @@ def _checked_headers(name: str, given: Any) -> Mapping[str, str]:
             raise SettingsError(name, "not shown", remedy)
         if header.lower() in _OWN_HEADERS:
             raise SettingsError(name, f"{header}: not shown", "omit this header; requests set their own")
-    return given
+    return checked

@@ -124,12 +124,13 @@ class AzureBackend(ObjectStore):
         settings = read_settings("az", options, environ)
         check_options("az", settings.options, _PLAIN_OPTIONS | _CREDENTIAL_OPTIONS, _load_class)
         reasons = find_reasons(RULES, settings)
-        requests = MetadataRequests(HTTPClient(environ=environ), read_error)
+        requests = MetadataRequests(HTTPClient(environ=settings.environ), read_error)
         checks_md5 = bool(settings.options.get(_CHECK_MD5, True))
         if reasons:
             service = AzureStorage(requests, None, _make_adlfs(settings), checks_md5=checks_md5)
         else:
-            service = AzureStorage(requests, find_account(settings.options, environ), None, checks_md5=checks_md5)
+            account = find_account(settings.options, settings.environ)
+            service = AzureStorage(requests, account, None, checks_md5=checks_md5)
         log_access("az", "direct" if not reasons else "adlfs", reasons)
         super().__init__(service, requests, bucket_parts=2)
 
@@ -221,7 +222,8 @@ class AzureStorage:
     def read(self, place: Place, pin: Mapping[str, str], *, renewed: bool) -> Request:
         query = {"versionid": pin["versionid"]} if "versionid" in pin else {}
         target, headers = self._request(place, query, renewed=renewed)
-        return target, {**headers, "If-Match": pin["If-Match"]}
+        conditions = {name: value for name, value in pin.items() if name != "versionid"}
+        return target, {**headers, **conditions}
 
     def reader(self, place: Place, file: RemoteFile, start: int, stop: int) -> ClassReader | None:
         adlfs = self._class_for(place)

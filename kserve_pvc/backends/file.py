@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Backend, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
+from kserve_pvc._volume.beneath import open_beneath, walk_beneath
 from kserve_pvc.backends._options import Rule, configured_options, options_beyond
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -28,6 +30,7 @@ from kserve_pvc.errors import (
     UnsafePathError,
 )
 
+LOST_AND_FOUND = "lost+found"
 RULES = (
     Rule(configured_options, "is set in fsspec's configuration"),
     Rule(options_beyond(()), "is an argument of fsspec's LocalFileSystem"),
@@ -78,11 +81,29 @@ class FileBackend:
         if ".." in root.parts:
             raise UnsafePathError(ref.location, "a path may not climb with `..`")
         try:
-            return order_listing(ref, _list(root))
+            fd = os.open(root, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise translate_error(ref.uri, error) from error
+        try:
+            return self.resolve_opened(ref, fd, root)
+        finally:
+            os.close(fd)
+
+    def resolve_opened(self, ref: ModelRef, fd: int, root: Path) -> Resolved:
+        """
+        List what an open descriptor leads to. A link below it is refused, also one that was put there a moment ago.
+
+        Args:
+            root: The path of what is open.
+        """
+        try:
+            return order_listing(ref, _list(fd, root, ref))
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
-            raise _translate(ref.uri, error) from error
+            if error.errno == errno.ELOOP:
+                raise _refused(root) from error
+            raise translate_error(ref.uri, error) from error
 
     def access(self, ref: ModelRef) -> str:
         del ref
@@ -91,9 +112,9 @@ class FileBackend:
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_FileReader]:
         try:
-            fd = os.open(file.address, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = _open_file(file)
         except PermissionError as error:
-            raise _translate(file.address, error) from error
+            raise translate_error(file.address, error) from error
         except OSError as error:
             raise _changed(file) from error
         try:
@@ -115,7 +136,7 @@ class _FileReader:
         try:
             count = os.preadv(self.fd, [buffer[: self.stop - self.offset]], self.offset)
         except OSError as error:
-            raise _translate(self.file.address, error) from error
+            raise translate_error(self.file.address, error) from error
         self.offset += count
         # Compared after reading: bytes that were read before the inode was found unchanged are those that were pinned.
         if _token(os.fstat(self.fd)) != self.file.entry.token:
@@ -123,24 +144,42 @@ class _FileReader:
         return count
 
 
-def _list(root: Path) -> Iterator[RemoteFile]:
-    found = os.lstat(root)
+def _list(fd: int, root: Path, ref: ModelRef) -> Iterator[RemoteFile]:
+    found = os.fstat(fd)
     if not stat.S_ISDIR(found.st_mode):
         yield _file(root, PurePosixPath(check_name(root.name)), found)
         return
-    for directory, names, files in os.walk(root, onerror=_raise):
-        for name in [n for n in names if os.path.islink(os.path.join(directory, n))] + files:
-            path = Path(directory, name)
-            yield _file(path, check_name(path.relative_to(root).as_posix()), os.lstat(path))
+
+    def enters(inside: PurePosixPath) -> bool:
+        # `fsck` makes `lost+found` at the root of a volume, readable by root only; it is not part of a model.
+        return inside != PurePosixPath(LOST_AND_FOUND) and ref.may_select_below(inside.as_posix())
+
+    for inside, below in walk_beneath(fd, enters=enters):
+        if ref.selects(inside.as_posix()):
+            yield _file(root / inside, check_name(inside.as_posix()), below)
+
+
+def _open_file(file: RemoteFile) -> int:
+    """Open a file from the directory that was listed; the token tells whether it still is the one that was."""
+    inside = str(file.entry.path)
+    above = os.open(file.address.removesuffix(inside) or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return open_beneath(above, inside, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(above)
 
 
 def _file(path: Path, inside: PurePosixPath, found: os.stat_result) -> RemoteFile:
     if not stat.S_ISREG(found.st_mode):
-        raise UnsafePathError(str(path), "only regular files are copied; links and devices are refused")
+        raise _refused(path)
     token = _token(found)
     return RemoteFile(
         entry=FileEntry(path=inside, size_bytes=found.st_size, token=token), address=str(path), pin={"inode": token}
     )
+
+
+def _refused(path: Path) -> UnsafePathError:
+    return UnsafePathError(str(path), "only regular files are copied; links and devices are refused")
 
 
 def _token(found: os.stat_result) -> str:
@@ -152,12 +191,13 @@ def _changed(file: RemoteFile) -> SourceChangedError:
     return SourceChangedError(f"file://{file.address}", str(file.entry.path))
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _translate(where: str, error: OSError) -> StoreError:
+def translate_error(where: str, error: OSError) -> StoreError:
+    """
+    Translate an error of a mounted file system for the caller.
+    """
     reason = error.strerror or str(error)
+    if error.filename and not where.endswith(str(error.filename)):
+        reason = f"`{error.filename}`: {reason}"
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return SourceNotFoundError(where, reason)
     return (

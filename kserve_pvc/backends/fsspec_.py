@@ -24,6 +24,7 @@ from kserve_pvc.backends._fsspec.guard import guarded
 from kserve_pvc.backends._fsspec.listing import URI, URL, Listing
 from kserve_pvc.backends._fsspec.reading import Reader, piece_bytes_of, read_piece
 from kserve_pvc.backends._fsspec.spelling import spell
+from kserve_pvc.backends._options import trim_options
 from kserve_pvc.errors import SourceUnavailableError
 
 _LIMITS = UnpackLimits()
@@ -51,7 +52,7 @@ class FsspecBackend:
         *,
         limits: UnpackLimits | None = _LIMITS,
     ) -> None:
-        self._filesystems = filesystems or MadeHere(options, _prepare)
+        self._filesystems = filesystems or MadeHere(trim_options(options), _prepare)
         self._failures = Failures(self._filesystems.secrets)
         self._limits = limits
         self._call_seconds = 300.0
@@ -60,7 +61,7 @@ class FsspecBackend:
         spelling = spell(ref, self._limits)
         lender = self._filesystems.at(spelling.url)
         with self._failures.translated(ref.uri):
-            listing = Listing(ref.uri, spelling, lender, partial(self._run, ref.uri))
+            listing = Listing(ref, spelling, lender, partial(self._run, ref.uri))
             return order_listing(ref, listing.files())
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Reader:

@@ -18,6 +18,7 @@ from urllib.parse import quote, urlencode
 from kserve_pvc._source.contract import RemoteFile
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._google_json import (
+    ENCODING,
     FIELDS,
     is_generation,
     parse_json,
@@ -41,7 +42,7 @@ from kserve_pvc.backends._options import (
     read_settings,
 )
 from kserve_pvc.backends._ranges import RefusedError
-from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
+from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError, UnsafePathError
 
 if TYPE_CHECKING:
     from kserve_pvc.backends._class_reader import ClassReader
@@ -131,9 +132,9 @@ class GSBackend(ObjectStore):
         settings = read_settings("gs", options, environ)
         check_options("gs", settings.options, _OPTIONS | _IGNORED_OPTIONS | _CLASS_OPTIONS, _load_class)
         payer = _payer(settings)
-        endpoint, is_emulator = find_endpoint(settings.options, environ)
+        endpoint, is_emulator = find_endpoint(settings.options, settings.environ)
         reasons = find_reasons(RULES, settings)
-        client = HTTPClient(environ=environ)
+        client = HTTPClient(environ=settings.environ)
         if reasons:
             gcsfs = _make_gcsfs(settings, endpoint, is_emulator=is_emulator)
             service = GoogleStorage(gcsfs.requests(client), endpoint, gcsfs.login, payer, gcsfs)
@@ -204,7 +205,7 @@ class GoogleStorage:
     def head(self, place: Place, revision: str | None) -> Object | None:
         query = {"fields": FIELDS} | ({"generation": revision} if revision else {})
         found = parse_object(parse_json(self._get(_object_path(place), query)))
-        if found.name != place.name or (revision is not None and int(found.token) != int(revision)):
+        if found.name != place.name or (revision is not None and int(found.pin["generation"]) != int(revision)):
             raise RefusedError(f"requested `{place.name}`, but the response describes another object")
         return found
 
@@ -216,11 +217,16 @@ class GoogleStorage:
     def read(self, place: Place, pin: Mapping[str, str], *, renewed: bool) -> Request:
         # A generation names the same bytes for ever: other bytes are never sent instead.
         query = {"alt": "media", "generation": pin["generation"]}
-        return self._request("/download" + _object_path(place), query, renewed=renewed)
+        target, headers = self._request("/download" + _object_path(place), query, renewed=renewed)
+        # Without this header the service unpacks on the way, and neither ranges nor checksums fit.
+        return target, {**headers, "Accept-Encoding": pin[ENCODING]} if ENCODING in pin else headers
 
     def reader(self, place: Place, file: RemoteFile, start: int, stop: int) -> ClassReader | None:
         if self._gcsfs is None or not self._gcsfs.is_session:
             return None
+        if ENCODING in file.pin:
+            reason = "it is stored with `Content-Encoding: gzip`, which is not read through a session of gcsfs"
+            raise PolicyError(self.uri(place), f"{reason}; upload it without, or exclude it with `ignore_patterns`")
         return self._gcsfs.read(file, lambda is_renewed: self.read(place, file.pin, renewed=is_renewed), start, stop)
 
     def evidence(self, place: Place, file: RemoteFile) -> str | None:

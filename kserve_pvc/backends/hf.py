@@ -17,17 +17,18 @@ import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._hf_addresses import ADDRESS_SECONDS, Addresses, lifetime
 from kserve_pvc.backends._hf_names import HubLocation, is_repository, parse_location, repository_and_path
+from kserve_pvc.backends._hf_replies import find_next_page, not_a_hub, seconds_until_more
 from kserve_pvc.backends._hf_settings import find_endpoint, find_token, is_true
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
-from kserve_pvc.backends._options import Rule, configured_options, options_beyond
+from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, retry_after, unavailable
 from kserve_pvc.errors import (
     SettingsError,
@@ -40,9 +41,6 @@ from kserve_pvc.errors import (
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NEXT_PAGE = re.compile(r'<([^>]*)>[^,<]*;\s*rel="?next\b')
-# `RateLimit: "api";r=0;t=55`: nothing is left, and there will be more in so many seconds.
-_USED_UP = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*([0-9]{1,6})\b")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024
@@ -105,6 +103,7 @@ class HFBackend:
     """
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
+        options, environ = trim_options(options), TrimmedEnvironment(environ)
         self._endpoint = find_endpoint(options, environ)
         self._token = find_token(options, environ)
         self._is_offline = any(is_true(environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
@@ -178,7 +177,9 @@ class HFBackend:
         """
         code, words = headers.get("x-error-code", ""), headers.get("x-error-message", "")
         if status == 429:
-            return SourceUnavailableError(uri, "HTTP 429", retry_after=max(retry_after(headers), _used_up(headers)))
+            return SourceUnavailableError(
+                uri, "HTTP 429", retry_after=max(retry_after(headers), seconds_until_more(headers))
+            )
         if code == "GatedRepo":
             who = "no token was given" if self._token is None else "the account of the token has no access"
             return SourceDeniedError(
@@ -213,7 +214,7 @@ class HFBackend:
         found, _ = self._ask(ref.uri, f"/api/models/{wish.repository}/revision/{revision}", {})
         commit, name = (found.get("sha"), found.get("id")) if isinstance(found, dict) else (None, None)
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise _no_hub(ref.uri, "the response names no commit")
+            raise not_a_hub(ref.uri, "the response names no commit")
         # A model that was renamed is requested by its new name, so that not every file leads through a redirect.
         return name if isinstance(name, str) and is_repository(name) else wish.repository, commit
 
@@ -232,7 +233,8 @@ class HFBackend:
         for entry in self._tree(ref.uri, repository, commit, inside, is_recursive=True):
             if entry["type"] == "file":
                 name = entry["path"][len(inside) + 1 :] if inside else entry["path"]
-                yield _remote_file(ref.uri, repository, commit, entry, name)
+                if ref.selects(name):
+                    yield _remote_file(ref.uri, repository, commit, entry, name)
 
     def _tree(
         self, uri: str, repository: str, commit: str, directory: str, *, is_recursive: bool
@@ -244,10 +246,10 @@ class HFBackend:
         while True:
             entries, headers = self._ask(uri, path, query)
             if not isinstance(entries, list):
-                raise _no_hub(uri, "the listing is not a list")
+                raise not_a_hub(uri, "the listing is not a list")
             for entry in entries:
                 yield _checked(uri, entry, f"{directory}/" if directory else "")
-            following = _following(uri, headers.get("link", ""))
+            following = find_next_page(uri, headers.get("link", ""))
             if following is None:
                 return
             seen.add(urlencode(query))
@@ -342,6 +344,20 @@ class _Range:
             reader.__exit__(kind, error, trace)
 
     @property
+    def is_whole(self) -> bool:
+        """
+        Whether the server sends the whole file whatever range is requested.
+        """
+        return self._reader is not None and self._reader.is_whole
+
+    @property
+    def skipped(self) -> int:
+        """
+        How much was received and is not part of the range.
+        """
+        return 0 if self._reader is None else self._reader.skipped
+
+    @property
     def worked(self) -> float:
         """
         Seconds that reading took without waiting for anybody.
@@ -392,6 +408,10 @@ class _Range:
         is_gone = isinstance(error, SourceNotFoundError) and status != 401
         return SourceChangedError(self._where, str(file.entry.path)) if is_gone or status == 416 else error
 
+    def is_unchanged(self, file: RemoteFile) -> bool:
+        """No request has a condition: a commit names its files for ever."""
+        return False
+
     def _open(self) -> bool:
         """Send the request, unless that has been done. False: another stream is asking where the file is."""
         if self._reader is not None:
@@ -440,14 +460,14 @@ def _from_json(uri: str, body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise _no_hub(uri, "the response is not JSON") from error
+        raise not_a_hub(uri, "the response is not JSON") from error
 
 
 def _checked(uri: str, entry: Any, prefix: str) -> dict[str, Any]:
     """One entry of a listing, if it is below what was requested."""
     path = entry.get("path") if isinstance(entry, dict) else None
     if not isinstance(path, str) or entry.get("type") not in ("file", "directory"):
-        raise _no_hub(uri, "the listing contains an entry that is neither file nor directory")
+        raise not_a_hub(uri, "the listing contains an entry that is neither file nor directory")
     if not path.startswith(prefix):
         raise SourceUnavailableError(uri, f"the listing of `{prefix}` contains `{path}`")
     return dict(entry)
@@ -460,7 +480,7 @@ def _remote_file(uri: str, repository: str, commit: str, entry: Mapping[str, Any
     )
     pattern = _SHA256 if isinstance(large, dict) else _COMMIT
     if type(size) is not int or not 0 <= size < _MAX_SIZE or not isinstance(blob, str) or not pattern.fullmatch(blob):
-        raise _no_hub(uri, f"the listing gives no size or no digest for `{entry['path']}`")
+        raise not_a_hub(uri, f"the listing gives no size or no digest for `{entry['path']}`")
     is_large = isinstance(large, dict)
     return RemoteFile(
         entry=FileEntry(path=name, size_bytes=size, sha256=blob if is_large else None, token=blob),
@@ -468,27 +488,6 @@ def _remote_file(uri: str, repository: str, commit: str, entry: Mapping[str, Any
         pin={"commit": commit},
         digest=None if is_large or size >= _MAX_BLOB_SIZE else f"{_BLOB}{size}:{blob}",
     )
-
-
-def _following(uri: str, link: str) -> Mapping[str, str] | None:
-    """The query of the next page, if a `Link` header names one."""
-    match = _NEXT_PAGE.search(link)
-    if match is None:
-        return None
-    try:
-        return dict(parse_qsl(urlsplit(match[1]).query, keep_blank_values=True))
-    except ValueError as error:
-        raise _no_hub(uri, "the link to the next page is malformed") from error
-
-
-def _used_up(headers: Mapping[str, str]) -> float:
-    """Seconds until the hub accepts requests again (draft RateLimit header); rounded up, as the hub rounds down."""
-    match = _USED_UP.search(headers.get("ratelimit", ""))
-    return float(match[1]) + 1.0 if match else 0.0
-
-
-def _no_hub(uri: str, reason: str) -> SourceUnavailableError:
-    return SourceUnavailableError(uri, f"{reason}, so it is not a Hugging Face Hub")
 
 
 def _astray(uri: str) -> SourceUnavailableError:

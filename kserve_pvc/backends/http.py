@@ -12,11 +12,12 @@ import base64
 import os
 import re
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import attrs
 
@@ -26,8 +27,9 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.backends._options import Rule, configured_options, options_beyond
+from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, unavailable
+from kserve_pvc.backends._validators import identifies, make_token
 from kserve_pvc.backends._web_settings import OWN_OPTIONS, Headers, WebFile, parse_file, unpack_limits
 from kserve_pvc.errors import (
     PolicyError,
@@ -38,9 +40,18 @@ from kserve_pvc.errors import (
     StoreError,
 )
 
+# `Content-Encoding` to the endings of files that are stored so.
+_CODING_ENDINGS = {
+    **dict.fromkeys(("gzip", "x-gzip"), (".gz", ".tgz", ".gzip", ".taz")),
+    **dict.fromkeys(("xz", "x-xz"), (".xz", ".txz")),
+    **dict.fromkeys(("bzip2", "x-bzip2"), (".bz2", ".tbz", ".tbz2")),
+    **dict.fromkeys(("zstd", "x-zstd"), (".zst", ".tzst")),
+    **dict.fromkeys(("compress", "x-compress"), (".z", ".tz")),
+}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
 _MAX_ONE_BYTE_ANSWER = 1024
+_COUNTING_BYTES = 256 * 1024
 _CONTENT_RANGE = re.compile(r"bytes (?:0-0|\*)/([0-9]{1,18})")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _REPRESENTATION_DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):")
@@ -97,6 +108,19 @@ class _Place:
     sha256: str | None
     in_ranges: bool
 
+    @property
+    def useful_etag(self) -> str | None:
+        """The ETag, if it can tell one content from another."""
+        return self.etag if identifies(self.etag, self.size_bytes) else None
+
+    @property
+    def pin(self) -> Mapping[str, str]:
+        """The condition that is true for this content only."""
+        etag = self.useful_etag
+        if etag and not etag.startswith("W/"):
+            return {"If-Match": etag}
+        return {"If-Unmodified-Since": self.modified} if self.modified else {}
+
 
 class HTTPBackend:
     """
@@ -111,6 +135,7 @@ class HTTPBackend:
     """
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
+        options, environ = trim_options(options), TrimmedEnvironment(environ)
         self._headers = Headers(options, environ)
         self._limits = unpack_limits(options)
         self._client = HTTPClient(
@@ -118,10 +143,21 @@ class HTTPBackend:
         )
         self._retry_seconds = 300.0
         self._places: dict[str, _Place] = {}
+        self._unconditional: set[str] = set()
+        # Files whose digest is given, which tells the whole of one from a part.
+        self._promised: set[str] = set()
+        # Secrets, so they are in memory only. Of two links to one file the newer counts.
+        self._queries: dict[str, str] = {}
         self._guard = threading.Lock()
 
     def resolve(self, ref: ModelRef) -> Resolved:
         file = parse_file(ref, self._limits)
+        if file.sha256 is not None:
+            self._promised.add(file.address)
+        with self._guard:
+            self._queries.pop(file.address, None)
+            if file.query is not None:
+                self._queries[file.address] = file.query
         place = self._ask(file.address, file.name, is_promised=file.sha256 is not None)
         with self._guard:
             self._places[file.address] = place
@@ -161,6 +197,13 @@ class HTTPBackend:
                 place = self._places[address] = self._find(address)
             return place
 
+    def target(self, address: str) -> Target:
+        """
+        Where a file is requested first.
+        """
+        target, query = _target(address), self._queries.get(address)
+        return target if query is None else target._replace(path=f"{target.path}?{query}")
+
     def forget(self, address: str, place: _Place | None) -> None:
         """
         Look a place up again the next time, unless another thread already has.
@@ -168,6 +211,18 @@ class HTTPBackend:
         with self._guard:
             if self._places.get(address) is place:
                 self._places.pop(address, None)
+
+    def is_unconditional(self, address: str) -> bool:
+        """
+        Whether the server of a file refuses every condition.
+        """
+        return address in self._unconditional
+
+    def request_without_condition(self, address: str) -> None:
+        """
+        Send no conditions for a file from now on. Validators of responses are compared anyhow.
+        """
+        self._unconditional.add(address)
 
     def headers(self, target: Target, address: str) -> Mapping[str, str]:
         """
@@ -190,7 +245,7 @@ class HTTPBackend:
 
     def _find(self, address: str, name: str | None = None) -> _Place:
         """Follow a URL to where it leads. With `name`, a response that is a web page and not such a file is refused."""
-        target, method, hops = _target(address), "HEAD", 0
+        target, method, hops = self.target(address), "HEAD", 0
         while True:
             status, headers = self._look(method, target, address)
             if status in _REDIRECTS and "location" in headers:
@@ -201,7 +256,20 @@ class HTTPBackend:
             elif method == "HEAD" and _says_too_little(status, headers):
                 method = "GET"
             else:
+                if status in (200, 206) and address in self._promised and not _size_of(status, headers):
+                    status, headers = 200, {**headers, "content-length": str(self._count(target, address))}
                 return _place(address, target, method, status, headers, name)
+
+    def _count(self, target: Target, address: str) -> int:
+        """Receive a file whose length its server does not say, only to count its bytes."""
+        size, buffer = 0, memoryview(bytearray(_COUNTING_BYTES))
+        with self._client.open("GET", target, self.headers(target, address)) as answer:
+            since = time.monotonic()
+            while (count := answer.readinto(buffer)) != 0:
+                size, since = size + (count or 0), time.monotonic() if count else since
+                if time.monotonic() - since > self._client.response_seconds:
+                    raise HTTPError(f"nothing came for {self._client.response_seconds:g} s")
+        return size
 
     def _look(self, method: str, target: Target, address: str) -> tuple[int, Mapping[str, str]]:
         """Ask for the head of a file: by HEAD, or by GET of one byte where that is refused or does not say enough."""
@@ -229,13 +297,26 @@ class _Asking:
         except SourceNotFoundError as error:
             raise SourceChangedError(self._address, str(file.entry.path)) from error
         target = self._place.target
-        return target, {**self._backend.headers(target, self._address), **file.pin}
+        pin = {} if self._backend.is_unconditional(self._address) else file.pin
+        return target, {**self._backend.headers(target, self._address), **pin}
+
+    def is_unchanged(self, file: RemoteFile) -> bool:
+        """
+        Look what is there now, and remember if it is what was pinned.
+        """
+        if self._backend.is_unconditional(self._address):
+            return True
+        place = self._backend.place(self._address, instead_of=self._place)
+        is_same = place.pin == file.pin and place.size_bytes == file.entry.size_bytes
+        if is_same:
+            self._backend.request_without_condition(self._address)
+        return is_same
 
     def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
         del body  # It is for people with a browser.
         if status in (412, 416):
             return SourceChangedError(self._address, str(file.entry.path))
-        is_elsewhere = self._place is not None and self._place.target != _target(self._address)
+        is_elsewhere = self._place is not None and self._place.target != self._backend.target(self._address)
         if status in _REDIRECTS or (is_elsewhere and status in (404, 410)):
             # Asked from the beginning, the server may lead to a better place, or say that there is none any more.
             self._backend.forget(self._address, self._place)
@@ -279,27 +360,24 @@ class _Rest:
 
 
 def _target(address: str) -> Target:
-    scheme, _, rest = address.partition("://")
+    scheme, _, rest = address.partition("#")[0].partition("://")
     authority, _, path = rest.partition("/")
     return target_of(f"{scheme}://{authority}/{quote(path, safe=_PATH_SAFE)}")
 
 
 def _remote_file(file: WebFile, place: _Place) -> RemoteFile:
-    is_strong = place.etag is not None and not place.etag.startswith("W/")
-    token = (
-        place.etag.strip('"') if is_strong and place.etag else " ".join(t for t in (place.etag, place.modified) if t)
-    )
-    pin = {}
-    if is_strong and place.etag:
-        pin["If-Match"] = place.etag
-    elif place.modified:
-        pin["If-Unmodified-Since"] = place.modified
+    etag = place.useful_etag
+    is_strong = etag is not None and not etag.startswith("W/")
+    token = etag.strip('"') if is_strong and etag else " ".join(t for t in (etag, place.modified) if t)
     return RemoteFile(
         entry=FileEntry(
-            path=file.name, size_bytes=place.size_bytes, sha256=file.sha256, token=file.sha256 or token or None
+            path=file.name,
+            size_bytes=place.size_bytes,
+            sha256=file.sha256,
+            token=file.sha256 or token or place.sha256 or make_token(),
         ),
         address=file.address,
-        pin=pin,
+        pin=place.pin,
         digest=f"sha256:{place.sha256}" if place.sha256 else None,
         in_ranges=place.in_ranges,
         unpack=file.limits,
@@ -322,12 +400,12 @@ def _says_too_little(status: int, headers: Mapping[str, str]) -> bool:
 def _place(
     address: str, target: Target, method: str, status: int, headers: Mapping[str, str], name: str | None
 ) -> _Place:
-    found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
-    size = found[1] if found and status in (206, 416) else headers.get("content-length", "") if status == 200 else ""
+    size = _size_of(status, headers)
     if status not in (200, 206) and not (status == 416 and size == "0"):
         raise _refused(address, status, headers) or unavailable(address, status, headers)
-    if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-        coding = headers["content-encoding"][:40]
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", "") and not _repeats_name(coding, target):
+        coding = coding[:40]
         raise PolicyError(
             address, f"the server encodes it as `{coding}` unasked, so the bytes are not those of the file"
         )
@@ -348,6 +426,20 @@ def _place(
     )
 
 
+def _size_of(status: int, headers: Mapping[str, str]) -> str:
+    """The length of the whole file, as a response says it; empty if it does not."""
+    found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
+    if found and status in (206, 416):
+        return found[1]
+    return headers.get("content-length", "") if status == 200 else ""
+
+
+def _repeats_name(coding: str, target: Target) -> bool:
+    """Whether a coding only says what the name of a file does: servers set it for `model.tar.gz` as it lies there."""
+    name = unquote(target.path.partition("?")[0]).lower()
+    return name.endswith(_CODING_ENDINGS.get(coding, ()))
+
+
 def _announced_digest(headers: Mapping[str, str]) -> str | None:
     """The SHA-256 that a server gives a file: as RFC 9530 has it, or as repositories of artefacts do."""
     match = _REPRESENTATION_DIGEST.search(headers.get("repr-digest", ""))
@@ -361,7 +453,7 @@ def _refused(address: str, status: int, headers: Mapping[str, str]) -> StoreErro
     if status in (401, 403, 407):
         host = _target(address).host
         where = f"the variable `{host}-headers` or the option `headers`"
-        reason = f"HTTP {status}; set headers for this host in {where}"
+        reason = f"HTTP {status}; set headers for this host in {where}, or get another link if it is signed"
         return SourceDeniedError(address, reason)
     if status in (404, 410):
         return SourceNotFoundError(address, f"HTTP {status}")

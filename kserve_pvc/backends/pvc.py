@@ -7,6 +7,7 @@ here too: by the option `claims`, or by `KSERVE_PVC_CLAIMS=claim=/mnt/one,other=
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ import attrs
 
 from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
+from kserve_pvc._volume.beneath import open_beneath
 from kserve_pvc.backends._options import check_options
-from kserve_pvc.backends.file import FileBackend
+from kserve_pvc.backends.file import FileBackend, translate_error
 from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
 
 CLAIMS = "KSERVE_PVC_CLAIMS"
@@ -57,8 +59,25 @@ class PvcBackend:
         place = Path(os.path.realpath(root / path.lstrip("/")))
         if ".." in path.split("/") or not place.is_relative_to(root):
             raise UnsafePathError(ref.location, "it leads out of the claim")
-        found = self._files.resolve(attrs.evolve(ref, uri=f"file://{place}"))
+        found = self._list(attrs.evolve(ref, uri=f"file://{place}"), root, place)
         return order_listing(ref, found.files, version=found.version)
+
+    def _list(self, ref: ModelRef, root: Path, place: Path) -> Resolved:
+        # From the claim itself, so that what was a directory a moment ago and now is a link leads nowhere.
+        try:
+            above = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fd = open_beneath(above, str(place.relative_to(root)), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            finally:
+                os.close(above)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UnsafePathError(ref.location, "a link was put there while it was listed") from error
+            raise translate_error(ref.uri, error) from error
+        try:
+            return self._files.resolve_opened(ref, fd, place)
+        finally:
+            os.close(fd)
 
     def access(self, ref: ModelRef) -> str:
         del ref

@@ -4,7 +4,7 @@
 Where the settings are plain, requests are signed here with what is given. Otherwise they are what s3fs would make of
 them: botocore finds credentials, region and endpoint, and requests are still signed here; s3fs itself lists and signs
 URLs where the signature is not the ordinary one, and reads the bytes where a URL is not enough. Bytes come by HTTP
-requests that are pinned with If-Match or VersionId, straight into the caller's buffer.
+requests that are pinned with If-Match, by their date or by VersionId, straight into the caller's buffer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kserve_pvc.backends._object_store import (
 )
 from kserve_pvc.backends._options import check_options, find_reasons, log_access, read_settings
 from kserve_pvc.backends._ranges import RefusedError, from_base64
-from kserve_pvc.backends._s3_requests import DENIED, Access, SignedAccess, parse_refusal
+from kserve_pvc.backends._s3_requests import DENIED, Access, Listed, SignedAccess, parse_refusal
 from kserve_pvc.backends._s3_settings import (
     BEYOND_URLS,
     ORDINARY_BUCKET,
@@ -41,6 +41,7 @@ from kserve_pvc.backends._s3_settings import (
     plain_account,
     sdk_account,
 )
+from kserve_pvc.backends._validators import bare_etag, http_date, identifies, make_token
 from kserve_pvc.backends._xml import is_size
 from kserve_pvc.errors import InvalidURIError
 
@@ -48,7 +49,12 @@ __all__ = ["RULES", "S3Backend"]
 
 _MISSING = {"NoSuchBucket", "NoSuchKey", "NoSuchVersion", "404"}
 _CHANGED = {"PreconditionFailed", "412", "InvalidRange", "416"}
-_MD5 = re.compile(r'"([0-9a-f]{32})"')
+# An access point, and what follows it.
+_RESOURCE = re.compile(
+    r"(arn:[^:/]+:[^:/]+:[^:/]*:[0-9]{12}:(?:outpost[:/][A-Za-z0-9-]+[:/])?accesspoint[:/][A-Za-z0-9.-]+)(?:/|$)(.*)",
+    re.DOTALL | re.ASCII,
+)
+_MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 class S3Backend(ObjectStore):
@@ -71,7 +77,7 @@ class S3Backend(ObjectStore):
         check_options("s3", settings.options, PLAIN_OPTIONS | OWN_OPTIONS, _load)
         reasons = find_reasons(RULES, settings)
         account, beyond = sdk_account(settings) if reasons else (plain_account(settings), ())
-        requests = MetadataRequests(HTTPClient(environ=environ, ca_bundle=account.ca_bundle), parse_refusal)
+        requests = MetadataRequests(HTTPClient(environ=settings.environ, ca_bundle=account.ca_bundle), parse_refusal)
         signed = SignedAccess(account, requests, "direct:s3fs" if reasons else "direct")
         reads = bool(find_reasons(BEYOND_URLS, settings))
 
@@ -111,8 +117,12 @@ class _S3:
         return self._class
 
     def place(self, ref: ModelRef) -> Place:
+        match = _RESOURCE.match(ref.location)
+        if match is not None:
+            # The SDK takes slashes and colons alike, and one without a slash is a bucket as others are.
+            return Place(match[1].replace("/", ":"), match[2])
         bucket, _, key = ref.location.partition("/")
-        if not bucket:
+        if not bucket or bucket.startswith("arn:"):
             raise InvalidURIError(ref.uri, "it names no bucket; write `s3://bucket/path`")
         return Place(bucket, key)
 
@@ -120,26 +130,45 @@ class _S3:
         return f"s3://{place.address}"
 
     def head(self, place: Place, revision: str | None) -> Object:
-        head = self.way(place.bucket).head(place.bucket, place.name, revision)
-        size, etag = head.get("content-length", ""), head.get("etag")
-        if not is_size(size) or etag is None:
-            raise RefusedError("response lacks Content-Length or ETag; is this an S3 endpoint?")
-        version = revision or head.get("x-amz-version-id", "null")
-        return self._object(place.name, int(size), etag, None if version == "null" else version)
+        try:
+            head = self.way(place.bucket).head(place.bucket, place.name, revision)
+        except RefusedError as refusal:
+            if revision is not None and _is_no_version(refusal):
+                raise RefusedError(refusal.reason, status=404, code="NoSuchVersion") from None
+            raise
+        size = head.get("content-length", "") or ("" if revision else self._listed_size(place))
+        if not is_size(size):
+            raise RefusedError("response lacks Content-Length; is this an S3 endpoint?")
+        version = head.get("x-amz-version-id", "null")
+        listed = (place.name, int(size), head.get("etag"), http_date(head.get("last-modified")))
+        return self._object(listed, revision, None if version == "null" else version)
+
+    def _listed_size(self, place: Place) -> str:
+        """The size of an object whose description has none, as proxies send it."""
+        found, _ = self.way(place.bucket).page(place.bucket, place.name, None)
+        return next((str(size) for key, size, _, _ in found if key == place.name), "")
 
     def page(self, place: Place, token: str | None) -> tuple[Sequence[Object], str | None]:
         found, token = self.way(place.bucket).page(place.bucket, place.name, token)
-        return [self._object(key, size, etag, None) for key, size, etag in found], token
+        return [self._object(listed) for listed in found], token
 
-    def _object(self, key: str, size: int, etag: str, version: str | None) -> Object:
-        digest = _MD5.fullmatch(etag) if self._etag_is_md5 else None
+    def _object(self, listed: Listed, revision: str | None = None, version: str | None = None) -> Object:
+        key, size, etag, date = listed
+        name = bare_etag(etag) if etag is not None and identifies(etag, size) else None
+        digest = _MD5.fullmatch(name) if name and self._etag_is_md5 else None
+        if revision is not None:
+            pin = {"VersionId": revision}
+        elif name is not None:
+            # Not the VersionId: reading by that needs a right that reading does not need.
+            pin = {"If-Match": f'"{name}"'}
+        else:
+            pin = {"If-Unmodified-Since": date} if date else {"VersionId": version} if version else {}
         return Object(
             name=key,
             size_bytes=size,
-            token=version or etag.strip('"'),
-            # A VersionId names bytes for ever; an ETag at least makes the read of other bytes fail.
-            pin={"VersionId": version} if version else {"If-Match": etag},
-            digest=md5_digest(digest and digest[1], size),
+            token=revision or version or name or date or make_token(),
+            pin=pin,
+            digest=md5_digest(digest and digest[0], size),
             is_directory=not size and key.endswith("/"),
         )
 
@@ -157,8 +186,10 @@ class _S3:
         multipart upload, and not where S3 encrypts with keys of its own service or of the customer.
         """
         head = self.way(place.bucket).head(place.bucket, place.name, file.pin.get("VersionId"))
-        if "If-Match" in file.pin and head.get("etag", "").strip('"') != file.pin["If-Match"].strip('"'):
+        if "If-Match" in file.pin and bare_etag(head.get("etag", "")) != bare_etag(file.pin["If-Match"]):
             raise RefusedError("it has another ETag now", code="PreconditionFailed")
+        if file.pin.get("If-Unmodified-Since") not in (None, http_date(head.get("last-modified"))):
+            raise RefusedError("it has another date now", code="PreconditionFailed")
         if head.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT":
             for name in ("sha256", "crc32", "crc32c") if make_checksum("crc32c") else ("sha256", "crc32"):
                 if (digest := from_base64(head.get(f"x-amz-checksum-{name}", ""))) is not None:
@@ -187,6 +218,13 @@ class _S3:
 
     def close(self) -> None:
         """Nothing but the client is kept open: s3fs closes its own session when it is collected."""
+
+
+def _is_no_version(refusal: RefusedError) -> bool:
+    """Whether a VersionId is that of a delete marker, or is malformed."""
+    if refusal.status == 405:
+        return refusal.headers.get("x-amz-delete-marker") == "true"
+    return refusal.status == 400 and refusal.code in ("400", "InvalidArgument", "InvalidVersionId")
 
 
 def _load() -> Sequence[Callable[..., Any]]:

@@ -23,7 +23,7 @@ from kserve_pvc._source.contract import (
 )
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends import make_backend
-from kserve_pvc.errors import PolicyError
+from kserve_pvc.errors import PolicyError, SourceDeniedError, UnsafePathError
 
 _UNPACKED = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 _REFUSED = (".tar.bz2", ".tbz2", ".tbz", ".txz")
@@ -63,10 +63,17 @@ class _Unpacking:
                 setattr(self, name, getattr(backend, name))
 
     def resolve(self, ref: ModelRef) -> Resolved:
-        found = self._backend.resolve(attrs.evolve(ref, allow_patterns=None, ignore_patterns=()))
+        has_patterns = bool(ref.allow_patterns or ref.ignore_patterns)
+        try:
+            found = self._backend.resolve(attrs.evolve(ref, allow_patterns=None, ignore_patterns=()))
+        except (UnsafePathError, PolicyError, SourceDeniedError):
+            # What cannot be stored or listed may be what the patterns leave out.
+            if has_patterns:
+                return self._backend.resolve(ref)
+            raise
         files = found.files
         if len(files) != 1 or not is_archive(files[0].entry.path.name):
-            return self._backend.resolve(ref) if ref.allow_patterns or ref.ignore_patterns else found
+            return self._backend.resolve(ref) if has_patterns else found
         return attrs.evolve(found, ref=ref, files=(_marked(files[0], ref),))
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Any:

@@ -14,9 +14,8 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 from attrs.validators import instance_of
@@ -26,11 +25,13 @@ from kserve_pvc._format.codec import build, decode, encode, text
 from kserve_pvc._format.file_names import check_collisions, check_name
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder, to_files
 from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heartbeat, take_claim
-from kserve_pvc._volume.buffers import make_buffer
-from kserve_pvc._volume.calls import allocate, copy_range, delete_tree
+from kserve_pvc._volume.calls import delete_tree
+from kserve_pvc._volume.making import widen_new_file
 from kserve_pvc._volume.mount import mount_of
+from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
+from kserve_pvc.kserve._placing import Method, copy_file, digest_of, place_by
 from kserve_pvc.locks.external import ExternalLock
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import LeaseLostError
@@ -43,25 +44,7 @@ _NEXT = OURS / "next"
 _LOCK = OURS / "lock"
 _KEY = "destination-0000000000000000"
 
-Method = Literal["reflink", "link", "copy", "symlink"]
-
-_CLONE = 0x40049409  # FICLONE
 _T = TypeVar("_T")
-
-# The errors of a volume that does not support an operation, or not between these two directories.
-_UNSUPPORTED = {
-    *(
-        errno.EXDEV,
-        errno.EPERM,
-        errno.EACCES,
-        errno.EMLINK,
-        errno.ENOTSUP,
-        errno.EOPNOTSUPP,
-        errno.ENOSYS,
-        errno.EINVAL,
-    ),
-    *(errno.ENOTTY, errno.EBADF, errno.ETXTBSY),
-}
 
 
 @attrs.frozen(kw_only=True)
@@ -327,23 +310,40 @@ class Destination:
             False if the file is neither in the hidden directory nor in its place.
         """
         try:
-            with self._writer.open_file(source) as fd:
-                self._writer.set_open_mode(fd, self._writer.file_mode)
+            if not self._is_readable_by_all(source):
+                # It is copied, since the mode is set only of files that this call has created.
+                self.delete(_NEXT)
+                copy_file(self._writer, self._writer, source, file, _NEXT)
+                self._rename(_NEXT, file.path)
+                return True
         except FileNotFoundError:
             return self._is_moved(file)
         self._rename(source, file.path)
         return True
 
+    def _is_readable_by_all(self, source: PurePosixPath) -> bool:
+        """Whether a prepared file has the mode of the destination, or can be given it without any doubt whose it is."""
+        with self._writer.open_parent(source) as parent:
+            others_write = os.fstat(parent).st_mode & 0o022
+        with self._writer.open_file(source) as fd:
+            found = os.fstat(fd)
+            if found.st_mode & 0o444 == 0o444:
+                return True
+            if others_write or found.st_nlink > 1 or found.st_uid != os.geteuid():
+                return False
+            widen_new_file(fd, self._writer.file_mode)
+        return True
+
     def _is_moved(self, file: FileEntry) -> bool:
         try:
             with self._writer.open_file(file.path) as fd:
-                return os.fstat(fd).st_size == file.size_bytes and (file.sha256 is None or _digest(fd) == file.sha256)
+                return os.fstat(fd).st_size == file.size_bytes and (file.sha256 is None or digest_of(fd) == file.sha256)
         except (FileNotFoundError, UnsafePathError):
             return False
 
-    def materialize(self, source: Path, file: FileEntry, methods: Iterable[Method]) -> Method:
+    def materialize(self, store: Volume, source: Path, file: FileEntry, methods: Iterable[Method]) -> Method:
         """
-        Put a file of a store into its place, by the first method that the volumes support.
+        Put a file of a store into its place, by the first method that the volumes support. No link is followed.
 
         Returns:
             The method.
@@ -352,9 +352,10 @@ class Destination:
             VolumeError: The volumes support none of them.
         """
         self.delete(_NEXT)
+        self._writer.make_directory(OURS)
         for method in methods:
             with self._writer.translated(f"creating a {method} of `{source}`", file.path):
-                if self._materialize(source, file, method):
+                if place_by(method, self._writer, store, source, file, _NEXT):
                     self._rename(_NEXT, file.path)
                     return method
                 self.delete(_NEXT)
@@ -363,25 +364,6 @@ class Destination:
             f"the volumes do not support a {tried} of `{source}`; choose another method by `KSERVE_PVC_MATERIALIZE`"
         )
         raise VolumeError(str(self.absolute(file.path)), "materializing", reason)
-
-    def _materialize(self, source: Path, file: FileEntry, method: Method) -> bool:
-        self._writer.make_directory(OURS)
-        if method == "symlink":
-            place = self.absolute(file.path).parent
-            return self._create(lambda parent: os.symlink(os.path.relpath(source, place), _NEXT.name, dir_fd=parent))
-        if method == "link":
-            return self._create(lambda parent: os.link(source, _NEXT.name, dst_dir_fd=parent, follow_symlinks=False))
-        return _copy(self._writer, source, file, is_clone=method == "reflink")
-
-    def _create(self, make: Callable[[int], None]) -> bool:
-        try:
-            with self._writer.open_parent(_NEXT) as parent:
-                make(parent)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            return False
-        return True
 
     def _rename(self, source: PurePosixPath, path: PurePosixPath) -> None:
         with self._writer.translated("renaming", path):
@@ -406,26 +388,6 @@ class Destination:
             os.close(fd)
 
 
-def _copy(writer: VolumeWriter, source: Path, file: FileEntry, *, is_clone: bool) -> bool:
-    read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        written = writer.create(_NEXT)
-        try:
-            if is_clone and not _clone(read, written):
-                return False
-            if not is_clone:
-                allocate(written, file.size_bytes)
-                copy_range(read, written, 0, file.size_bytes)
-            if os.fstat(written).st_size != file.size_bytes:
-                raise VolumeError(str(source), "copying", f"it does not have the {file.size_bytes} bytes of its record")
-            os.fsync(written)
-        finally:
-            os.close(written)
-    finally:
-        os.close(read)
-    return True
-
-
 def _rename_into(source: int, name: str, target: int, path: PurePosixPath) -> None:
     try:
         os.rename(name, path.name, src_dir_fd=source, dst_dir_fd=target)
@@ -435,26 +397,6 @@ def _rename_into(source: int, name: str, target: int, path: PurePosixPath) -> No
         except OSError as error:
             raise UnsafePathError(str(path), "a directory with foreign files has this name; empty it") from error
         os.rename(name, path.name, src_dir_fd=source, dst_dir_fd=target)
-
-
-def _clone(source: int, target: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.ioctl(target, _CLONE, source)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        return False
-    return True
-
-
-def _digest(fd: int) -> str:
-    hashed, buffer, offset = sha256(), make_buffer(1024 * 1024), 0
-    while count := os.preadv(fd, [buffer], offset):
-        hashed.update(buffer[:count])
-        offset += count
-    return hashed.hexdigest()
 
 
 def _make(place: Path) -> None:

@@ -20,8 +20,8 @@ import attrs
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._settings import Mode, read_settings
 from kserve_pvc.errors import PolicyError, SettingsError, printable
-from kserve_pvc.kserve._destination import Method
 from kserve_pvc.kserve._log import log
+from kserve_pvc.kserve._placing import Method
 
 Kind = Literal["auto", "private", "store"]
 
@@ -265,7 +265,7 @@ def _patterns(name: str, environ: Mapping[str, str]) -> tuple[str, ...] | None:
     text = environ.get(name, "").strip()
     try:
         found = json.loads(text) if text else []
-    except ValueError:
+    except (ValueError, RecursionError):
         found = text.split(",")
     patterns = found if isinstance(found, list) else [found]
     return tuple(stripped for pattern in patterns if (stripped := str(pattern).strip())) or None
@@ -314,7 +314,7 @@ def _variables_of(secret: Mapping[str, Any]) -> dict[str, str]:
 def _json(name: str, environ: Mapping[str, str]) -> Mapping[str, Any]:
     try:
         found = json.loads(environ.get(name) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):  # The value may hold secrets.
         raise SettingsError(name, "not shown", "expected a JSON object")

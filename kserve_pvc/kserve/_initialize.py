@@ -28,6 +28,7 @@ from kserve_pvc._settings import pod_and_node
 from kserve_pvc._source.ref import ModelRef, parse_ref, redact
 from kserve_pvc._store import ModelStore
 from kserve_pvc._volume.profile import NETWORK_LEASE_SECONDS
+from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     DigestMismatchError,
@@ -190,7 +191,7 @@ def _fill(place: Path, sources: Sequence[CheckedSource], variables: Variables) -
     models = [from_store(store, one, variables) for one in sources]
     inside = _inside(place, store)
     if inside is None:
-        _copy_into(place, sources, models, variables)
+        _copy_into(place, Volume(store), sources, models, variables)
     else:
         _point_to(store, inside, sources, models)
 
@@ -240,7 +241,7 @@ def _ensure(store: ModelStore, one: CheckedSource, variables: Variables) -> Mode
     if ref.scheme in variables.streams:
         ensure = partial(ensure, max_workers=variables.streams[ref.scheme])
     # With its signature, which is sent and never stored.
-    uri = ref.uri if ref.query is None else f"{ref.uri}?{ref.query}"
+    uri = ref.signed_uri
     try:
         return ensure(uri, allow_patterns=ref.allow_patterns, ignore_patterns=ref.ignore_patterns or None)
     except SourceNotFoundError:
@@ -377,7 +378,9 @@ def _move(
     destination.fill(contents, place, check)
 
 
-def _copy_into(place: Path, sources: Sequence[CheckedSource], models: Sequence[Model], variables: Variables) -> None:
+def _copy_into(
+    place: Path, store: Volume, sources: Sequence[CheckedSource], models: Sequence[Model], variables: Variables
+) -> None:
     """Fill a directory from a store that is mounted elsewhere."""
     destination = Destination(place)
     if _holds(destination, sources, [model.version for model in models]):
@@ -387,7 +390,9 @@ def _copy_into(place: Path, sources: Sequence[CheckedSource], models: Sequence[M
     used: set[str] = set()
     with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
         destination.fill(
-            contents, lambda file: used.add(destination.materialize(origins[file.path], file, variables.methods)), check
+            contents,
+            lambda file: used.add(destination.materialize(store, origins[file.path], file, variables.methods)),
+            check,
         )
         destination.tidy()
     _log("INFO", f"{printable(place)} is complete, by {' and '.join(sorted(used))}")

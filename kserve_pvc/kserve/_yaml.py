@@ -16,6 +16,7 @@ from typing import Any
 from kserve_pvc.errors import InvalidFileError, MissingDependencyError
 
 _MAX_BYTES = 64 * 1024 * 1024
+_MAX_DIGITS = 128
 _INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0o[0-7_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)")
 _NUMBER = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
@@ -101,6 +102,8 @@ def _loader() -> Any:
 
 
 def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError("a number of too many digits")  # Python reads it if it is hexadecimal, and cannot print it.
     digits = text.replace("_", "")
     is_octal = re.fullmatch(r"[-+]?0[0-7]+", digits) is not None
     return int(digits, 8 if is_octal else 0)

@@ -90,18 +90,28 @@ def resolve_namespace(locker: Locker, environ: Mapping[str, str]) -> Locker:
 
 def check_confirmed(stored: str, requested: str | None) -> None:
     """
-    Check that this process was configured to use the Redis server of a store.
+    Check that this process was configured to use the lock service of a store, or need not be.
 
-    Any process that can write to the volume could put another address there, and collect the password.
+    Any process that can write to the volume could put another address there, and collect the password; or a namespace,
+    to which this process would show what its token may do. A file on the volume, and its own namespace, are no more
+    than it uses anyway.
 
     Raises:
-        SettingsError: The store names a Redis server, and this process was not configured with one.
+        SettingsError: The store names a Redis server or another namespace, and this process was not configured with it.
     """
-    if requested is None and parse_locker(stored).kind == "redis":
-        hint = (
-            f"`store.json` names the Redis server `{stored}`; confirm it by setting the variable, or `locker`, to that"
-        )
-        raise SettingsError("KSERVE_PVC_LOCKER", "", hint)
+    locker = parse_locker(stored)
+    if requested is not None or locker.kind in ("lease", "flock") or _is_own_namespace(locker):
+        return
+    what = "Redis server" if locker.kind == "redis" else "namespace"
+    hint = f"`store.json` names the {what} `{stored}`; confirm it by setting the variable, or `locker`, to that"
+    raise SettingsError("KSERVE_PVC_LOCKER", "", hint)
+
+
+def _is_own_namespace(locker: Locker) -> bool:
+    try:
+        return locker.kind == "kubernetes" and resolve_namespace(Locker("kubernetes", ""), os.environ) == locker
+    except SettingsError:
+        return False  # It is not known.
 
 
 def external_lock(

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from kserve_pvc._threads import start_thread
+from kserve_pvc.errors import VolumeError
 from kserve_pvc.locks import Grab, NoLockError
 
 TIMEOUT = 1.0
@@ -52,8 +54,7 @@ class ExternalLock:
             if self._release is not None:
                 return True
             if self._attempt is None or not self._attempt.is_alive():
-                self._attempt = threading.Thread(target=self._acquire, name="kserve-pvc-lock", daemon=True)
-                self._attempt.start()
+                self._attempt = start_thread(self._acquire, "kserve-pvc-lock")
         self._attempt.join(self._timeout)
         with self._guard:
             error, self._error = self._error, None
@@ -73,9 +74,10 @@ class ExternalLock:
             self._wanted = False
             release, self._release = self._release, None
         if release is not None:
-            thread = threading.Thread(target=_try_release, args=(release,), name="kserve-pvc-unlock", daemon=True)
-            thread.start()
-            thread.join(self._timeout)
+            try:
+                start_thread(_try_release, "kserve-pvc-unlock", release).join(self._timeout)
+            except VolumeError:
+                _try_release(release)
 
     def _acquire(self) -> None:
         try:

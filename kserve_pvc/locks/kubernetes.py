@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
+from kserve_pvc._threads import start_thread
 from kserve_pvc.errors import LockServiceError, MissingDependencyError, SettingsError
 from kserve_pvc.locks import NoLockError
 from kserve_pvc.locks.lease import HEARTBEATS_PER_LEASE, RENEW_DEADLINE
@@ -149,8 +150,7 @@ class _Renewal:
         self._renew = renew
         self._lease_seconds = lease_seconds
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kserve-pvc-lease", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, "kserve-pvc-lease")
 
     def stop(self) -> None:
         self._stop.set()

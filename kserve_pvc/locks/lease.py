@@ -11,6 +11,7 @@ from contextlib import suppress
 from time import monotonic
 
 from kserve_pvc._format.records import Beat, encode_beat
+from kserve_pvc._threads import start_thread
 
 # A lease of 30 s is renewed every 5 s and considered lost by its holder after 20 s, so that holder and observer agree
 # even if their clocks run at rates that differ by half.
@@ -56,8 +57,11 @@ class Heartbeat:
         self._stop = threading.Event()
         self._renewed = monotonic()
         self._write(released=False)
-        self._thread = threading.Thread(target=self._run, name="kserve-pvc-heartbeat", daemon=True)
-        self._thread.start()
+        try:
+            self._thread = start_thread(self._run, "kserve-pvc-heartbeat")
+        except BaseException:
+            self._end()  # Without its thread no other process need wait for it.
+            raise
 
     def check(self) -> None:
         """
@@ -86,6 +90,9 @@ class Heartbeat:
                 began = monotonic()
                 self._write(released=False)
                 self._renewed = began  # Other processes may have seen it from here on.
+        self._end()
+
+    def _end(self) -> None:
         with suppress(OSError):
             self._write(released=True)
         with suppress(OSError):

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from kserve_pvc._threads import start_thread
+
 
 class Call:
     """
@@ -21,7 +23,7 @@ class Call:
         self._done = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="kserve-pvc-fsspec", daemon=True).start()
+        start_thread(self._run, "kserve-pvc-fsspec")
 
     def _run(self) -> None:
         try:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 
+from kserve_pvc.backends._validators import identifies
+
 # Fields that name content, or a version of it.
 STRONG = {
     "blob_id",
@@ -66,7 +68,12 @@ def identity(info: Mapping[str, object]) -> Mapping[str, str]:
     said = {field: text for field, value in info.items() if (text := as_text(value)) is not None}
     if (digest := large_file_digest(info)) is not None:
         said["sha256"] = digest
-    strong = {field: text for field, text in said.items() if field.lower() in STRONG}
+    size = info.get("size")
+    strong = {
+        field: text
+        for field, text in said.items()
+        if field.lower() in STRONG and identifies(text, size if isinstance(size, int) else 0)
+    }
     return strong or {field: text for field, text in said.items() if field.lower() in WEAK}
 
 

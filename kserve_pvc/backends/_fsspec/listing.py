@@ -14,13 +14,18 @@ from fsspec.asyn import AsyncFileSystem
 from kserve_pvc._format.file_names import check_name
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import MAX_FILES, RemoteFile
+from kserve_pvc._source.ref import ModelRef, join_parts
+from kserve_pvc.backends._directories import Directories
 from kserve_pvc.backends._fsspec.filesystems import Lender
 from kserve_pvc.backends._fsspec.identity import identity, large_file_digest, token
 from kserve_pvc.backends._fsspec.spelling import Spelling
+from kserve_pvc.backends.file import LOST_AND_FOUND
 from kserve_pvc.errors import PolicyError, SourceNotFoundError, SourceUnavailableError, UnsafePathError
 
 # Beside what identifies the content: where the file system is found, and what a reader knows the model by.
 URL, URI = "url", "uri"
+
+_LOCAL = ("file", "local")
 
 # Does one call of a file system, with a limit for how long it may take.
 Run = Callable[[Callable[[], Any]], Any]
@@ -29,13 +34,10 @@ Run = Callable[[Callable[[], Any]], Any]
 @attrs.frozen
 class Listing:
     """
-    The files of a directory, or one file, at a URL.
-
-    Args:
-        uri: Named in errors.
+    The files of a directory, or one file, at a URL, as far as the patterns of `ref` select them.
     """
 
-    uri: str
+    ref: ModelRef
     spelling: Spelling
     lender: Lender
     run: Run
@@ -49,14 +51,40 @@ class Listing:
         with self.lender.borrowed() as fs:
             self.lender.forget(fs, path)
             info = None if url.endswith("/") else self.run(lambda: fs.info(path))
-            if info is not None and info["type"] != "directory":
+            if info is not None and info["type"] != "directory" and not self._is_marker(fs, path, info):
                 name = self.spelling.name or str(info["name"]).rstrip("/").rpartition("/")[2]
                 yield self._file(info, name)
                 return
-            for info in self._below(fs, path):
-                if info["name"] == path:
+            directories = Directories(self.uri)
+            for found in self._below(fs, path):
+                name = str(found["name"])
+                if found.get("size") == 0 and (name.endswith("/") or (name == path and info is not None)):
+                    directories.mark(name[len(path.rstrip("/")) + 1 :])
+                    continue
+                if found["name"] == path:
                     raise SourceNotFoundError(self.uri, "it is a file, not a directory; remove the slash at its end")
-                yield self._file(info, self._inside(path, info["name"]))
+                inside = self._inside(path, name)
+                # What has something below its name is a directory, also where the patterns leave that out.
+                directories.mark(inside)
+                # A name that ends in a slash marks a directory, whatever it holds.
+                if self.ref.selects(inside) and not inside.endswith("/"):
+                    yield from directories.sift([self._file(found, join_parts(inside).removeprefix("/"))])
+            yield from directories.empty_files()
+
+    @property
+    def uri(self) -> str:
+        return self.ref.uri
+
+    def _is_marker(self, fs: FileSystem, path: str, info: Mapping[str, Any]) -> bool:
+        """Whether an empty file has something below it, so that it stands for a directory of an object store."""
+        if info.get("size") != 0:
+            return False
+        prefix = path.rstrip("/") + "/"
+        try:
+            found = self.run(lambda: fs.find(path, detail=True))
+        except (OSError, NotImplementedError):
+            return False
+        return any(str(name).startswith(prefix) for name in found)
 
     def _below(self, fs: FileSystem, path: str) -> Iterator[Mapping[str, Any]]:
         """
@@ -79,9 +107,15 @@ class Listing:
                 name = str(info["name"]).rstrip("/")
                 if info["type"] != "directory":
                     yield info
-                elif name != directory.rstrip("/"):
-                    check_name(self._inside(path, name))
+                elif name != directory.rstrip("/") and self._is_wanted(self._inside(path, name)):
                     waiting.append(name)
+
+    def _is_wanted(self, directory: str) -> bool:
+        if self.spelling.protocol in _LOCAL and directory == LOST_AND_FOUND:
+            return False
+        if ".." in directory.split("/"):
+            check_name(directory)
+        return self.ref.may_select_below(directory)
 
     def _inside(self, path: str, name: object) -> str:
         prefix = path.rstrip("/") + "/"

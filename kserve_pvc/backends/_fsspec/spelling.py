@@ -11,7 +11,7 @@ import attrs
 from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._fsspec.filesystems import PREFIX
-from kserve_pvc.errors import InvalidURIError, UnsafePathError
+from kserve_pvc.errors import InvalidURIError, PolicyError, UnsafePathError
 
 
 @attrs.frozen(kw_only=True)
@@ -81,4 +81,7 @@ def _web_file(ref: ModelRef, url: str, limits: UnpackLimits | None) -> Spelling:
     from kserve_pvc.backends._web_settings import parse_file
 
     file = parse_file(attrs.evolve(ref, uri=url), limits)
+    if file.query is not None:
+        reason = "a link with a query is read by plain requests only; leave out the options that fsspec is needed for"
+        raise PolicyError(ref.uri, reason)
     return Spelling(url=file.address, name=file.name, sha256=file.sha256, unpack=file.limits)

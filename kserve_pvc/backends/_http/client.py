@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -65,6 +65,7 @@ class HTTPClient:
         self.response_seconds = _RESPONSE_SECONDS
         self._idle: dict[tuple[str, str, int], deque[Connection]] = defaultdict(deque)
         self._guard = threading.Lock()
+        self._whole: dict[Hashable, WholeResponses] = {}
         self._context: ssl.SSLContext | None = None
 
     @contextmanager
@@ -97,7 +98,9 @@ class HTTPClient:
         """
         place = f"http://{target.authority}{target.path}" if connection.is_forwarded else target.path
         # A response in another encoding would have other bytes than the range that was requested.
-        lines = [f"{method} {place} HTTP/1.1", f"Host: {target.authority}", "Accept-Encoding: identity"]
+        lines = [f"{method} {place} HTTP/1.1", f"Host: {target.authority}"]
+        if "Accept-Encoding" not in headers:
+            lines.append("Accept-Encoding: identity")
         if connection.is_forwarded and connection.proxy_password:
             lines.append(f"Proxy-Authorization: {connection.proxy_password}")
         lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -130,6 +133,13 @@ class HTTPClient:
         with self._guard:
             self._idle[target.scheme, target.host, target.port].append(connection)
 
+    def whole_of(self, file: Hashable) -> WholeResponses:
+        """
+        Return what is known of a file whose server sends it whole only.
+        """
+        with self._guard:
+            return self._whole.setdefault(file, WholeResponses())
+
     def __del__(self) -> None:
         self.close()
 
@@ -138,6 +148,9 @@ class HTTPClient:
         Close every idle connection.
         """
         with self._guard:
+            for whole in self._whole.values():
+                whole.close()
+            self._whole.clear()
             for idle in self._idle.values():
                 while idle:
                     idle.pop().close()
@@ -188,6 +201,45 @@ class HTTPClient:
             if self._context is None:
                 self._context = make_context(self._ca_bundle, self._environ)
             return self._context
+
+
+class WholeResponses:
+    """
+    Responses with a whole file of which a part has been received, for readers of what comes next.
+
+    Attributes:
+        is_known: Whether the server sends the file whole only.
+    """
+
+    def __init__(self) -> None:
+        self.is_known = False
+        self._guard = threading.Lock()
+        self._kept: list[tuple[int, Exchange]] = []
+
+    def keep(self, position: int, exchange: Exchange) -> None:
+        """
+        Keep a response whose next byte has this position in the file.
+        """
+        with self._guard:
+            self._kept.append((position, exchange))
+
+    def take(self, start: int) -> tuple[int, Exchange] | None:
+        """
+        Return the response that needs to skip least to get to a position, with where it is; None if there is none.
+        """
+        with self._guard:
+            found = max((kept for kept in self._kept if kept[0] <= start), key=lambda kept: kept[0], default=None)
+            if found is not None:
+                self._kept.remove(found)
+            return found
+
+    def close(self) -> None:
+        """
+        Close the connections of all of them.
+        """
+        with self._guard:
+            while self._kept:
+                self._kept.pop()[1].__exit__(None)
 
 
 class Exchange:

@@ -192,6 +192,9 @@ class Response:
         self._trailers = 0
         self.is_over = False
         coding, length = self.header("transfer-encoding"), self.header("content-length")
+        if length is not None and "," in length and len({part.strip() for part in length.split(",")}) == 1:
+            # Repeated by a proxy. RFC 9110, section 8.6: equal values are one.
+            length = length.partition(",")[0].strip()
         if (
             method == "HEAD"
             or self.status in (204, 304)

@@ -5,6 +5,7 @@ Opening connections: name look-up, address checks, proxies and tunnels.
 from __future__ import annotations
 
 import base64
+import re
 import socket
 import struct
 import time
@@ -16,6 +17,9 @@ from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._http.wire import CONNECT_SECONDS, POLL_SECONDS, PlainTransport
 from kserve_pvc.errors import StoreError
 
+# An address of IPv6 may stand without brackets, and has no port then.
+_NAME_AND_PORT = re.compile(r"(?:\[([^\]]+)\]|([^:]+|[0-9a-f:.]+(?:%\S*)?))(?::([0-9]{1,5}))?")
+
 
 class Proxy(NamedTuple):
     host: str
@@ -25,11 +29,50 @@ class Proxy(NamedTuple):
 
 
 def bypasses_proxy(target: Target, no_proxy: str) -> bool:
-    host = target.host.lower()
-    for name in (n.strip().lower().lstrip(".") for n in no_proxy.split(",")):
-        if name == "*" or (name and (host == name or host.endswith("." + name) or f"{host}:{target.port}" == name)):
-            return True
-    return False
+    """
+    Whether `NO_PROXY` names a target: by its name, a domain above it, its address, or a network in CIDR notation; each
+    but a network may have a port, and an address of IPv6 brackets.
+    """
+    host = target.host.lower().rstrip(".")
+    return any(_names(entry, host, target.port) for entry in no_proxy.lower().replace(",", " ").split())
+
+
+def _names(entry: str, host: str, port: int) -> bool:
+    if entry == "*":
+        return True
+    address = literal_address(host)
+    if "/" in entry:
+        return address is not None and _is_in_network(address, entry)
+    match = _NAME_AND_PORT.fullmatch(entry)
+    if match is None:
+        return False
+    bracketed, name, named_port = match.groups()
+    if named_port is not None and int(named_port) != port:
+        return False
+    name = bracketed or name
+    if address is not None:
+        return _same_address(address, name)
+    domain = name.removeprefix("*").strip(".")
+    return bool(domain) and (host == domain or host.endswith("." + domain))
+
+
+def _is_in_network(address: str, network: str) -> bool:
+    from ipaddress import ip_address, ip_network
+
+    try:
+        spelled = network.replace("[", "").replace("]", "")
+        return ip_address(address.partition("%")[0]) in ip_network(spelled, strict=False)
+    except ValueError:
+        return False
+
+
+def _same_address(address: str, name: str) -> bool:
+    from ipaddress import ip_address
+
+    try:
+        return ip_address(address.partition("%")[0]) == ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
 
 
 def basic_authorization(proxy: Proxy) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from kserve_pvc._source.ref import redact
+from kserve_pvc.backends._login.contract import describe_foreign
 from kserve_pvc.backends._login.sigv4 import Credentials
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError
 from kserve_pvc.errors import InvalidFileError, SettingsError
@@ -189,14 +191,14 @@ class SDKSession:
 
 @contextmanager
 def _setting_errors() -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ProfileNotFound
+    from botocore.exceptions import ProfileNotFound
 
     try:
         yield
     except ProfileNotFound as error:
         raise SettingsError("profile", error.kwargs["profile"], "name a profile of AWS's configuration files") from None
-    except (BotoCoreError, ValueError) as error:
-        raise InvalidFileError("AWS's configuration", type(error).__name__, str(error)) from None
+    except Exception as error:  # A file that cannot be read or parsed.
+        raise InvalidFileError("AWS's configuration", type(error).__name__, redact(describe_foreign(error))) from None
 
 
 @contextmanager
@@ -204,14 +206,15 @@ def sdk_errors() -> Iterator[None]:
     """
     Turn what the SDK raises while it finds credentials into a refusal.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     try:
         yield
-    except (BotoCoreError, ClientError, OSError, ValueError) as error:
+    except RefusedError:
+        raise
+    except Exception as error:  # Files, programs and agents, each with errors of its own.
+        reason = redact(describe_foreign(error))
         if _is_transient(error):
-            raise RefusedError(f"credentials are unavailable: {error}", status=503, busy=0.0) from None
-        raise RefusedError(f"no credentials: {error}", code=NO_CREDENTIALS, hint=NO_CREDENTIALS_HINT) from None
+            raise RefusedError(f"credentials are unavailable: {reason}", status=503, busy=0.0) from None
+        raise RefusedError(f"no credentials: {reason}", code=NO_CREDENTIALS, hint=NO_CREDENTIALS_HINT) from None
 
 
 def _is_transient(error: BaseException) -> bool:

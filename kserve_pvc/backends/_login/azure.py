@@ -22,7 +22,7 @@ import attrs
 
 from kserve_pvc._source.ref import redact
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.backends._login.contract import Anonymous, Authorization, Login, LoginError, Scope
+from kserve_pvc.backends._login.contract import Anonymous, Authorization, Login, LoginError, Scope, describe_foreign
 from kserve_pvc.errors import HIDDEN, SettingsError
 
 OPTIONS = (
@@ -174,9 +174,9 @@ class Token(Login):
                 self._made = self._make()
             token = (self._given or self._made).get_token(_SCOPE)
             return str(token.token), float(token.expires_on)
-        except (AzureError, ValueError) as error:  # A ValueError: a tenant or an authority that is not valid.
-            reason = redact(str(error).strip().partition("\n")[0])
-            is_denied = isinstance(error, ClientAuthenticationError | ValueError)
+        except Exception as error:  # A tenant that is not valid, a certificate that cannot be read, and what not.
+            reason = redact(describe_foreign(error))
+            is_denied = not isinstance(error, AzureError) or isinstance(error, ClientAuthenticationError)
             # Not chained: the context may hold the whole request.
             raise LoginError(reason, is_denied=is_denied) from None
 
@@ -310,13 +310,17 @@ def read_credential(credential: Any) -> Login:
     return Token(credential)
 
 
-def make_key(name: str, key: Any) -> AccountKey:
+def make_key(name: str, key: Any) -> Login:
     """
-    Take the key of an account, which the setting `name` holds.
+    Take the key of an account, which the setting `name` holds; or a signature, which Azure's SDK takes there too, and
+    which KServe's documentation puts into AZURE_STORAGE_ACCESS_KEY.
 
     Raises:
-        SettingsError: It is not base64.
+        SettingsError: It is neither base64 nor a signature.
     """
+    key = key.strip() if isinstance(key, str) else key
+    if isinstance(key, str) and "sig=" in key:
+        return read_signature(name, key)
     try:
         base64.b64decode(key, validate=True)
     except (TypeError, ValueError):

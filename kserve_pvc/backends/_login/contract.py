@@ -27,6 +27,19 @@ class LoginError(RefusedError):
         self.is_absent = is_absent
 
 
+def describe_foreign(error: Exception) -> str:
+    """
+    Say in one line what a library raised, with the file or the kind of error where its message alone says little.
+
+    The caller hides what may be secret.
+    """
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"`{error.filename}` cannot be read: {error.strerror or type(error).__name__}"
+    first = str(error.args[0] if error.args else error).strip().partition("\n")[0].rstrip(". ")
+    is_plain = isinstance(error, LookupError | TypeError | AttributeError | AssertionError) or not first
+    return f"{type(error).__name__}: {first}".rstrip(": ") if is_plain else first
+
+
 @attrs.frozen
 class Scope:
     """

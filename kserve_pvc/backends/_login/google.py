@@ -18,7 +18,15 @@ from typing import Any
 
 from kserve_pvc._source.ref import redact
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.backends._login.contract import Anonymous, Authorization, GivenToken, Login, LoginError, Scope
+from kserve_pvc.backends._login.contract import (
+    Anonymous,
+    Authorization,
+    GivenToken,
+    Login,
+    LoginError,
+    Scope,
+    describe_foreign,
+)
 from kserve_pvc.errors import HIDDEN, SettingsError
 
 # What reading and listing need, and no more.
@@ -85,15 +93,15 @@ class GoogleAuthLogin(Login):
 
     def _call(self, act: Callable[[Any], Any]) -> Any:
         """Call google-auth for what may take requests."""
-        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
+        from google.auth.exceptions import DefaultCredentialsError, TransportError
         from google.auth.transport.requests import Request
 
         try:
             with _session() as session:
                 return act(Request(session))
-        except (GoogleAuthError, ValueError) as error:
+        except Exception as error:  # A file that cannot be read or has another shape than expected may raise anything.
             is_transient = isinstance(error, TransportError) or bool(getattr(error, "retryable", False))
-            reason = hide(str(error.args[0] if error.args else error)).partition("\n")[0].rstrip(". ")
+            reason = hide(describe_foreign(error))
             # Not chained: the context may hold a whole response of the token service.
             raise LoginError(
                 reason, is_denied=not is_transient, is_absent=isinstance(error, DefaultCredentialsError)
@@ -222,7 +230,7 @@ def _read_json(place: Path) -> Mapping[str, Any]:
         content = json.loads(place.read_bytes())
     except OSError as error:
         raise SettingsError("token", str(place), f"the file cannot be read: {error.strerror or error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise SettingsError("token", str(place), "the file is not the JSON of a service account or of a user's login")

@@ -20,15 +20,24 @@ import attrs
 _EMPTY_BODY = hashlib.sha256(b"").hexdigest()
 
 
+def _strip(text: str) -> str:
+    return text.strip()
+
+
+def _strip_optional(text: str | None) -> str | None:
+    return None if text is None else text.strip()
+
+
 @attrs.frozen
 class Credentials:
     """
     Credentials that sign a request. `session_token` belongs to credentials that expire.
     """
 
-    key: str
-    secret: str = attrs.field(repr=False)
-    session_token: str | None = attrs.field(default=None, repr=False)
+    # As secrets that were made with `echo` end in a line break.
+    key: str = attrs.field(converter=_strip)
+    secret: str = attrs.field(repr=False, converter=_strip)
+    session_token: str | None = attrs.field(default=None, repr=False, converter=_strip_optional)
 
 
 def sign(
