@@ -4,7 +4,7 @@ One attempt to fetch a model into a generation of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from hashlib import sha256
 from itertools import chain
@@ -36,7 +36,7 @@ from kserve_pvc._volume.calls import copy_range, write_all
 from kserve_pvc._volume.profile import check_names
 from kserve_pvc._volume.tree import Tree, writing_tree
 from kserve_pvc._volume.writing import VolumeWriter
-from kserve_pvc.errors import InsufficientSpaceError
+from kserve_pvc.errors import InsufficientSpaceError, VolumeError
 
 Activity = Literal["downloading", "importing"]
 _Donors = Mapping[PurePosixPath, Sequence[Found]]
@@ -49,6 +49,7 @@ class Attempt:
     Args:
         resolved: The listing, if it was requested already.
         reuses_complete: Whether complete models of the same source may be reused.
+        spoiled: Generations of this call on which the volume failed.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Attempt:
         resolved: Resolved | None,
         activity: Activity,
         reuses_complete: bool,
+        spoiled: Collection[str],
         tuning: Tuning,
         tally: Tally,
     ) -> None:
@@ -71,6 +73,7 @@ class Attempt:
         self._place = layout.generation_dir(ref.key, generation)
         self._activity = activity
         self._reuses_complete = reuses_complete
+        self._spoiled = spoiled
         self._tuning = tuning
         self._tally = tally
         self._journal: Journal | None = None
@@ -88,6 +91,10 @@ class Attempt:
         try:
             files = self._write_files()
             return self._write_manifest(files)
+        except (VolumeError, InsufficientSpaceError):
+            if self._journal is not None:
+                self._journal.spoil()
+            raise
         finally:
             if isinstance(self._backend, SupportsClose):
                 self._backend.close()
@@ -100,7 +107,13 @@ class Attempt:
             self._journal.flush()
 
     def _write_files(self) -> Sequence[FileEntry]:
-        donors = find_donors(self._writer, self._ref, own=self._generation, with_complete=self._reuses_complete)
+        donors = find_donors(
+            self._writer,
+            self._ref,
+            own=self._generation,
+            with_complete=self._reuses_complete,
+            spoiled=self._spoiled,
+        )
         self._tally.begin()
         pages = self._pages(donors)
         # Nothing is made for a source that holds nothing.

@@ -119,7 +119,7 @@ class Download:
         self._tally = Tally(subject, listener, cancellation)
         self._publication = Publication(writer, ref, holder)
         self._written: Written | None = None
-        self._spoiled: VolumeError | None = None
+        self._spoiled: dict[str, VolumeError] = {}
         self._is_locker_unavailable = False
 
     def run(self) -> Outcome:
@@ -230,8 +230,8 @@ class Download:
             self._lock.release()
 
     def _give_up(self, action: protocol.GiveUp) -> NoReturn:
-        if action.reason == "volume" and self._spoiled is not None:
-            raise self._spoiled
+        if action.reason == "volume" and self._spoiled:
+            raise list(self._spoiled.values())[-1]
         waiting = self._tally.waiting(self._sign)
         raise LockTimeoutError(
             str(self._ref), waiting.holder, action.waited, action.idle, waiting.bytes_done, waiting.bytes_total
@@ -248,7 +248,7 @@ class Download:
             self._tally.tell(ClaimLost(**self._tally.subject))
             return protocol.ClaimLost()
         except VolumeError as error:
-            self._spoiled = error
+            self._spoiled[generation] = error
             return protocol.Spoiled()
         except DownloadCancelledError:
             raise
@@ -287,6 +287,7 @@ class Download:
             resolved=self._request.resolved,
             activity=self._request.activity,
             reuses_complete=not self._request.after_seq,
+            spoiled=self._spoiled,
             tuning=self._tuning,
             tally=self._tally,
         )

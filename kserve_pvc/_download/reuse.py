@@ -7,7 +7,7 @@ Nothing of it is trusted. A token selects it, and a digest proves it when it is 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import PurePosixPath
@@ -55,15 +55,16 @@ class Found:
 
     def has_all(self, file: RemoteFile) -> bool:
         """
-        Whether a note covers all of a file at the source.
+        Whether a note covers all of a file at the source, which then gets a second name.
         """
         return any(
-            n.sha256 is not None and n.token == file.entry.token and n.stop == file.entry.size_bytes for n in self.notes
+            n.sha256 is not None and n.is_durable and n.token == file.entry.token and n.stop == file.entry.size_bytes
+            for n in self.notes
         )
 
 
 def find_donors(
-    volume: Volume, ref: ModelRef, *, own: str = "", with_complete: bool = True
+    volume: Volume, ref: ModelRef, *, own: str = "", with_complete: bool = True, spoiled: Collection[str] = ()
 ) -> Mapping[PurePosixPath, Sequence[Found]]:
     """
     Find files that may already hold what is requested: complete ones of the same source first, then what dead writers
@@ -72,6 +73,7 @@ def find_donors(
     Args:
         own: The generation that is being written.
         with_complete: False for a download that is forced, as its caller doubts what is there.
+        spoiled: Generations that this process saw the volume fail on. Nothing of them counts as durable.
     """
     donors: dict[PurePosixPath, list[Found]] = defaultdict(list)
     for key in volume.list_names(layout.KEYS) if with_complete else ():
@@ -83,14 +85,19 @@ def find_donors(
                 continue
             for file in read_manifest(volume, entry).files:
                 if file.sha256 is not None and file.token is not None:
-                    note = PartNote(path=file.path, token=file.token, stop=file.size_bytes, sha256=file.sha256)
+                    note = PartNote(
+                        path=file.path, token=file.token, stop=file.size_bytes, sha256=file.sha256, is_durable=True
+                    )
                     donors[file.path].append(
                         Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,))
                     )
     for generation in reversed(volume.list_names(layout.MODELS / ref.key)):
         if generation == own or layout.parse_generation(generation) is None:
             continue
+        is_spoiled = generation in spoiled or _is_marked_spoiled(volume, generation)
         for path, notes in _read_journal(volume, generation).items():
+            if is_spoiled:
+                notes = [attrs.evolve(note, is_durable=False) for note in notes]
             donors[path].append(Found(volume, layout.generation_dir(ref.key, generation) / path, tuple(notes)))
     return donors
 
@@ -119,6 +126,11 @@ def reusable_bytes(donors: Mapping[PurePosixPath, Sequence[Found]], resolved: Re
             total += max(0, stop - max(start, end))
             end = max(end, stop)
     return total
+
+
+def _is_marked_spoiled(volume: Volume, generation: str) -> bool:
+    marker = layout.spoiled_file(generation)
+    return marker.name in volume.list_names(marker.parent)
 
 
 def _read_journal(volume: Volume, generation: str) -> dict[PurePosixPath, list[PartNote]]:

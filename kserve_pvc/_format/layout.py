@@ -96,6 +96,11 @@ def journal_file(generation: str) -> PurePosixPath:
     return staging_dir(generation) / "journal"
 
 
+def spoiled_file(generation: str) -> PurePosixPath:
+    """A file that says that the volume failed while this generation was written."""
+    return staging_dir(generation) / "spoiled"
+
+
 def lease_dir(generation: str) -> PurePosixPath:
     return LEASES / generation
 

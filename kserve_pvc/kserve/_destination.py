@@ -25,7 +25,7 @@ from kserve_pvc._format.codec import build, decode, encode, text
 from kserve_pvc._format.file_names import check_collisions, check_name
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder, to_files
 from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heartbeat, take_claim
-from kserve_pvc._volume.calls import delete_tree
+from kserve_pvc._volume.calls import delete_tree, sync_directory
 from kserve_pvc._volume.making import widen_new_file
 from kserve_pvc._volume.mount import mount_of
 from kserve_pvc._volume.reading import Volume
@@ -382,8 +382,7 @@ class Destination:
     def _sync_directory(self, place: PurePosixPath) -> None:
         fd = self._writer.open_directory(place)
         try:
-            with suppress(OSError):  # Not every volume supports it.
-                os.fsync(fd)
+            sync_directory(fd)
         finally:
             os.close(fd)
 
