@@ -1,8 +1,8 @@
 """
 A volume that fails to write for a moment: what was written then is never proven from the page cache.
 
-After a failed write the kernel reports the error once. The page stays in the cache, clean and as it was written, so that
-it is read back well and synced well, and is gone after the next start.
+After a failed write the kernel reports the error once. The page stays in the cache, clean and as it was written, so
+that it is read back well and synced well, and is gone after the next start.
 """
 
 from __future__ import annotations

@@ -241,9 +241,12 @@ def test_a_failed_close_fails_the_file(root, monkeypatch, is_large, nothing_is_l
 
     monkeypatch.setattr(os, "close", close)
 
-    with pytest.raises(OSError, match="quota is used up"):
+    def finish() -> None:
         tree.finish(fd, PurePosixPath("file"), is_large)
         tree.settle()
+
+    with pytest.raises(OSError, match="quota is used up"):
+        finish()
     monkeypatch.undo()
     tree.close()
 

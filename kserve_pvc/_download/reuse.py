@@ -95,10 +95,9 @@ def find_donors(
         if generation == own or layout.parse_generation(generation) is None:
             continue
         is_spoiled = generation in spoiled or _is_marked_spoiled(volume, generation)
-        for path, notes in _read_journal(volume, generation).items():
-            if is_spoiled:
-                notes = [attrs.evolve(note, is_durable=False) for note in notes]
-            donors[path].append(Found(volume, layout.generation_dir(ref.key, generation) / path, tuple(notes)))
+        for path, found in _read_journal(volume, generation).items():
+            notes = tuple(attrs.evolve(note, is_durable=False) for note in found) if is_spoiled else tuple(found)
+            donors[path].append(Found(volume, layout.generation_dir(ref.key, generation) / path, notes))
     return donors
 
 

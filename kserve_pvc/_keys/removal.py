@@ -16,7 +16,7 @@ import attrs
 
 from kserve_pvc._format import layout
 from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now
-from kserve_pvc._keys.claims import find_live_downloader, live_readers
+from kserve_pvc._keys.claims import Readers, find_live_downloader
 from kserve_pvc._keys.log import LogView, read_log_of
 from kserve_pvc._keys.log_writer import LogWriter, generations
 from kserve_pvc._keys.procedures import AwaitReaders, AwaitVisibility, Operation, Publish, drive, remove
@@ -46,7 +46,8 @@ class Removal:
             False if there was nothing to remove.
 
         Raises:
-            ModelInUseError: A process downloads it, or reads it; a tombstone was undone.
+            ModelInUseError: Another process downloads it, or reads it. It was there all the time, unless the reader
+                came just before the tombstone, which is undone then.
             InsufficientSpaceError: The volume is full, and there is neither trash nor a reserve to give up.
         """
         try:
@@ -81,6 +82,7 @@ class Removal:
             raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
         staging = layout.staging_dir(f"remove-{secrets.token_hex(16)}")
         log = self._log_writer(staging, _named(found, view))
+        leases = Readers(self.writer, lease_seconds=lease_seconds)
         readers: list[str] = []
 
         def perform(operation: Operation) -> object:
@@ -89,8 +91,7 @@ class Removal:
                     time.sleep(mount_of(self.writer.root).visibility_delay)
                     return None
                 case AwaitReaders(which):
-                    for generation in which:
-                        readers.extend(live_readers(self.writer, generation, lease_seconds=lease_seconds))
+                    readers.extend(leases.watch(which))
                     return bool(readers)
             return log.perform(operation)
 

@@ -99,8 +99,8 @@ class Tree:
         """
         Make a file immutable. Large files are made durable at once, while others are still being fetched.
 
-        Its descriptor belongs to the tree afterwards, well or not. A failed `close` fails the file: a network volume may
-        report a failed write nowhere else.
+        Its descriptor belongs to the tree afterwards, well or not. A failed `close` fails the file: a network volume
+        may report a failed write nowhere else.
 
         Returns:
             Whether the file is durable already.

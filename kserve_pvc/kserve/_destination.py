@@ -419,11 +419,12 @@ def temporary_directory() -> Iterator[str]:
     from shutil import rmtree
     from tempfile import mkdtemp
 
-    place = mkdtemp(prefix="kserve-pvc-")
+    place, owner = mkdtemp(prefix="kserve-pvc-"), os.getpid()
     try:
         yield place
     except BaseException:
-        rmtree(place, ignore_errors=True)
+        if os.getpid() == owner:  # And not a child that was forked inside.
+            rmtree(place, ignore_errors=True)
         raise
 
 

@@ -32,7 +32,8 @@ class Heartbeat:
     Renews one lease until it is stopped.
 
     A thread of its own reads and writes the volume, because a hard-mounted volume may hang for minutes. `check` only
-    compares clocks and never blocks. A forked child has no such thread, so `check` fails there.
+    compares clocks and never blocks. The lease belongs to the process that began it: in a forked child `check` fails
+    and `stop` does nothing.
 
     Args:
         fd: The heartbeat file, which the thread closes.
@@ -49,6 +50,7 @@ class Heartbeat:
         superseded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._fd = fd
+        self._pid = os.getpid()
         self._lease_seconds = lease_seconds
         self._progress = progress
         self._superseded = superseded
@@ -63,12 +65,17 @@ class Heartbeat:
             self._end()  # Without its thread no other process need wait for it.
             raise
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the lease is this process's, and not that of a process it was forked from."""
+        return os.getpid() == self._pid
+
     def check(self) -> None:
         """
         Raises:
             LeaseLostError: Other processes may already consider this one dead.
         """
-        if self._lost or monotonic() - self._renewed > self._lease_seconds * RENEW_DEADLINE:
+        if self._lost or not self.is_ours or monotonic() - self._renewed > self._lease_seconds * RENEW_DEADLINE:
             self._lost = True
             raise LeaseLostError
 
@@ -76,6 +83,8 @@ class Heartbeat:
         """
         Release the lease, so that others need not wait for it to expire. Waits two seconds for a hanging volume.
         """
+        if not self.is_ours:
+            return
         self._stop.set()
         self._thread.join(2.0)
 
