@@ -14,7 +14,7 @@ from typing import Literal
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._download.destination import Destination
 from kserve_pvc._download.journal import Journal
-from kserve_pvc._download.publication import Written
+from kserve_pvc._download.publication import NothingNewerError, Written
 from kserve_pvc._download.reuse import Found, find_donors, shared_bytes
 from kserve_pvc._download.tally import Tally
 from kserve_pvc._download.transfer import Transfer
@@ -47,6 +47,7 @@ class Attempt:
     Lists the source, transfers, unpacks, and writes the manifest. Make one for each claim; `run` is called once.
 
     Args:
+        current: The version that is present, if nothing is to be downloaded while the source holds that.
         resolved: The listing, if it was requested already.
         reuses_complete: Whether complete models of the same source may be reused.
         spoiled: Generations of this call on which the volume failed.
@@ -59,6 +60,7 @@ class Attempt:
         backend: Backend,
         *,
         generation: str,
+        current: str | None,
         resolved: Resolved | None,
         activity: Activity,
         reuses_complete: bool,
@@ -70,6 +72,7 @@ class Attempt:
         self._ref = ref
         self._backend = backend
         self._generation = generation
+        self._current = current
         self._place = layout.generation_dir(ref.key, generation)
         self._activity = activity
         self._reuses_complete = reuses_complete
@@ -86,9 +89,14 @@ class Attempt:
 
         Raises:
             LeaseLostError, StoppedError: The claim was lost, or the call is over.
+            NothingNewerError: The source holds what is present already.
             StoreError: The source or the volume failed.
         """
         try:
+            if self._current is not None and self.resolved is None:
+                self.resolved = self._backend.resolve(self._ref)
+            if self._current is not None and self._current == (self.resolved and self.resolved.version):
+                raise NothingNewerError
             files = self._write_files()
             return self._write_manifest(files)
         except (VolumeError, InsufficientSpaceError):

@@ -30,6 +30,14 @@ class Written:
     digest: Literal["sha256", "none"]
 
 
+class NothingNewerError(Exception):
+    """
+    The source holds what is present already.
+
+    Internal: the caller looks again.
+    """
+
+
 class Publication:
     """
     Appends the commit of one call to the log of its key.

@@ -54,7 +54,8 @@ class Watch:
         Args:
             now: When the look began, on a monotonic clock of this observer.
             signs: The signs of all who have to be watched. Those who are missing have released their lease, or are
-                provably dead; those who are new live. None stands for a sign that could not be read, which is no silence.
+                provably dead; those who are new live. None stands for a sign that could not be read, which is not
+                silence.
 
         Returns:
             Who shows a sign of life, or cannot be read for as long; empty if nobody does; None if another look is
