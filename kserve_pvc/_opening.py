@@ -19,8 +19,8 @@ from kserve_pvc._format.log_entry import (
     encode_settings,
     now,
 )
-from kserve_pvc._source.arguments import check_choice, check_count, check_seconds
 from kserve_pvc._process import store_identity
+from kserve_pvc._source.arguments import check_choice, check_count, check_seconds
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError, StoreRootError, VolumeError
 

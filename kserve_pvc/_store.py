@@ -281,16 +281,15 @@ class ModelStore:
         self._sources.check_online(ref)
         if entry is None or force_download:
             self._writer(f"download `{ref}`", view.damage)
-        resolved, resolved_after = None, view.seq
+        resolved = None
         if refresh:
             resolved = self._sources.resolve(ref, cancel)
-            view = self._lookup.view(ref)  # Another process may have published meanwhile.
-            entry = view.present
+            entry = self._lookup.view(ref).present  # Another process may have published meanwhile.
         if entry is not None and resolved is not None and not force_download and entry.version == resolved.version:
             return self._found(ref, entry, started, on_event)
         writing = self._writer(f"download the newer version of `{ref}`")
         options["resolved"] = resolved
-        options["resolved_after"] = resolved_after
+        options["resolved_after"] = view.seq
         options["after_seq"] = view.seq if force_download else 0
         call = self._call(ref, started, listen, on_event, cancel, **options)
         self._sources.check(ref)

@@ -37,6 +37,7 @@ from kserve_pvc.errors import (
     VolumeError,
 )
 from kserve_pvc.locks.choice import external_lock
+from kserve_pvc.locks.external import ExternalLock
 from kserve_pvc.locks.lease import LeaseLostError
 
 if TYPE_CHECKING:
@@ -124,7 +125,6 @@ class Download:
         self._writer = writer
         self._settings = settings
         self._ref = ref
-        self._key = ref.key
         self._make_backend = make_backend
         self._read_view = look
         self._holder = holder
@@ -132,8 +132,7 @@ class Download:
         self._request = request
         self._tuning = tuning
         self._rules = _rules(settings, timeout)
-        open_file = partial(writer.open_shared, layout.lock_file(self._key))
-        self._lock = external_lock(settings, self._key, holder=holder.pod, open_file=open_file)
+        self._lock = _external_lock(writer, settings, ref.key, holder)
         self._view = LogView()
         self._sign: Sign | None = None
         self._claim: Claim | None = None
@@ -195,7 +194,7 @@ class Download:
         began = time.monotonic()  # A sign of life is as old as the time before it was read.
         self._view = self._read_view()
         present = self._request.is_met_by(self._view)
-        self._sign = None if present else read_claim(self._writer, self._key)
+        self._sign = None if present else read_claim(self._writer, self._ref.key)
         self._tally.look(self._sign)
         seen = None
         if self._sign is not None:
@@ -224,22 +223,22 @@ class Download:
             return self._take_claim(epoch, reason)
         except VolumeError:
             # A claim is thrown away when it is superseded, even if the process that makes it is paused meanwhile.
-            if newest_epoch(self._writer, self._key) > epoch:
+            if newest_epoch(self._writer, self._ref.key) > epoch:
                 return protocol.Claimed(now=time.monotonic(), won=False)
             raise
 
     def _take_claim(self, epoch: int, reason: str) -> protocol.Claimed:
-        self._claim = take_claim(self._writer, self._key, epoch, uri=self._ref.uri, holder=self._holder)
+        self._claim = take_claim(self._writer, self._ref.key, epoch, uri=self._ref.uri, holder=self._holder)
         if self._claim is None:
             return protocol.Claimed(now=time.monotonic(), won=False)
         if self._sign is not None and not self._sign.is_released:
             self._tally.tell(ClaimTakenOver(**self._tally.subject, holder=self._sign.holder, reason=reason))
         self._tally.heart = start_heartbeat(
             self._writer,
-            layout.claim_dir(self._key, epoch),
+            layout.claim_dir(self._ref.key, epoch),
             lease_seconds=self._settings.lease_seconds,
             progress=self._tally.progress,
-            superseded=lambda: newest_epoch(self._writer, self._key) > epoch,
+            superseded=lambda: newest_epoch(self._writer, self._ref.key) > epoch,
         )
         return protocol.Claimed(now=time.monotonic(), won=True)
 
@@ -332,6 +331,11 @@ class Download:
             return protocol.Published(won=False)
         self._view = view
         return protocol.Published(won=True)
+
+
+def _external_lock(writer: VolumeWriter, settings: StoreSettings, key: str, holder: Holder) -> ExternalLock | None:
+    open_file = partial(writer.open_shared, layout.lock_file(key))
+    return external_lock(settings, key, holder=holder.pod, open_file=open_file)
 
 
 def _rules(settings: StoreSettings, timeout: float) -> protocol.Rules:

@@ -246,7 +246,8 @@ def reading(writer: VolumeWriter, generation: str, *, lease_seconds: float, hold
     """
     Hold a reader's lease on a generation.
 
-    It counts only for removers that look after it was made, so look again inside. It belongs to this process: a forked child that leaves the `with` does not give it back.
+    It counts only for removers that look after it was made, so look again inside. It belongs to this process: a forked
+    child that leaves the `with` does not release it.
     """
     place = layout.lease_dir(generation) / secrets.token_hex(16)
     writer.write_private(place / "owner", encode(ReaderLease(generation=generation, holder=holder)))

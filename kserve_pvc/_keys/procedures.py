@@ -198,8 +198,8 @@ def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["rem
     Remove a model and what else there is of its key: look for readers, tombstone, wait until every node sees it, look
     for readers once more, collect.
 
-    The first look only keeps a model that is read from vanishing for a while. The second one decides: a reader that comes
-    after it sees the tombstone.
+    The first look only keeps a model that is read from vanishing for a while. The second one decides: a reader that
+    comes after it sees the tombstone.
 
     Args:
         newest: Read after `generations` were listed: what is collected was begun on a record older than the

@@ -77,8 +77,7 @@ class Removal:
         if not found and not view.is_present:
             return False
         lease_seconds = self.settings.lease_seconds
-        downloader = find_live_downloader(self.writer, self.ref.key, lease_seconds=lease_seconds)
-        if downloader is not None:
+        if downloader := find_live_downloader(self.writer, self.ref.key, lease_seconds=lease_seconds):
             raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
         staging = layout.staging_dir(f"remove-{secrets.token_hex(16)}")
         log = self._log_writer(staging, _named(found, view))
@@ -96,11 +95,12 @@ class Removal:
             return log.perform(operation)
 
         try:
-            if drive(remove(view, found), perform) == "read":
-                raise ModelInUseError(str(self.ref), tuple(readers))
+            outcome = drive(remove(view, found), perform)
         finally:
             with suppress(StoreError):
                 self.writer.throw_away(staging)
+        if outcome == "read":
+            raise ModelInUseError(str(self.ref), tuple(readers))
         return True
 
     def _log_writer(self, staging: PurePosixPath, generation: str) -> LogWriter:
