@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import subprocess
 import threading
@@ -286,6 +287,9 @@ def test_a_device_that_fails_for_a_moment(tmp_path, thin, monkeypatch, count):
     model = store.ensure(f"file://{tmp_path}/source", progress=False)
 
     assert failed
+    failed.clear()
+    del store
+    gc.collect()  # Or else the root is open, and cannot be unmounted.
     subprocess.run(["umount", str(place)], check=True)
     subprocess.run(["mount", "-o", "loop", str(pool / "image"), str(place)], check=True)
     assert read_tree(model.path) == files

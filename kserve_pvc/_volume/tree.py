@@ -188,19 +188,19 @@ def _kernel() -> tuple[int, ...]:
 
 def _close_all(several: Iterable[int], *, syncs: bool) -> None:
     """Close files, durable if so requested: all of them also after an error, which is raised at the end."""
-    failure: OSError | None = None
+    failures: list[OSError] = []
     for fd in several:
         try:
-            if syncs and failure is None:
+            if syncs and not failures:
                 os.fsync(fd)
         except OSError as error:
-            failure = error
+            failures.append(error)
         try:
             os.close(fd)
         except OSError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
+            failures.append(error)
+    if failures:
+        raise failures.pop(0)  # Not kept: an error that is held by its own frame holds all that is open there.
 
 
 @contextmanager
