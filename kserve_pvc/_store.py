@@ -505,9 +505,8 @@ class ModelStore:
         if entry is not None and (resolved is None or resolved.version == entry.version):
             return plan_nothing(self._volume, ref, entry)
         assert resolved is not None  # Without an entry it was requested.
-        newest = sorted(self.list(), key=lambda model: model.created_at, reverse=True)
         shares = self._tuning["digest"] != "none"
-        return plan_download(self._volume, ref, resolved, shares=shares, newest_keys=[model.key for model in newest])
+        return plan_download(self._volume, ref, resolved, shares=shares)
 
     def verify(
         self,

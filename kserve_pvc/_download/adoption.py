@@ -60,6 +60,12 @@ class Adoption:
         self._digest = digest
         self._check = check
 
+    def has_offers(self, file: RemoteFile) -> bool:
+        """
+        Whether something of this very content is on the volume.
+        """
+        return any(True for _ in self._offers(file))
+
     def share(self, file: RemoteFile, buffer: memoryview) -> FileEntry | None:
         """
         Give a whole file of another generation a second name instead of fetching it, if it proves itself.

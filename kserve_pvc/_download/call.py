@@ -14,6 +14,7 @@ import attrs
 
 from kserve_pvc._download.cancellation import Cancel, Cancellation
 from kserve_pvc._download.download import Download, Outcome, Request
+from kserve_pvc._download.plan import note_rate
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format.log_entry import Holder, StoreSettings
 from kserve_pvc._keys.aliases import settle_view_quietly
@@ -87,6 +88,7 @@ class Call:
             observing(self.subject, show, self.listeners) as listener,
             self._in_flight(ref, cancellation),
         ):
+            began = time.monotonic()
             outcome = Download(
                 writer,
                 settings,
@@ -103,6 +105,7 @@ class Call:
             ).run()
             if outcome.status == "downloaded":
                 settle_view_quietly(writer, ref.key)
+                note_rate(writer, outcome.bytes_fetched, time.monotonic() - began)
             listener(self._finished(outcome))
         return outcome
 

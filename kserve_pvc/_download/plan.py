@@ -4,16 +4,25 @@ What `ensure` would do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 
 from kserve_pvc._download.reuse import find_donors, reusable_bytes, shared_bytes
+from kserve_pvc._format import layout
 from kserve_pvc._format.log_entry import LogEntry
+from kserve_pvc._format.records import BEAT_BYTES, Beat, decode, encode_beat
 from kserve_pvc._source.contract import Resolved
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.reading import Volume
+from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
+
+if TYPE_CHECKING:
+    from kserve_pvc._volume.writing import VolumeWriter
+
+# A download of fewer bytes is over before it has a rate.
+_TELLING_BYTES = 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
@@ -68,21 +77,17 @@ def plan_nothing(volume: Volume, ref: ModelRef, entry: LogEntry) -> Plan:
     )
 
 
-def plan_download(
-    volume: Volume, ref: ModelRef, resolved: Resolved, *, shares: bool, newest_keys: Iterable[str]
-) -> Plan:
+def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, shares: bool) -> Plan:
     """
     Plan for what the source holds, without what is on the volume already.
 
     Args:
         shares: Whether complete files get a second name, which needs digests.
-        newest_keys: The models of the store, newest first. Their last heartbeats tell the rate.
     """
     donors = find_donors(volume, resolved.ref)
     reusable = reusable_bytes(donors, resolved)
     to_fetch = resolved.size_bytes - reusable
-    keys = list(newest_keys) if to_fetch else []
-    rate = _measured_rate(volume, keys) if keys else 0
+    rate = read_rate(volume) if to_fetch else 0
     return Plan(
         uri=ref.uri,
         key=ref.key,
@@ -98,11 +103,22 @@ def plan_download(
     )
 
 
-def _measured_rate(volume: Volume, newest_keys: Iterable[str]) -> int:
-    """Return the bytes per second of the newest download whose last heartbeat is still there, or 0."""
-    from kserve_pvc._keys.claims import read_claim  # An empty store has no claims to read.
+def read_rate(volume: Volume) -> int:
+    """
+    Return the bytes per second of the last download that was long enough to tell, or 0.
+    """
+    with suppress(StoreFormatError, VolumeError):
+        data = volume.read(layout.RATE, BEAT_BYTES)
+        return 0 if data is None else decode(Beat, data, str(layout.RATE)).bytes_per_second
+    return 0
 
-    signs = (read_claim(volume, key) for key in newest_keys)
-    return next(
-        (s.beat.bytes_per_second for s in signs if s is not None and s.beat is not None and s.beat.bytes_per_second), 0
-    )
+
+def note_rate(writer: VolumeWriter, size_bytes: int, seconds: float) -> None:
+    """
+    Note how fast a download was, for later estimates. Small ones say nothing about large ones.
+    """
+    if size_bytes < _TELLING_BYTES or seconds <= 0:
+        return
+    beat = Beat(count=1, bytes_done=size_bytes, bytes_total=size_bytes, bytes_per_second=round(size_bytes / seconds))
+    with suppress(OSError, StoreError):
+        writer.replace_hint(layout.RATE, encode_beat(beat))

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from kserve_pvc._format.records import PartNote, decode
 from kserve_pvc._keys.log import read_log, read_manifest
 from kserve_pvc._source.contract import RemoteFile, Resolved
 from kserve_pvc._source.ref import ModelRef
+from kserve_pvc._volume.calls import list_large
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.tree import Tree
 from kserve_pvc.errors import StoreFormatError, VolumeError
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from kserve_pvc._download.adoption import Donor
 
 _MAX_JOURNAL_BYTES = 64 * 1024 * 1024
+# How many other models whose keys look alike are read, to find some of the same source.
+_MOST_ALIKE = 8
 
 
 @attrs.frozen
@@ -76,9 +80,7 @@ def find_donors(
         spoiled: Generations that this process saw the volume fail on. Nothing of them counts as durable.
     """
     donors: dict[PurePosixPath, list[Found]] = defaultdict(list)
-    for key in volume.list_names(layout.KEYS) if with_complete else ():
-        if KEY.fullmatch(key) is None:
-            continue
+    for key in _keys_of_source(volume, ref) if with_complete else ():
         with suppress(StoreFormatError, VolumeError):
             entry = read_log(volume, key).entry
             if entry is None or not entry.is_present or entry.uri != ref.uri:
@@ -91,14 +93,35 @@ def find_donors(
                     donors[file.path].append(
                         Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,))
                     )
-    for generation in reversed(volume.list_names(layout.MODELS / ref.key)):
-        if generation == own or layout.parse_generation(generation) is None:
+    for generation in _unfinished(volume, ref.key):
+        if generation == own:
             continue
         is_spoiled = generation in spoiled or _is_marked_spoiled(volume, generation)
         for path, found in _read_journal(volume, generation).items():
             notes = tuple(attrs.evolve(note, is_durable=False) for note in found) if is_spoiled else tuple(found)
             donors[path].append(Found(volume, layout.generation_dir(ref.key, generation) / path, notes))
     return donors
+
+
+def _keys_of_source(volume: Volume, ref: ModelRef) -> Sequence[str]:
+    """
+    The keys that may hold a model of the same source, by their names only: that of this model, that of the plain URI,
+    and a few that other patterns or revisions may have made.
+    """
+    plain = attrs.evolve(ref, revision=None, allow_patterns=None, ignore_patterns=())
+    # They begin with the same words, as do models of other sources: reading all of these would take as long as there
+    # are models.
+    slug = ref.key.rpartition("-")[0]
+    named = (key for key in volume.list_names(layout.KEYS, list_large) if KEY.fullmatch(key))
+    alike = (key for key in named if key.rpartition("-")[0] == slug and key not in (ref.key, plain.key))
+    return [*dict.fromkeys((ref.key, plain.key)), *islice(alike, _MOST_ALIKE)]
+
+
+def _unfinished(volume: Volume, key: str) -> Sequence[str]:
+    """The generations of a key that have a journal, the newest first. Those of complete models have none."""
+    found = [name for name in volume.list_names(layout.MODELS / key, list_large) if layout.parse_generation(name)]
+    journals = set(volume.list_names(layout.STAGING, list_large)) if found else set()
+    return [name for name in reversed(found) if name in journals]
 
 
 def shared_bytes(donors: Mapping[PurePosixPath, Sequence[Found]], resolved: Resolved) -> int:

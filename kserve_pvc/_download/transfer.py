@@ -59,7 +59,8 @@ class Transfer:
         self._failure: BaseException | None = None
         self._failed = threading.Event()
         self._guard = threading.Condition()  # Of the schedule and of the files that are open or done.
-        self._schedule = Schedule(tuning, donors)
+        self._offered: set[PurePosixPath] = set()
+        self._schedule = Schedule(tuning, self._offered)
         self._open: dict[PurePosixPath, Writing] = {}
         self._done: dict[PurePosixPath, FileEntry] = {}
         self._limit = StreamLimit(tuning.max_workers)
@@ -104,6 +105,8 @@ class Transfer:
         for page in pages:
             self._check()  # A listing may take long: a failure ends it.
             with self._guard:
+                # Other content under the same name is no offer.
+                self._offered.update(file.entry.path for file in page if self._adoption.has_offers(file))
                 self._schedule.add(page)
             self._staff(workers)
         with self._guard:

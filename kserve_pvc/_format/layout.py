@@ -24,6 +24,8 @@ CREATION = META / "creation"
 # Files that a removal deletes where the volume is full, since it has to write before it frees anything.
 RESERVE = META / "reserve"
 NAMES = PurePosixPath("names")
+# How fast the last download was, for estimates. Nothing is decided by it.
+RATE = META / "rate"
 
 _LOG_NAME = re.compile(r"([0-9]{12})\.(commit|restore|tombstone)")
 # What fits into the twelve digits of a name.

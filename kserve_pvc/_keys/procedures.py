@@ -74,7 +74,9 @@ class ListGenerations:
 
 @attrs.frozen
 class ListNamed:
-    """Result: the generations that any record names."""
+    """Result: those of these generations that any record names, and perhaps others that one names."""
+
+    generations: tuple[str, ...]
 
 
 @attrs.frozen
@@ -187,7 +189,9 @@ def collect_unnamed(generations: Sequence[str]) -> Procedure[None]:
     """
     Collect those of these generations that no record names. None of them may become a model any more.
     """
-    named: Collection[str] = yield ListNamed()
+    if not generations:
+        return
+    named: Collection[str] = yield ListNamed(tuple(generations))
     for generation in generations:
         if generation not in named:
             yield Collect(generation)

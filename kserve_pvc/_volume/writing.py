@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 
@@ -26,6 +26,7 @@ from kserve_pvc._volume.calls import (
     dated_name,
     delete_tree,
     is_free_for_link,
+    list_large,
     retry_stale,
     sync_below,
     sync_directory,
@@ -59,6 +60,12 @@ class VolumeWriter(Volume):
             raise
         except OSError as error:
             raise self.failure(operation, place, error) from error
+
+    def list_names(self, place: PurePosixPath, list_directory: Callable[[int], list[str]] = list_large) -> list[str]:
+        """
+        List a directory as `Volume` does. A writer looks at the whole log of a key several times.
+        """
+        return super().list_names(place, list_directory)
 
     def make_directory(self, place: PurePosixPath) -> None:
         """
@@ -158,6 +165,21 @@ class VolumeWriter(Volume):
                 return
             with suppress(FileExistsError):
                 self._write_new(target, place, data)
+
+    def replace_hint(self, place: PurePosixPath, data: bytes) -> None:
+        """
+        Replace a small file that nothing depends on. It is not synced: after a power failure it may be empty.
+        """
+        made = TRASH / dated_name()
+        with self.translated("writing", place):
+            self.make_directory(TRASH)
+            with self.open_parent(made) as source, self.open_parent(place) as directory:
+                fd = create_file_at(source, made, self.file_mode)
+                try:
+                    write_all(fd, data, 0)
+                finally:
+                    os.close(fd)
+                os.rename(made.name, place.name, src_dir_fd=source, dst_dir_fd=directory)
 
     def write_private(self, place: PurePosixPath, data: bytes) -> None:
         """
