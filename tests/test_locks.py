@@ -327,14 +327,14 @@ def test_a_claim_that_could_not_be_written_is_given_back(root, monkeypatch):
     """
     from kserve_pvc import VolumeError
 
-    writer, honest = VolumeWriter(root), VolumeWriter.write_private
+    writer, honest = VolumeWriter(root), VolumeWriter.write_sign
 
-    def write_private(self, place, data):
+    def write_sign(self, place, data):
         if place.name == "owner":
             raise VolumeError(str(place), "writing", "Input/output error")
         honest(self, place, data)
 
-    monkeypatch.setattr(VolumeWriter, "write_private", write_private)
+    monkeypatch.setattr(VolumeWriter, "write_sign", write_sign)
     with pytest.raises(VolumeError):
         take_claim(writer, KEY, 1, uri="s3://b/m", holder=here())
 

@@ -14,7 +14,7 @@ import attrs
 
 from kserve_pvc._download.cancellation import Cancel, Cancellation
 from kserve_pvc._download.download import Download, Outcome, Request
-from kserve_pvc._download.plan import note_rate
+from kserve_pvc._download.rate import note_rate
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format.log_entry import Holder, StoreSettings
 from kserve_pvc._keys.aliases import settle_view_quietly

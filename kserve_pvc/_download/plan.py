@@ -4,25 +4,16 @@ What `ensure` would do.
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import attrs
 
+from kserve_pvc._download.rate import read_rate
 from kserve_pvc._download.reuse import find_donors, reusable_bytes, shared_bytes
-from kserve_pvc._format import layout
 from kserve_pvc._format.log_entry import LogEntry
-from kserve_pvc._format.records import BEAT_BYTES, Beat, decode, encode_beat
 from kserve_pvc._source.contract import Resolved
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
-
-if TYPE_CHECKING:
-    from kserve_pvc._volume.writing import VolumeWriter
-
-# A download of fewer bytes is over before it has a rate.
-_TELLING_BYTES = 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
@@ -101,24 +92,3 @@ def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, shares: 
         seconds=to_fetch / rate if rate else (None if to_fetch else 0.0),
         bytes_shared=shared_bytes(donors, resolved) if shares else 0,
     )
-
-
-def read_rate(volume: Volume) -> int:
-    """
-    Return the bytes per second of the last download that was long enough to tell, or 0.
-    """
-    with suppress(StoreFormatError, VolumeError):
-        data = volume.read(layout.RATE, BEAT_BYTES)
-        return 0 if data is None else decode(Beat, data, str(layout.RATE)).bytes_per_second
-    return 0
-
-
-def note_rate(writer: VolumeWriter, size_bytes: int, seconds: float) -> None:
-    """
-    Note how fast a download was, for later estimates. Small ones say nothing about large ones.
-    """
-    if size_bytes < _TELLING_BYTES or seconds <= 0:
-        return
-    beat = Beat(count=1, bytes_done=size_bytes, bytes_total=size_bytes, bytes_per_second=round(size_bytes / seconds))
-    with suppress(OSError, StoreError):
-        writer.replace_hint(layout.RATE, encode_beat(beat))

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 from kserve_pvc._format import layout
-from kserve_pvc._format.codec import KEY
-from kserve_pvc._format.records import PartNote, decode
+from kserve_pvc._format.codec import KEY, MAX_RECORD_BYTES
+from kserve_pvc._format.records import LogEntry, PartNote, decode
 from kserve_pvc._keys.log import read_log, read_manifest
 from kserve_pvc._source.contract import RemoteFile, Resolved
 from kserve_pvc._source.ref import ModelRef
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from kserve_pvc._download.adoption import Donor
 
 _MAX_JOURNAL_BYTES = 64 * 1024 * 1024
-# How many other models whose keys look alike are read, to find some of the same source.
-_MOST_ALIKE = 8
+# How many other models whose keys look alike are looked at, to find some of the same source.
+_MOST_ALIKE = 4
 
 
 @attrs.frozen
@@ -114,7 +114,17 @@ def _keys_of_source(volume: Volume, ref: ModelRef) -> Sequence[str]:
     slug = ref.key.rpartition("-")[0]
     named = (key for key in volume.list_names(layout.KEYS, list_large) if KEY.fullmatch(key))
     alike = (key for key in named if key.rpartition("-")[0] == slug and key not in (ref.key, plain.key))
-    return [*dict.fromkeys((ref.key, plain.key)), *islice(alike, _MOST_ALIKE)]
+    others = [key for key in islice(alike, _MOST_ALIKE) if _began_with(volume, key, ref.uri)]
+    return [*dict.fromkeys((ref.key, plain.key)), *others]
+
+
+def _began_with(volume: Volume, key: str, uri: str) -> bool:
+    """Whether the first record of a key is a model of this source, which costs less than to find the newest one."""
+    place = layout.record_file(key, f"{1:012d}.commit")
+    with suppress(StoreFormatError, VolumeError):
+        data = volume.read(place, MAX_RECORD_BYTES)
+        return data is not None and decode(LogEntry, data, str(place)).uri == uri
+    return False
 
 
 def _unfinished(volume: Volume, key: str) -> Sequence[str]:

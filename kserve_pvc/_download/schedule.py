@@ -134,13 +134,10 @@ class Schedule:
 
     `in_flight` counts what is being fetched or was requested ahead. The caller says with each request how many streams
     there may be, as that changes; what is in flight never exceeds it.
-
-    Args:
-        offered: Files that are on the volume at least in part: they are begun, however small.
     """
 
-    def __init__(self, tuning: Tuning, offered: Container[PurePosixPath] = ()) -> None:
-        self._offered = offered
+    def __init__(self, tuning: Tuning) -> None:
+        self._offered = set[PurePosixPath]()
         # Files of which one worker at a time fetches what is at the front. May grow at any time.
         self.sequential: Container[PurePosixPath] = ()
         self._part_bytes = tuning.part_bytes
@@ -165,10 +162,14 @@ class Schedule:
         """
         return self._is_listed and not self._unfinished
 
-    def add(self, files: Iterable[RemoteFile]) -> None:
+    def add(self, files: Iterable[RemoteFile], offered: Iterable[PurePosixPath] = ()) -> None:
         """
         Add files that are to be fetched.
+
+        Args:
+            offered: Those of them that are on the volume at least in part: they are begun, however small.
         """
+        self._offered.update(offered)
         for file in files:
             self._wait(file)
             self._unfinished += 1

@@ -59,8 +59,7 @@ class Transfer:
         self._failure: BaseException | None = None
         self._failed = threading.Event()
         self._guard = threading.Condition()  # Of the schedule and of the files that are open or done.
-        self._offered: set[PurePosixPath] = set()
-        self._schedule = Schedule(tuning, self._offered)
+        self._schedule = Schedule(tuning)
         self._open: dict[PurePosixPath, Writing] = {}
         self._done: dict[PurePosixPath, FileEntry] = {}
         self._limit = StreamLimit(tuning.max_workers)
@@ -105,9 +104,7 @@ class Transfer:
         for page in pages:
             self._check()  # A listing may take long: a failure ends it.
             with self._guard:
-                # Other content under the same name is no offer.
-                self._offered.update(file.entry.path for file in page if self._adoption.has_offers(file))
-                self._schedule.add(page)
+                self._schedule.add(page, (file.entry.path for file in page if self._adoption.has_offers(file)))
             self._staff(workers)
         with self._guard:
             self._schedule.end_listing()

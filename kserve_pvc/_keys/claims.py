@@ -190,11 +190,11 @@ def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: 
             str(layout.claims_dir(key)), f"claim {epoch - 1} in it was made by no writer; delete that forgery"
         )
     place = layout.claim_dir(key, epoch)
-    if not writer.reserve(place):
+    if not writer.reserve(place, is_durable=False):
         return None
     claim = Claim(epoch=epoch, nonce=secrets.token_hex(16), uri=uri, holder=holder, claimed_at=now())
     with _given_back_on_failure(writer, place):
-        writer.write_private(place / "owner", encode(claim))
+        writer.write_sign(place / "owner", encode(claim))
     with suppress(StoreError):  # Tidying may fail where others hold a file open; the claim is ours all the same.
         _forget_older(writer, key, epoch)
     return claim
@@ -214,9 +214,13 @@ def _given_back_on_failure(writer: VolumeWriter, place: PurePosixPath) -> Iterat
     try:
         yield
     except StoreError:
-        # If the volume still takes one more small file, no process has to wait for a claim without heartbeats.
-        with suppress(StoreError):
-            writer.write_private(place / "beat", encode_beat(Beat(count=1, released=True)))
+        # No process has to wait for a claim without heartbeats: it is released if the volume still takes one more small
+        # file, and else it is deleted, which takes no room.
+        try:
+            writer.write_sign(place / "beat", encode_beat(Beat(count=1, released=True)))
+        except StoreError:
+            with suppress(StoreError):
+                writer.throw_away(place)
         raise
 
 
@@ -231,14 +235,14 @@ def start_heartbeat(
     """
     Write heartbeats for a claim or lease of this process until they are stopped.
     """
-    with _given_back_on_failure(writer, place):
-        fd = writer.create(place / "beat")
-    try:
-        return Heartbeat(fd, lease_seconds=lease_seconds, progress=progress, superseded=superseded)
-    except StoreError:
-        raise
-    except OSError as error:
-        raise writer.failure("writing", place / "beat", error) from error
+    with _given_back_on_failure(writer, place), writer.translated("writing", place / "beat"):
+        return Heartbeat(
+            writer.create(place / "beat"),
+            lease_seconds=lease_seconds,
+            progress=progress,
+            superseded=superseded,
+            is_shared=not writer.is_local,
+        )
 
 
 @contextmanager
@@ -250,7 +254,7 @@ def reading(writer: VolumeWriter, generation: str, *, lease_seconds: float, hold
     child that leaves the `with` does not release it.
     """
     place = layout.lease_dir(generation) / secrets.token_hex(16)
-    writer.write_private(place / "owner", encode(ReaderLease(generation=generation, holder=holder)))
+    writer.write_sign(place / "owner", encode(ReaderLease(generation=generation, holder=holder)))
     heart = start_heartbeat(writer, place, lease_seconds=lease_seconds * READER_LEASES)
     try:
         yield

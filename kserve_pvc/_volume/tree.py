@@ -14,13 +14,11 @@ from pathlib import PurePosixPath
 
 from kserve_pvc._volume.calls import CREATE_FLAGS, NO_SPACE, UNSUPPORTED, allocate, call_libc, has_libc
 from kserve_pvc._volume.making import widen_new_file
-from kserve_pvc._volume.mount import mount_of
+from kserve_pvc._volume.mount import LOCAL_TYPES, mount_of
 from kserve_pvc._volume.writing import VolumeWriter
 
-# Where a file needs to be synced only before the commit, since no other node reads it before.
-_LOCAL_TYPES = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"}
 # Where `syncfs` reports what failed before it was called. An overlay does not hear of it from the layer below.
-_REPORTING_TYPES = _LOCAL_TYPES - {"overlay"}
+_REPORTING_TYPES = LOCAL_TYPES - {"overlay"}
 _REPORTING_KERNEL = (5, 8)
 _MOST_DIRECTORIES = 256
 _MOST_SYNCED_ALONE = 100
@@ -51,7 +49,7 @@ class Tree:
         # Opened before the first write, so that an error of any write since is reported by `syncfs` on it.
         self._root = writer.open_directory(PurePosixPath())
         kind = mount_of(writer.root).type
-        self._syncs_later = kind in _LOCAL_TYPES
+        self._syncs_later = kind in LOCAL_TYPES
         self._syncs_at_once = kind in _REPORTING_TYPES and _kernel() >= _REPORTING_KERNEL and has_libc("syncfs")
         # Memory has no pieces to lay out, and reserving it costs as much as writing it.
         self._allocates = kind != "tmpfs"

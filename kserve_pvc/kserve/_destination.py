@@ -228,6 +228,8 @@ class Destination:
         for path in sorted(earlier - paths, reverse=True):
             check()
             self._remove(path)
+        with self._writer.translated("making directories", PurePosixPath()):
+            self._make_directories(paths)
         for file in contents.files:
             check()
             place(file)
@@ -236,6 +238,12 @@ class Destination:
             self._sync_directories(paths | earlier)
         check()
         self._put(_RECORD, encode(contents))
+
+    def _make_directories(self, paths: Iterable[PurePosixPath]) -> None:
+        """Make the directories durable before files are renamed into them, which would else be in neither place."""
+        for directory in {path.parent for path in paths}:
+            os.close(self._writer.ensure_directory(directory))
+        self._sync_directories(paths)
 
     def tidy(self) -> None:
         """

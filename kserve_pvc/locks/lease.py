@@ -39,6 +39,10 @@ class Heartbeat:
         fd: The heartbeat file, which the thread closes.
         progress: Returns the bytes done, the total, and the bytes per second to publish.
         superseded: Returns whether another process took a higher number.
+        is_shared: Whether processes of other kernels read it, which see what was synced.
+
+    Raises:
+        OSError: The first heartbeat could not be written. The file is closed.
     """
 
     def __init__(
@@ -48,8 +52,10 @@ class Heartbeat:
         lease_seconds: float,
         progress: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0),
         superseded: Callable[[], bool] = lambda: False,
+        is_shared: bool = True,
     ) -> None:
         self._fd = fd
+        self._is_shared = is_shared
         self._pid = os.getpid()
         self._lease_seconds = lease_seconds
         self._progress = progress
@@ -58,11 +64,11 @@ class Heartbeat:
         self._lost = False
         self._stop = threading.Event()
         self._renewed = monotonic()
-        self._write(released=False)
         try:
+            self._write(released=False)
             self._thread = start_thread(self._run, "kserve-pvc-heartbeat")
         except BaseException:
-            self._end()  # Without its thread no other process need wait for it.
+            self._end()  # No other process need wait for what shows no life.
             raise
 
     @property
@@ -112,4 +118,5 @@ class Heartbeat:
         done, total, rate = self._progress()
         beat = Beat(count=self._count, released=released, bytes_done=done, bytes_total=total, bytes_per_second=rate)
         os.pwrite(self._fd, encode_beat(beat), 0)
-        os.fsync(self._fd)
+        if self._is_shared:
+            os.fsync(self._fd)
