@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -146,13 +146,20 @@ class Lookup:
             StoreFormatError: The newest record is older than one that was returned.
         """
         self._volume.check()
-        # Before reading: another thread may return a newer one meanwhile.
-        seen = newest_returned(self.identity, ref.key)
-        view = read_log_of(self._volume, ref)
-        if view.seq < seen:
-            reason = f"its newest record is {view.seq}, but this process has returned {seen}; records were deleted"
-            raise StoreFormatError(str(layout.log_dir(ref.key)), reason)
+        view, step_back = self._read(ref.key, lambda: read_log_of(self._volume, ref))
+        if step_back is not None:
+            raise step_back
         return view
+
+    def _read(self, key: str, read: Callable[[], LogView]) -> tuple[LogView, StoreFormatError | None]:
+        """Read a log, and describe the error if it went back."""
+        # Before reading: another thread may return a newer one meanwhile.
+        seen = newest_returned(self.identity, key)
+        view = read()
+        if view.seq >= seen:
+            return view, None
+        reason = f"its newest record is {view.seq}, but this process has returned {seen}; records were deleted"
+        return view, StoreFormatError(str(layout.log_dir(key)), reason)
 
     def get(self, ref: ModelRef) -> Model:
         """
@@ -215,17 +222,17 @@ class Lookup:
 
     def views(self) -> Iterator[tuple[str, LogView]]:
         """
-        Read the newest record of every key.
+        Read the newest record of every key. One that is older than what this process has returned is damage.
         """
         for key in self.list_keys():
             try:
-                view = read_model(self._volume, key)
+                view, step_back = self._read(key, partial(read_model, self._volume, key))
             except StoreRootError:
                 raise
             except VolumeError as error:
                 # One key that cannot be read takes no other with it.
-                view = LogView(damage=StoreFormatError(error.path, error.reason))
-            yield key, view
+                view, step_back = LogView(), StoreFormatError(error.path, error.reason)
+            yield key, view if step_back is None else LogView(seq=view.seq, damage=step_back)
 
     def models(self) -> list[Model]:
         """

@@ -19,6 +19,7 @@ from kserve_pvc._format.log_entry import (
     encode_settings,
     now,
 )
+from kserve_pvc._process import store_identity
 from kserve_pvc._source.arguments import check_choice, check_count, check_seconds
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import LockerMismatchError, SettingsError, StoreFormatError, StoreRootError, VolumeError
@@ -109,7 +110,7 @@ def open_store(
     """
     settings = read_store_settings(volume)
     if mode == "r":
-        return None, str(volume.root) if settings is None else settings.store_id
+        return None, store_identity(volume.root, "" if settings is None else settings.store_id)
     from kserve_pvc._volume.writing import VolumeWriter
 
     writer = VolumeWriter(volume.root)
@@ -120,7 +121,7 @@ def open_store(
     volume.settings = writer.settings
     # Only writers contend; a reader takes no lock, so there is nothing it could disagree about.
     check_agreement(volume, found, locker, lease_seconds)
-    return (writer, found), found.store_id
+    return (writer, found), store_identity(volume.root, found.store_id)
 
 
 def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float | None) -> StoreSettings:

@@ -6,39 +6,50 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kserve_pvc._format.records import Holder
 
-# One download per process is a matter of the process, not of one ModelStore object: (store id, key) -> lock.
+# One download per process is a matter of the process, not of one ModelStore object: (identity of a store, key) -> lock.
 _flights: dict[tuple[str, str], threading.Lock] = {}
 _guard = threading.Lock()
 # The newest record this process has returned, so that a stale listing never takes it back to an older one.
 _returned: dict[tuple[str, str], int] = {}
 
 
-def flight_of(store_id: str, key: str) -> threading.Lock:
+def store_identity(root: Path, store_id: str) -> str:
+    """
+    Return what this process knows a store by, however often and under whatever path it is opened.
+
+    A copy of a store, such as a clone or a snapshot of its volume, has the same store id, and a life of its own.
+    """
+    found = os.stat(root)
+    return f"{store_id}@{found.st_dev}:{found.st_ino}"
+
+
+def flight_of(identity: str, key: str) -> threading.Lock:
     """
     Return the lock under which threads of this process download one model of one store.
     """
     with _guard:
-        return _flights.setdefault((store_id, key), threading.Lock())
+        return _flights.setdefault((identity, key), threading.Lock())
 
 
-def newest_returned(store_id: str, key: str) -> int:
+def newest_returned(identity: str, key: str) -> int:
     """
     Return the number of the newest record that this process has returned, 0 if none.
     """
-    return _returned.get((store_id, key), 0)
+    return _returned.get((identity, key), 0)
 
 
-def remember_returned(store_id: str, key: str, seq: int) -> None:
+def remember_returned(identity: str, key: str, seq: int) -> None:
     """
     Note that this process returns a record, so that none older is returned later.
     """
     with _guard:
-        _returned[store_id, key] = max(seq, _returned.get((store_id, key), 0))
+        _returned[identity, key] = max(seq, _returned.get((identity, key), 0))
 
 
 def this_process() -> Holder:

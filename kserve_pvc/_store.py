@@ -281,11 +281,15 @@ class ModelStore:
         self._sources.check_online(ref)
         if entry is None or force_download:
             self._writer(f"download `{ref}`", view.damage)
-        resolved = self._sources.resolve(ref, cancel) if refresh else None
+        resolved = None
+        if refresh:
+            resolved = self._sources.resolve(ref, cancel)
+            entry = self._lookup.view(ref).present  # Another process may have published meanwhile.
         if entry is not None and resolved is not None and not force_download and entry.version == resolved.version:
             return self._found(ref, entry, started, on_event)
         writing = self._writer(f"download the newer version of `{ref}`")
         options["resolved"] = resolved
+        options["resolved_after"] = view.seq
         options["after_seq"] = view.seq if force_download else 0
         call = self._call(ref, started, listen, on_event, cancel, **options)
         self._sources.check(ref)
@@ -307,6 +311,7 @@ class ModelStore:
         return Call(
             **options,
             subject=self._subject(ref),
+            look=partial(self._lookup.view, ref),
             listen=listen,
             listeners=self._listeners(on_event),
             cancel=cancel,
@@ -500,9 +505,8 @@ class ModelStore:
         if entry is not None and (resolved is None or resolved.version == entry.version):
             return plan_nothing(self._volume, ref, entry)
         assert resolved is not None  # Without an entry it was requested.
-        newest = sorted(self.list(), key=lambda model: model.created_at, reverse=True)
         shares = self._tuning["digest"] != "none"
-        return plan_download(self._volume, ref, resolved, shares=shares, newest_keys=[model.key for model in newest])
+        return plan_download(self._volume, ref, resolved, shares=shares)
 
     def verify(
         self,
@@ -726,14 +730,15 @@ class ModelStore:
         with open_bundle(file, sha256=sha256) as bundle:
             ref = bundle.manifest.ref
             resolved = bundle.resolve(ref)
-            entry = self._lookup.view(ref).present
-            if entry is not None and entry.version == resolved.version:
-                return self._found(ref, entry, started, on_event)
+            view = self._lookup.view(ref)
+            if view.present is not None and view.present.version == resolved.version:
+                return self._found(ref, view.present, started, on_event)
             # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
             options: CallOptions = {
                 "timeout": timeout,
                 "max_workers": defaults.MAX_WORKERS,
                 "resolved": resolved,
+                "resolved_after": view.seq,
                 "tuning": {**self._tuning, "digest": "sha256"},
                 "activity": "importing",
             }

@@ -2,6 +2,7 @@
 A model as one file: written by one store, read by another, and believed in nothing.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -376,6 +377,25 @@ def test_whatever_an_export_left_the_next_one_is_right(connected, bundle, left):
     expected = {"nothing": len(good), "all": 0, "more than all": 0}
     assert exported.bytes_written == expected.get(left, exported.bytes_written)
     assert left != "half" or exported.bytes_written <= len(good) // 2 + 10 * 512
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+def test_an_export_that_could_not_be_synced_is_written_anew(connected, tmp_path, monkeypatch, code):
+    """
+    Its bytes may be in the page cache only, where the next export would find them valid: they are deleted.
+    """
+
+    def fail(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(StoreError):
+            connected.export(URI, tmp_path / "model.tar", progress=False)
+
+    assert [path.name for path in tmp_path.glob("model.tar*")] == []
+    exported = connected.export(URI, tmp_path / "model.tar", progress=False)
+    assert exported.bytes_written == (tmp_path / "model.tar").stat().st_size
 
 
 def partial_of(good: bytes, bundle: Path) -> Path:

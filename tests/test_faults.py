@@ -307,7 +307,7 @@ def test_a_transient_error_of_the_volume_costs_one_attempt(root, source, monkeyp
             failed.append(path)
             os.close(fd)
             raise VolumeError(str(path), "syncing", "Input/output error")
-        honest(self, fd, path, is_large)
+        return honest(self, fd, path, is_large)
 
     monkeypatch.setattr(Tree, "finish", finish)
     model = ModelStore(root, mode="rw").ensure(f"file://{source}", progress=False)

@@ -201,6 +201,81 @@ def test_this_process_is_not_dead_and_a_finished_one_is():
     assert is_provably_dead(attrs.evolve(me, started=me.started - 1))
 
 
+HIDDEN = """
+import os, sys
+from kserve_pvc.locks import liveness
+import attrs, json
+os.setgroups([]); os.setgid(1001); os.setuid(1001)
+me = liveness.here()
+other = attrs.evolve(me, pid=int(sys.argv[1]), started=int(sys.argv[2]))
+gone = attrs.evolve(me, pid=int(sys.argv[3]))
+print(os.path.exists(f"/proc/{other.pid}/stat"), *map(liveness.is_provably_dead, (me, other, gone)))
+"""
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("hidepid", ["1", "2", "4"])
+def test_a_process_that_is_hidden_is_not_dead(tool, hidepid):
+    """
+    Where `/proc` shows a process only its own user's, others are unknown; those that are gone are dead all the same.
+    """
+    tool("unshare")
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    script = f'mount -o remount,hidepid={hidepid} /proc 2>/dev/null || exit 77; exec "$@"'
+    arguments = [str(os.getpid()), str(here().started), str(finished.pid)]
+    command = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-I", "-c", HIDDEN, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if result.returncode == 77:
+        pytest.skip("`/proc` cannot be mounted with `hidepid` here")
+
+    assert result.stdout.split()[1:] == ["False", "False", "True"], result.stderr
+    assert hidepid == "1" or result.stdout.startswith("False")
+
+
+def test_a_process_that_did_not_know_its_start_is_judged_by_its_number():
+    """
+    A start time of 0 was written where `/proc` could not be read, and differs from every other one.
+    """
+    assert not is_provably_dead(attrs.evolve(here(), started=0))
+
+
+@pytest.mark.parametrize("pid", [0, -1, -4711, 2**40])
+def test_numbers_that_are_no_process_prove_nothing(pid):
+    """
+    A forged number is no proof of death, and never a signal to several processes.
+    """
+    assert not is_provably_dead(attrs.evolve(here(), pid=pid))
+
+
+def test_a_forked_child_leaves_the_lock_and_the_lease_of_its_parent(tmp_path, beat_file):
+    """
+    Releasing in a child that was forked does nothing, and its check fails: both are its parent's.
+    """
+    path = tmp_path / "lock"
+    lock, beating = file_lock(lambda: os.open(path, os.O_RDWR | os.O_CREAT)), heart(beat_file, lease_seconds=60)
+    assert lock.try_acquire()
+    child = os.fork()
+    if child == 0:
+        lock.release()
+        beating.stop()
+        try:
+            beating.check()
+        except LeaseLostError:
+            os._exit(42)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    other = file_lock(lambda: os.open(path, os.O_RDWR))
+
+    assert os.waitstatus_to_exitcode(status) == 42
+    assert (other.try_acquire(), read_beat(beat_file).released) == (False, False)
+    beating.check()
+    beating.stop()
+    lock.release()
+    assert other.try_acquire()
+    other.release()
+
+
 @pytest.mark.parametrize("field", ["boot_id", "pid_namespace"])
 def test_nothing_is_known_about_other_nodes_and_namespaces(field):
     """
@@ -252,14 +327,14 @@ def test_a_claim_that_could_not_be_written_is_given_back(root, monkeypatch):
     """
     from kserve_pvc import VolumeError
 
-    writer, honest = VolumeWriter(root), VolumeWriter.write_private
+    writer, honest = VolumeWriter(root), VolumeWriter.write_sign
 
-    def write_private(self, place, data):
+    def write_sign(self, place, data):
         if place.name == "owner":
             raise VolumeError(str(place), "writing", "Input/output error")
         honest(self, place, data)
 
-    monkeypatch.setattr(VolumeWriter, "write_private", write_private)
+    monkeypatch.setattr(VolumeWriter, "write_sign", write_sign)
     with pytest.raises(VolumeError):
         take_claim(writer, KEY, 1, uri="s3://b/m", holder=here())
 

@@ -337,7 +337,26 @@ def test_a_dead_holder_beats_the_timeout():
     """
     rules = Rules(lease_seconds=LEASE, timeout=10)
 
-    assert play(look(0, epoch=1, sign=b"a"), look(99, epoch=1, sign=b"a"), rules=rules)[-1] == claim(2, SILENT)
+    assert play(look(0, epoch=1, sign=b"a"), look(99, epoch=1, sign=b"a", dead=True), rules=rules)[-1] == claim(2, DEAD)
+
+
+@pytest.mark.parametrize("stopped", [LEASE, 3600, 10**6])
+def test_a_waiter_that_was_stopped_does_not_take_over_at_once(stopped):
+    """
+    However long this process was stopped, or the volume hung, the holder has half a lease to show a sign of life.
+    """
+    rules = attrs.evolve(RULES, timeout=math.inf)
+    began, half = look(0, epoch=1, sign=b"a"), LEASE / 2
+
+    silent = play(
+        began,
+        look(stopped, epoch=1, sign=b"a"),
+        look(stopped + half - 0.001, epoch=1, sign=b"a"),
+        look(stopped + half, epoch=1, sign=b"a"),
+        rules=rules,
+    )
+
+    assert [type(actions[-1]) for actions in silent] == [Pause, Pause, Pause, MakeClaim]
 
 
 def test_a_holder_that_dies_while_it_is_waited_for_is_taken_over_at_the_next_look():
@@ -503,13 +522,13 @@ def test_a_lock_that_stays_away_holds_nobody_up_for_ever(seen, granted, silence,
     A lock that a silent process keeps, or that is unavailable, is passed over, and not before its time.
     """
     events: list[Event] = []
-    for now in (1000.0, 1000.0 + silence - 0.001, 1000.0 + silence):
+    for now in (1000.0, 1000.0 + silence / 2, 1000.0 + silence - 0.001, 1000.0 + silence):
         events += [look(now, **seen), Locked(now=now, granted=granted)]
 
     steps = play(*events, rules=FLOCK)
 
-    assert [type(actions[-1]) for actions in steps[1:5:2]] == [Pause] * 2
-    assert steps[5] == claim(epoch, reason)
+    assert [type(actions[-1]) for actions in steps[1:7:2]] == [Pause] * 3
+    assert steps[7] == claim(epoch, reason)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ def remote(name: str, size: int, *, in_ranges: bool = True) -> RemoteFile:
 
 
 def scheduled(*files: RemoteFile, offered: Sequence[str] = (), tuning: Tuning = TUNING) -> Schedule:
-    schedule = Schedule(tuning, {remote(name, 0).entry.path for name in offered})
-    schedule.add(files)
+    schedule = Schedule(tuning)
+    schedule.add(files, [remote(name, 0).entry.path for name in offered])
     return schedule
 
 

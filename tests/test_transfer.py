@@ -135,8 +135,8 @@ def test_a_range_ahead_of_the_front_is_proven_by_a_checksum_of_its_own(place):
     source.on_read = hold_the_front
     destination = place.destination()
 
-    def note(path, token, start, stop, sha256, crc32):
-        destination.note(path, token, start, stop, sha256, crc32)
+    def note(path, token, start, stop, *proof):
+        destination.note(path, token, start, stop, *proof)
         if start:
             ahead.set()
 
@@ -230,9 +230,10 @@ def test_only_large_files_are_made_durable_one_by_one(place):
     """
     source, said = Source({"large": b"l" * PART, "small": b"s" * (PART - 1)}), {}
 
-    def finish(fd: int, path: PurePosixPath, is_large: bool) -> None:
+    def finish(fd: int, path: PurePosixPath, is_large: bool) -> bool:
         said[str(path)] = is_large
         os.close(fd)
+        return is_large
 
     run(source, place, destination=attrs.evolve(place.destination(), finish=finish))
 

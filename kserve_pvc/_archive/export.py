@@ -130,9 +130,7 @@ def _export_to_file(export: _Export, file: Path) -> None:
         fd = _open_partial(partial)
         try:
             _check_partial(partial, os.fstat(fd), layout.size_bytes)
-            export.write(_FileTarget(fd, partial))
-            os.ftruncate(fd, layout.size_bytes)
-            os.fsync(fd)
+            _write_durably(export, fd, partial)
             _publish(fd, partial, file)
         finally:
             os.close(fd)
@@ -147,6 +145,30 @@ def _open_partial(partial: Path) -> int:
         return os.open(partial, flags)
     except FileNotFoundError:  # Another export of the same version has just given it its name.
         return os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _write_durably(export: _Export, fd: int, partial: Path) -> None:
+    """
+    Write the bundle and sync it. What cannot be synced is deleted: the page cache still has its bytes, which the next
+    export would read, find valid, and believe to be on the medium.
+    """
+    try:
+        export.write(_FileTarget(fd, partial))
+        os.ftruncate(fd, export.layout.size_bytes)
+    except (OSError, StoreError):
+        with suppress(OSError):
+            _sync_or_delete(fd, partial)
+        raise
+    _sync_or_delete(fd, partial)
+
+
+def _sync_or_delete(fd: int, partial: Path) -> None:
+    try:
+        os.fsync(fd)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _publish(fd: int, partial: Path, file: Path) -> None:

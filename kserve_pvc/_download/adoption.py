@@ -27,8 +27,9 @@ class Donor:
     """
     A file that another process wrote and that may hold the bytes we want.
 
-    `notes` says what of it is proven by which digest. A note of a whole file also says that its writer has closed it
-    for good, so that its inode may be shared: `link` gives it a second name in our generation, or returns False.
+    `notes` says what of it is proven by which digest. A durable note of a whole file also says that its writer has
+    closed it for good, so that its inode may be shared: `link` gives it a second name in our generation, or returns
+    False.
     """
 
     notes: tuple[PartNote, ...]
@@ -59,6 +60,12 @@ class Adoption:
         self._digest = digest
         self._check = check
 
+    def has_offers(self, file: RemoteFile) -> bool:
+        """
+        Whether something of this very content is on the volume.
+        """
+        return any(True for _ in self._offers(file))
+
     def share(self, file: RemoteFile, buffer: memoryview) -> FileEntry | None:
         """
         Give a whole file of another generation a second name instead of fetching it, if it proves itself.
@@ -67,7 +74,8 @@ class Adoption:
             return None
         for donor, note in self._offers(file):
             is_whole = note.sha256 is not None and (note.start, note.stop) == (0, file.entry.size_bytes)
-            if not is_whole or file.entry.sha256 not in (None, note.sha256):
+            # What may be in the page cache only is copied: its digest would prove the cache, not the medium.
+            if not is_whole or not note.is_durable or file.entry.sha256 not in (None, note.sha256):
                 continue
             try:
                 if not self._is_as_noted(donor, note, buffer) or not donor.link(file.entry.path):
@@ -75,7 +83,7 @@ class Adoption:
             except (OSError, ValueError):
                 continue  # Collected, lost, replaced, or not readable.
             self._observer.adopted(note.stop)
-            self._destination.note(note.path, note.token, 0, note.stop, note.sha256, None)
+            self._destination.note(note.path, note.token, 0, note.stop, note.sha256, None, True)
             return file.entry.with_digests(note.sha256, None)
         return None
 
@@ -99,7 +107,7 @@ class Adoption:
         for donor, note in sorted(offers, key=lambda offer: (offer[1].sha256 is None, offer[1].start, offer[1].stop)):
             is_front = note.sha256 is not None and writing.hashes.sha256 is not None
             start = progress.hashed if is_front else note.start
-            is_provable = is_front or note.crc32 is not None or self._digest == "none"
+            is_provable = is_front or note.crc32 is not None or (self._digest == "none" and note.is_durable)
             if not is_provable or note.stop <= start or not progress.lacks(start, note.stop):
                 continue
             try:

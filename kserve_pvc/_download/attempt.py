@@ -4,7 +4,7 @@ One attempt to fetch a model into a generation of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from hashlib import sha256
 from itertools import chain
@@ -14,7 +14,7 @@ from typing import Literal
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._download.destination import Destination
 from kserve_pvc._download.journal import Journal
-from kserve_pvc._download.publication import Written
+from kserve_pvc._download.publication import NothingNewerError, Written
 from kserve_pvc._download.reuse import Found, find_donors, shared_bytes
 from kserve_pvc._download.tally import Tally
 from kserve_pvc._download.transfer import Transfer
@@ -36,7 +36,7 @@ from kserve_pvc._volume.calls import copy_range, write_all
 from kserve_pvc._volume.profile import check_names
 from kserve_pvc._volume.tree import Tree, writing_tree
 from kserve_pvc._volume.writing import VolumeWriter
-from kserve_pvc.errors import InsufficientSpaceError
+from kserve_pvc.errors import InsufficientSpaceError, VolumeError
 
 Activity = Literal["downloading", "importing"]
 _Donors = Mapping[PurePosixPath, Sequence[Found]]
@@ -47,8 +47,10 @@ class Attempt:
     Lists the source, transfers, unpacks, and writes the manifest. Make one for each claim; `run` is called once.
 
     Args:
+        current: The version that is present, if nothing is to be downloaded while the source holds that.
         resolved: The listing, if it was requested already.
         reuses_complete: Whether complete models of the same source may be reused.
+        spoiled: Generations of this call on which the volume failed.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class Attempt:
         backend: Backend,
         *,
         generation: str,
+        current: str | None,
         resolved: Resolved | None,
         activity: Activity,
         reuses_complete: bool,
+        spoiled: Collection[str],
         tuning: Tuning,
         tally: Tally,
     ) -> None:
@@ -68,9 +72,11 @@ class Attempt:
         self._ref = ref
         self._backend = backend
         self._generation = generation
+        self._current = current
         self._place = layout.generation_dir(ref.key, generation)
         self._activity = activity
         self._reuses_complete = reuses_complete
+        self._spoiled = spoiled
         self._tuning = tuning
         self._tally = tally
         self._journal: Journal | None = None
@@ -83,11 +89,20 @@ class Attempt:
 
         Raises:
             LeaseLostError, StoppedError: The claim was lost, or the call is over.
+            NothingNewerError: The source holds what is present already.
             StoreError: The source or the volume failed.
         """
         try:
+            if self._current is not None and self.resolved is None:
+                self.resolved = self._backend.resolve(self._ref)
+            if self._current is not None and self._current == (self.resolved and self.resolved.version):
+                raise NothingNewerError
             files = self._write_files()
             return self._write_manifest(files)
+        except (VolumeError, InsufficientSpaceError):
+            if self._journal is not None:
+                self._journal.spoil()
+            raise
         finally:
             if isinstance(self._backend, SupportsClose):
                 self._backend.close()
@@ -100,7 +115,13 @@ class Attempt:
             self._journal.flush()
 
     def _write_files(self) -> Sequence[FileEntry]:
-        donors = find_donors(self._writer, self._ref, own=self._generation, with_complete=self._reuses_complete)
+        donors = find_donors(
+            self._writer,
+            self._ref,
+            own=self._generation,
+            with_complete=self._reuses_complete,
+            spoiled=self._spoiled,
+        )
         self._tally.begin()
         pages = self._pages(donors)
         # Nothing is made for a source that holds nothing.

@@ -14,9 +14,11 @@ import attrs
 
 from kserve_pvc._download.cancellation import Cancel, Cancellation
 from kserve_pvc._download.download import Download, Outcome, Request
+from kserve_pvc._download.rate import note_rate
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format.log_entry import Holder, StoreSettings
 from kserve_pvc._keys.aliases import settle_view_quietly
+from kserve_pvc._keys.log import LogView
 from kserve_pvc._show.events import CallFinished, Listener, Subject
 from kserve_pvc._show.observing import observing
 from kserve_pvc._source.contract import Backend, Resolved
@@ -35,6 +37,7 @@ class CallOptions(TypedDict, total=False):
     tuning: Mapping[str, Any]
     after_seq: int
     resolved: Resolved | None
+    resolved_after: int
     activity: Literal["downloading", "importing"]
 
 
@@ -44,14 +47,17 @@ class Call:
     How a call downloads.
 
     Args:
+        look: Reads the newest record of the model, and raises if it is older than one that this process has returned.
         flight: Held by the thread of this process that downloads the model.
         started: When the call began, by the monotonic clock.
         tuning: The arguments of `Tuning` that the store was opened with.
         after_seq: The newest record that does not satisfy the call.
         resolved: What the source holds, if it was requested already.
+        resolved_after: The newest record that was there before it was requested.
     """
 
     subject: Subject
+    look: Callable[[], LogView]
     listen: Callable[[], AbstractContextManager[Listener]]
     listeners: Sequence[Listener]
     cancel: Cancel | None
@@ -63,6 +69,7 @@ class Call:
     tuning: Mapping[str, Any] = attrs.field(factory=dict)
     after_seq: int = 0
     resolved: Resolved | None = None
+    resolved_after: int = 0
     activity: Literal["downloading", "importing"] = "downloading"
 
     def run(
@@ -81,11 +88,13 @@ class Call:
             observing(self.subject, show, self.listeners) as listener,
             self._in_flight(ref, cancellation),
         ):
+            began = time.monotonic()
             outcome = Download(
                 writer,
                 settings,
                 ref,
                 make_backend,
+                look=self.look,
                 holder=self.holder,
                 timeout=max(0.0, self.timeout - (time.monotonic() - self.started)),
                 subject=self.subject,
@@ -96,6 +105,7 @@ class Call:
             ).run()
             if outcome.status == "downloaded":
                 settle_view_quietly(writer, ref.key)
+                note_rate(writer, outcome.bytes_fetched, time.monotonic() - began)
             listener(self._finished(outcome))
         return outcome
 
@@ -113,6 +123,7 @@ class Call:
             after_seq=self.after_seq,
             version=self.resolved.version if self.resolved else None,
             resolved=self.resolved,
+            resolved_after=self.resolved_after,
             activity=self.activity,
         )
 

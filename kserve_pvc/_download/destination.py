@@ -24,16 +24,17 @@ class Destination:
     Where a generation is written.
 
     `create` opens a new file, `allocate` reserves room for it, `write` puts bytes at an offset, `copy` puts those of
-    another file there (from, to, start, stop), `finish` makes the file immutable and closed, and durable if requested,
-    `note` appends to the journal the fields of a `PartNote`, `failure` says what an error of the volume means.
+    another file there (from, to, start, stop), `finish` makes the file immutable and returns whether it is durable yet,
+    which it is if requested, `note` appends to the journal the fields of a `PartNote`, `failure` says what an error of
+    the volume means.
     """
 
     create: Callable[[PurePosixPath], int]
     allocate: Callable[[int, int], None]
     write: Callable[[int, memoryview, int], None]
     copy: Callable[[int, int, int, int], bool]
-    finish: Callable[[int, PurePosixPath, bool], None]
-    note: Callable[[PurePosixPath, str, int, int, str | None, int | None], None]
+    finish: Callable[[int, PurePosixPath, bool], bool]
+    note: Callable[[PurePosixPath, str, int, int, str | None, int | None, bool], None]
     failure: Callable[[str, PurePosixPath, OSError], Exception]
 
 
@@ -56,20 +57,20 @@ class Writing:
         os.fdatasync(self.fd)
         path, token = self.file.entry.path, str(self.file.entry.token)
         if is_front and self.hashes.sha256 is not None:
-            self.destination.note(path, token, 0, stop, self.hashes.so_far(), None)
+            self.destination.note(path, token, 0, stop, self.hashes.so_far(), None, True)
         else:
-            self.destination.note(path, token, start, stop, None, crc32)
+            self.destination.note(path, token, start, stop, None, crc32, True)
 
     def finish(self, promised: str | None, *, is_durable: bool) -> FileEntry:
         """
-        Close the complete file, make it immutable, and note it.
+        Make the complete file immutable, and note it.
 
         Args:
             promised: The digest by the source that it was found to have.
         """
         entry, sha256 = self.file.entry, self.hashes.so_far()
-        self.destination.finish(self.fd, entry.path, is_durable)
-        self.destination.note(entry.path, str(entry.token), 0, entry.size_bytes, sha256, None)
+        is_durable = self.destination.finish(self.fd, entry.path, is_durable)
+        self.destination.note(entry.path, str(entry.token), 0, entry.size_bytes, sha256, None, is_durable)
         return entry.with_digests(sha256, promised)
 
     def abandon(self) -> None:

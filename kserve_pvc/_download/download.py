@@ -16,13 +16,13 @@ import attrs
 
 from kserve_pvc._download import protocol
 from kserve_pvc._download.cancellation import PATIENCE_SECONDS, Cancellation, run_detachable
-from kserve_pvc._download.publication import Publication, Written
+from kserve_pvc._download.publication import NothingNewerError, Publication, Written
 from kserve_pvc._download.tally import StoppedError, Tally
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Claim, Holder, LogEntry, StoreSettings
 from kserve_pvc._keys.claims import Sign, newest_epoch, read_claim, start_heartbeat, take_claim
-from kserve_pvc._keys.log import LogView, read_log_of
+from kserve_pvc._keys.log import LogView
 from kserve_pvc._show.events import ClaimLost, ClaimTakenOver, Listener, LockerUnavailable, Subject
 from kserve_pvc._source.contract import Backend, Resolved
 from kserve_pvc._source.ref import ModelRef
@@ -37,6 +37,7 @@ from kserve_pvc.errors import (
     VolumeError,
 )
 from kserve_pvc.locks.choice import external_lock
+from kserve_pvc.locks.external import ExternalLock
 from kserve_pvc.locks.lease import LeaseLostError
 
 if TYPE_CHECKING:
@@ -51,11 +52,15 @@ class Request:
     Args:
         resolved: What the source holds, if the caller has requested it already. Otherwise it is requested once a claim
             is won, so that waiting processes do not list the source.
+        resolved_after: The newest record that was there before it was requested. Once there is a newer one the source
+            is requested again: what another process has published since may be newer than this, and a version that is
+            older is never published above it.
     """
 
     after_seq: int = 0
     version: str | None = None
     resolved: Resolved | None = None
+    resolved_after: int = 0
     activity: Activity = "downloading"
 
     def is_met_by(self, view: LogView) -> bool:
@@ -63,6 +68,20 @@ class Request:
         if entry is None or not entry.is_present or entry.seq <= self.after_seq:
             return False
         return self.version is None or entry.version == self.version
+
+    def begun_on(self, view: LogView) -> Request:
+        """
+        Return this request with what was resolved before the newest record left out.
+        """
+        is_outdated = self.resolved is None or view.seq > self.resolved_after
+        return attrs.evolve(self, resolved=None, resolved_after=view.seq) if is_outdated else self
+
+    def after(self, resolved: Resolved | None) -> Request:
+        """
+        Return this request with what the source holds, if that is known now.
+        """
+        version = resolved.version if resolved is not None and self.version is not None else self.version
+        return attrs.evolve(self, resolved=resolved, version=version)
 
 
 @attrs.frozen(kw_only=True)
@@ -82,6 +101,7 @@ class Download:
 
     Args:
         make_backend: Called once a claim is won: a call that only waits needs neither the SDK nor the network.
+        look: Reads the newest record of the model.
         timeout: Seconds to wait for another downloader.
         tuning: How bytes are fetched.
     """
@@ -93,6 +113,7 @@ class Download:
         ref: ModelRef,
         make_backend: Callable[[], Backend],
         *,
+        look: Callable[[], LogView],
         holder: Holder,
         timeout: float,
         subject: Subject,
@@ -104,22 +125,21 @@ class Download:
         self._writer = writer
         self._settings = settings
         self._ref = ref
-        self._key = ref.key
         self._make_backend = make_backend
+        self._read_view = look
         self._holder = holder
         self._cancellation = cancellation
         self._request = request
         self._tuning = tuning
         self._rules = _rules(settings, timeout)
-        open_file = partial(writer.open_shared, layout.lock_file(self._key))
-        self._lock = external_lock(settings, self._key, holder=holder.pod, open_file=open_file)
+        self._lock = _external_lock(writer, settings, ref.key, holder)
         self._view = LogView()
         self._sign: Sign | None = None
         self._claim: Claim | None = None
         self._tally = Tally(subject, listener, cancellation)
         self._publication = Publication(writer, ref, holder)
         self._written: Written | None = None
-        self._spoiled: VolumeError | None = None
+        self._spoiled: dict[str, VolumeError] = {}
         self._is_locker_unavailable = False
 
     def run(self) -> Outcome:
@@ -172,9 +192,9 @@ class Download:
     def _look(self) -> protocol.Looked:
         self._cancellation.check()
         began = time.monotonic()  # A sign of life is as old as the time before it was read.
-        self._view = read_log_of(self._writer, self._ref)
+        self._view = self._read_view()
         present = self._request.is_met_by(self._view)
-        self._sign = None if present else read_claim(self._writer, self._key)
+        self._sign = None if present else read_claim(self._writer, self._ref.key)
         self._tally.look(self._sign)
         seen = None
         if self._sign is not None:
@@ -203,22 +223,22 @@ class Download:
             return self._take_claim(epoch, reason)
         except VolumeError:
             # A claim is thrown away when it is superseded, even if the process that makes it is paused meanwhile.
-            if newest_epoch(self._writer, self._key) > epoch:
+            if newest_epoch(self._writer, self._ref.key) > epoch:
                 return protocol.Claimed(now=time.monotonic(), won=False)
             raise
 
     def _take_claim(self, epoch: int, reason: str) -> protocol.Claimed:
-        self._claim = take_claim(self._writer, self._key, epoch, uri=self._ref.uri, holder=self._holder)
+        self._claim = take_claim(self._writer, self._ref.key, epoch, uri=self._ref.uri, holder=self._holder)
         if self._claim is None:
             return protocol.Claimed(now=time.monotonic(), won=False)
         if self._sign is not None and not self._sign.is_released:
             self._tally.tell(ClaimTakenOver(**self._tally.subject, holder=self._sign.holder, reason=reason))
         self._tally.heart = start_heartbeat(
             self._writer,
-            layout.claim_dir(self._key, epoch),
+            layout.claim_dir(self._ref.key, epoch),
             lease_seconds=self._settings.lease_seconds,
             progress=self._tally.progress,
-            superseded=lambda: newest_epoch(self._writer, self._key) > epoch,
+            superseded=lambda: newest_epoch(self._writer, self._ref.key) > epoch,
         )
         return protocol.Claimed(now=time.monotonic(), won=True)
 
@@ -230,8 +250,8 @@ class Download:
             self._lock.release()
 
     def _give_up(self, action: protocol.GiveUp) -> NoReturn:
-        if action.reason == "volume" and self._spoiled is not None:
-            raise self._spoiled
+        if action.reason == "volume" and self._spoiled:
+            raise list(self._spoiled.values())[-1]
         waiting = self._tally.waiting(self._sign)
         raise LockTimeoutError(
             str(self._ref), waiting.holder, action.waited, action.idle, waiting.bytes_done, waiting.bytes_total
@@ -240,15 +260,19 @@ class Download:
     def _fetch(self) -> protocol.Event:
         assert self._claim is not None  # The protocol fetches only under a claim.
         generation = self._claim.generation
+        self._request = self._request.begun_on(self._view)
         attempt = self._attempt(generation)
         self._publication.begin(generation)
         try:
             self._written = self._run(attempt)
+        except NothingNewerError:
+            looked = self._look()
+            return looked if looked.present else protocol.ClaimLost()
         except LeaseLostError:
             self._tally.tell(ClaimLost(**self._tally.subject))
             return protocol.ClaimLost()
         except VolumeError as error:
-            self._spoiled = error
+            self._spoiled[generation] = error
             return protocol.Spoiled()
         except DownloadCancelledError:
             raise
@@ -273,20 +297,24 @@ class Download:
             raise
         finally:
             # Another attempt need not list the source again.
-            self._request = attrs.evolve(self._request, resolved=attempt.resolved)
+            self._request = self._request.after(attempt.resolved)
 
     def _attempt(self, generation: str) -> Attempt:
         # Of eight processes that call at once, seven only wait.
         from kserve_pvc._download.attempt import Attempt
 
+        is_refresh = self._request.version is not None and not self._request.after_seq
+        current = self._view.present if is_refresh else None
         return Attempt(
             self._writer,
             self._ref,
             self._make_backend(),
             generation=generation,
+            current=None if current is None else current.version,
             resolved=self._request.resolved,
             activity=self._request.activity,
             reuses_complete=not self._request.after_seq,
+            spoiled=self._spoiled,
             tuning=self._tuning,
             tally=self._tally,
         )
@@ -303,6 +331,11 @@ class Download:
             return protocol.Published(won=False)
         self._view = view
         return protocol.Published(won=True)
+
+
+def _external_lock(writer: VolumeWriter, settings: StoreSettings, key: str, holder: Holder) -> ExternalLock | None:
+    open_file = partial(writer.open_shared, layout.lock_file(key))
+    return external_lock(settings, key, holder=holder.pod, open_file=open_file)
 
 
 def _rules(settings: StoreSettings, timeout: float) -> protocol.Rules:

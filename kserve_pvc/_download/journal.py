@@ -27,13 +27,14 @@ class Journal:
     def __init__(self, writer: VolumeWriter, generation: str, part_bytes: int) -> None:
         self._guard = threading.Lock()
         self._part_bytes = part_bytes
-        self._notes: list[tuple[PurePosixPath, str, int, int, str | None, int | None]] = []
+        self._notes: list[tuple[PurePosixPath, str, int, int, str | None, int | None, bool]] = []
         self._fronts: dict[PurePosixPath, int] = {}
         self._unwritten = 0
         self._unsynced = 0
         self._offset = 0
         self._writer = writer
         self._is_closed = False
+        self._generation = generation
         self._place = layout.journal_file(generation)
         self._fd = writer.create(self._place)
 
@@ -58,8 +59,24 @@ class Journal:
             if not self._is_closed:
                 self._write()
 
+    def spoil(self) -> None:
+        """
+        Write down that the volume failed while this generation was written, if the volume takes it.
+
+        The kernel reports a failed write once, and the page that was not written looks like a good one afterwards.
+        """
+        with suppress(OSError, StoreError):
+            self._writer.write_private(layout.spoiled_file(self._generation), b"")
+
     def note(
-        self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None
+        self,
+        path: PurePosixPath,
+        token: str,
+        start: int,
+        stop: int,
+        sha256: str | None,
+        crc32: int | None,
+        is_durable: bool = False,
     ) -> None:
         """
         Note what is on the volume, with the fields of a `PartNote`.
@@ -67,7 +84,7 @@ class Journal:
         Notes of small files are gathered until together they cover a part: many downloads are complete before that.
         """
         with self._guard:
-            self._notes.append((path, token, start, stop, sha256, crc32))
+            self._notes.append((path, token, start, stop, sha256, crc32, is_durable))
             covered = self._newly_covered(path, start, stop, is_running=sha256 is not None)
             self._unwritten += covered
             if self._unwritten >= self._part_bytes or covered >= _GATHERED_BYTES:
@@ -83,8 +100,12 @@ class Journal:
 
     def _write(self) -> None:
         data = b"".join(
-            encode(PartNote(path=path, token=token, start=start, stop=stop, sha256=sha256, crc32=crc32))
-            for path, token, start, stop, sha256, crc32 in self._notes
+            encode(
+                PartNote(
+                    path=path, token=token, start=start, stop=stop, sha256=sha256, crc32=crc32, is_durable=is_durable
+                )
+            )
+            for path, token, start, stop, sha256, crc32, is_durable in self._notes
         )
         try:
             write_all(self._fd, data, self._offset)

@@ -4,11 +4,11 @@ What `ensure` would do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import attrs
 
+from kserve_pvc._download.rate import read_rate
 from kserve_pvc._download.reuse import find_donors, reusable_bytes, shared_bytes
 from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._source.contract import Resolved
@@ -68,21 +68,17 @@ def plan_nothing(volume: Volume, ref: ModelRef, entry: LogEntry) -> Plan:
     )
 
 
-def plan_download(
-    volume: Volume, ref: ModelRef, resolved: Resolved, *, shares: bool, newest_keys: Iterable[str]
-) -> Plan:
+def plan_download(volume: Volume, ref: ModelRef, resolved: Resolved, *, shares: bool) -> Plan:
     """
     Plan for what the source holds, without what is on the volume already.
 
     Args:
         shares: Whether complete files get a second name, which needs digests.
-        newest_keys: The models of the store, newest first. Their last heartbeats tell the rate.
     """
     donors = find_donors(volume, resolved.ref)
     reusable = reusable_bytes(donors, resolved)
     to_fetch = resolved.size_bytes - reusable
-    keys = list(newest_keys) if to_fetch else []
-    rate = _measured_rate(volume, keys) if keys else 0
+    rate = read_rate(volume) if to_fetch else 0
     return Plan(
         uri=ref.uri,
         key=ref.key,
@@ -95,14 +91,4 @@ def plan_download(
         free_bytes=volume.free_bytes(),
         seconds=to_fetch / rate if rate else (None if to_fetch else 0.0),
         bytes_shared=shared_bytes(donors, resolved) if shares else 0,
-    )
-
-
-def _measured_rate(volume: Volume, newest_keys: Iterable[str]) -> int:
-    """Return the bytes per second of the newest download whose last heartbeat is still there, or 0."""
-    from kserve_pvc._keys.claims import read_claim  # An empty store has no claims to read.
-
-    signs = (read_claim(volume, key) for key in newest_keys)
-    return next(
-        (s.beat.bytes_per_second for s in signs if s is not None and s.beat is not None and s.beat.bytes_per_second), 0
     )

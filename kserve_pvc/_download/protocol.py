@@ -314,8 +314,11 @@ def _observe(state: State, event: Looked) -> State:
     started = event.now if state.started is None else state.started
     if state.started is None or _signature(event.claim) != _signature(state.claim):
         return attrs.evolve(state, started=started, claim=event.claim, idle_since=event.now, looked=event.now)
-    # Whether its process is dead is not part of the signature.
-    return attrs.evolve(state, started=started, claim=event.claim, looked=event.now)
+    # Whether its process is dead is not part of the signature. Only what was observed is silence: if this process
+    # was stopped, or the volume hung, between two looks, its holder may have had no better time.
+    unobserved = max(0.0, event.now - state.looked - state.rules.lease_seconds / 2)
+    idle_since = state.idle_since + unobserved
+    return attrs.evolve(state, started=started, claim=event.claim, looked=event.now, idle_since=idle_since)
 
 
 def _signature(claim: ClaimSeen | None) -> tuple[int, bytes] | None:

@@ -4,6 +4,7 @@ Publishing what a download wrote, and collecting what is left over.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -19,6 +20,10 @@ from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreFormatError
 
 
+# How many of the newest generations of a key are looked at whether they have a journal or not.
+_MOST_NEWEST = 4
+
+
 @attrs.frozen(kw_only=True)
 class Written:
     """
@@ -28,6 +33,14 @@ class Written:
     manifest: Manifest
     manifest_sha256: str
     digest: Literal["sha256", "none"]
+
+
+class NothingNewerError(Exception):
+    """
+    The source holds what is present already.
+
+    Internal: the caller looks again.
+    """
 
 
 class Publication:
@@ -58,7 +71,7 @@ class Publication:
         """
         self._written = written
         # Listed before the commit: these were begun on an older record, so they lose. Later ones may be begun on ours.
-        begun = generations(self._writer, self._key)
+        begun = self._collectable(generations(self._writer, self._key), written.manifest.generation)
         staging = layout.staging_dir(written.manifest.generation)
         log = LogWriter(self._writer, self._key, self._commit, private=staging / "record", collect=self.collect)
         seq = drive(append(after_seq, "commit"), log.perform)
@@ -71,6 +84,16 @@ class Publication:
             self._writer.throw_away(staging)
             drive(collect_garbage(seq, begun), log.perform)
         return LogView(seq=seq, entry=entry)
+
+    def _collectable(self, begun: Sequence[str], own: str) -> Sequence[str]:
+        """
+        Leave out generations that cannot be garbage: older ones that have no journal were published, or would have been
+        collected before.
+        """
+        begun = [generation for generation in begun if generation != own]
+        older, newest = begun[:-_MOST_NEWEST], begun[-_MOST_NEWEST:]
+        journals = set(self._writer.list_names(layout.STAGING)) if older else set()
+        return [generation for generation in older if generation in journals] + newest
 
     def collect_unpublished(self) -> None:
         """

@@ -24,6 +24,9 @@ from kserve_pvc._source.contract import RemoteFile
 
 _TINY_BATCH = 4
 _SMALL_BATCH = 2
+# Tiny files that are on the volume are read, hashed and linked by so many workers: more would take turns with the
+# interpreter's lock.
+_MOST_TINY_BEGUN = 2
 
 
 @attrs.frozen
@@ -131,13 +134,10 @@ class Schedule:
 
     `in_flight` counts what is being fetched or was requested ahead. The caller says with each request how many streams
     there may be, as that changes; what is in flight never exceeds it.
-
-    Args:
-        offered: Files that are on the volume at least in part: they are begun, however small.
     """
 
-    def __init__(self, tuning: Tuning, offered: Container[PurePosixPath] = ()) -> None:
-        self._offered = offered
+    def __init__(self, tuning: Tuning) -> None:
+        self._offered = set[PurePosixPath]()
         # Files of which one worker at a time fetches what is at the front. May grow at any time.
         self.sequential: Container[PurePosixPath] = ()
         self._part_bytes = tuning.part_bytes
@@ -150,6 +150,7 @@ class Schedule:
         self._open: dict[PurePosixPath, Progress] = {}
         self._unassigned = 0
         self._batches = 0
+        self._tiny_begun = 0
         self._unfinished = 0
         self._is_listed = False
         self.in_flight = 0
@@ -161,10 +162,14 @@ class Schedule:
         """
         return self._is_listed and not self._unfinished
 
-    def add(self, files: Iterable[RemoteFile]) -> None:
+    def add(self, files: Iterable[RemoteFile], offered: Iterable[PurePosixPath] = ()) -> None:
         """
         Add files that are to be fetched.
+
+        Args:
+            offered: Those of them that are on the volume at least in part: they are begun, however small.
         """
+        self._offered.update(offered)
         for file in files:
             self._wait(file)
             self._unfinished += 1
@@ -209,10 +214,11 @@ class Schedule:
         if self._waiting:
             file = self._waiting[0][2]
             if not self._is_small(file):
-                return Begin(self._pop())
+                if not self._is_tiny(file) or self._tiny_begun < _MOST_TINY_BEGUN:
+                    self._tiny_begun += self._is_tiny(file)
+                    return Begin(self._pop())
             # One worker at small files requests several at a time, so fewer workers are enough.
-            length = self._batch_length(file)
-            if self._batches * length < streams:
+            elif self._batches * (length := self._batch_length(file)) < streams:
                 self._batches += 1
                 return Batch(deque([self._pop()]), length)
         gaps = (p for p in self._open.values() if p.gaps and p.file.entry.path not in self.sequential)
@@ -326,6 +332,8 @@ class Schedule:
             self._batches -= 1
         else:
             self.in_flight -= 1
+        if isinstance(work, Begin):
+            self._tiny_begun -= self._is_tiny(work.file)
 
     def release(self, work: Work) -> None:
         """
@@ -362,8 +370,11 @@ class Schedule:
             return True
         return file.entry.size_bytes <= self._shortest and file.entry.path not in self._offered
 
+    def _is_tiny(self, file: RemoteFile) -> bool:
+        return file.entry.size_bytes <= self._tiny_bytes
+
     def _batch_length(self, file: RemoteFile) -> int:
-        return _TINY_BATCH if file.entry.size_bytes <= self._tiny_bytes else _SMALL_BATCH
+        return _TINY_BATCH if self._is_tiny(file) else _SMALL_BATCH
 
     def _take(self, progress: Progress, streams: int) -> Range:
         is_front = progress.is_front_free

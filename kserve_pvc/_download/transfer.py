@@ -59,7 +59,7 @@ class Transfer:
         self._failure: BaseException | None = None
         self._failed = threading.Event()
         self._guard = threading.Condition()  # Of the schedule and of the files that are open or done.
-        self._schedule = Schedule(tuning, donors)
+        self._schedule = Schedule(tuning)
         self._open: dict[PurePosixPath, Writing] = {}
         self._done: dict[PurePosixPath, FileEntry] = {}
         self._limit = StreamLimit(tuning.max_workers)
@@ -104,7 +104,7 @@ class Transfer:
         for page in pages:
             self._check()  # A listing may take long: a failure ends it.
             with self._guard:
-                self._schedule.add(page)
+                self._schedule.add(page, (file.entry.path for file in page if self._adoption.has_offers(file)))
             self._staff(workers)
         with self._guard:
             self._schedule.end_listing()

@@ -24,6 +24,8 @@ CREATION = META / "creation"
 # Files that a removal deletes where the volume is full, since it has to write before it frees anything.
 RESERVE = META / "reserve"
 NAMES = PurePosixPath("names")
+# How fast the last download was, for estimates. Nothing is decided by it.
+RATE = META / "rate"
 
 _LOG_NAME = re.compile(r"([0-9]{12})\.(commit|restore|tombstone)")
 # What fits into the twelve digits of a name.
@@ -94,6 +96,11 @@ def staging_dir(generation: str) -> PurePosixPath:
 
 def journal_file(generation: str) -> PurePosixPath:
     return staging_dir(generation) / "journal"
+
+
+def spoiled_file(generation: str) -> PurePosixPath:
+    """A file that says that the volume failed while this generation was written."""
+    return staging_dir(generation) / "spoiled"
 
 
 def lease_dir(generation: str) -> PurePosixPath:

@@ -190,6 +190,10 @@ class PartNote:
 
     They are checked by `sha256` if they are the beginning of the file, else by `crc32`. A store without hashing writes
     neither, and only such a store reuses them.
+
+    `is_durable` says that they were synced without an error before the note was made. Without it they may be in the
+    page cache only, and a page that could not be written stays there, clean: then its digest proves nothing about the
+    medium, and the bytes are copied into a file that is synced itself.
     """
 
     path: PurePosixPath = attrs.field(converter=_path)
@@ -198,6 +202,7 @@ class PartNote:
     stop: int = attrs.field(validator=size)
     sha256: str | None = attrs.field(default=None, validator=optional(matches_re(SHA256)))
     crc32: int | None = attrs.field(default=None, metadata=OMITTED, validator=optional(and_(size, lt(2**32))))
+    is_durable: bool = attrs.field(default=False, metadata=OMITTED, validator=instance_of(bool))
 
     def __attrs_post_init__(self) -> None:
         if self.start > self.stop or (self.start and self.sha256 is not None):

@@ -6,9 +6,10 @@ Both are a directory with two files: `owner` names the holder, `beat` is its hea
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Literal, TypeVar
@@ -19,6 +20,7 @@ from kserve_pvc._format import layout
 from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode, encode
 from kserve_pvc._format.log_entry import Holder, now
 from kserve_pvc._format.records import BEAT_BYTES, Beat, Claim, ReaderLease, encode_beat
+from kserve_pvc._keys.watching import Watch
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
@@ -34,13 +36,17 @@ _T = TypeVar("_T")
 @attrs.frozen(kw_only=True)
 class Sign:
     """
-    What a claim or lease shows at one time. `owner` and `beat` are None if they cannot be read.
+    What a claim or lease shows at one time. `owner` and `beat` are None if they do not have that form.
+
+    `is_unreadable`: the volume failed, so that nothing is known of that time.
     """
 
     name: str
     raw: bytes
     owner: Claim | ReaderLease | None
     beat: Beat | None
+    raw_owner: bytes = b""
+    is_unreadable: bool = False
 
     @property
     def holder(self) -> str:
@@ -79,23 +85,37 @@ class LockInfo:
     bytes_per_second: int
 
 
-def _read_sign(volume: Volume, place: PurePosixPath, cls: type[Claim] | type[ReaderLease]) -> Sign:
+def _read_sign(
+    volume: Volume, place: PurePosixPath, cls: type[Claim] | type[ReaderLease], earlier: Sign | None = None
+) -> Sign:
+    """
+    Args:
+        earlier: What it showed before. Its owner is written once, so it need not be read again.
+    """
     with suppress(VolumeError):
-        volume.list_names(
-            place
-        )  # GlusterFS learns by it that a file has changed, which it believes it knows for a second.
-    owner, beat = (
-        _quietly(volume, place / "owner", MAX_RECORD_BYTES),
-        _quietly(volume, place / "beat", BEAT_BYTES, uncached=True),
+        # GlusterFS learns by it that a file has changed, which it believes it knows for a second.
+        volume.list_names(place)
+    raw = earlier.raw_owner if earlier and earlier.owner else _quietly(volume, place / "owner", MAX_RECORD_BYTES)
+    beat = _quietly(volume, place / "beat", BEAT_BYTES, uncached=True)
+    return Sign(
+        name=place.name,
+        raw=(raw or b"") + (beat or b""),
+        raw_owner=raw or b"",
+        owner=earlier.owner if earlier and earlier.owner else _decoded(cls, raw or b"", place),
+        beat=_decoded(Beat, beat or b"", place),
+        is_unreadable=raw is None or beat is None,
     )
-    return Sign(name=place.name, raw=owner + beat, owner=_decoded(cls, owner, place), beat=_decoded(Beat, beat, place))
 
 
-def _quietly(volume: Volume, place: PurePosixPath, limit: int, *, uncached: bool = False) -> bytes:
-    # Whatever stands there instead shows no sign of life, and is superseded like what a dead process left.
-    with suppress(StoreFormatError, VolumeError):
+def _quietly(volume: Volume, place: PurePosixPath, limit: int, *, uncached: bool = False) -> bytes | None:
+    """Read a small file. Anything else counts as empty; None if the volume failed."""
+    try:
         return volume.read(place, limit, uncached=uncached) or b""
-    return b""
+    except StoreFormatError:
+        return b""
+    except VolumeError as error:
+        cause = error.__cause__
+        return b"" if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM) else None
 
 
 def _decoded(cls: type[_T], data: bytes, place: PurePosixPath) -> _T | None:
@@ -170,11 +190,11 @@ def take_claim(writer: VolumeWriter, key: str, epoch: int, *, uri: str, holder: 
             str(layout.claims_dir(key)), f"claim {epoch - 1} in it was made by no writer; delete that forgery"
         )
     place = layout.claim_dir(key, epoch)
-    if not writer.reserve(place):
+    if not writer.reserve(place, is_durable=False):
         return None
     claim = Claim(epoch=epoch, nonce=secrets.token_hex(16), uri=uri, holder=holder, claimed_at=now())
     with _given_back_on_failure(writer, place):
-        writer.write_private(place / "owner", encode(claim))
+        writer.write_sign(place / "owner", encode(claim))
     with suppress(StoreError):  # Tidying may fail where others hold a file open; the claim is ours all the same.
         _forget_older(writer, key, epoch)
     return claim
@@ -194,9 +214,13 @@ def _given_back_on_failure(writer: VolumeWriter, place: PurePosixPath) -> Iterat
     try:
         yield
     except StoreError:
-        # If the volume still takes one more small file, no process has to wait for a claim without heartbeats.
-        with suppress(StoreError):
-            writer.write_private(place / "beat", encode_beat(Beat(count=1, released=True)))
+        # No process has to wait for a claim without heartbeats: it is released if the volume still takes one more small
+        # file, and else it is deleted, which takes no room.
+        try:
+            writer.write_sign(place / "beat", encode_beat(Beat(count=1, released=True)))
+        except StoreError:
+            with suppress(StoreError):
+                writer.throw_away(place)
         raise
 
 
@@ -211,14 +235,14 @@ def start_heartbeat(
     """
     Write heartbeats for a claim or lease of this process until they are stopped.
     """
-    with _given_back_on_failure(writer, place):
-        fd = writer.create(place / "beat")
-    try:
-        return Heartbeat(fd, lease_seconds=lease_seconds, progress=progress, superseded=superseded)
-    except StoreError:
-        raise
-    except OSError as error:
-        raise writer.failure("writing", place / "beat", error) from error
+    with _given_back_on_failure(writer, place), writer.translated("writing", place / "beat"):
+        return Heartbeat(
+            writer.create(place / "beat"),
+            lease_seconds=lease_seconds,
+            progress=progress,
+            superseded=superseded,
+            is_shared=not writer.is_local,
+        )
 
 
 @contextmanager
@@ -226,29 +250,51 @@ def reading(writer: VolumeWriter, generation: str, *, lease_seconds: float, hold
     """
     Hold a reader's lease on a generation.
 
-    It counts only for removers that look after it was made, so look again inside.
+    It counts only for removers that look after it was made, so look again inside. It belongs to this process: a forked
+    child that leaves the `with` does not release it.
     """
     place = layout.lease_dir(generation) / secrets.token_hex(16)
-    writer.write_private(place / "owner", encode(ReaderLease(generation=generation, holder=holder)))
+    writer.write_sign(place / "owner", encode(ReaderLease(generation=generation, holder=holder)))
     heart = start_heartbeat(writer, place, lease_seconds=lease_seconds * READER_LEASES)
     try:
         yield
     finally:
-        heart.stop()
-        with suppress(StoreError):  # A lease that was released blocks no process, wherever its files are.
-            writer.throw_away(place)
+        if heart.is_ours:
+            heart.stop()
+            with suppress(StoreError):  # A lease that was released blocks no process, wherever its files are.
+                writer.throw_away(place)
 
 
-def live_readers(volume: Volume, generation: str, *, lease_seconds: float) -> tuple[str, ...]:
+class Readers:
     """
-    Return the readers of a generation that are provably alive. Waits up to a reader's lease for one without heartbeats.
+    The leases on some generations, which may be watched several times. A reader that was silent for a lease once is not
+    waited for again.
     """
-    place = layout.lease_dir(generation)
 
-    def look() -> dict[str, Sign]:
-        return {name: _read_sign(volume, place / name, ReaderLease) for name in volume.list_names(place)}
+    def __init__(self, volume: Volume, *, lease_seconds: float) -> None:
+        self._volume = volume
+        self._seconds = lease_seconds * READER_LEASES
+        self._silent: Mapping[str, bytes] = {}
 
-    return _showing_life(look, lease_seconds * READER_LEASES)
+    def watch(self, generations: Iterable[str]) -> tuple[str, ...]:
+        """
+        Return the readers of these generations that are provably alive. Waits up to a reader's lease for those without
+        heartbeats, for all of them together.
+        """
+        leases = [layout.lease_dir(generation) for generation in generations]
+        signs: dict[str, Sign] = {}
+
+        def look(names: Collection[str] | None) -> dict[str, Sign]:
+            if names is None:
+                names = [str(place / name) for place in leases for name in self._volume.list_names(place)]
+            found = {
+                name: _read_sign(self._volume, PurePosixPath(name), ReaderLease, signs.get(name)) for name in names
+            }
+            signs.update(found)
+            return found
+
+        live, self._silent = _watch(look, self._seconds, self._silent)
+        return live
 
 
 def find_live_downloader(volume: Volume, key: str, *, lease_seconds: float) -> str | None:
@@ -256,27 +302,31 @@ def find_live_downloader(volume: Volume, key: str, *, lease_seconds: float) -> s
     Return the downloader of a key that is provably alive, or None. Waits up to a lease for one without heartbeats.
     """
 
-    def look() -> dict[str, Sign]:
+    def look(names: Collection[str] | None) -> dict[str, Sign]:
         sign = read_claim(volume, key)
         return {} if sign is None else {sign.name: sign}
 
-    return next(iter(_showing_life(look, lease_seconds)), None)
+    live, _ = _watch(look, lease_seconds, {})
+    return next(iter(live), None)
 
 
-def _showing_life(look: Callable[[], dict[str, Sign]], seconds: float) -> tuple[str, ...]:
-    """Watch signs until one changes, or all are released, dead, or unchanged for so many seconds."""
-    first = look()
-    deadline = time.monotonic() + seconds
-    signs = first
-    while any(not (s.is_released or s.is_dead) for s in signs.values()) and time.monotonic() < deadline:
-        time.sleep(min(0.25, seconds / 20))
-        signs = look()
-        live = tuple(
-            s.holder for name, s in signs.items() if not s.is_released and name in first and s.raw != first[name].raw
-        )
-        if live:
-            return live
-    return ()
+def _watch(
+    look: Callable[[Collection[str] | None], Mapping[str, Sign]], seconds: float, silent: Mapping[str, bytes]
+) -> tuple[tuple[str, ...], Mapping[str, bytes]]:
+    """
+    Watch signs until one changes, or all holders have released theirs, are dead, or were silent for so many seconds.
+
+    Returns:
+        The holders that show a sign of life, and the signs of those that were silent.
+    """
+    watch = Watch(seconds, silent)
+    while True:
+        began = time.monotonic()  # A sign of life is as old as the time before it was read.
+        signs = {name: s for name, s in look(watch.names).items() if not (s.is_released or s.is_dead)}
+        live = watch.look(began, {name: None if s.is_unreadable else s.raw for name, s in signs.items()})
+        if live is not None:
+            return tuple(signs[name].holder for name in live), watch.silent
+        time.sleep(watch.pause)
 
 
 def break_claim(writer: VolumeWriter, key: str, *, uri: str, holder: Holder, lease_seconds: float) -> None:

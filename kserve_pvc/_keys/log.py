@@ -4,7 +4,9 @@ The numbered log of one key, which alone decides whether a model is present.
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING
 import attrs
 
 from kserve_pvc._format.codec import MAX_RECORD_BYTES, decode
-from kserve_pvc._format.layout import generation_dir, log_dir, manifest_file, parse_log_name, record_file
+from kserve_pvc._format.layout import generation_dir, journal_file, log_dir, manifest_file, parse_log_name, record_file
 from kserve_pvc._format.log_entry import LogEntry
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc.errors import StoreFormatError
+from kserve_pvc.errors import StoreFormatError, UnsafePathError
 
 if TYPE_CHECKING:
     from kserve_pvc._format.records import Manifest
@@ -136,6 +138,42 @@ def read_all(volume: Volume, key: str) -> list[LogEntry]:
         for name in volume.list_names(place)
         if parse_log_name(name) is not None
     ]
+
+
+def find_named(volume: Volume, key: str, generations: Iterable[str]) -> Collection[str]:
+    """
+    Find which of these generations a record of the key names.
+
+    The log is read from its end until all are found. A generation that has a journal and no manifest was never
+    published, so no record is read for it: what a log held long ago costs nothing.
+
+    Raises:
+        StoreFormatError: A record that would have to be read is damaged.
+    """
+    named = set[str]()
+    missing = {generation for generation in generations if not _is_unpublished(volume, generation)}
+    for name in reversed(volume.list_names(log_dir(key))) if missing else ():
+        if parse_log_name(name) is not None:
+            named.add(_read_entry(volume, key, record_file(key, name)).generation)
+            if missing <= named:
+                break
+    return named
+
+
+def _is_unpublished(volume: Volume, generation: str) -> bool:
+    return not _may_exist(volume, manifest_file(generation)) and _may_exist(volume, journal_file(generation))
+
+
+def _may_exist(volume: Volume, place: PurePosixPath) -> bool:
+    try:
+        # By its directory, which is opened: a name alone may be cached as missing.
+        with volume.open_parent(place) as parent:
+            os.close(os.open(place.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent))
+    except FileNotFoundError:
+        return False
+    except (OSError, UnsafePathError):
+        return True
+    return True
 
 
 def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:

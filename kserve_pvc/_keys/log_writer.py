@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from kserve_pvc._format.codec import encode
 from kserve_pvc._format.layout import MAX_NUMBER, MODELS, log_dir, parse_generation, parse_number, slot_dir
 from kserve_pvc._format.log_entry import LogEntry
-from kserve_pvc._keys.log import read_all, read_log
+from kserve_pvc._keys.log import find_named, read_log
 from kserve_pvc._keys.procedures import (
     Collect,
     ListGenerations,
@@ -88,8 +88,8 @@ class LogWriter:
                 time.sleep(seconds)
             case ListGenerations():
                 return generations(self._writer, self._key)
-            case ListNamed():
-                return {record.generation for record in read_all(self._writer, self._key)}
+            case ListNamed(which):
+                return find_named(self._writer, self._key, which)
             case Collect(generation):
                 self._collect(generation)
         return None

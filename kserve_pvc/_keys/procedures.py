@@ -74,7 +74,9 @@ class ListGenerations:
 
 @attrs.frozen
 class ListNamed:
-    """Result: the generations that any record names."""
+    """Result: those of these generations that any record names, and perhaps others that one names."""
+
+    generations: tuple[str, ...]
 
 
 @attrs.frozen
@@ -187,7 +189,9 @@ def collect_unnamed(generations: Sequence[str]) -> Procedure[None]:
     """
     Collect those of these generations that no record names. None of them may become a model any more.
     """
-    named: Collection[str] = yield ListNamed()
+    if not generations:
+        return
+    named: Collection[str] = yield ListNamed(tuple(generations))
     for generation in generations:
         if generation not in named:
             yield Collect(generation)
@@ -195,17 +199,23 @@ def collect_unnamed(generations: Sequence[str]) -> Procedure[None]:
 
 def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["removed", "read"]]:
     """
-    Remove a model and what else there is of its key: tombstone, wait until every node sees it, look for readers,
-    collect.
+    Remove a model and what else there is of its key: look for readers, tombstone, wait until every node sees it, look
+    for readers once more, collect.
+
+    The first look only keeps a model that is read from vanishing for a while. The second one decides: a reader that
+    comes after it sees the tombstone.
 
     Args:
         newest: Read after `generations` were listed: what is collected was begun on a record older than the
             tombstone, and loses.
 
     Returns:
-        `read` if a process reads it. Then the tombstone was undone, unless another removal came in between: the process
-        that wrote the tombstone on the model alone decides about it.
+        `read` if a process reads it. Then there is no tombstone, or it was undone, unless another removal came in
+        between: the process that wrote the tombstone on the model alone decides about it.
     """
+    is_read: bool = yield AwaitReaders(tuple(generations))
+    if is_read:
+        return "read"
     before: Newest | None = newest if newest.is_present else None
     highest: int = 0
     while True:
@@ -222,7 +232,7 @@ def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["rem
             # What another removal has buried may be collected by now, and is never brought back.
             before = newest if newest.is_present else None
     yield AwaitVisibility()
-    is_read: bool = yield AwaitReaders(tuple(generations))
+    is_read = yield AwaitReaders(tuple(generations))
     if is_read:
         if before is not None:
             yield from append(seq, "restore", before)

@@ -16,7 +16,7 @@ import attrs
 
 from kserve_pvc._format import layout
 from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now
-from kserve_pvc._keys.claims import find_live_downloader, live_readers
+from kserve_pvc._keys.claims import Readers, find_live_downloader
 from kserve_pvc._keys.log import LogView, read_log_of
 from kserve_pvc._keys.log_writer import LogWriter, generations
 from kserve_pvc._keys.procedures import AwaitReaders, AwaitVisibility, Operation, Publish, drive, remove
@@ -46,7 +46,8 @@ class Removal:
             False if there was nothing to remove.
 
         Raises:
-            ModelInUseError: A process downloads it, or reads it; a tombstone was undone.
+            ModelInUseError: Another process downloads it, or reads it. It was there all the time, unless the reader
+                came just before the tombstone, which is undone then.
             InsufficientSpaceError: The volume is full, and there is neither trash nor a reserve to give up.
         """
         try:
@@ -76,11 +77,11 @@ class Removal:
         if not found and not view.is_present:
             return False
         lease_seconds = self.settings.lease_seconds
-        downloader = find_live_downloader(self.writer, self.ref.key, lease_seconds=lease_seconds)
-        if downloader is not None:
+        if downloader := find_live_downloader(self.writer, self.ref.key, lease_seconds=lease_seconds):
             raise ModelInUseError(str(self.ref), (f"a download by {downloader}",))
         staging = layout.staging_dir(f"remove-{secrets.token_hex(16)}")
         log = self._log_writer(staging, _named(found, view))
+        leases = Readers(self.writer, lease_seconds=lease_seconds)
         readers: list[str] = []
 
         def perform(operation: Operation) -> object:
@@ -89,17 +90,17 @@ class Removal:
                     time.sleep(mount_of(self.writer.root).visibility_delay)
                     return None
                 case AwaitReaders(which):
-                    for generation in which:
-                        readers.extend(live_readers(self.writer, generation, lease_seconds=lease_seconds))
+                    readers.extend(leases.watch(which))
                     return bool(readers)
             return log.perform(operation)
 
         try:
-            if drive(remove(view, found), perform) == "read":
-                raise ModelInUseError(str(self.ref), tuple(readers))
+            outcome = drive(remove(view, found), perform)
         finally:
             with suppress(StoreError):
                 self.writer.throw_away(staging)
+        if outcome == "read":
+            raise ModelInUseError(str(self.ref), tuple(readers))
         return True
 
     def _log_writer(self, staging: PurePosixPath, generation: str) -> LogWriter:

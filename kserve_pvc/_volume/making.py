@@ -21,7 +21,8 @@ _LOCK_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 def enter_or_make(parent: int, part: PurePosixPath, mode: int) -> int:
     """
-    Open a directory in an open one, making it durably if need be.
+    Open a directory in an open one, making it if need be. It is not durable then: its parent is to be synced by the
+    caller, before anything that needs it.
     """
     try:
         return open_part(parent, part, DIRECTORY_FLAGS)
@@ -32,13 +33,13 @@ def enter_or_make(parent: int, part: PurePosixPath, mode: int) -> int:
         with suppress(OSError):
             os.rmdir(part.name, dir_fd=parent)
     with suppress(FileExistsError):
-        make_directory_at(parent, part, mode)
+        make_directory_at(parent, part, mode, is_durable=False)
     return open_part(parent, part, DIRECTORY_FLAGS)
 
 
-def make_directory_at(parent: int, place: PurePosixPath, mode: int) -> None:
+def make_directory_at(parent: int, place: PurePosixPath, mode: int, *, is_durable: bool) -> None:
     """
-    Make a directory in an open one, durably.
+    Make a directory in an open one.
 
     Raises:
         FileExistsError: The name is taken.
@@ -50,7 +51,8 @@ def make_directory_at(parent: int, place: PurePosixPath, mode: int) -> None:
             _widen_directory(fd, mode)
         finally:
             os.close(fd)
-    sync_directory(parent)
+    if is_durable:
+        sync_directory(parent)
 
 
 def _widen_directory(fd: int, wanted: int) -> None:

@@ -26,6 +26,8 @@ _NETWORK_TYPES = (
     "beegfs",
     "afs",
 )
+# Where no other node sees what is written, and `fsync` is for the medium only.
+LOCAL_TYPES = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"})
 
 
 @attrs.frozen(kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -143,14 +143,17 @@ class Volume:
             return os.readlink(place.name, dir_fd=parent)
         return None
 
-    def list_names(self, place: PurePosixPath) -> list[str]:
+    def list_names(self, place: PurePosixPath, list_directory: Callable[[int], list[str]] = os.listdir) -> list[str]:
         """
         List a directory, sorted; empty if it is not there. Listing is fresh on every volume measured, `stat` is not.
+
+        Args:
+            list_directory: Lists an open directory; `list_large` where very many names are expected.
         """
         try:
             fd = self._kept.open(place, DIRECTORY_FLAGS)
             try:
-                return sorted(os.listdir(fd))
+                return sorted(list_directory(fd))
             finally:
                 os.close(fd)
         except StoreRootError:

@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 
 from kserve_pvc._volume.calls import CREATE_FLAGS, NO_SPACE, UNSUPPORTED, allocate, call_libc, has_libc
 from kserve_pvc._volume.making import widen_new_file
-from kserve_pvc._volume.mount import mount_of
-from kserve_pvc._volume.reading import READ_FLAGS
+from kserve_pvc._volume.mount import LOCAL_TYPES, mount_of
 from kserve_pvc._volume.writing import VolumeWriter
 
-# Where `syncfs` reaches the medium and reports what failed on the way.
-_LOCAL_TYPES = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "overlay"}
+# Where `syncfs` reports what failed before it was called. An overlay does not hear of it from the layer below.
+_REPORTING_TYPES = LOCAL_TYPES - {"overlay"}
+_REPORTING_KERNEL = (5, 8)
 _MOST_DIRECTORIES = 256
 _MOST_SYNCED_ALONE = 100
 # Where the other name of a file is lost to the node that wrote it, once another node has linked it and deleted the
@@ -34,6 +35,10 @@ class Tree:
     by one, many by one `syncfs`, which also writes what others have there and so is worth it only for many. Elsewhere,
     where `syncfs` reaches only this node's kernel, every file is synced when it is finished. All of it is before the
     commit record, which is sufficient for durability: no process reads a generation without one.
+
+    A write that fails in the background is reported once, to descriptors that were open then, and its page looks like a
+    good one afterwards. So each file is synced through the descriptor that wrote it, or by a `syncfs` on one that is
+    older than all of them.
     """
 
     def __init__(self, writer: VolumeWriter, place: PurePosixPath) -> None:
@@ -44,11 +49,13 @@ class Tree:
         # Opened before the first write, so that an error of any write since is reported by `syncfs` on it.
         self._root = writer.open_directory(PurePosixPath())
         kind = mount_of(writer.root).type
-        self._syncs_at_once = kind in _LOCAL_TYPES
+        self._syncs_later = kind in LOCAL_TYPES
+        self._syncs_at_once = kind in _REPORTING_TYPES and _kernel() >= _REPORTING_KERNEL and has_libc("syncfs")
         # Memory has no pieces to lay out, and reserving it costs as much as writing it.
         self._allocates = kind != "tmpfs"
         self._links = kind not in _FALSE_LINK_TYPES
-        self._unsynced: list[PurePosixPath] = []
+        self._unsynced: dict[PurePosixPath, int] = {}
+        self._needs_syncfs = False
 
     def create(self, path: PurePosixPath) -> int:
         """
@@ -72,7 +79,7 @@ class Tree:
 
     def link(self, existing: PurePosixPath, path: PurePosixPath) -> bool:
         """
-        Link a file that is no longer written into this tree. False if the volume cannot, or the file is gone.
+        Link a durable file that is no longer written into this tree. False if the volume cannot, or the file is gone.
         """
         if not self._links:
             return False
@@ -84,32 +91,38 @@ class Tree:
             if error.errno not in UNSUPPORTED | NO_SPACE and error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
             return False
-        if self._syncs_at_once:
-            self._unsynced.append(path)  # Its writer may have died before it was durable.
         return True
 
-    def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> None:
+    def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> bool:
         """
-        Make a file immutable and close it. Large files are made durable at once, while others are still being fetched.
+        Make a file immutable. Large files are made durable at once, while others are still being fetched.
 
-        Its descriptor is gone afterwards, well or not. A failed `close` fails the file: a network volume may report a
-        failed write nowhere else.
+        Its descriptor belongs to the tree afterwards, well or not. A failed `close` fails the file: a network volume
+        may report a failed write nowhere else.
+
+        Returns:
+            Whether the file is durable already.
         """
         try:
-            try:
-                with suppress(OSError):  # Object and SMB mounts refuse.
-                    os.fchmod(fd, self._writer.file_mode & 0o444)
-                if is_large or not self._syncs_at_once:
-                    os.fsync(fd)
-                else:
-                    self._unsynced.append(path)
-            except BaseException:
-                with suppress(OSError):
-                    os.close(fd)
-                raise
-            os.close(fd)
+            with suppress(OSError):  # Object and SMB mounts refuse.
+                os.fchmod(fd, self._writer.file_mode & 0o444)
+            if is_large or not self._syncs_later:
+                _close_all([fd], syncs=True)
+                return True
+            self._sync_later(fd, path)
         except OSError as error:
             raise self._writer.failure("syncing", self._place / path, error) from error
+        return False
+
+    def _sync_later(self, fd: int, path: PurePosixPath) -> None:
+        with self._guard:
+            self._unsynced[path] = fd
+            if not self._needs_syncfs and len(self._unsynced) <= _MOST_SYNCED_ALONE:
+                return
+            several = list(self._unsynced.values())
+            self._unsynced.clear()
+            self._needs_syncfs = self._syncs_at_once
+        _close_all(several, syncs=not self._syncs_at_once)
 
     def remove(self, path: PurePosixPath) -> None:
         """
@@ -120,33 +133,35 @@ class Tree:
                 os.unlink(path.name, dir_fd=parent)
         except OSError as error:
             raise self._writer.failure("removing", self._place / path, error) from error
-        with suppress(ValueError):
-            self._unsynced.remove(path)
+        with self._guard:
+            fd = self._unsynced.pop(path, None)
+        if fd is not None:
+            os.close(fd)  # It is not part of the model, so nothing that failed on it matters.
 
     def settle(self) -> None:
         """
         Make everything durable that is not yet.
         """
         with self._writer.translated("syncing", self._place):
-            if len(self._unsynced) > _MOST_SYNCED_ALONE and has_libc("syncfs"):
+            if self._needs_syncfs:
                 call_libc("syncfs", self._root)
                 return
-            for path in self._unsynced:
-                with self._directory(path.parent) as parent:
-                    fd = os.open(path.name, READ_FLAGS, dir_fd=parent)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+            several = list(self._unsynced.values())
+            self._unsynced.clear()
+            _close_all(several, syncs=True)
         self._writer.sync_tree(self._place)
 
     def close(self) -> None:
         """
-        Close all directories.
+        Close all directories, and the files of a tree that failed.
         """
         for fd in (*self._directories.values(), self._root):
             os.close(fd)
         self._directories.clear()
+        for fd in self._unsynced.values():
+            with suppress(OSError):
+                os.close(fd)
+        self._unsynced.clear()
 
     @contextmanager
     def _directory(self, path: PurePosixPath) -> Iterator[int]:
@@ -161,6 +176,29 @@ class Tree:
         finally:
             if kept is None:
                 os.close(fd)
+
+
+def _kernel() -> tuple[int, ...]:
+    """The version of the running kernel as two numbers."""
+    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _close_all(several: Iterable[int], *, syncs: bool) -> None:
+    """Close files, durable if so requested: all of them also after an error, which is raised at the end."""
+    failures: list[OSError] = []
+    for fd in several:
+        try:
+            if syncs and not failures:
+                os.fsync(fd)
+        except OSError as error:
+            failures.append(error)
+        try:
+            os.close(fd)
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise failures.pop(0)  # Not kept: an error that is held by its own frame holds all that is open there.
 
 
 @contextmanager

@@ -15,8 +15,9 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import PurePosixPath
 
 from kserve_pvc._format.layout import DOCTOR, LEASES, MANIFESTS, MODELS, NAMES, STAGING, TRASH, is_claim
@@ -26,6 +27,7 @@ from kserve_pvc._volume.calls import (
     dated_name,
     delete_tree,
     is_free_for_link,
+    list_large,
     retry_stale,
     sync_below,
     sync_directory,
@@ -60,9 +62,27 @@ class VolumeWriter(Volume):
         except OSError as error:
             raise self.failure(operation, place, error) from error
 
+    def list_names(self, place: PurePosixPath, list_directory: Callable[[int], list[str]] = list_large) -> list[str]:
+        """
+        List a directory as `Volume` does. A writer looks at the whole log of a key several times.
+        """
+        return super().list_names(place, list_directory)
+
+    @cached_property
+    def is_local(self) -> bool:
+        """
+        Whether all processes that see the volume share a kernel, and with it what is not synced yet.
+        """
+        from kserve_pvc._volume.mount import LOCAL_TYPES, mount_of  # A hit writes nothing.
+
+        return mount_of(self.root).type in LOCAL_TYPES
+
     def make_directory(self, place: PurePosixPath) -> None:
         """
-        Make a directory and what is missing above it, durably.
+        Make a directory and what is missing above it.
+
+        They are as durable as the last sync of their parents: a record is linked, and a tree is complete, after all
+        directories above were synced. Nothing else needs to survive a power failure.
         """
         with self.translated("making a directory", place):
             os.close(self.ensure_directory(place))
@@ -92,7 +112,7 @@ class VolumeWriter(Volume):
             fd = child
         return fd
 
-    def reserve(self, place: PurePosixPath) -> bool:
+    def reserve(self, place: PurePosixPath, *, is_durable: bool = True) -> bool:
         """
         Take a number by making its directory; exactly one process gets True.
 
@@ -100,12 +120,12 @@ class VolumeWriter(Volume):
         A lost reply makes the winner believe that it lost; the number then stays unused.
         """
         with self.translated("reserving a number", place):
-            return retry_stale(lambda: self._reserve(place))
+            return retry_stale(lambda: self._reserve(place, is_durable))
 
-    def _reserve(self, place: PurePosixPath) -> bool:
+    def _reserve(self, place: PurePosixPath, is_durable: bool) -> bool:
         fd = self._make_way(place.parent)
         try:
-            make_directory_at(fd, place, self._directory_mode)
+            make_directory_at(fd, place, self._directory_mode, is_durable=is_durable)
         except FileExistsError:
             return False
         finally:
@@ -127,7 +147,8 @@ class VolumeWriter(Volume):
             VolumeError: The volume failed, or reported success and the file is missing.
         """
         with self.translated("publishing", place):
-            self.write_private(private, data)
+            with self._making_in(private.parent) as staging:
+                self._write_new(staging, private, data)
             self.make_directory(place.parent)
             # Not only this one: the process that made an existing directory may have died before it was durable.
             self._sync_above(place.parent)
@@ -163,19 +184,31 @@ class VolumeWriter(Volume):
         """
         Write a small file under a name that no other process uses, durably.
         """
-        with self.translated("writing", place):
-            fd = self.ensure_directory(place.parent)
-            try:
-                self._write_new(fd, place, data)
-                sync_directory(fd)
-            finally:
-                os.close(fd)
+        with self.translated("writing", place), self._making_in(place.parent) as directory:
+            self._write_new(directory, place, data)
+            sync_directory(directory)
 
-    def _write_new(self, parent: int, place: PurePosixPath, data: bytes) -> None:
+    def write_sign(self, place: PurePosixPath, data: bytes) -> None:
+        """
+        Write a small file for other processes to see now. After a power failure it may be gone, as they are.
+        """
+        with self.translated("writing", place), self._making_in(place.parent) as directory:
+            self._write_new(directory, place, data, is_durable=not self.is_local)
+
+    @contextmanager
+    def _making_in(self, place: PurePosixPath) -> Iterator[int]:
+        fd = self.ensure_directory(place)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _write_new(self, parent: int, place: PurePosixPath, data: bytes, *, is_durable: bool = True) -> None:
         fd = create_file_at(parent, place, self.file_mode)
         try:
             write_all(fd, data, 0)
-            os.fsync(fd)
+            if is_durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
 
@@ -243,6 +276,8 @@ class VolumeWriter(Volume):
                     raise
                 os.rename(made.name, place.name, src_dir_fd=source, dst_dir_fd=directory)
                 sync_directory(directory)
+            if place.parent == NAMES:  # A name that was given stays, and so does the directory of names.
+                self._sync_above(place.parent)
         return True
 
     def discard(self, place: PurePosixPath) -> PurePosixPath | None:
@@ -260,8 +295,9 @@ class VolumeWriter(Volume):
             try:
                 with self.open_parent(place) as source, self.open_parent(trashed) as target:
                     os.rename(place.name, trashed.name, src_dir_fd=source, dst_dir_fd=target)
-                    sync_directory(source)
-                    sync_directory(target)
+                    if {MODELS, NAMES} & set(place.parents):  # Nobody reads the rest of what is gone.
+                        sync_directory(source)
+                        sync_directory(target)
             except FileNotFoundError:
                 return None
         return trashed

@@ -25,7 +25,7 @@ from kserve_pvc._format.codec import build, decode, encode, text
 from kserve_pvc._format.file_names import check_collisions, check_name
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder, to_files
 from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heartbeat, take_claim
-from kserve_pvc._volume.calls import delete_tree
+from kserve_pvc._volume.calls import delete_tree, sync_directory
 from kserve_pvc._volume.making import widen_new_file
 from kserve_pvc._volume.mount import mount_of
 from kserve_pvc._volume.reading import Volume
@@ -228,6 +228,8 @@ class Destination:
         for path in sorted(earlier - paths, reverse=True):
             check()
             self._remove(path)
+        with self._writer.translated("making directories", PurePosixPath()):
+            self._make_directories(paths)
         for file in contents.files:
             check()
             place(file)
@@ -236,6 +238,12 @@ class Destination:
             self._sync_directories(paths | earlier)
         check()
         self._put(_RECORD, encode(contents))
+
+    def _make_directories(self, paths: Iterable[PurePosixPath]) -> None:
+        """Make the directories durable before files are renamed into them, which would else be in neither place."""
+        for directory in {path.parent for path in paths}:
+            os.close(self._writer.ensure_directory(directory))
+        self._sync_directories(paths)
 
     def tidy(self) -> None:
         """
@@ -382,8 +390,7 @@ class Destination:
     def _sync_directory(self, place: PurePosixPath) -> None:
         fd = self._writer.open_directory(place)
         try:
-            with suppress(OSError):  # Not every volume supports it.
-                os.fsync(fd)
+            sync_directory(fd)
         finally:
             os.close(fd)
 
@@ -420,11 +427,12 @@ def temporary_directory() -> Iterator[str]:
     from shutil import rmtree
     from tempfile import mkdtemp
 
-    place = mkdtemp(prefix="kserve-pvc-")
+    place, owner = mkdtemp(prefix="kserve-pvc-"), os.getpid()
     try:
         yield place
     except BaseException:
-        rmtree(place, ignore_errors=True)
+        if os.getpid() == owner:  # And not a child that was forked inside.
+            rmtree(place, ignore_errors=True)
         raise
 
 

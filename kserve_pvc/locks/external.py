@@ -4,6 +4,7 @@ A lock that is not kept in the store: by a file system, Redis or Kubernetes.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,6 +35,7 @@ class ExternalLock:
         self._wanted = False
         self._attempt: threading.Thread | None = None
         self._error: Exception | None = None
+        self._pid = os.getpid()
 
     def try_acquire(self, *, on_timeout: bool | None = False) -> bool | None:
         """
@@ -69,7 +71,11 @@ class ExternalLock:
     def release(self) -> None:
         """
         Release the lock, if it is held.
+
+        A forked child leaves it alone: the lock is its parent's, and many kinds can be released from either.
         """
+        if os.getpid() != self._pid:
+            return
         with self._guard:
             self._wanted = False
             release, self._release = self._release, None

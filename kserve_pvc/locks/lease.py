@@ -32,12 +32,17 @@ class Heartbeat:
     Renews one lease until it is stopped.
 
     A thread of its own reads and writes the volume, because a hard-mounted volume may hang for minutes. `check` only
-    compares clocks and never blocks. A forked child has no such thread, so `check` fails there.
+    compares clocks and never blocks. The lease belongs to the process that began it: in a forked child `check` fails
+    and `stop` does nothing.
 
     Args:
         fd: The heartbeat file, which the thread closes.
         progress: Returns the bytes done, the total, and the bytes per second to publish.
         superseded: Returns whether another process took a higher number.
+        is_shared: Whether processes of other kernels read it, which see what was synced.
+
+    Raises:
+        OSError: The first heartbeat could not be written. The file is closed.
     """
 
     def __init__(
@@ -47,8 +52,11 @@ class Heartbeat:
         lease_seconds: float,
         progress: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0),
         superseded: Callable[[], bool] = lambda: False,
+        is_shared: bool = True,
     ) -> None:
         self._fd = fd
+        self._is_shared = is_shared
+        self._pid = os.getpid()
         self._lease_seconds = lease_seconds
         self._progress = progress
         self._superseded = superseded
@@ -56,19 +64,24 @@ class Heartbeat:
         self._lost = False
         self._stop = threading.Event()
         self._renewed = monotonic()
-        self._write(released=False)
         try:
+            self._write(released=False)
             self._thread = start_thread(self._run, "kserve-pvc-heartbeat")
         except BaseException:
-            self._end()  # Without its thread no other process need wait for it.
+            self._end()  # No other process need wait for what shows no life.
             raise
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the lease is this process's, and not that of a process it was forked from."""
+        return os.getpid() == self._pid
 
     def check(self) -> None:
         """
         Raises:
             LeaseLostError: Other processes may already consider this one dead.
         """
-        if self._lost or monotonic() - self._renewed > self._lease_seconds * RENEW_DEADLINE:
+        if self._lost or not self.is_ours or monotonic() - self._renewed > self._lease_seconds * RENEW_DEADLINE:
             self._lost = True
             raise LeaseLostError
 
@@ -76,6 +89,8 @@ class Heartbeat:
         """
         Release the lease, so that others need not wait for it to expire. Waits two seconds for a hanging volume.
         """
+        if not self.is_ours:
+            return
         self._stop.set()
         self._thread.join(2.0)
 
@@ -103,4 +118,5 @@ class Heartbeat:
         done, total, rate = self._progress()
         beat = Beat(count=self._count, released=released, bytes_done=done, bytes_total=total, bytes_per_second=rate)
         os.pwrite(self._fd, encode_beat(beat), 0)
-        os.fsync(self._fd)
+        if self._is_shared:
+            os.fsync(self._fd)

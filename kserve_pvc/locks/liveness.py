@@ -22,7 +22,7 @@ def here(pod: str | None = None, node: str | None = None) -> Holder:
         pid=os.getpid(),
         boot_id=_boot_id(),
         pid_namespace=_pid_namespace(),
-        started=_started(os.getpid()) or 0,
+        started=_stat_of(os.getpid())[1] or 0,
     )
 
 
@@ -32,10 +32,30 @@ def is_provably_dead(holder: Holder) -> bool:
 
     Across pods, host names and PIDs prove nothing: a replacement pod has another name, and reuses PIDs. False means
     "unknown", never "alive".
+
+    What `/proc` does not show proves nothing: with `hidepid` it shows a process only its own user's. A signal is
+    answered by the kernel, whatever is mounted.
     """
     if not holder.boot_id or holder.boot_id != _boot_id() or holder.pid_namespace != _pid_namespace():
         return False
-    return _started(holder.pid) != holder.started
+    if not _exists(holder.pid):
+        return True
+    state, started = _stat_of(holder.pid)
+    # A zombie (Z) or dead (X) process cannot write. A start time of 0 was not known to its process either.
+    return state in ("Z", "X") or (holder.started != 0 and started not in (None, holder.started))
+
+
+def _exists(pid: int) -> bool:
+    """Whether there may be a process of this number in the PID namespace of this one."""
+    if pid < 1:
+        return True  # It would be a signal to several processes; no process wrote that.
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _boot_id() -> str:
@@ -49,13 +69,17 @@ def _pid_namespace() -> str:
         return ""
 
 
-def _started(pid: int) -> int | None:
-    stat = _read(f"/proc/{pid}/stat")
-    # The command name is in parentheses and may contain anything. A zombie (Z) or dead (X) process cannot write.
-    fields = stat.rpartition(")")[2].split()
-    if len(fields) < 20 or fields[0] in ("Z", "X"):
-        return None
-    return int(fields[19])
+def _stat_of(pid: int) -> tuple[str, int | None]:
+    """The state of a process and when it started: "" and None if that cannot be read."""
+    try:
+        # A `/proc` of another namespace, such as the node's, numbers other processes.
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return "", None
+    except OSError:
+        return "", None
+    # The command name is in parentheses and may contain anything.
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (fields[0], int(fields[19])) if len(fields) >= 20 else ("", None)
 
 
 def _read(path: str) -> str:

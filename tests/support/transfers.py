@@ -148,15 +148,27 @@ class Place:
         self.events.append(f"create {path}")
         return os.open(self.directory / path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
 
-    def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> None:
+    def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> bool:
         self.events.append(f"finish {path}")
+        os.fsync(fd)
         os.close(fd)
+        return True
 
     def note(
-        self, path: PurePosixPath, token: str, start: int, stop: int, sha256: str | None, crc32: int | None
+        self,
+        path: PurePosixPath,
+        token: str,
+        start: int,
+        stop: int,
+        sha256: str | None,
+        crc32: int | None,
+        is_durable: bool,
     ) -> None:
         self.events.append(f"note {path}")
-        self.notes.append(PartNote(path=path, token=token, start=start, stop=stop, sha256=sha256, crc32=crc32))
+        note = PartNote(
+            path=path, token=token, start=start, stop=stop, sha256=sha256, crc32=crc32, is_durable=is_durable
+        )
+        self.notes.append(note)
 
     def failure(self, operation: str, path: PurePosixPath, error: OSError) -> Exception:
         return InsufficientSpaceError(f"{operation} {path}", 0, 0)
@@ -240,8 +252,8 @@ def workers_alive() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("kserve-pvc")]
 
 
-def note(name: str, start: int, stop: int, **digest: object) -> PartNote:
-    return PartNote(path=name, token="t", start=start, stop=stop, **digest)
+def note(name: str, start: int, stop: int, *, is_durable: bool = True, **digest: object) -> PartNote:
+    return PartNote(path=name, token="t", start=start, stop=stop, is_durable=is_durable, **digest)
 
 
 KINDS = {"sha256": f"sha256:{sha256(DATA)}", "md5": md5(DATA), "crc32": f"crc32:{zlib.crc32(DATA):08x}"}
