@@ -520,6 +520,8 @@ def _now(conditions: Conditions, world: World, who: int, _: Now) -> Outcomes:
     if world.stops:
         leases = frozenset(x if x.is_released else x._replace(beats=x.beats + 1, silent=0.0) for x in world.leases)
         found.append((STOP_SECONDS, world._replace(leases=leases, stops=world.stops - 1)))
+        # What stopped it may have stopped those whom it watches, too.
+        found.append((STOP_SECONDS, world._replace(stops=world.stops - 1)))
     return found
 
 
