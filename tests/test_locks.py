@@ -308,6 +308,35 @@ def test_a_claim_is_taken_once_and_read_back(root):
     assert released.is_released
 
 
+def test_a_sign_of_life_is_the_content_of_a_heartbeat(root):
+    """
+    A heartbeat that was rewritten with the same size and times is a sign of life; one with other times, modes and names
+    is none. Network volumes serve the status of a file from a cache.
+    """
+    writer = VolumeWriter(root)
+    take_claim(writer, KEY, 1, uri="s3://b/m", holder=here())
+    beating = start_heartbeat(writer, claim_dir(KEY, 1), lease_seconds=60)
+    beat = root / claim_dir(KEY, 1) / "beat"
+    before, found = read_claim(writer, KEY), beat.stat()
+
+    os.utime(beat, ns=(1, 2))
+    beat.chmod(0o600)
+    (root / "another name").hardlink_to(beat)
+    touched = read_claim(writer, KEY)
+    content = beat.read_bytes()
+    with beat.open("r+b") as file:
+        file.write(content.replace(b'"count":1', b'"count":2'))
+    os.utime(beat, ns=(found.st_atime_ns, found.st_mtime_ns))
+    rewritten = read_claim(writer, KEY)
+    beating.stop()
+
+    assert before is not None
+    assert touched is not None
+    assert rewritten is not None
+    assert touched.raw == before.raw
+    assert rewritten.raw != before.raw
+
+
 def test_breaking_a_claim_supersedes_and_releases(root):
     """
     After a break the newest claim is released, whatever the old one shows.
