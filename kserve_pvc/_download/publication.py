@@ -19,7 +19,6 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreFormatError
 
-
 # How many of the newest generations of a key are looked at whether they have a journal or not.
 _MOST_NEWEST = 4
 
