@@ -383,8 +383,8 @@ SECRET_URIS = [
     f"https://user:{CANARY}@host.example:8443/model",
     f"s3://key:{CANARY}/with-slash@bucket/model",
     f"hf://user:{CANARY}@org/model",
-    f"https://host/model?X-Amz-Signature={CANARY}",
-    f"https://host/model?sig={CANARY}&se=2030",
+    f"s3://bucket/model?X-Amz-Signature={CANARY}",
+    f"az://container/model?sig={CANARY}&se=2030",
     f"s3://bucket/model#{CANARY}",
     f"s3://bucket/model?versionId=1#{CANARY}",
     f"S3://key:{CANARY}@bucket/model",
@@ -441,6 +441,18 @@ def test_the_command_line_does_not_repeat_secrets(scene, uri, options):
     Neither stdout, stderr, the JSON document nor the trace of `-v` show what a URI held.
     """
     result = shell.kserve_pvc(scene.root, *options, "ensure", uri)
+
+    assert (result.returncode, CANARY in result.stdout + result.stderr) == (8, False)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["-v"]])
+def test_the_command_line_does_not_repeat_the_query_of_a_link(scene, options):
+    """
+    Only http and https accept a query, and what it holds is shown nowhere when the address is refused either.
+    """
+    link = f"https://127.0.0.1:{closed_port()}/model.bin?X-Amz-Signature={CANARY}&sig={CANARY}"
+
+    result = shell.kserve_pvc(scene.root, *options, "ensure", link)
 
     assert (result.returncode, CANARY in result.stdout + result.stderr) == (8, False)
 

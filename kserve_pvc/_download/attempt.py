@@ -189,7 +189,7 @@ class Attempt:
         """What the source holds, page by page if it is listed only now."""
         if self.resolved is None and isinstance(self._backend, SupportsPages):
             listing, before = Listing(self._ref), None
-            for page in self._backend.pages(self._ref):
+            for page in filter(None, self._backend.pages(self._ref)):
                 # One page behind, so that a model of one page is known whole before anything of it is written.
                 if before is not None:
                     yield before

@@ -249,7 +249,7 @@ class ObjectStore:
     def _is_directory(self, below: Place) -> bool:
         """Whether something lies below the name of an empty object. Without the right to list, it is a file."""
         try:
-            return any(page for page in self._listed(below))
+            return any(page for page, _ in self._listed(below))
         except RefusedError as refusal:
             if self.service.kind(refusal) in ("denied", "missing"):
                 return False
@@ -257,7 +257,7 @@ class ObjectStore:
 
     def _below(self, place: Place, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
         directories = Directories(ref.uri)
-        for page in self._listed(place):
+        for page, is_last in self._listed(place):
             for found in page:
                 if found.is_directory:
                     directories.mark(found.name[len(place.name) :])
@@ -265,15 +265,17 @@ class ObjectStore:
             for _, path in inside:
                 # What has something below its name is a directory, also where the patterns leave that out.
                 directories.mark(path)
-            yield directories.sift(self._file(place, ref, found, path) for found, path in inside if ref.selects(path))
-        yield directories.empty_files()
+            files = directories.sift(self._file(place, ref, found, path) for found, path in inside if ref.selects(path))
+            # On the last page, so that a model of one page is known whole before anything of it is written.
+            yield [*files, *directories.empty_files()] if is_last else files
 
-    def _listed(self, place: Place) -> Iterator[Sequence[Object]]:
+    def _listed(self, place: Place) -> Iterator[tuple[Sequence[Object], bool]]:
+        """The pages of a listing, each with whether it is the last."""
         token: str | None = None
         seen: set[str] = set()
         while True:
             page, token = self.service.page(place, token)
-            yield page
+            yield page, token is None
             if token is None:
                 return
             if token in seen:

@@ -136,6 +136,8 @@ class _S3:
             if revision is not None and _is_no_version(refusal):
                 raise RefusedError(refusal.reason, status=404, code="NoSuchVersion") from None
             raise
+        if not any(name in ("etag", "last-modified") or name.startswith("x-amz-") for name in head):
+            raise RefusedError("response has neither ETag nor Last-Modified; is this an S3 endpoint?")
         size = head.get("content-length", "") or ("" if revision else self._listed_size(place))
         if not is_size(size):
             raise RefusedError("response lacks Content-Length; is this an S3 endpoint?")
