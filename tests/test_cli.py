@@ -388,12 +388,12 @@ def test_who_waits_is_shown_for_whom(root, downloading, s3_env):
     """
     _, uri = downloading
 
-    waited = shell.kserve_pvc(root, "ensure", "--timeout", "0.2", uri, env=s3_env)
+    waited = shell.kserve_pvc(root, "ensure", "--timeout", "1", uri, env=s3_env)
 
     first, *_, last = waited.stderr.splitlines()
     assert (waited.returncode, waited.stdout) == (5, "")
     assert first.startswith("kserve-pvc: waiting for pod server-0 on node-a (uid ")
-    assert last.startswith("kserve-pvc: waited 0 s for pod server-0 on node-a")
+    assert last.startswith("kserve-pvc: waited 1 s for pod server-0 on node-a")
 
 
 def test_sigterm_gives_the_claim_back(root, upload, s3_env, proxy):

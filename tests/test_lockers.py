@@ -284,7 +284,7 @@ def test_a_server_that_refuses_names_the_right_that_is_missing(root, source, ser
     service.leases.trouble = status
 
     with pytest.raises(LockServiceError) as refused:
-        ModelStore(root, mode="rw").ensure(f"file://{source}", progress=False)
+        ModelStore(root, mode="rw", locker=service.locker).ensure(f"file://{source}", progress=False)
 
     words = [f"kubernetes://{NAMESPACE}", str(status), "leases.coordination.k8s.io", NAMESPACE]
     assert [word for word in words if word not in str(refused.value)] == []

@@ -728,7 +728,7 @@ def connected():
 
 @pytest.mark.parametrize("place", ["another host", "another port", "metadata", "file"])
 @pytest.mark.parametrize("status", [301, 307])
-@pytest.mark.parametrize("kind", ["head", "list", "get"])
+@pytest.mark.parametrize("kind", ["list", "get"])
 def test_no_redirect_is_followed(root, storm, connected, kind, status, place):
     """
     An answer that points to another address, be it internal or a file, is one typed error, and nobody connects to it.
@@ -750,6 +750,24 @@ def test_no_redirect_is_followed(root, storm, connected, kind, status, place):
         assert {address[:2] for address in connected} == {storm.address}
         assert elsewhere.requests == []
     check_failure(caught.value, store, storm)
+
+
+@pytest.mark.parametrize("status", [301, 307])
+def test_a_description_that_is_redirected_is_requested_again_and_not_elsewhere(root, storm, connected, status):
+    """
+    HEAD has no body that could say why, so that GET decides; where the response points to is not connected to.
+    """
+    with StormyS3(host=ELSEWHERE) as elsewhere:
+        fill(elsewhere)
+        target = f"{elsewhere.endpoint}/{BUCKET}/llama"
+        storm.script("head", refuse(status, "TemporaryRedirect", Location=target))
+        connected.clear()
+
+        model = make_store(root, storm, patience=HASTY).ensure(URI, progress=False)
+
+        assert {address[:2] for address in connected} == {storm.address}
+        assert elsewhere.requests == []
+    assert read_tree(model.path) == FILES
 
 
 SMALL = "llama/config.json"
@@ -833,7 +851,7 @@ def test_a_listing_with_a_false_size_is_refused(root, storm, size):
     assert read_tree(store.ensure(URI, progress=False).path) == FILES
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//x", "./x", "..", "a/..", "a&#10;b", "a\\..\\x"])
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/../x", "a//../x", "./x", "..", "a/..", "a&#10;b", "a\\..\\x"])
 @pytest.mark.parametrize("spelling", ["plain", "encoded"])
 def test_a_listing_with_names_that_leave_their_place_is_refused(root, storm, name, spelling):
     """

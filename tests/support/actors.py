@@ -139,17 +139,18 @@ def _grant_every_claim() -> None:
     """
     from pathlib import PurePosixPath
 
+    from kserve_pvc._volume import making
     from kserve_pvc._volume.writing import VolumeWriter
 
-    honest_reserve, honest_open = VolumeWriter.reserve, VolumeWriter._open_at
+    honest_reserve, honest_open = VolumeWriter.reserve, making.open_part
 
-    def reserve(self: VolumeWriter, place: PurePosixPath) -> bool:
-        return honest_reserve(self, place) or place.parent.name == "claims"
+    def reserve(self: VolumeWriter, place: PurePosixPath, *, is_durable: bool = True) -> bool:
+        return honest_reserve(self, place, is_durable=is_durable) or place.parent.name == "claims"
 
-    def open_at(self: VolumeWriter, parent: int, place: PurePosixPath, flags: int, mode: int = 0o666) -> int:
+    def open_part(parent: int, place: PurePosixPath, flags: int, mode: int = 0) -> int:
         if place.name in ("owner", "beat"):
             flags &= ~os.O_EXCL
-        return honest_open(self, parent, place, flags, mode)
+        return honest_open(parent, place, flags, mode)
 
     VolumeWriter.reserve = reserve  # type: ignore[method-assign]
-    VolumeWriter._open_at = open_at  # type: ignore[method-assign]
+    making.open_part = open_part

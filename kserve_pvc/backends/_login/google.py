@@ -99,6 +99,8 @@ class GoogleAuthLogin(Login):
         try:
             with _session() as session:
                 return act(Request(session))
+        except LoginError:
+            raise
         except Exception as error:  # A file that cannot be read or has another shape than expected may raise anything.
             is_transient = isinstance(error, TransportError) or bool(getattr(error, "retryable", False))
             reason = hide(describe_foreign(error))
