@@ -21,7 +21,7 @@ WRITERS = 8
 PART_BYTES = 64 * 1024
 # `nox -s soak` asks for many more, each of which costs processes, a part of a download or a lease.
 KILLS = int(os.environ.get("KSERVE_PVC_TEST_KILLS", "90"))
-ROUNDS = int(os.environ.get("KSERVE_PVC_TEST_ROUNDS", "50"))
+ROUNDS = int(os.environ.get("KSERVE_PVC_TEST_ROUNDS", "20"))
 PAUSES = int(os.environ.get("KSERVE_PVC_TEST_PAUSES", "5"))
 
 

@@ -485,7 +485,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=200, deadline=None, database=None)
 @given(pages=st.lists(FILES, max_size=3), steps=STEPS, is_hashed=st.booleans())
 def test_every_byte_is_handed_out_once(pages, steps, is_hashed):
     """

@@ -150,7 +150,7 @@ class Schedule:
         self._open: dict[PurePosixPath, Progress] = {}
         self._unassigned = 0
         self._batches = 0
-        self._tiny_begun = 0
+        self._tiny_begun = set[PurePosixPath]()
         self._unfinished = 0
         self._is_listed = False
         self.in_flight = 0
@@ -214,8 +214,10 @@ class Schedule:
         if self._waiting:
             file = self._waiting[0][2]
             if not self._is_small(file):
-                if not self._is_tiny(file) or self._tiny_begun < _MOST_TINY_BEGUN:
-                    self._tiny_begun += self._is_tiny(file)
+                if not self._is_tiny(file):
+                    return Begin(self._pop())
+                if len(self._tiny_begun) < _MOST_TINY_BEGUN:
+                    self._tiny_begun.add(file.entry.path)
                     return Begin(self._pop())
             # One worker at small files requests several at a time, so fewer workers are enough.
             elif self._batches * (length := self._batch_length(file)) < streams:
@@ -332,8 +334,7 @@ class Schedule:
             self._batches -= 1
         else:
             self.in_flight -= 1
-        if isinstance(work, Begin):
-            self._tiny_begun -= self._is_tiny(work.file)
+            self._tiny_begun.discard(work.file.entry.path)
 
     def release(self, work: Work) -> None:
         """
