@@ -50,6 +50,7 @@ class Request:
     What a call needs: a record newer than `after_seq`, of `version` if there is one.
 
     Args:
+        after_generation: What was present at `after_seq`. A newer record of it is not a newer model.
         resolved: What the source holds, if the caller has requested it already. Otherwise it is requested once a claim
             is won, so that waiting processes do not list the source.
         resolved_after: The newest record that was there before it was requested. Once there is a newer one the source
@@ -58,6 +59,7 @@ class Request:
     """
 
     after_seq: int = 0
+    after_generation: str | None = None
     version: str | None = None
     resolved: Resolved | None = None
     resolved_after: int = 0
@@ -66,6 +68,8 @@ class Request:
     def is_met_by(self, view: LogView) -> bool:
         entry = view.entry
         if entry is None or not entry.is_present or entry.seq <= self.after_seq:
+            return False
+        if entry.generation == self.after_generation:
             return False
         return self.version is None or entry.version == self.version
 
@@ -140,7 +144,7 @@ class Download:
         self._publication = Publication(writer, ref, holder)
         self._written: Written | None = None
         self._spoiled: dict[str, VolumeError] = {}
-        self._is_locker_unavailable = False
+        self._is_locker_unavailable = self._has_discarded = False
 
     def run(self) -> Outcome:
         """
@@ -260,6 +264,10 @@ class Download:
     def _fetch(self) -> protocol.Event:
         assert self._claim is not None  # The protocol fetches only under a claim.
         generation = self._claim.generation
+        if not self._has_discarded:
+            self._has_discarded = True
+            if self._publication.discard_leftovers(self._view):
+                return protocol.ClaimLost()
         self._request = self._request.begun_on(self._view)
         attempt = self._attempt(generation)
         self._publication.begin(generation)

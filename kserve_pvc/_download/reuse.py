@@ -6,8 +6,9 @@ Nothing of it is trusted. A token selects it, and a digest proves it when it is 
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -25,12 +26,16 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.calls import list_large
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.tree import Tree
-from kserve_pvc.errors import StoreFormatError, VolumeError
+from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
 
 if TYPE_CHECKING:
     from kserve_pvc._download.adoption import Donor
 
-_MAX_JOURNAL_BYTES = 64 * 1024 * 1024
+# A note of a small file takes some 300 bytes. What lies beyond is fetched again.
+_MAX_JOURNAL_BYTES = 256 * 1024 * 1024
+_PIECE_BYTES = 1024 * 1024
+# How many dead writers of a model are listened to. There are no more of them, unless their writers are not dead.
+_MOST_LEFTOVERS = 4
 # How many other models whose keys look alike are looked at, to find some of the same source.
 _MOST_ALIKE = 4
 
@@ -93,9 +98,7 @@ def find_donors(
                     donors[file.path].append(
                         Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,))
                     )
-    for generation in _unfinished(volume, ref.key):
-        if generation == own:
-            continue
+    for generation in islice((g for g in unfinished(volume, ref.key) if g != own), _MOST_LEFTOVERS):
         is_spoiled = generation in spoiled or _is_marked_spoiled(volume, generation)
         for path, found in _read_journal(volume, generation).items():
             notes = tuple(attrs.evolve(note, is_durable=False) for note in found) if is_spoiled else tuple(found)
@@ -127,8 +130,10 @@ def _began_with(volume: Volume, key: str, uri: str) -> bool:
     return False
 
 
-def _unfinished(volume: Volume, key: str) -> Sequence[str]:
-    """The generations of a key that have a journal, the newest first. Those of complete models have none."""
+def unfinished(volume: Volume, key: str) -> Sequence[str]:
+    """
+    Return the generations of a key that have a journal, the newest first. Those of complete models have none.
+    """
     found = [name for name in volume.list_names(layout.MODELS / key, list_large) if layout.parse_generation(name)]
     journals = set(volume.list_names(layout.STAGING, list_large)) if found else set()
     return [name for name in reversed(found) if name in journals]
@@ -165,12 +170,35 @@ def _is_marked_spoiled(volume: Volume, generation: str) -> bool:
     return marker.name in volume.list_names(marker.parent)
 
 
+def noted_bytes(volume: Volume, generation: str) -> int:
+    """
+    Return how many bytes the journal of a generation speaks of.
+    """
+    total = 0
+    for notes in _read_journal(volume, generation).values():
+        total += max((note.stop for note in notes if not note.start), default=0)
+        total += sum(note.stop - note.start for note in notes if note.start)
+    return total
+
+
 def _read_journal(volume: Volume, generation: str) -> dict[PurePosixPath, list[PartNote]]:
     place = layout.journal_file(generation)
     notes: dict[PurePosixPath, list[PartNote]] = defaultdict(list)
-    with suppress(StoreFormatError, VolumeError):
-        for line in (volume.read(place, _MAX_JOURNAL_BYTES) or b"").splitlines():
+    with suppress(StoreError, OSError):
+        for line in _lines(volume, place):
             # The first line that is invalid is the torn end of a killed writer, or forged: nothing after it counts.
             note = decode(PartNote, line, str(place))
             notes[note.path].append(note)
     return notes
+
+
+def _lines(volume: Volume, place: PurePosixPath) -> Iterator[bytes]:
+    """The whole lines of a journal up to a bound, of which no more than one piece is in memory."""
+    rest, offset = b"", 0
+    with volume.open_file(place) as fd:
+        while offset < _MAX_JOURNAL_BYTES and (piece := os.pread(fd, _PIECE_BYTES, offset)):
+            offset += len(piece)
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+            if len(rest) > MAX_RECORD_BYTES:
+                return

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -140,7 +140,7 @@ def read_all(volume: Volume, key: str) -> list[LogEntry]:
     ]
 
 
-def find_named(volume: Volume, key: str, generations: Iterable[str]) -> Collection[str]:
+def find_named(volume: Volume, key: str, generations: Iterable[str]) -> set[str]:
     """
     Find which of these generations a record of the key names.
 
@@ -194,4 +194,4 @@ def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
         raise StoreFormatError(str(place), "it is missing; `verify` the model, or `rm` and `ensure` it again")
     if sha256(data).hexdigest() != entry.manifest_sha256:
         raise StoreFormatError(str(place), "it is not the manifest its record names, so it was changed")
-    return decode(Manifest, data, str(place))
+    return decode(Manifest, data, str(place), is_proven=True)
