@@ -15,8 +15,8 @@ import pytest
 from memory import MemorySource
 from trees import read_tree, write_files
 
-from kserve_pvc import InsufficientSpaceError, ModelStore
-from kserve_pvc._download.reuse import noted_bytes, unfinished
+from kserve_pvc import InsufficientSpaceError, ModelStore, VolumeError
+from kserve_pvc._download.reuse import find_donors, noted_bytes, unfinished
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import PartNote, encode
 from kserve_pvc._keys.claims import newest_epoch
@@ -31,33 +31,43 @@ BITS = random.Random(7)
 FILES = {"config.json": b"{}", **{f"part-{number}": BITS.randbytes(3_000_000) for number in range(4)}}
 SIZE = sum(map(len, FILES.values()))
 
-# Killed at the last file, or at the first one that another process had not left.
+# Each process is killed at the end of the first file that it has to fetch or to copy.
+KILLS = 4
 CRASHES = """
 import os, signal, sys
+from pathlib import Path
 from kserve_pvc import ModelStore
-from kserve_pvc._download import adoption
-from kserve_pvc._download.publication import Publication
+from kserve_pvc._download import attempt
 from kserve_pvc._volume.tree import Tree
-honest = Tree.settle
+from kserve_pvc.backends.file import FileBackend
+root, uri, refresh, kills = sys.argv[1:]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 Tree.settle = die
-store = ModelStore(sys.argv[1], mode="rw", lease_seconds=0.5, part_bytes=1 << 20)
-store.ensure(sys.argv[2], progress=False, refresh=len(sys.argv) > 3)
+for _ in range(int(kills)):
+    if not (child := os.fork()):
+        store = ModelStore(root, mode="rw", lease_seconds=0.5, part_bytes=1 << 20, backends={"file": FileBackend})
+        store.ensure(uri, progress=False, refresh=bool(refresh))
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    found = {path.stat().st_ino: path.stat().st_size for path in Path(root).rglob("*") if path.is_file()}
+    print(sum(found.values()))
 """
 
 
-def crash(root: Path, uri: str, *refresh: str) -> None:
-    command = [sys.executable, "-I", "-c", CRASHES, str(root), uri, *refresh]
-    assert subprocess.run(command, timeout=60).returncode == -9
+def crash(root: Path, uri: str, *, refresh: bool) -> list[int]:
+    """
+    Let several processes after each other be killed, and return the bytes on the volume after each.
+    """
+    command = [sys.executable, "-I", "-c", CRASHES, str(root), uri, "refresh" if refresh else "", str(KILLS)]
+    done = subprocess.run(command, timeout=120, check=True, capture_output=True, text=True)
+    return [int(line) for line in done.stdout.split()]
 
 
-def room_taken(root: Path) -> int:
+def room_taken(place: Path) -> int:
     """
     The bytes below a directory, of each inode once.
     """
-    found = {path.stat().st_ino: path.stat().st_size for path in root.rglob("*") if path.is_file()}
-    return sum(found.values())
+    return sum({path.stat().st_ino: path.stat().st_size for path in place.rglob("*") if path.is_file()}.values())
 
 
 @pytest.fixture
@@ -69,25 +79,23 @@ def source(tmp_path):
 @pytest.mark.parametrize("is_present", [False, True], ids=["absent", "present"])
 def test_a_crash_loop_does_not_grow_the_volume(root, tmp_path, source, is_present):
     """
-    Six kills leave no more than two, whether there is an older version of the model or none; then it is whole.
+    However often it is killed it leaves no more than two, whether there is an older version or none; then it is whole.
     """
     most = 2.2 * SIZE
     if is_present:
         old = ModelStore(root, mode="rw", lease_seconds=0.5).ensure(source, progress=False)
         write_files(tmp_path / "source", {name: data[::-1] for name, data in FILES.items()})
         most += SIZE
-    taken = []
 
-    for _ in range(6):
-        crash(root, source, *(["refresh"] if is_present else []))
-        taken.append(room_taken(root))
-        if is_present:
-            assert ModelStore(root).get(source).path == old.path
-            assert read_tree(old.path) == FILES
+    taken = crash(root, source, refresh=is_present)
+
+    if is_present:
+        assert ModelStore(root).get(source).path == old.path
+        assert read_tree(old.path) == FILES
     store = ModelStore(root, mode="rw", lease_seconds=0.5)
     model = store.ensure(source, refresh=True, progress=False)
-
     print([round(number / SIZE, 2) for number in taken])
+    assert len(taken) == KILLS
     assert max(taken) <= most
     assert store.verify(source, "full").ok
     assert list((root / layout.STAGING).glob("0*")) == []
@@ -95,13 +103,17 @@ def test_a_crash_loop_does_not_grow_the_volume(root, tmp_path, source, is_presen
     assert {path.name for path in model.path.parent.iterdir()} == kept
 
 
-def leave(root: Path, generation: str, key: str, size: int) -> None:
+def leave(root: Path, generation: str, key: str, size: int, *, has_manifest: bool = False) -> None:
     """
     Leave a generation with a journal that speaks of so many bytes.
     """
     place = root / layout.generation_dir(key, generation)
     place.mkdir(parents=True)
     (place / "part-0").write_bytes(FILES["part-0"][:size])
+    if has_manifest:
+        manifest = root / layout.manifest_file(generation)
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_bytes(b"x")
     journal = root / layout.journal_file(generation)
     journal.parent.mkdir(parents=True)
     journal.write_bytes(encode(PartNote(path="part-0", token="t", stop=size, crc32=1)))
@@ -189,12 +201,13 @@ def test_the_journal_of_a_model_whose_writer_died_after_its_commit_goes(root):
 
 def test_a_long_journal_is_read_as_far_as_it_may_be(root, monkeypatch):
     """
-    Beyond the bound notes are passed over, and those before count.
+    Beyond the bound notes are passed over, and those before count: of all journals of a model together.
     """
     monkeypatch.setattr("kserve_pvc._download.reuse._PIECE_BYTES", 1000)
-    generation = f"{1:012d}-{1:032x}"
+    generation = name_of(1)
     journal = root / layout.journal_file(generation)
     journal.parent.mkdir(parents=True)
+    (root / layout.generation_dir(parse_ref(URI).key, generation)).mkdir(parents=True)
     lines = [encode(PartNote(path=f"{n}", token="t", stop=10, crc32=n)) for n in range(1000)]
     journal.write_bytes(b"".join(lines))
     whole = noted_bytes(Volume(root), generation)
@@ -202,8 +215,10 @@ def test_a_long_journal_is_read_as_far_as_it_may_be(root, monkeypatch):
 
     half = noted_bytes(Volume(root), generation)
 
+    donors = find_donors(Volume(root), parse_ref(URI))
     assert whole == 10_000
     assert 4_900 < half < 5_100
+    assert 490 < len(donors) < 510
 
 
 def test_a_journal_without_lines_costs_little(root):
@@ -219,6 +234,101 @@ def test_a_journal_without_lines_costs_little(root):
 
     assert noted_bytes(Volume(root), generation) == 0
     assert time.monotonic() - began < 2
+
+
+@pytest.fixture
+def store(root):
+    return ModelStore(root, mode="rw", lease_seconds=0.5, backends={"s3": MemorySource({URI: FILES})})
+
+
+def name_of(number: int) -> str:
+    return f"{number:012d}-{number:032x}"
+
+
+def test_leftovers_that_were_complete_but_for_the_record_go(root, store):
+    """
+    Those of writers that were killed after the manifest are collected too, before and after a model is there.
+    """
+    key = parse_ref(URI).key
+    for force in (False, True):
+        for number in (1, 2, 3):
+            leave(root, name_of(number), key, number, has_manifest=True)
+
+        model = store.ensure(URI, progress=False, force_download=force)
+
+        there = {path.name for path in model.path.parent.iterdir() if not path.is_symlink()}
+        assert there & {name_of(number) for number in (1, 2, 3)} == set()
+        assert {path.stem for path in (root / layout.MANIFESTS).iterdir()} == there
+
+
+@pytest.mark.parametrize("leftovers", [1, 2])
+def test_leftovers_give_way_to_a_download_that_needs_their_room(root, store, monkeypatch, leftovers):
+    """
+    Where a model does not fit beside what is left of it, that is collected, and all of it is fetched.
+    """
+    for number in range(1, leftovers + 1):
+        leave(root, name_of(number), parse_ref(URI).key, 2_000_000)
+    room = SIZE + 1_000_000
+    monkeypatch.setattr(VolumeWriter, "free_bytes", lambda writer: room - room_taken(root / "models"))
+
+    model = store.ensure(URI, progress=False)
+
+    assert read_tree(model.path) == FILES
+    assert room_taken(root / "models") == SIZE
+
+
+def test_a_model_that_does_not_fit_fails_once_nothing_is_left(root, store, monkeypatch):
+    """
+    What cannot be helped by leftovers is the same error as without them.
+    """
+    leave(root, name_of(1), parse_ref(URI).key, 2_000_000)
+    monkeypatch.setattr(VolumeWriter, "free_bytes", lambda writer: SIZE // 2)
+
+    with pytest.raises(InsufficientSpaceError):
+        store.ensure(URI, progress=False)
+
+    assert room_taken(root / "models") == 0
+
+
+def test_nothing_is_collected_above_a_damaged_record(root, store):
+    """
+    What the damaged record was is not hidden by a tombstone; a whole download comes above it.
+    """
+    model = store.ensure(URI, progress=False)
+    (root / layout.log_dir(model.key) / f"{2:012d}.commit").write_bytes(b"damaged")
+    (root / layout.slot_dir(model.key) / f"{2:012d}").mkdir()
+    for number in (8, 9):
+        leave(root, name_of(number), model.key, number)
+
+    store.ensure(URI, progress=False)
+
+    names = sorted(path.name for path in (root / layout.log_dir(model.key)).iterdir())
+    assert [name.partition(".")[2] for name in names] == ["commit", "commit", "commit"]
+
+
+def test_a_collection_that_fails_half_way_costs_no_second_download(root, monkeypatch):
+    """
+    Whatever ends the collection, the download begins on the record that was appended before it.
+    """
+    source = MemorySource({URI: FILES})
+    store = ModelStore(root, mode="rw", lease_seconds=0.5, backends={"s3": source})
+    for number in (1, 2, 3):
+        leave(root, name_of(number), parse_ref(URI).key, number)
+    honest, failed = VolumeWriter.throw_away, []
+
+    def throw_away(writer, place):
+        if place == layout.staging_dir(name_of(1)) and not failed:
+            failed.append(place)
+            raise VolumeError(str(place), "moving to the trash", "Input/output error")
+        honest(writer, place)
+
+    monkeypatch.setattr(VolumeWriter, "throw_away", throw_away)
+    model = store.ensure(URI, progress=False)
+
+    assert failed
+    assert read_tree(model.path) == FILES
+    assert source.bytes_read <= SIZE
+    assert [path.name for path in model.path.parent.iterdir() if not path.is_symlink()] == [model.path.name]
 
 
 @pytest.mark.parametrize("name", ["create", "remove", "discard"])

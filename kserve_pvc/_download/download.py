@@ -110,6 +110,9 @@ class Download:
         tuning: How bytes are fetched.
     """
 
+    # How many leftovers of the model there are at most: any number, until they were looked at.
+    _most_leftovers = 2
+
     def __init__(
         self,
         writer: VolumeWriter,
@@ -144,7 +147,7 @@ class Download:
         self._publication = Publication(writer, ref, holder)
         self._written: Written | None = None
         self._spoiled: dict[str, VolumeError] = {}
-        self._is_locker_unavailable = self._has_discarded = False
+        self._is_locker_unavailable = False
 
     def run(self) -> Outcome:
         """
@@ -264,10 +267,8 @@ class Download:
     def _fetch(self) -> protocol.Event:
         assert self._claim is not None  # The protocol fetches only under a claim.
         generation = self._claim.generation
-        if not self._has_discarded:
-            self._has_discarded = True
-            if self._publication.discard_leftovers(self._view):
-                return protocol.ClaimLost()
+        if self._discards_leftovers(1):
+            return protocol.ClaimLost()
         self._request = self._request.begun_on(self._view)
         attempt = self._attempt(generation)
         self._publication.begin(generation)
@@ -284,14 +285,21 @@ class Download:
             return protocol.Spoiled()
         except DownloadCancelledError:
             raise
-        except (InsufficientSpaceError, UnsafePathError, PolicyError):
+        except (InsufficientSpaceError, UnsafePathError, PolicyError) as error:
             self._discard(generation)
+            if isinstance(error, InsufficientSpaceError) and self._discards_leftovers(0):
+                return protocol.ClaimLost()
             raise
         except StoreError:
             if attempt.is_unpacking:
                 self._discard(generation)
             raise
         return protocol.Fetched()
+
+    def _discards_leftovers(self, most: int) -> bool:
+        """Collect leftovers but for so many, once in a call. Then the log has a new record, and it is looked again."""
+        is_due, self._most_leftovers = most < self._most_leftovers, min(most, self._most_leftovers)
+        return is_due and self._publication.discard_leftovers(self._view, most=most)
 
     def _run(self, attempt: Attempt) -> Written:
         # A bundle is closed when its call is over, so nothing that reads it is left behind.

@@ -7,12 +7,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Literal
 
 import attrs
 
-from kserve_pvc._download.reuse import noted_bytes, unfinished
+from kserve_pvc._download.reuse import most_noted, unfinished
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Holder, LogEntry, Manifest, now
 from kserve_pvc._keys.log import LogView, find_named
@@ -87,29 +86,31 @@ class Publication:
             drive(collect_garbage(seq, begun), log.perform)
         return LogView(seq=seq, entry=entry)
 
-    def discard_leftovers(self, view: LogView) -> bool:
+    def discard_leftovers(self, view: LogView, *, most: int = 1) -> bool:
         """
-        Collect what dead writers of this key left, but for the one that has most, from which this call continues.
+        Collect what dead writers of this key left, but for those that have most, from which this call continues.
 
-        What interrupted attempts leave is so never more than one of them, however many were killed.
+        What interrupted attempts leave is never more than one of them then, however many were killed. Nothing is
+        collected above a damaged record: what it was must not be hidden by one of this process.
 
         Args:
             view: The newest record of the key.
+            most: How many are kept: 1, or 0 where their room is needed.
 
         Returns:
-            Whether the log has a new record, which changes nothing, and has to be read again.
+            Whether the log may have a new record, which changes nothing, and has to be read again.
         """
         left = unfinished(self._writer, self._key)
-        if len(left) <= 1:
+        if len(left) <= most or view.damage is not None:
             return False
         with suppress(OSError, StoreError):
             named = find_named(self._writer, self._key, left)
             for generation in named.intersection(left):
                 self._writer.throw_away(layout.staging_dir(generation))  # Its writer died after it had published.
             left = [generation for generation in left if generation not in named]
-            if len(left) > 1:
-                best = max(left, key=partial(noted_bytes, self._writer))
-                return self._discard(view, [generation for generation in left if generation != best])
+            best = [most_noted(self._writer, left)] if most and left else []
+            if discarded := [generation for generation in left if generation not in best]:
+                return self._discard(view, discarded)
         return False
 
     def _discard(self, view: LogView, leftovers: Sequence[str]) -> bool:
@@ -120,9 +121,10 @@ class Publication:
             return attrs.evolve(entry, type=operation.type, seq=operation.seq, created_at=now(), writer=self._holder)
 
         log = LogWriter(self._writer, self._key, record, private=staging / "record", collect=self.collect)
-        try:
+        # Whatever fails, a record may have been appended. What could not be collected is tried by the next call.
+        with suppress(OSError, StoreError):
             drive(discard_leftovers(view, leftovers), log.perform)
-        finally:
+        with suppress(OSError, StoreError):
             self._writer.throw_away(staging)
         return True
 

@@ -142,7 +142,7 @@ def read_all(volume: Volume, key: str) -> list[LogEntry]:
 
 def find_named(volume: Volume, key: str, generations: Iterable[str]) -> set[str]:
     """
-    Find which of these generations a record of the key names.
+    Find which of these generations a record of the key names as a model. A tombstone may name one that is unfinished.
 
     The log is read from its end until all are found. A generation that has a journal and no manifest was never
     published, so no record is read for it: what a log held long ago costs nothing.
@@ -154,7 +154,9 @@ def find_named(volume: Volume, key: str, generations: Iterable[str]) -> set[str]
     missing = {generation for generation in generations if not _is_unpublished(volume, generation)}
     for name in reversed(volume.list_names(log_dir(key))) if missing else ():
         if parse_log_name(name) is not None:
-            named.add(_read_entry(volume, key, record_file(key, name)).generation)
+            entry = _read_entry(volume, key, record_file(key, name))
+            if entry.is_present:
+                named.add(entry.generation)
             if missing <= named:
                 break
     return named
