@@ -187,7 +187,8 @@ def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
     """
     from hashlib import sha256
 
-    from kserve_pvc._format.records import MAX_MANIFEST_BYTES, Manifest
+    from kserve_pvc._format.codec import decode_proven
+    from kserve_pvc._format.records import MAX_MANIFEST_BYTES, Manifest, to_file
 
     place = manifest_file(entry.generation)
     # A record that names few files does not lead to reading a huge manifest.
@@ -196,4 +197,4 @@ def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
         raise StoreFormatError(str(place), "it is missing; `verify` the model, or `rm` and `ensure` it again")
     if sha256(data).hexdigest() != entry.manifest_sha256:
         raise StoreFormatError(str(place), "it is not the manifest its record names, so it was changed")
-    return decode(Manifest, data, str(place), is_proven=True)
+    return decode_proven(Manifest, data, str(place), part=to_file)
