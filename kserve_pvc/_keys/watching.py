@@ -20,8 +20,8 @@ class Watch:
     Counts for how long signs of life have stayed as they are.
 
     Time counts only while the observer observes: however long it was stopped, or a look hung, between two looks pass at
-    most two pauses. An outage that stops the observer stops those whom it watches too. Where many are watched, only some
-    are read at each look, in turn: the last look decides, and most of them are dead.
+    most two pauses. An outage that stops the observer stops those whom it watches too. Where many are watched, each look
+    reads some, in turn: the last one decides, and most of them are dead.
 
     Args:
         seconds: For how long a sign must stay as it is for its holder to be considered dead.

@@ -33,7 +33,7 @@ from kserve_pvc._volume.calls import (
     sync_directory,
     write_all,
 )
-from kserve_pvc._volume.making import create_file_at, enter_or_make, make_directory_at, open_lock_file
+from kserve_pvc._volume.making import create_file_at, enter_or_make, make_directory_at, open_lock_file, widened
 from kserve_pvc._volume.reading import Volume, translating_links
 from kserve_pvc.errors import StoreError, UnsafePathError, VolumeError
 
@@ -102,7 +102,7 @@ class VolumeWriter(Volume):
     def _make_way(self, place: PurePosixPath) -> int:
         self.check()
         with suppress(FileNotFoundError, PermissionError), translating_links(place):
-            return self._kept.open(place, DIRECTORY_FLAGS)
+            return widened(self._kept.open(place, DIRECTORY_FLAGS), self._directory_mode)
         fd = self._kept.open(PurePosixPath(), DIRECTORY_FLAGS)
         for part in place.parts:
             try:
