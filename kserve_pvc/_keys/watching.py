@@ -20,7 +20,7 @@ class Watch:
     Counts for how long signs of life have stayed as they are.
 
     Time counts only while the observer observes: however long it was stopped, or a look hung, between two looks pass at
-    most two pauses. An outage that stops the observer stops those whom it watches too. Where many are watched, each look
+    most two pauses. An outage that stops the observer stops those whom it watches too. Where many are watched, a look
     reads some, in turn: the last one decides, and most of them are dead.
 
     Args:
