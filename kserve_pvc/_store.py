@@ -499,7 +499,7 @@ class ModelStore:
 
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         sources = self._sources.with_arguments(storage_options, filesystem)
-        entry = self._lookup.view(ref).present
+        entry = Lookup(self._volume.listing_much(), self._lookup.identity).view(ref).present
         resolved = None if entry is not None and not refresh else sources.resolve(ref)
         if entry is not None and (resolved is None or resolved.version == entry.version):
             return plan_nothing(self._volume, ref, entry)
