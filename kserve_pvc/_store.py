@@ -281,16 +281,15 @@ class ModelStore:
         self._sources.check_online(ref)
         if entry is None or force_download:
             self._writer(f"download `{ref}`", view.damage)
-        resolved = None
+        resolved = self._sources.resolve(ref, cancel) if refresh else None
         if refresh:
-            resolved = self._sources.resolve(ref, cancel)
             entry = self._lookup.view(ref).present  # Another process may have published meanwhile.
         if entry is not None and resolved is not None and not force_download and entry.version == resolved.version:
             return self._found(ref, entry, started, on_event)
         writing = self._writer(f"download the newer version of `{ref}`")
         options["resolved"] = resolved
         options["resolved_after"] = view.seq
-        options["after_seq"] = view.seq if force_download else 0
+        options["after"] = view if force_download else None
         call = self._call(ref, started, listen, on_event, cancel, **options)
         self._sources.check(ref)
         return self._download(writing, ref, call, partial(self._sources.backend, ref))
@@ -500,7 +499,7 @@ class ModelStore:
 
         ref = _ref(uri, revision, allow_patterns, ignore_patterns)
         sources = self._sources.with_arguments(storage_options, filesystem)
-        entry = self._lookup.view(ref).present
+        entry = Lookup(self._volume.listing_much(), self._lookup.identity).view(ref).present
         resolved = None if entry is not None and not refresh else sources.resolve(ref)
         if entry is not None and (resolved is None or resolved.version == entry.version):
             return plan_nothing(self._volume, ref, entry)

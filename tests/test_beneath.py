@@ -304,6 +304,42 @@ def test_a_private_directory_that_was_moved_there_keeps_its_mode(root, outside, 
     assert (root / "models").stat().st_mode == before
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_a_directory_that_a_kill_left_closed_is_opened_by_the_next_process(root, levels):
+    """
+    A process that was killed between making a directory and setting its mode left it with that of its umask. The next
+    one of the same user sets it before anything is in it, and all other users get in.
+    """
+    root.chmod(0o777)
+    place = layout.claims_dir("model-0123456789abcdef")
+    left = Path(root, *place.parts[:levels])
+    left.mkdir(parents=True)
+    for directory in (left, *left.parents):
+        if directory.is_relative_to(root):
+            directory.chmod(0o777)
+    left.chmod(0o700)
+
+    VolumeWriter(root).make_directory(place)
+
+    assert stat.S_IMODE(left.stat().st_mode) == 0o777
+    assert stat.S_IMODE((root / place).stat().st_mode) == 0o777
+
+
+def test_a_private_directory_with_something_in_it_keeps_its_mode(root):
+    """
+    It was not left by a process that was killed there, whoever put it into the store.
+    """
+    root.chmod(0o777)
+    (root / "models").mkdir()
+    (root / "models").chmod(0o700)
+    (root / "models" / "mine").write_text("x")
+
+    VolumeWriter(root).make_directory(layout.MODELS)
+    VolumeWriter(root).make_directory(layout.MODELS / "below")
+
+    assert stat.S_IMODE((root / "models").stat().st_mode) == 0o700
+
+
 def test_a_lock_that_is_a_second_name_is_refused(root, outside):
     """
     A hard link to a private file, put where a lock belongs, is neither opened for writing nor given another mode.

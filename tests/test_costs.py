@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from kserve_pvc import ModelStore
 # The issue's own measure; an attempt differs from the next by a few calls of its threads.
 AT_MOST = 1.2
 MANY = 10_000
+VERSIONS = 3_000
 # Calls by which threads wait for each other. How many there are is chance.
 WAITING = {"futex", "sched_yield", "clock_nanosleep", "restart_syscall", "madvise", "mprotect", "munmap", "mmap", "brk"}
 
@@ -81,17 +82,31 @@ def small_store(place: Path) -> tuple[ModelStore, str, str]:
 
 def test_the_number_of_other_models_costs_nothing(tmp_path, count):
     """
-    A plan, a download and a removal of one byte take as many calls among ten thousand models as beside one.
+    A plan, a download, a refresh and a removal of one byte take as many calls among ten thousand models as beside one.
     """
-    acts, totals = ("plan", "ensure", "remove"), []
+    acts, totals = ("plan", "ensure", "refresh", "remove"), []
     for name, models in (("one", 0), ("many", MANY)):
         store, uri, target = small_store(tmp_path / name)
         add_models(store, uri, models)
-        totals.append({act: sum(count(store.root, target, act).values()) for act in acts})
+        totals.append(counted(count, store, target, acts))
 
     print(totals)
     one, many = totals
     assert {act: many[act] <= AT_MOST * one[act] for act in acts} == dict.fromkeys(acts, True)
+
+
+def counted(count, store: ModelStore, uri: str, acts: Sequence[str]) -> dict[str, int]:
+    """
+    The calls of several acts after each other. There is something new before a refresh.
+    """
+    found = {}
+    for act in acts:
+        if act == "refresh":
+            write_files(Path(uri.removeprefix("file://")), {"model.bin": b"changed"})
+        found[act] = sum(count(store.root, uri, act).values())
+        if act == "refresh":
+            assert read_tree(ModelStore(store.root).get(uri).path) == {"model.bin": b"changed"}
+    return found
 
 
 def test_models_that_are_called_alike_cost_a_bounded_number_of_looks(tmp_path, count):
@@ -107,20 +122,21 @@ def test_models_that_are_called_alike_cost_a_bounded_number_of_looks(tmp_path, c
     assert sum(count(store.root, target, "plan").values()) <= AT_MOST * few
 
 
-def test_the_length_of_a_log_costs_nothing(tmp_path, count):
+@pytest.mark.parametrize(("acts", "has_files"), [(("plan", "refresh"), True), (("remove",), False)], ids=repr)
+def test_the_length_of_a_log_costs_nothing(tmp_path, count, acts, has_files):
     """
-    A refresh takes as many calls after ten thousand versions as after one.
+    A plan and a refresh take as many calls after thousands of versions as after one, and so does a removal but for the
+    versions that it deletes.
     """
     totals = []
-    for name, versions in (("short", 0), ("long", MANY)):
+    for name, versions in (("short", 0), ("long", VERSIONS)):
         store, uri, _ = small_store(tmp_path / name)
-        lengthen_log(store, uri, versions)
-        write_files(tmp_path / name / "model", {"model.bin": b"changed"})
-        totals.append(sum(count(store.root, uri, "refresh").values()))
-        assert read_tree(ModelStore(store.root).get(uri).path) == {"model.bin": b"changed"}
+        lengthen_log(store, uri, versions, has_files=has_files)
+        totals.append(counted(count, store, uri, acts))
 
     print(totals)
-    assert totals[1] <= AT_MOST * totals[0]
+    short, long = totals
+    assert {act: long[act] <= AT_MOST * short[act] for act in acts} == dict.fromkeys(acts, True)
 
 
 def test_what_dead_downloads_of_other_models_left_costs_nothing(tmp_path, count):

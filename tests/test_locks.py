@@ -27,6 +27,7 @@ from kserve_pvc._keys.claims import (
     take_claim,
 )
 from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.locks import liveness
 from kserve_pvc.locks.external import ExternalLock
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import RENEW_DEADLINE, Heartbeat, LeaseLostError
@@ -306,6 +307,78 @@ def test_a_claim_is_taken_once_and_read_back(root):
     assert (sign.beat.bytes_done, sign.beat.bytes_total) == (7, 9)
     assert (released := read_claim(writer, KEY)) is not None
     assert released.is_released
+
+
+CONTAINER = """
+import os, sys, time
+from kserve_pvc._format.layout import claim_dir
+from kserve_pvc._keys.claims import start_heartbeat, take_claim
+from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.locks.liveness import here
+writer, key = VolumeWriter(sys.argv[1]), sys.argv[2]
+take_claim(writer, key, 1, uri="s3://b/m", holder=here())
+start_heartbeat(writer, claim_dir(key, 1), lease_seconds=60)
+print("claimed", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def container(tool, root, request):
+    """
+    A process that holds the claim in a PID namespace of its own, as another container of this node would.
+    """
+    command = [tool("unshare"), "--pid", "--fork", "--kill-child", sys.executable, "-I", "-c", CONTAINER]
+    with subprocess.Popen([*command, str(root), KEY], stdout=subprocess.PIPE) as process:
+        if process.stdout.readline() != b"claimed\n":
+            pytest.skip("a PID namespace cannot be made here")
+        yield process
+        process.kill()
+
+
+def test_a_container_that_was_killed_is_dead_for_the_one_after_it(root, container):
+    """
+    The kernel shows it, whatever numbers processes have there: at once, and not after a lease.
+    """
+    writer = VolumeWriter(root)
+    alive = read_claim(writer, KEY)
+    assert alive is not None
+    assert alive.owner is not None
+    assert alive.owner.holder.pid_namespace != here().pid_namespace
+    assert not alive.is_dead
+    began = time.monotonic()
+
+    container.kill()
+    container.wait()
+    while not (sign := read_claim(writer, KEY)).is_dead and time.monotonic() - began < 10:
+        time.sleep(0.01)
+
+    assert sign.is_dead
+    assert not sign.is_released
+    assert find_live_downloader(writer, KEY, lease_seconds=60) is None
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("missing", ["held", "kernel", "local"])
+def test_what_no_kernel_vouches_for_is_not_dead(root, container, monkeypatch, missing):
+    """
+    A holder that has locked nothing, or is on another node or a network volume, is watched for a lease.
+    """
+    place = root / claim_dir(KEY, 1)
+    container.kill()
+    container.wait()
+    if missing == "held":
+        (place / "held").unlink()
+    elif missing == "kernel":
+        monkeypatch.setattr(liveness, "_boot_id", lambda: "another")
+    else:
+        monkeypatch.setattr(VolumeWriter, "is_local", False)
+        take_claim(VolumeWriter(root), KEY, 2, uri="s3://b/m", holder=here())
+        start_heartbeat(VolumeWriter(root), claim_dir(KEY, 2), lease_seconds=60).stop()
+        assert not (root / claim_dir(KEY, 2) / "held").exists()
+        return
+
+    assert not read_claim(VolumeWriter(root), KEY).is_dead
 
 
 def test_a_sign_of_life_is_the_content_of_a_heartbeat(root):

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -351,6 +352,37 @@ def test_a_limit_of_threads_is_an_error_or_makes_it_slower(store, uri, monkeypat
     assert threading.active_count() <= threads
     assert len(os.listdir("/proc/self/fd")) <= files
     assert store.ensure(uri, progress=False, timeout=5).status in ("downloaded", "present")
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_limit_of_threads_is_an_error_of_warm(store, uri, monkeypatch, allowed):
+    """
+    Where the caller's executor cannot start its threads, that is said in our words, and nothing stays behind.
+    """
+    honest, started = threading.Thread.start, []
+
+    def start(self):
+        if len(started) >= allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        honest(self)
+
+    with ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(VolumeError, match="limit of threads"):
+            list(store.warm([uri, f"{uri}/deep"], executor=pool, progress=False))
+        monkeypatch.setattr(threading.Thread, "start", honest)
+
+
+def test_an_executor_that_was_shut_down_is_the_callers(store, uri):
+    """
+    What else an executor says reaches its owner as it is.
+    """
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        list(store.warm([uri], executor=pool, progress=False))
 
 
 def test_a_heartbeat_without_a_thread_is_released(tmp_path, monkeypatch):

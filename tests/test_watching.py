@@ -129,3 +129,57 @@ def test_who_was_silent_once_is_looked_at_twice():
     assert (again, same) == (2, ())
     assert (moved > 20, live) == (True, ())
     assert (woken, seen) == (2, ("a",))
+
+
+def test_many_who_are_silent_are_read_at_the_beginning_and_at_the_end():
+    """
+    A thousand dead readers are read little more than twice each, and in between some of them at each look.
+    """
+    watch, reads, now = Watch(4.0), 0, 0.0
+    everyone = {f"{number:04}": b"1" for number in range(1000)}
+    while True:
+        names = everyone if watch.names is None else watch.names
+        reads += len(names)
+        if (live := watch.look(now, {name: everyone[name] for name in names})) is not None:
+            break
+        now += watch.pause
+
+    assert live == ()
+    assert 2000 < reads <= 2500
+    assert now >= 4.0
+    assert watch.silent == everyone
+
+
+@pytest.mark.parametrize("name", ["0000", "0500", "0999"])
+@pytest.mark.parametrize("begins", [0.5, 3.9])
+def test_one_of_many_who_lives_is_seen(name, begins):
+    """
+    Whenever it beats and whoever it is: in its turn, or in the last look.
+    """
+    watch, now = Watch(4.0), 0.0
+    everyone = {f"{number:04}": b"1" for number in range(1000)}
+    while True:
+        everyone[name] = b"2" if now >= begins else b"1"
+        names = everyone if watch.names is None else watch.names
+        if (live := watch.look(now, {name: everyone[name] for name in names})) is not None:
+            break
+        now += watch.pause
+
+    assert live == (name,)
+
+
+def test_those_of_many_who_leave_are_not_waited_for():
+    """
+    When all but one of a thousand have released their leases, that one alone decides.
+    """
+    watch, now = Watch(4.0), 0.0
+    everyone = {f"{number:04}": b"1" for number in range(1000)}
+    while True:
+        names = everyone if watch.names is None else watch.names
+        here = {name: everyone[name] for name in names if name == "0007" or now < 1.0}
+        if (live := watch.look(now, here)) is not None:
+            break
+        now += watch.pause
+
+    assert live == ()
+    assert watch.silent == {"0007": b"1"}

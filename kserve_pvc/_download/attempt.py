@@ -34,6 +34,7 @@ from kserve_pvc._source.contract import (
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.calls import copy_range, write_all
 from kserve_pvc._volume.profile import check_names
+from kserve_pvc._volume.sweeping import sweep_staging
 from kserve_pvc._volume.tree import Tree, writing_tree
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import InsufficientSpaceError, VolumeError
@@ -127,6 +128,7 @@ class Attempt:
         # Nothing is made for a source that holds nothing.
         first = next((page for page in pages if page), ())
         self._writer.empty_trash(defaults.TRASH_SECONDS)
+        sweep_staging(self._writer)
         with ExitStack() as opened:
             tree = opened.enter_context(writing_tree(self._writer, self._place))
             journal = opened.enter_context(Journal(self._writer, self._generation, self._tuning.part_bytes))

@@ -35,7 +35,7 @@ class CallOptions(TypedDict, total=False):
     timeout: Required[float]
     max_workers: Required[int]
     tuning: Mapping[str, Any]
-    after_seq: int
+    after: LogView | None
     resolved: Resolved | None
     resolved_after: int
     activity: Literal["downloading", "importing"]
@@ -51,7 +51,7 @@ class Call:
         flight: Held by the thread of this process that downloads the model.
         started: When the call began, by the monotonic clock.
         tuning: The arguments of `Tuning` that the store was opened with.
-        after_seq: The newest record that does not satisfy the call.
+        after: The newest record, if it does not satisfy the call.
         resolved: What the source holds, if it was requested already.
         resolved_after: The newest record that was there before it was requested.
     """
@@ -67,7 +67,7 @@ class Call:
     timeout: float
     max_workers: int
     tuning: Mapping[str, Any] = attrs.field(factory=dict)
-    after_seq: int = 0
+    after: LogView | None = None
     resolved: Resolved | None = None
     resolved_after: int = 0
     activity: Literal["downloading", "importing"] = "downloading"
@@ -120,7 +120,8 @@ class Call:
 
     def _request(self) -> Request:
         return Request(
-            after_seq=self.after_seq,
+            after_seq=self.after.seq if self.after else 0,
+            after_generation=self.after.present.generation if self.after and self.after.present else None,
             version=self.resolved.version if self.resolved else None,
             resolved=self.resolved,
             resolved_after=self.resolved_after,

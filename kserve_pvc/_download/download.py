@@ -50,6 +50,7 @@ class Request:
     What a call needs: a record newer than `after_seq`, of `version` if there is one.
 
     Args:
+        after_generation: What was present at `after_seq`. A newer record of it is not a newer model.
         resolved: What the source holds, if the caller has requested it already. Otherwise it is requested once a claim
             is won, so that waiting processes do not list the source.
         resolved_after: The newest record that was there before it was requested. Once there is a newer one the source
@@ -58,6 +59,7 @@ class Request:
     """
 
     after_seq: int = 0
+    after_generation: str | None = None
     version: str | None = None
     resolved: Resolved | None = None
     resolved_after: int = 0
@@ -66,6 +68,8 @@ class Request:
     def is_met_by(self, view: LogView) -> bool:
         entry = view.entry
         if entry is None or not entry.is_present or entry.seq <= self.after_seq:
+            return False
+        if entry.generation == self.after_generation:
             return False
         return self.version is None or entry.version == self.version
 
@@ -105,6 +109,9 @@ class Download:
         timeout: Seconds to wait for another downloader.
         tuning: How bytes are fetched.
     """
+
+    # How many leftovers of the model there are at most: any number, until they were looked at.
+    _most_leftovers = 2
 
     def __init__(
         self,
@@ -260,6 +267,8 @@ class Download:
     def _fetch(self) -> protocol.Event:
         assert self._claim is not None  # The protocol fetches only under a claim.
         generation = self._claim.generation
+        if self._discards_leftovers(1):
+            return protocol.ClaimLost()
         self._request = self._request.begun_on(self._view)
         attempt = self._attempt(generation)
         self._publication.begin(generation)
@@ -276,14 +285,21 @@ class Download:
             return protocol.Spoiled()
         except DownloadCancelledError:
             raise
-        except (InsufficientSpaceError, UnsafePathError, PolicyError):
+        except (InsufficientSpaceError, UnsafePathError, PolicyError) as error:
             self._discard(generation)
+            if isinstance(error, InsufficientSpaceError) and self._discards_leftovers(0):
+                return protocol.ClaimLost()
             raise
         except StoreError:
             if attempt.is_unpacking:
                 self._discard(generation)
             raise
         return protocol.Fetched()
+
+    def _discards_leftovers(self, most: int) -> bool:
+        """Collect leftovers but for so many, once in a call. Then the log has a new record, and it is looked again."""
+        is_due, self._most_leftovers = most < self._most_leftovers, min(most, self._most_leftovers)
+        return is_due and self._publication.discard_leftovers(self._view, most=most)
 
     def _run(self, attempt: Attempt) -> Written:
         # A bundle is closed when its call is over, so nothing that reads it is left behind.

@@ -4,20 +4,22 @@ Publishing what a download wrote, and collecting what is left over.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal
 
 import attrs
 
+from kserve_pvc._download.reuse import most_noted, unfinished
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import Holder, LogEntry, Manifest, now
-from kserve_pvc._keys.log import LogView
-from kserve_pvc._keys.log_writer import LogWriter, generations
-from kserve_pvc._keys.procedures import Publish, append, collect_garbage, collect_unnamed, drive
+from kserve_pvc._keys.log import LogView, find_named
+from kserve_pvc._keys.log_writer import LogWriter, generations, tombstone_of
+from kserve_pvc._keys.procedures import Publish, append, collect_garbage, collect_unnamed, discard_leftovers, drive
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.writing import VolumeWriter
-from kserve_pvc.errors import StoreFormatError
+from kserve_pvc.errors import StoreError, StoreFormatError
 
 # How many of the newest generations of a key are looked at whether they have a journal or not.
 _MOST_NEWEST = 4
@@ -83,6 +85,48 @@ class Publication:
             self._writer.throw_away(staging)
             drive(collect_garbage(seq, begun), log.perform)
         return LogView(seq=seq, entry=entry)
+
+    def discard_leftovers(self, view: LogView, *, most: int = 1) -> bool:
+        """
+        Collect what dead writers of this key left, but for those that have most, from which this call continues.
+
+        What interrupted attempts leave is never more than one of them then, however many were killed. Nothing is
+        collected above a damaged record: what it was must not be hidden by one of this process.
+
+        Args:
+            view: The newest record of the key.
+            most: How many are kept: 1, or 0 where their room is needed.
+
+        Returns:
+            Whether the log may have a new record, which changes nothing, and has to be read again.
+        """
+        left = unfinished(self._writer, self._key)
+        if len(left) <= most or view.damage is not None:
+            return False
+        with suppress(OSError, StoreError):
+            named = find_named(self._writer, self._key, left)
+            for generation in named.intersection(left):
+                self._writer.throw_away(layout.staging_dir(generation))  # Its writer died after it had published.
+            left = [generation for generation in left if generation not in named]
+            best = [most_noted(self._writer, left)] if most and left else []
+            if discarded := [generation for generation in left if generation not in best]:
+                return self._discard(view, discarded)
+        return False
+
+    def _discard(self, view: LogView, leftovers: Sequence[str]) -> bool:
+        staging = layout.staging_dir(f"discard-{secrets.token_hex(16)}")
+
+        def record(operation: Publish) -> LogEntry:
+            entry = view.present or tombstone_of(self._ref, leftovers[0], self._holder)
+            return attrs.evolve(entry, type=operation.type, seq=operation.seq, created_at=now(), writer=self._holder)
+
+        log = LogWriter(self._writer, self._key, record, private=staging / "record", collect=self.collect)
+        # Whatever fails, a record may have been appended. What could not be collected is tried by the next call.
+        with suppress(OSError, StoreError):
+            drive(discard_leftovers(view, leftovers), log.perform)
+        with suppress(OSError, StoreError):
+            self._writer.throw_away(staging)
+        return True
 
     def _collectable(self, begun: Sequence[str], own: str) -> Sequence[str]:
         """

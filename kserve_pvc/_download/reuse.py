@@ -6,8 +6,10 @@ Nothing of it is trusted. A token selects it, and a digest proves it when it is 
 
 from __future__ import annotations
 
+import os
+import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -25,12 +27,20 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.calls import list_large
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.tree import Tree
-from kserve_pvc.errors import StoreFormatError, VolumeError
+from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
 
 if TYPE_CHECKING:
     from kserve_pvc._download.adoption import Donor
 
-_MAX_JOURNAL_BYTES = 64 * 1024 * 1024
+# Of all journals that one download reads. A note takes some 300 bytes; what lies beyond is fetched again.
+_MAX_JOURNAL_BYTES = 128 * 1024 * 1024
+_PIECE_BYTES = 1024 * 1024
+# How many unfinished generations of a model are read. There are no more of them, unless their writers are alive.
+_MOST_LEFTOVERS = 4
+# As the encoder of records writes a note.
+_NOTED = re.compile(
+    rb'"path":"([^"\\]*(?:\\.[^"\\]*)*)","sha256":[^,]*,(?:"start":([0-9]{1,18}),)?"stop":([0-9]{1,18})'
+)
 # How many other models whose keys look alike are looked at, to find some of the same source.
 _MOST_ALIKE = 4
 
@@ -93,11 +103,12 @@ def find_donors(
                     donors[file.path].append(
                         Found(volume, layout.generation_dir(key, entry.generation) / file.path, (note,))
                     )
-    for generation in _unfinished(volume, ref.key):
-        if generation == own:
-            continue
+    room = _MAX_JOURNAL_BYTES
+    for generation in islice((g for g in unfinished(volume, ref.key) if g != own), _MOST_LEFTOVERS):
+        notes_of, size = _read_journal(volume, generation, room)
+        room -= size
         is_spoiled = generation in spoiled or _is_marked_spoiled(volume, generation)
-        for path, found in _read_journal(volume, generation).items():
+        for path, found in notes_of.items():
             notes = tuple(attrs.evolve(note, is_durable=False) for note in found) if is_spoiled else tuple(found)
             donors[path].append(Found(volume, layout.generation_dir(ref.key, generation) / path, notes))
     return donors
@@ -120,15 +131,18 @@ def _keys_of_source(volume: Volume, ref: ModelRef) -> Sequence[str]:
 
 def _began_with(volume: Volume, key: str, uri: str) -> bool:
     """Whether the first record of a key is a model of this source, which costs less than to find the newest one."""
-    place = layout.record_file(key, f"{1:012d}.commit")
     with suppress(StoreFormatError, VolumeError):
-        data = volume.read(place, MAX_RECORD_BYTES)
-        return data is not None and decode(LogEntry, data, str(place)).uri == uri
+        for kind in ("commit", "tombstone"):
+            place = layout.record_file(key, f"{1:012d}.{kind}")
+            if (data := volume.read(place, MAX_RECORD_BYTES)) is not None:
+                return decode(LogEntry, data, str(place)).uri == uri
     return False
 
 
-def _unfinished(volume: Volume, key: str) -> Sequence[str]:
-    """The generations of a key that have a journal, the newest first. Those of complete models have none."""
+def unfinished(volume: Volume, key: str) -> Sequence[str]:
+    """
+    Return the generations of a key that have a journal, the newest first. Those of complete models have none.
+    """
     found = [name for name in volume.list_names(layout.MODELS / key, list_large) if layout.parse_generation(name)]
     journals = set(volume.list_names(layout.STAGING, list_large)) if found else set()
     return [name for name in reversed(found) if name in journals]
@@ -165,12 +179,53 @@ def _is_marked_spoiled(volume: Volume, generation: str) -> bool:
     return marker.name in volume.list_names(marker.parent)
 
 
-def _read_journal(volume: Volume, generation: str) -> dict[PurePosixPath, list[PartNote]]:
+def most_noted(volume: Volume, generations: Sequence[str]) -> str:
+    """
+    Return the one of some unfinished generations whose journal speaks of most bytes; of the newest few, as none has
+    more.
+    """
+    return max(generations[:_MOST_LEFTOVERS], key=partial(noted_bytes, volume))
+
+
+def noted_bytes(volume: Volume, generation: str) -> int:
+    """
+    Return how many bytes the journal of a generation speaks of. Its notes are counted, and not checked.
+    """
+    fronts: dict[int, int] = {}
+    ranges = 0
+    with suppress(StoreError, OSError):
+        for line in _lines(volume, layout.journal_file(generation), _MAX_JOURNAL_BYTES):
+            if (note := _NOTED.search(line)) is None:
+                break
+            path, start, stop = hash(note[1]), int(note[2] or 0), int(note[3])
+            if start:
+                ranges += stop - start
+            else:  # A note of the front covers those of it before.
+                fronts[path] = max(stop, fronts.get(path, 0))
+    return ranges + sum(fronts.values())
+
+
+def _read_journal(volume: Volume, generation: str, limit: int) -> tuple[dict[PurePosixPath, list[PartNote]], int]:
+    """The notes of a journal by their files, and how many bytes of it were read."""
     place = layout.journal_file(generation)
     notes: dict[PurePosixPath, list[PartNote]] = defaultdict(list)
-    with suppress(StoreFormatError, VolumeError):
-        for line in (volume.read(place, _MAX_JOURNAL_BYTES) or b"").splitlines():
+    size = 0
+    with suppress(StoreError, OSError):
+        for line in _lines(volume, place, limit):
+            size += len(line) + 1
             # The first line that is invalid is the torn end of a killed writer, or forged: nothing after it counts.
             note = decode(PartNote, line, str(place))
             notes[note.path].append(note)
-    return notes
+    return notes, size
+
+
+def _lines(volume: Volume, place: PurePosixPath, limit: int) -> Iterator[bytes]:
+    """The whole lines of a journal up to a bound, of which no more than one piece is in memory."""
+    rest, offset = b"", 0
+    with volume.open_file(place) as fd:
+        while offset < limit and (piece := os.pread(fd, min(_PIECE_BYTES, limit - offset), offset)):
+            offset += len(piece)
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+            if len(rest) > MAX_RECORD_BYTES:
+                return

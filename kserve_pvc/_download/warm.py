@@ -16,6 +16,7 @@ import attrs
 from kserve_pvc._download.cancellation import AnyOf, Cancel
 from kserve_pvc._show.events import Listener
 from kserve_pvc._source.ref import ModelRef, Source, parse_ref
+from kserve_pvc._threads import naming_thread_limit
 from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError
 
 if TYPE_CHECKING:
@@ -195,7 +196,8 @@ def _as_they_finish(tasks: Sequence[_Task], executor: Executor) -> Generator[War
     submitted: dict[Future[Warmed], _Task] = {}
     try:
         for task in tasks:  # Not a comprehension: what was submitted is cancelled if the executor refuses the next.
-            submitted[executor.submit(task)] = task
+            with naming_thread_limit("warm"):
+                submitted[executor.submit(task)] = task
         for future in as_completed(submitted):
             yield _outcome(future, submitted[future])
     finally:

@@ -93,6 +93,31 @@ def decode(cls: type[_T], data: bytes, where: str) -> _T:
     checksum = body.pop("checksum", None)
     if checksum != hashlib.sha256(_canonical({"format": FORMAT, **body})).hexdigest():
         raise StoreFormatError(where, "its checksum does not match, so it was truncated or changed")
+    return _valid(cls, body, where)
+
+
+def decode_proven(cls: type[_T], data: bytes, where: str, *, part: Callable[[dict[str, Any]], object]) -> _T:
+    """
+    Decode a large record whose bytes were compared with a digest of them, so that its own checksum says nothing more.
+
+    Args:
+        part: Makes what an object of the record stands for, as soon as that is read, so that a list of many takes
+            little memory. It returns what is none of its kind as it is.
+    """
+
+    def make(pairs: list[tuple[str, Any]]) -> object:
+        body = _unique(pairs)
+        try:
+            return part(body)
+        except (TypeError, ValueError, UnsafePathError) as error:
+            raise StoreFormatError(where, f"it is not a valid {cls.__name__}: {_short(error)}") from error
+
+    body = _parse(data, where, json.JSONDecoder(object_pairs_hook=make, parse_constant=_refuse_constant))
+    body.pop("checksum", None)
+    return _valid(cls, body, where)
+
+
+def _valid(cls: type[_T], body: Mapping[str, Any], where: str) -> _T:
     try:
         return build(cls, body)
     except (TypeError, ValueError, UnsafePathError) as error:
@@ -120,10 +145,12 @@ def decode_plain(cls: type[_T], data: bytes, where: str, *, what: str) -> _T:
         raise StoreFormatError(where, f"these are not valid {what}: {_short(error)}") from error
 
 
-def _parse(data: bytes, where: str) -> dict[str, Any]:
+def _parse(data: bytes, where: str, reader: json.JSONDecoder | None = None) -> dict[str, Any]:
     """Read the fields without their format number, which must be ours."""
     try:
-        body = _READER.decode(data.decode())
+        body = (reader or _READER).decode(data.decode())
+    except StoreFormatError:
+        raise  # A part of it is invalid.
     except (ValueError, RecursionError) as error:
         raise StoreFormatError(where, f"it is not JSON: {error}") from error
     if not isinstance(body, dict):

@@ -71,6 +71,8 @@ def check_collisions(paths: Iterable[PurePosixPath]) -> None:
     for path in paths:
         name = str(path)
         folded = fold(name)
+        if folded == name:
+            folded = name  # Names of many files are in memory once then.
         if folded in seen:
             raise UnsafePathError(
                 name, f"it collides with `{seen[folded]}` on a volume that ignores case or Unicode form"

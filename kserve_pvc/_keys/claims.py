@@ -1,12 +1,14 @@
 """
 Claims of downloaders and leases of readers: which process works on a key or generation, and whether it is alive.
 
-Both are a directory with two files: `owner` names the holder, `beat` is its heartbeat.
+Both are a directory with two files: `owner` names the holder, `beat` is its heartbeat. A claim on a volume of one
+kernel has a third one, `held`: its holder has locked `beat` as long as it lives.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -25,10 +27,12 @@ from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreError, StoreFormatError, VolumeError
 from kserve_pvc.locks.lease import Heartbeat
-from kserve_pvc.locks.liveness import is_provably_dead
+from kserve_pvc.locks.liveness import hold, is_elsewhere_here, is_held, is_provably_dead
 
 # The heartbeat of a reader is this many times slower: it lives for days, and only deletion waits for it.
 READER_LEASES = 4
+
+_HELD = "held"
 
 _T = TypeVar("_T")
 
@@ -38,7 +42,8 @@ class Sign:
     """
     What a claim or lease shows at one time. `owner` and `beat` are None if they do not have that form.
 
-    `is_unreadable`: the volume failed, so that nothing is known of that time.
+    `is_unreadable`: the volume failed, so that nothing is known of that time. `is_let_go`: the kernel has released what
+    the holder had locked, so its process is over.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Sign:
     beat: Beat | None
     raw_owner: bytes = b""
     is_unreadable: bool = False
+    is_let_go: bool = False
 
     @property
     def holder(self) -> str:
@@ -58,7 +64,7 @@ class Sign:
 
     @property
     def is_dead(self) -> bool:
-        return self.owner is not None and is_provably_dead(self.owner.holder)
+        return self.is_let_go or (self.owner is not None and is_provably_dead(self.owner.holder))
 
 
 @attrs.frozen(kw_only=True)
@@ -92,19 +98,30 @@ def _read_sign(
     Args:
         earlier: What it showed before. Its owner is written once, so it need not be read again.
     """
+    names: Collection[str] = ()
     with suppress(VolumeError):
         # GlusterFS learns by it that a file has changed, which it believes it knows for a second.
-        volume.list_names(place)
+        names = volume.list_names(place)
     raw = earlier.raw_owner if earlier and earlier.owner else _quietly(volume, place / "owner", MAX_RECORD_BYTES)
     beat = _quietly(volume, place / "beat", BEAT_BYTES, uncached=True)
+    owner = earlier.owner if earlier and earlier.owner else _decoded(cls, raw or b"", place)
     return Sign(
         name=place.name,
         raw=(raw or b"") + (beat or b""),
         raw_owner=raw or b"",
-        owner=earlier.owner if earlier and earlier.owner else _decoded(cls, raw or b"", place),
+        owner=owner,
         beat=_decoded(Beat, beat or b"", place),
         is_unreadable=raw is None or beat is None,
+        is_let_go=_HELD in names and owner is not None and _is_let_go(volume, place, owner.holder),
     )
+
+
+def _is_let_go(volume: Volume, place: PurePosixPath, holder: Holder) -> bool:
+    """Whether a process in another container of this node had locked its heartbeat, and no longer does."""
+    if is_elsewhere_here(holder):
+        with suppress(OSError, StoreError), volume.open_file(place / "beat") as fd:
+            return not is_held(fd)
+    return False
 
 
 def _quietly(volume: Volume, place: PurePosixPath, limit: int, *, uncached: bool = False) -> bytes | None:
@@ -237,12 +254,22 @@ def start_heartbeat(
     """
     with _given_back_on_failure(writer, place), writer.translated("writing", place / "beat"):
         return Heartbeat(
-            writer.create(place / "beat"),
+            _create_beat(writer, place),
             lease_seconds=lease_seconds,
             progress=progress,
             superseded=superseded,
             is_shared=not writer.is_local,
         )
+
+
+def _create_beat(writer: VolumeWriter, place: PurePosixPath) -> int:
+    fd = writer.create(place / "beat")
+    # For a container that is started again after it was killed: it numbers processes anew, so that the one before it
+    # would look alive for a lease. Only a kernel that all share knows better, and there a lock call does not hang.
+    if layout.is_claim(place) and writer.is_local and hold(fd):
+        with suppress(StoreError):  # What it says is true from before it is there.
+            os.close(writer.create(place / _HELD))
+    return fd
 
 
 @contextmanager

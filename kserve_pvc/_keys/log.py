@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -140,9 +140,9 @@ def read_all(volume: Volume, key: str) -> list[LogEntry]:
     ]
 
 
-def find_named(volume: Volume, key: str, generations: Iterable[str]) -> Collection[str]:
+def find_named(volume: Volume, key: str, generations: Iterable[str]) -> set[str]:
     """
-    Find which of these generations a record of the key names.
+    Find which of these generations a record of the key names as a model. A tombstone may name one that is unfinished.
 
     The log is read from its end until all are found. A generation that has a journal and no manifest was never
     published, so no record is read for it: what a log held long ago costs nothing.
@@ -154,7 +154,9 @@ def find_named(volume: Volume, key: str, generations: Iterable[str]) -> Collecti
     missing = {generation for generation in generations if not _is_unpublished(volume, generation)}
     for name in reversed(volume.list_names(log_dir(key))) if missing else ():
         if parse_log_name(name) is not None:
-            named.add(_read_entry(volume, key, record_file(key, name)).generation)
+            entry = _read_entry(volume, key, record_file(key, name))
+            if entry.is_present:
+                named.add(entry.generation)
             if missing <= named:
                 break
     return named
@@ -185,7 +187,8 @@ def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
     """
     from hashlib import sha256
 
-    from kserve_pvc._format.records import MAX_MANIFEST_BYTES, Manifest
+    from kserve_pvc._format.codec import decode_proven
+    from kserve_pvc._format.records import MAX_MANIFEST_BYTES, Manifest, to_file
 
     place = manifest_file(entry.generation)
     # A record that names few files does not lead to reading a huge manifest.
@@ -194,4 +197,4 @@ def read_manifest(volume: Volume, entry: LogEntry) -> Manifest:
         raise StoreFormatError(str(place), "it is missing; `verify` the model, or `rm` and `ensure` it again")
     if sha256(data).hexdigest() != entry.manifest_sha256:
         raise StoreFormatError(str(place), "it is not the manifest its record names, so it was changed")
-    return decode(Manifest, data, str(place))
+    return decode_proven(Manifest, data, str(place), part=to_file)

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import PurePosixPath
 
 from kserve_pvc._format.codec import encode
 from kserve_pvc._format.layout import MAX_NUMBER, MODELS, log_dir, parse_generation, parse_number, slot_dir
-from kserve_pvc._format.log_entry import LogEntry
+from kserve_pvc._format.log_entry import Holder, LogEntry, now
 from kserve_pvc._keys.log import find_named, read_log
 from kserve_pvc._keys.procedures import (
     Collect,
@@ -23,6 +24,7 @@ from kserve_pvc._keys.procedures import (
     ReadNewest,
     Reserve,
 )
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import StoreFormatError
@@ -100,3 +102,27 @@ def generations(volume: Volume, key: str) -> list[str]:
     The names of all generations of a key, whatever their state.
     """
     return [name for name in volume.list_names(MODELS / key) if parse_generation(name) is not None]
+
+
+def tombstone_of(ref: ModelRef, generation: str, holder: Holder) -> LogEntry:
+    """
+    Make the record that there is no model, where none was present. It speaks of a generation that is unfinished.
+    """
+    return LogEntry(
+        type="tombstone",
+        seq=1,
+        key=ref.key,
+        uri=ref.uri,
+        revision=ref.revision,
+        allow_patterns=ref.allow_patterns,
+        ignore_patterns=ref.ignore_patterns,
+        generation=generation,
+        version="unfinished",
+        files=0,
+        size_bytes=0,
+        manifest_sha256=sha256(b"").hexdigest(),
+        digest="sha256",
+        policy="allow",
+        created_at=now(),
+        writer=holder,
+    )

@@ -197,6 +197,25 @@ def collect_unnamed(generations: Sequence[str]) -> Procedure[None]:
             yield Collect(generation)
 
 
+def discard_leftovers(newest: Newest, leftovers: Sequence[str]) -> Procedure[bool]:
+    """
+    Collect generations that dead writers left, before another one is begun.
+
+    A record that changes nothing is appended first: a `restore` of what is present, or a tombstone where there is no
+    model. They were begun on an older record, so whoever still writes one of them loses. It needs no judgement about
+    who is alive.
+
+    Returns:
+        False if the log moved on, and nothing was collected.
+    """
+    present = newest if newest.is_present else None
+    seq: int | None = yield from append(newest.seq, "tombstone" if present is None else "restore", present)
+    if seq is None:
+        return False
+    yield from collect_garbage(seq, leftovers)
+    return True
+
+
 def remove(newest: Newest, generations: Sequence[str]) -> Procedure[Literal["removed", "read"]]:
     """
     Remove a model and what else there is of its key: look for readers, tombstone, wait until every node sees it, look

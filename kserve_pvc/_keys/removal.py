@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from hashlib import sha256
 from pathlib import PurePosixPath
 
 import attrs
@@ -18,11 +17,12 @@ from kserve_pvc._format import layout
 from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now
 from kserve_pvc._keys.claims import Readers, find_live_downloader
 from kserve_pvc._keys.log import LogView, read_log_of
-from kserve_pvc._keys.log_writer import LogWriter, generations
+from kserve_pvc._keys.log_writer import LogWriter, generations, tombstone_of
 from kserve_pvc._keys.procedures import AwaitReaders, AwaitVisibility, Operation, Publish, drive, remove
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.mount import mount_of
 from kserve_pvc._volume.reserve import fill_reserve, release_reserve
+from kserve_pvc._volume.sweeping import sweep_staging
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import InsufficientSpaceError, ModelInUseError, StoreError
 
@@ -54,6 +54,7 @@ class Removal:
             return self._run_in_little_room()
         finally:
             self.writer.empty_trash(trash_seconds)
+            sweep_staging(self.writer)
             fill_reserve(self.writer)
 
     def _run_in_little_room(self) -> bool:
@@ -109,28 +110,8 @@ class Removal:
 
     def _record(self, generation: str, request: Publish) -> LogEntry:
         before = request.of.entry if isinstance(request.of, LogView) else None
-        entry = self._nothing(generation) if before is None else before
+        entry = tombstone_of(self.ref, generation, self.holder) if before is None else before
         return attrs.evolve(entry, type=request.type, seq=request.seq, created_at=now(), writer=self.holder)
-
-    def _nothing(self, generation: str) -> LogEntry:
-        return LogEntry(
-            type="tombstone",
-            seq=1,
-            key=self.ref.key,
-            uri=self.ref.uri,
-            revision=self.ref.revision,
-            allow_patterns=self.ref.allow_patterns,
-            ignore_patterns=self.ref.ignore_patterns,
-            generation=generation,
-            version="unfinished",
-            files=0,
-            size_bytes=0,
-            manifest_sha256=sha256(b"").hexdigest(),
-            digest="sha256",
-            policy="allow",
-            created_at=now(),
-            writer=self.holder,
-        )
 
     def _collect(self, generation: str) -> None:
         for place in (layout.staging_dir(generation), layout.manifest_file(generation), layout.lease_dir(generation)):

@@ -11,6 +11,8 @@ import attrs
 # How often it is looked for a sign of life while a lease lasts, and the longest pause between two looks.
 _LOOKS = 20
 _LONGEST_PAUSE = 0.25
+# How many signs are read at each look but the first and the last, which read all of them.
+_READ_AT_ONCE = 16
 
 
 class Watch:
@@ -18,7 +20,8 @@ class Watch:
     Counts for how long signs of life have stayed as they are.
 
     Time counts only while the observer observes: however long it was stopped, or a look hung, between two looks pass at
-    most two pauses. An outage that stops the observer stops those whom it watches too.
+    most two pauses. An outage that stops the observer stops those whom it watches too. Where many are watched, a look
+    reads some, in turn: the last one decides, and most of them are dead.
 
     Args:
         seconds: For how long a sign must stay as it is for its holder to be considered dead.
@@ -31,6 +34,7 @@ class Watch:
         self._before = dict(silent or {})
         self._watched: dict[str, _Watched] | None = None
         self._looked = 0.0
+        self._turn = 0
 
     @property
     def silent(self) -> Mapping[str, bytes]:
@@ -43,9 +47,18 @@ class Watch:
     @property
     def names(self) -> Collection[str] | None:
         """
-        Whose signs are to be looked at next; None before the first look, which decides it.
+        Whose signs are to be looked at next; None before the first look, which finds them.
         """
-        return self._watched
+        if self._watched is None or len(self._watched) <= _READ_AT_ONCE or self._is_decided:
+            return self._watched
+        names = list(self._watched)
+        turn = self._turn % len(names)
+        unread = [name for name, watched in self._watched.items() if watched.sign is None]
+        return {*(names + names)[turn : turn + _READ_AT_ONCE], *unread}
+
+    @property
+    def _is_decided(self) -> bool:
+        return self._watched is not None and all(w.silence >= self._seconds for w in self._watched.values())
 
     def look(self, now: float, signs: Mapping[str, bytes | None]) -> tuple[str, ...] | None:
         """
@@ -53,9 +66,8 @@ class Watch:
 
         Args:
             now: When the look began, on a monotonic clock of this observer.
-            signs: The signs of all who have to be watched. Those who are missing have released their lease, or are
-                provably dead; those who are new live. None stands for a sign that could not be read, which is not
-                silence.
+            signs: The signs of all `names`. Those who are missing have released their lease, or are provably dead;
+                those who are new live. None stands for a sign that could not be read, which is not silence.
 
         Returns:
             Who shows a sign of life, or cannot be read for as long; empty if nobody does; None if another look is
@@ -69,10 +81,15 @@ class Watch:
             self._looked = now
             return None if self._watched else ()
         passed, self._looked = min(now - self._looked, 2 * self.pause), now
-        self._watched = {name: watched for name, watched in self._watched.items() if name in signs}
+        looked_at = self.names or ()
+        self._turn += _READ_AT_ONCE
+        gone = {name for name in looked_at if name not in signs}
         newcomers = tuple(name for name in signs if name not in self._watched)
-        is_decided = all(watched.silence >= self._seconds for watched in self._watched.values())
-        live = newcomers + tuple(name for name, w in self._watched.items() if w.changed(signs[name], passed))
+        self._watched = {name: watched for name, watched in self._watched.items() if name not in gone}
+        is_decided = self._is_decided and all(name in looked_at for name in self._watched)
+        live = newcomers + tuple(
+            name for name, w in self._watched.items() if w.changed(signs.get(name, w.sign), passed)
+        )
         live += tuple(name for name, watched in self._watched.items() if watched.unread >= self._seconds)
         is_read = None not in signs.values()
         return live if live or (is_decided and is_read) else None

@@ -25,7 +25,7 @@ def enter_or_make(parent: int, part: PurePosixPath, mode: int) -> int:
     caller, before anything that needs it.
     """
     try:
-        return open_part(parent, part, DIRECTORY_FLAGS)
+        return widened(open_part(parent, part, DIRECTORY_FLAGS), mode)
     except FileNotFoundError:
         pass
     except PermissionError:
@@ -55,9 +55,20 @@ def make_directory_at(parent: int, place: PurePosixPath, mode: int, *, is_durabl
         sync_directory(parent)
 
 
+def widened(fd: int, mode: int) -> int:
+    """
+    Return an open directory, with the mode of the store if a process of ours was killed before it could set that.
+
+    Otherwise another process of ours would fill it, and it would stay closed to all other users.
+    """
+    with suppress(OSError):
+        _widen_directory(fd, mode)
+    return fd
+
+
 def _widen_directory(fd: int, wanted: int) -> None:
-    # Another process may have put something else there meanwhile, so it has to look like what was just made: ours,
-    # empty, and with no more than the mode it was made with, less what the umask took.
+    # Another process may have put something else there, so it has to look like what was just made: ours, empty, and
+    # with no more than the mode it was made with, less what the umask took.
     found = os.fstat(fd)
     mode = stat.S_IMODE(found.st_mode)
     if not wanted & ~mode or mode & 0o777 & ~wanted or found.st_uid != os.geteuid() or os.listdir(fd):

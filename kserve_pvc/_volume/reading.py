@@ -12,12 +12,13 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from kserve_pvc._volume.beneath import PATH_FLAGS, open_each, walk_beneath
-from kserve_pvc._volume.calls import DIRECTORY_FLAGS, NO_SPACE, retry_stale
+from kserve_pvc._volume.calls import DIRECTORY_FLAGS, NO_SPACE, list_large, retry_stale
 from kserve_pvc._volume.root import KeptRoot
 from kserve_pvc.errors import (
     InsufficientSpaceError,
@@ -60,6 +61,7 @@ class Volume:
         if not self.root.is_dir():
             raise StoreRootError(str(self.root), "it is not a directory")
         self._kept = KeptRoot(self.root)
+        self._list_directory: Callable[[int], list[str]] = os.listdir
 
     @property
     def settings(self) -> bytes | None:
@@ -143,7 +145,15 @@ class Volume:
             return os.readlink(place.name, dir_fd=parent)
         return None
 
-    def list_names(self, place: PurePosixPath, list_directory: Callable[[int], list[str]] = os.listdir) -> list[str]:
+    def listing_much(self) -> Self:
+        """
+        Return this volume for a call that is no hit: it lists what has very many names in few calls.
+        """
+        other = copy(self)
+        other._list_directory = list_large
+        return other
+
+    def list_names(self, place: PurePosixPath, list_directory: Callable[[int], list[str]] | None = None) -> list[str]:
         """
         List a directory, sorted; empty if it is not there. Listing is fresh on every volume measured, `stat` is not.
 
@@ -153,7 +163,7 @@ class Volume:
         try:
             fd = self._kept.open(place, DIRECTORY_FLAGS)
             try:
-                return sorted(list_directory(fd))
+                return sorted((list_directory or self._list_directory)(fd))
             finally:
                 os.close(fd)
         except StoreRootError:

@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -33,7 +33,7 @@ from kserve_pvc._volume.calls import (
     sync_directory,
     write_all,
 )
-from kserve_pvc._volume.making import create_file_at, enter_or_make, make_directory_at, open_lock_file
+from kserve_pvc._volume.making import create_file_at, enter_or_make, make_directory_at, open_lock_file, widened
 from kserve_pvc._volume.reading import Volume, translating_links
 from kserve_pvc.errors import StoreError, UnsafePathError, VolumeError
 
@@ -48,6 +48,7 @@ class VolumeWriter(Volume):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         super().__init__(root)
+        self._list_directory = list_large  # It looks at the whole log of a key several times.
         # The permission bits of the root are those of the store, whatever the umask.
         bits = stat.S_IMODE(self._kept.stat().st_mode) & 0o777
         self._directory_mode = bits | 0o700
@@ -61,12 +62,6 @@ class VolumeWriter(Volume):
             raise
         except OSError as error:
             raise self.failure(operation, place, error) from error
-
-    def list_names(self, place: PurePosixPath, list_directory: Callable[[int], list[str]] = list_large) -> list[str]:
-        """
-        List a directory as `Volume` does. A writer looks at the whole log of a key several times.
-        """
-        return super().list_names(place, list_directory)
 
     @cached_property
     def is_local(self) -> bool:
@@ -102,7 +97,7 @@ class VolumeWriter(Volume):
     def _make_way(self, place: PurePosixPath) -> int:
         self.check()
         with suppress(FileNotFoundError, PermissionError), translating_links(place):
-            return self._kept.open(place, DIRECTORY_FLAGS)
+            return widened(self._kept.open(place, DIRECTORY_FLAGS), self._directory_mode)
         fd = self._kept.open(PurePosixPath(), DIRECTORY_FLAGS)
         for part in place.parts:
             try:

@@ -5,6 +5,7 @@ Identifies this process, and tells whether another process is provably dead.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from kserve_pvc._format.log_entry import Holder
@@ -43,6 +44,40 @@ def is_provably_dead(holder: Holder) -> bool:
     state, started = _stat_of(holder.pid)
     # A zombie (Z) or dead (X) process cannot write. A start time of 0 was not known to its process either.
     return state in ("Z", "X") or (holder.started != 0 and started not in (None, holder.started))
+
+
+def is_elsewhere_here(holder: Holder) -> bool:
+    """
+    Whether a process belongs to this kernel and another PID namespace: that of another container, or of one before.
+    """
+    return bool(holder.boot_id) and holder.boot_id == _boot_id() and holder.pid_namespace != _pid_namespace()
+
+
+def hold(fd: int) -> bool:
+    """
+    Lock a heartbeat file until its last descriptor is closed, which the kernel does for a process that is killed.
+    """
+    import fcntl  # A hit needs none of it.
+
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def is_held(fd: int) -> bool:
+    """
+    Whether a process of this kernel holds a heartbeat file; True if that cannot be known.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
 
 
 def _exists(pid: int) -> bool:

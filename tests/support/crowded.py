@@ -35,14 +35,17 @@ def add_models(store: ModelStore, uri: str, count: int) -> None:
             (claim / name).write_bytes((store.root / layout.claim_dir(entry.key, 1) / name).read_bytes())
 
 
-def lengthen_log(store: ModelStore, uri: str, count: int) -> None:
+def lengthen_log(store: ModelStore, uri: str, count: int, *, has_files: bool = True) -> None:
     """
-    Add commits of older generations to the log of a model, all of which are there.
+    Add commits of other generations to the log of a model, all of which are there; or more commits of the one that is.
     """
     entry = read_log(store._volume, parse_ref(uri).key).entry
     assert entry is not None
     for number in range(2, count + 2):
-        _write(store.root, attrs.evolve(entry, seq=number, generation=f"{number:012d}-{number:032x}"))
+        if has_files:
+            _write(store.root, attrs.evolve(entry, seq=number, generation=f"{number:012d}-{number:032x}"))
+        else:
+            _append(store.root, attrs.evolve(entry, seq=number))
 
 
 def _write(root: Path, entry: LogEntry) -> None:
@@ -53,6 +56,10 @@ def _write(root: Path, entry: LogEntry) -> None:
     place.mkdir(parents=True)
     (place / "model.bin").write_bytes(b"x")
     (root / layout.manifest_file(entry.generation)).write_bytes(manifest)
+    _append(root, entry)
+
+
+def _append(root: Path, entry: LogEntry) -> None:
     log = root / layout.log_dir(entry.key)
     log.mkdir(parents=True, exist_ok=True)
     (log / entry.name).write_bytes(encode(entry))

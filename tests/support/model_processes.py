@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -91,7 +91,13 @@ def _listing(place: PurePosixPath) -> Any:
         return ListLeases(place.name)
     if layout.is_claim(place) or place.parent.parent == layout.LEASES:
         return None
-    known = {layout.slot_dir(KEY): ListSlots(), layout.claims_dir(KEY): ListClaims(), GENERATIONS: ListGenerations()}
+    known = {
+        layout.slot_dir(KEY): ListSlots(),
+        layout.claims_dir(KEY): ListClaims(),
+        GENERATIONS: ListGenerations(),
+        # More than there are: any generation may look unfinished, since its writer may die before its journal goes.
+        layout.STAGING: ListGenerations(),
+    }
     return known[place]
 
 
@@ -127,7 +133,7 @@ class SimulatedVolume:
     def absolute(self, place: PurePosixPath) -> Path:
         return ROOT / place
 
-    def list_names(self, place: PurePosixPath) -> list[str]:
+    def list_names(self, place: PurePosixPath, list_directory: object = None) -> list[str]:
         if place == LOG:
             return list(current().do(ListLog(current().is_late)))
         operation = _listing(place)
@@ -141,7 +147,7 @@ class SimulatedVolume:
         found: bytes | None = current().do(_reading(place))
         return found
 
-    def reserve(self, place: PurePosixPath) -> bool:
+    def reserve(self, place: PurePosixPath, *, is_durable: bool = True) -> bool:
         number = int(place.name)
         return bool(current().do(MakeClaim(number) if layout.is_claim(place) else Reserve(number)))
 
@@ -156,6 +162,15 @@ class SimulatedVolume:
         elif place.parent != layout.MANIFESTS:
             assert place.name == "owner"
             current().do(TakeLease(place.parent.parent.name, place.parent.name, data))
+
+    write_sign = write_private
+
+    @property
+    def is_local(self) -> bool:
+        return False
+
+    def translated(self, operation: str, place: PurePosixPath) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def create(self, place: PurePosixPath) -> PurePosixPath:
         return place
@@ -346,11 +361,15 @@ def simulate(monkeypatch: Any) -> None:
     for module in (claims, log_writer):
         monkeypatch.setattr(module, "encode", lru_cache(10_000)(encode))
     monkeypatch.setattr(claims, "_decoded", lru_cache(10_000)(claims._decoded))
-    # There is room on this volume.
+    # There is room on this volume, and no brief call was killed.
     monkeypatch.setattr(removal, "fill_reserve", lambda writer: None)
+    monkeypatch.setattr(removal, "sweep_staging", lambda writer: None)
+    # Any generation may have a manifest, and the oldest leftover be the best one, so that those of live writers go.
+    monkeypatch.setattr(log, "_is_unpublished", lambda volume, generation: False)
+    monkeypatch.setattr(publication, "most_noted", lambda volume, generations: generations[-1])
     for module in (claims, removal, publication):
         monkeypatch.setattr(module, "now", lambda: THEN)
-    for module in (claims, removal):
+    for module in (claims, removal, publication):
         monkeypatch.setattr(module, "secrets", SimpleNamespace(token_hex=token_hex))
     for module in (call, aliases):
         monkeypatch.setattr(module, "settle_view_quietly", lambda writer, key: None)
