@@ -29,9 +29,10 @@ from kserve_pvc._volume.calls import delete_tree, sync_directory
 from kserve_pvc._volume.making import widen_new_file
 from kserve_pvc._volume.mount import mount_of
 from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.verify import sha256_of
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
-from kserve_pvc.kserve._placing import Method, copy_file, digest_of, place_by
+from kserve_pvc.kserve._placing import Method, copy_file, place_by
 from kserve_pvc.locks.external import ExternalLock
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import LeaseLostError
@@ -359,7 +360,9 @@ class Destination:
     def _is_moved(self, file: FileEntry) -> bool:
         try:
             with self._writer.open_file(file.path) as fd:
-                return os.fstat(fd).st_size == file.size_bytes and (file.sha256 is None or digest_of(fd) == file.sha256)
+                return os.fstat(fd).st_size == file.size_bytes and (
+                    file.sha256 is None or sha256_of(fd, file.size_bytes) == file.sha256
+                )
         except (FileNotFoundError, UnsafePathError):
             return False
 
