@@ -14,11 +14,14 @@ from pathlib import PurePosixPath
 
 import pytest
 
+from kserve_pvc import ModelStore
 from kserve_pvc._archive.decompressed import Decompressed
 from kserve_pvc._archive.members import NameCheck
 from kserve_pvc._archive.tar import _records
 from kserve_pvc._format.file_names import check_collisions
 from kserve_pvc._format.records import FileEntry, Manifest, decode, encode
+from kserve_pvc._keys.log import LogView
+from kserve_pvc._keys.procedures import Publish, ReadHighestSlot, ReadNewest, Reserve, append, drive
 from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc.backends._directories import Directories
 from kserve_pvc.kserve._admission import decide, patch, read_review
@@ -181,3 +184,42 @@ def cost_of(act):
         tracemalloc.stop()
     del kept
     return calls, peak
+
+
+def test_planted_numbers_are_passed_over_together():
+    """
+    However many numbers of a log are taken by nobody, a writer looks at two of them.
+    """
+    taken, looks = set(range(1, 10_001)), []
+
+    def perform(operation):
+        looks.append(operation)
+        match operation:
+            case Reserve(seq):
+                return seq not in taken
+            case ReadNewest():
+                return LogView(seq=10_001 if any(isinstance(look, Publish) for look in looks) else 0)
+            case ReadHighestSlot():
+                return max(taken)
+            case Publish():
+                return True
+        return None
+
+    assert drive(append(0, "tombstone"), perform) == 10_001
+    assert len([look for look in looks if isinstance(look, Reserve)]) == 3
+
+
+def test_damaged_records_are_not_waited_for_one_after_the_other(tmp_path, monkeypatch):
+    """
+    A listing of a store pauses for a few damaged records, in case they are half written, and not for each of many.
+    """
+    store = ModelStore(tmp_path, mode="rw")
+    for number in range(100):
+        log = tmp_path / ".kserve-pvc" / "keys" / f"m-{number:016x}" / "log"
+        log.mkdir(parents=True)
+        (log / f"{1:012d}.commit").write_bytes(b"{")
+    pauses = []
+    monkeypatch.setattr("kserve_pvc._keys.log.time.sleep", pauses.append)
+
+    assert store.list() == []
+    assert sum(pauses) <= 2.5
