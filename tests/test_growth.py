@@ -13,8 +13,9 @@ import tracemalloc
 from pathlib import PurePosixPath
 
 import pytest
+from fsspec import AbstractFileSystem
 
-from kserve_pvc import ModelStore
+from kserve_pvc import ModelStore, UnsafePathError
 from kserve_pvc._archive.decompressed import Decompressed
 from kserve_pvc._archive.members import NameCheck
 from kserve_pvc._archive.tar import _records
@@ -24,6 +25,7 @@ from kserve_pvc._keys.log import LogView
 from kserve_pvc._keys.procedures import Publish, ReadHighestSlot, ReadNewest, Reserve, append, drive
 from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc.backends._directories import Directories
+from kserve_pvc.backends._ranges import RefusedError
 from kserve_pvc.kserve._admission import decide, patch, read_review
 from kserve_pvc.kserve._policy import read_policy
 from kserve_pvc.kserve._yaml import read_documents
@@ -222,4 +224,57 @@ def test_damaged_records_are_not_waited_for_one_after_the_other(tmp_path, monkey
     monkeypatch.setattr("kserve_pvc._keys.log.time.sleep", pauses.append)
 
     assert store.list() == []
+    assert sum(pauses) <= 2.5
+
+
+def test_a_long_refusal_is_cut_between_words():
+    """
+    Of a refusal of 64 KiB little is kept, and no half of a word, which could be half of a secret.
+    """
+    text = RefusedError("word " * 10_000 + "secret").reason
+
+    assert len(text) <= 2_010
+    assert set(text.split()) == {"word", "..."}
+
+
+def test_a_tree_without_an_end_is_not_walked(tmp_path):
+    """
+    A file system that has one more directory in each is refused at the level at which no file can be stored.
+    """
+    filesystem = Bottomless()
+    store = ModelStore(tmp_path, mode="rw")
+
+    with pytest.raises(UnsafePathError, match="32 levels"):
+        store.resolve("fsspec+bottomless://top", filesystem=filesystem)
+
+    assert filesystem.listed <= 33
+
+
+class Bottomless(AbstractFileSystem):
+    """
+    Has a directory in each directory, and nothing else.
+    """
+
+    protocol = "bottomless"
+    cachable = False
+    listed = 0
+
+    def info(self, path, **_):
+        return {"name": path, "type": "directory", "size": 0}
+
+    def ls(self, path, detail=True, **_):
+        self.listed += 1
+        return [{"name": f"{path.rstrip('/')}/d", "type": "directory", "size": 0}]
+
+
+def test_planted_numbers_of_a_creation_are_waited_for_twice(tmp_path, monkeypatch):
+    """
+    However many numbers were reserved by creators that died, a new one waits for the first and for the highest.
+    """
+    for number in range(1, 101):
+        (tmp_path / ".kserve-pvc" / "creation" / f"{number:012d}").mkdir(parents=True)
+    pauses = []
+    monkeypatch.setattr("kserve_pvc._opening.time.sleep", pauses.append)
+
+    assert ModelStore(tmp_path, mode="rw").list() == []
     assert sum(pauses) <= 2.5
