@@ -38,6 +38,7 @@ from kserve_pvc.errors import InvalidURIError, ModelNotFoundError, PolicyError, 
 
 PROTOCOL = "kserve-pvc"
 _MAX_TREES = 16
+_OWN_DIRECTORIES = frozenset(place.name for place in (layout.MODELS, layout.META, layout.NAMES))
 
 
 def filesystem(root: str | os.PathLike[str] | None = None) -> StoreFileSystem:
@@ -292,12 +293,17 @@ def _prefixes(uri: str) -> list[str]:
 
 
 def _find_root(path: str) -> str:
-    """The nearest directory above a path, or the path itself, that holds a store."""
+    """The nearest directory above a path, or the path itself, that holds a store and is not part of another one."""
     place = Path(os.path.abspath(path.partition("://")[0]))
-    for directory in (place, *place.parents):
-        if (directory / layout.SETTINGS).exists():
-            return str(directory)
-    raise FileNotFoundError(errno.ENOENT, "no store is there or above", path)
+    found: Path | None = None
+    for directory in reversed((place, *place.parents)):
+        # A model may hold whatever looks like a store.
+        is_inside = found is not None and directory.relative_to(found).parts[0] in _OWN_DIRECTORIES
+        if not is_inside and (directory / layout.SETTINGS).exists():
+            found = directory
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, "no store is there or above", path)
+    return str(found)
 
 
 def _default_root() -> str:

@@ -28,6 +28,9 @@ from kserve_pvc.errors import DamagedRecordError, ModelNotFoundError, StoreForma
 if TYPE_CHECKING:
     from kserve_pvc._format.records import Record
 
+# Of how many damaged records a listing reads again what may be half written, each after a pause.
+_MOST_REREAD = 20
+
 
 Status = Literal["present", "downloaded", "waited"]
 
@@ -224,9 +227,13 @@ class Lookup:
         """
         Read the newest record of every key. One that is older than what this process has returned is damage.
         """
+        damaged = 0
         for key in self.list_keys():
             try:
-                view, step_back = self._read(key, partial(read_model, self._volume, key))
+                # Writers leave no records half written but for a moment, so there are never many of them.
+                read = partial(read_model, self._volume, key, may_pause=damaged < _MOST_REREAD)
+                view, step_back = self._read(key, read)
+                damaged += view.damage is not None
             except StoreRootError:
                 raise
             except VolumeError as error:

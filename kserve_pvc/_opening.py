@@ -148,7 +148,8 @@ def create_store(writer: VolumeWriter, locker: str | None, lease_seconds: float 
     while not writer.reserve(layout.CREATION / f"{number:012d}"):
         if (found := _await_settings(writer)) is not None:
             return found
-        number += 1  # The process with that number died before it wrote.
+        # The process with that number died before it wrote. Those below the highest number are not waited for each.
+        number = max(number + 1, *(layout.parse_number(name) or 0 for name in writer.list_names(layout.CREATION)))
     if (found := _fresh_settings(writer)) is not None:
         return found
     private = layout.staging_dir(f"create-{settings.store_id}")

@@ -46,6 +46,66 @@ def missing(name: str, *sentences: str) -> list[str]:
     return [sentence for sentence in sentences if sentence not in page]
 
 
+def test_limits_are_those_of_the_code():
+    """
+    The page of all limits has the numbers that the code has.
+    """
+    from kserve_pvc._archive import decompressed
+    from kserve_pvc._format import file_names, json_size
+    from kserve_pvc._model import _MOST_REREAD
+    from kserve_pvc._source.ref import MAX_URI_BYTES
+    from kserve_pvc.backends import _directories, _object_store, _pages, _xml, hf
+    from kserve_pvc.kserve import _admission, _yaml
+
+    assert (
+        missing(
+            "reference/limits.md",
+            f"| files of a model | {MAX_FILES:,} |",
+            f"| directories of a model | {file_names.MAX_DIRECTORIES:,} |",
+            f"| levels of a name, the file included | {file_names.MAX_LEVELS} |",
+            f"| {file_names.MAX_NAME_BYTES:,}, of one part {file_names.MAX_PART_BYTES} |",
+            f"| a source URI | {MAX_URI_BYTES:,} bytes |",
+            f"| {_pages.MAX_PAGES:,}; {_pages.MAX_EMPTY_PAGES:,} empty ones in a row |",
+            f"| {_pages.MAX_TOKEN_BYTES // 1024} KiB, and none comes twice |",
+            f"| {_object_store.MAX_PAGE_BYTES // MIB} MiB, within 60 s |",
+            f"| one page of hf | {hf._MAX_ANSWER_BYTES // MIB} MiB, within 60 s |",
+            f"| {_directories.MAX_LISTED_DIRECTORIES:,} |",
+            f"in {json_size.BYTES_PER_MARK} bytes |",
+            f"one tag in {_xml.BYTES_PER_TAG} bytes |",
+            f"less than {Tuning().least_bytes_per_second // 1024} KiB a second for {Tuning().slow_seconds:.0f} s",
+            f"| less than {Tuning().trickle_bytes // 1024} KiB in {_defaults.STALL_SECONDS:.0f} s",
+            f"| entries | {UnpackLimits().entries:,},",
+            f"| {decompressed.MAX_STREAMS:,}, and one for each KiB |",
+            f"half written | {_MOST_REREAD} |",
+            f"| 3 MiB, {_admission.MAX_VALUES:,} values, {_admission.MAX_DEPTH} levels |",
+            f"| {_yaml._MAX_BYTES // MIB} MiB, and {_yaml.MAX_VALUES:,} values",
+        )
+        == []
+    )
+    assert _admission.MAX_BODY_BYTES == 3 * MIB
+
+
+def test_limits_of_the_webhook_are_those_of_the_code():
+    """
+    The page of all limits has the seconds of the webhook's server.
+    """
+    pytest.importorskip("uvicorn", reason="the extra `webhook` is not installed")
+    from kserve_pvc.kserve import _connections, _webhook
+
+    assert _connections.HANDSHAKE_SECONDS == _connections.HEAD_SECONDS
+    assert (
+        missing(
+            "reference/limits.md",
+            f"| {_connections.HEAD_SECONDS:.0f} s each |",
+            f"| the body of a request | {_webhook.BODY_SECONDS:.0f} s |",
+            f"| {_connections.REQUEST_SECONDS:.0f} s |",
+            f"| {_connections.KEEP_ALIVE_SECONDS} s |",
+            f"| connections | {_connections.MAX_CONNECTIONS} |",
+        )
+        == []
+    )
+
+
 def test_limits_of_s3_are_those_of_the_code():
     """
     The page about S3 names the timeouts, attempts and limits that the code has.

@@ -14,6 +14,7 @@ from trees import model_files, write_files
 
 import kserve_pvc
 from kserve_pvc import ModelStore, ReadOnlyStoreError, StoreRootError
+from kserve_pvc._filesystem import _find_root
 
 FILES = model_files(seed=1)
 
@@ -324,3 +325,17 @@ def test_safetensors_maps_a_file(tmp_path, root):
 
     with safetensors.safe_open(place, framework="numpy") as file:
         assert list(file.keys()) == ["w"]
+
+
+def test_what_a_model_holds_is_no_store(tmp_path):
+    """
+    A path inside a model belongs to the store of the model, although the model's source had the files of a store.
+    """
+    root, source = tmp_path / "root", tmp_path / "m"
+    root.mkdir()
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "weights").write_bytes(b"right")
+    ModelStore(source / "sub", mode="rw")
+    model = ModelStore(root, mode="rw").ensure(f"file://{source}")
+
+    assert _find_root(f"{model.path}/sub/weights") == str(root)

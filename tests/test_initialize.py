@@ -35,11 +35,12 @@ from kserve_pvc import (
     SettingsError,
     SourceNotFoundError,
     UnknownSchemeError,
+    UnsafePathError,
 )
-from kserve_pvc.kserve import Storage
+from kserve_pvc.kserve import Storage, _initialize
 from kserve_pvc.kserve._destination import OURS, Contents, Destination, Source
 from kserve_pvc.kserve._environment import leave_to_s3, read_variables, trust_bundle
-from kserve_pvc.kserve._initialize import main
+from kserve_pvc.kserve._initialize import fill_all, main
 from kserve_pvc.kserve._schemes import check_supported
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.liveness import here
@@ -677,16 +678,70 @@ def test_on_a_network_volume_a_claim_excludes(uri, source, place, monkeypatch):
     assert one.record() == contents
 
 
-def test_a_model_may_not_have_our_directory(tmp_path, place):
+@pytest.mark.parametrize(
+    "name",
+    [f"{OURS}/record.json", ".kserve-pvc/store.json", "a/b/.kserve-pvc/store.json", ".Kserve-PVC", f"a/{OURS}/x"],
+)
+def test_a_model_may_not_have_our_names(tmp_path, place, name):
     """
-    A file of the model in the place of our own bookkeeping is refused.
+    A file of the model whose name, or that of a directory on its path, is one of our own is refused on every level.
     """
-    write_files(tmp_path / "m", {f"{OURS}/record.json": b"{}", "a": b"a"})
+    write_files(tmp_path / "m", {name: b"{}", "z": b"a"})
 
-    result = run(tmp_path / "m", place)
+    with pytest.raises(UnsafePathError, match="is reserved"):
+        fill_all([(str(tmp_path / "m"), str(place))], read_variables({}))
 
-    assert result.returncode == 1
     assert served(place) == {}
+
+
+def test_a_store_above_a_destination_is_not_used(tmp_path, place):
+    """
+    A store in a directory above the destination that has a model under the same URI is neither read nor written.
+    """
+    uri = f"file://{tmp_path}/m"
+    write_files(tmp_path / "m", {"weights": b"wrong"})
+    ModelStore(place, mode="rw").ensure(uri)
+    write_files(tmp_path / "m", {"weights": b"right"})
+    before = listing(place / ".kserve-pvc")
+
+    fill_all([(uri, str(place / "sub"))], read_variables({}))
+
+    assert served(place / "sub") == {"weights": b"right"}
+    assert listing(place / ".kserve-pvc") == before
+
+
+def test_what_a_pair_brings_makes_no_store_of_the_next(tmp_path, place, monkeypatch):
+    """
+    Which destination has a store is decided before the first one is filled.
+    """
+    write_files(tmp_path / "m", {"weights": b"right"})
+    write_files(tmp_path / "n", {"weights": b"wrong"})
+    uri = f"file://{tmp_path}/m"
+    fill = _initialize._fill
+
+    def fill_and_plant(*arguments):
+        fill(*arguments)
+        (place / "sub").mkdir(exist_ok=True)
+        if not (place / "sub" / ".kserve-pvc").exists():
+            ModelStore(place / "sub", mode="rw")
+
+    monkeypatch.setattr(_initialize, "_fill", fill_and_plant)
+
+    fill_all([(f"file://{tmp_path}/n", str(place)), (uri, str(place / "sub"))], read_variables({}))
+
+    assert (place / "sub" / "weights").read_bytes() == b"right"
+
+
+def test_a_destination_with_one_of_our_names_is_refused(tmp_path, place):
+    """
+    A destination is no directory of a store or of an initializer.
+    """
+    write_files(tmp_path / "m", {"a": b"a"})
+
+    with pytest.raises(SettingsError, match="is reserved"):
+        fill_all([(str(tmp_path / "m"), f"{place}/.kserve-pvc/keys")], read_variables({}))
+
+    assert not place.exists() or served(place) == {}
 
 
 def test_a_source_that_is_its_own_destination(uri, source):
@@ -758,13 +813,12 @@ def test_the_name_of_an_empty_directory_that_the_kubelet_made_is_taken(uri, root
 
 def test_a_directory_in_a_store_leads_to_the_model(uri, source, root):
     """
-    A destination inside of a store is a relative link, also if nobody says that it is a store; the store's own places
-    are refused.
+    A destination inside of the configured store is a relative link; the store's own places are refused.
     """
-    ModelStore(root, mode="rw")
+    env = {"KSERVE_PVC_STORE": str(root)}
 
-    result = run(uri, root / "a")
-    refused = [run(uri, root / name) for name in ("models", "models/x", ".kserve-pvc/x")]
+    result = run(uri, root / "a", env=env)
+    refused = [run(uri, root / name, env=env) for name in ("models", "models/x", ".kserve-pvc/x")]
 
     assert (result.returncode, [one.returncode for one in refused]) == (0, [1, 1, 1])
     assert read_tree(root / "a") == read_tree(source)

@@ -419,3 +419,26 @@ def test_without_rules_nothing_is_granted():
     del quiet["metadata"]["annotations"]["kserve-pvc/claim"]
 
     assert [decided(review(found), Policy()).outcome for found in (pod(), quiet)] == ["denied", "unchanged"]
+
+
+@pytest.mark.parametrize("name", ["v", None, 5, ["v"]], ids=str)
+def test_volumes_of_one_name_are_refused(name):
+    """
+    A pod with two volumes of one name, which Kubernetes would refuse after the webhook, or with one of none, is denied:
+    which of them a mount means is not decided here.
+    """
+    volumes = [{"name": other, "emptyDir": {}} for other in ("v", name)]
+    decision = decided(review({**pod(), "spec": {"containers": [{"name": "kserve-container"}], "volumes": volumes}}))
+
+    assert decision.outcome == "denied"
+    assert "every volume needs a name of its own" in decision.audit["reason"]
+
+
+@pytest.mark.parametrize("name", [None, 5, ["v"]], ids=str)
+def test_a_mount_of_no_name_mounts_nothing(name):
+    """
+    Names of the wrong type in mounts and devices end in a decision, not in an error.
+    """
+    container = {"name": "kserve-container", "volumeMounts": [{"name": name}], "volumeDevices": [{"name": name}]}
+
+    assert decided(review({**pod(), "spec": {"containers": [container]}})).outcome in ("mutated", "unchanged")

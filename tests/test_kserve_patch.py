@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kserve_pvc import SettingsError
 from kserve_pvc._cli.main import main
+from kserve_pvc.errors import InvalidFileError
 from kserve_pvc.kserve._yaml import read_documents, write_documents
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed, the extra `kserve`")
@@ -290,3 +291,52 @@ def test_a_missing_library_is_told(monkeypatch):
 
     with pytest.raises(SettingsError, match=r"pip install 'kserve-pvc\[kserve\]'"):
         read_documents("a: 1", "text")
+
+
+LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+MERGES = "a: &a {x: 1, y: 2}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 10)}]}}\n"
+    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("&a [*a]", "inside of what it stands for"),
+        ("a: &a {b: {c: [*a]}}", "inside of what it stands for"),
+        (f"{SERVICE}x: &x [1, *x]\n", "inside of what it stands for"),
+        (LAUGHS, "more than 1000000 values"),
+    ],
+    ids=["list", "mapping", "service", "laughs"],
+)
+def test_aliases_do_not_multiply(text, says):
+    """
+    Collections that hold themselves, and aliases of aliases that make billions of values, are invalid YAML.
+    """
+    with pytest.raises(InvalidFileError, match=says):
+        read_documents(text, "f.yaml")
+
+
+def test_merges_do_not_multiply():
+    """
+    Merges of merges end as one mapping, or are refused where PyYAML, in older versions, would copy each.
+    """
+    try:
+        found = read_documents(MERGES, "f.yaml")
+    except InvalidFileError as error:
+        assert "merges more than" in str(error)  # noqa: PT017
+    else:
+        assert found[0]["j"] == {"x": 1, "y": 2}
+
+
+def test_aliases_and_merges_of_ordinary_manifests_are_read():
+    """
+    An anchor may be used several times, and merged.
+    """
+    text = "a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\n"
+
+    assert read_documents(text, "f.yaml") == [{"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}]

@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kserve_pvc import UnsafePathError
-from kserve_pvc._format.file_names import check_collisions, check_name
+from kserve_pvc._format.file_names import check_collisions, check_name, fold
 
 CLIMBS = "a name may not climb with `..`"
 ABSOLUTE = "a name must be relative"
 BACKSLASH = "a name may hold no backslash, which some volumes read as a directory separator"
 EMPTY = "a name may have no empty or `.` part"
 INVISIBLE = "a name may hold no NUL, control, invisible or unpaired surrogate character"
+LOST = "a name may hold no U+FFFD, which stands for bytes that are not UTF-8 and are lost"
+TOO_DEEP = "a name may have 32 levels"
 TRAILING = "a name may not end in a dot or blank, which some volumes drop"
 TOO_LONG = "a name may have 255 bytes a part and 1024 in all"
 
@@ -63,6 +65,10 @@ REFUSED = [
     ("a\u2029b", INVISIBLE),
     ("\ufeffa", INVISIBLE),
     ("\ud800", INVISIBLE),
+    *((f"a{c}b", INVISIBLE) for c in "\u034f\u115f\u1160\u17b4\u180b\u180f\u2065\u2800\u3164\ufe00\ufe0f\uffa0\ufff0"),
+    ("a\U000e0100b", INVISIBLE),
+    ("\u3164", INVISIBLE),
+    ("a\ufffdb", LOST),
     ("...", TRAILING),
     ("a.", TRAILING),
     ("a ", TRAILING),
@@ -75,6 +81,9 @@ REFUSED = [
     ("é" * 128, TOO_LONG),
     ("/".join(["x" * 255] * 4) + "/y", TOO_LONG),
     ("/".join(["x"] * 513), TOO_LONG),
+    ("/".join(["x"] * 33), TOO_DEEP),
+    ("/".join(["é"] * 33), TOO_DEEP),
+    ("a/" * 500 + "a", TOO_DEEP),
 ]
 ACCEPTED = [
     "model.safetensors",
@@ -95,6 +104,9 @@ ACCEPTED = [
     "x" * 255,
     "é" * 127,
     "/".join(["x" * 255] * 4),
+    "/".join(["x"] * 32),
+    "日本語/é",
+    "😀.bin",
 ]
 
 
@@ -231,6 +243,44 @@ def test_a_file_that_is_also_a_directory_collides(names):
         "name": min(names, key=len),
         "rule": "it is both a file and a directory in the source",
     }
+
+
+def test_a_model_may_not_have_more_directories_than_the_bound(monkeypatch):
+    """
+    The directories of all names together are counted once each, and too many of them are refused.
+    """
+    monkeypatch.setattr("kserve_pvc._format.file_names.MAX_DIRECTORIES", 9)
+    names = ["a/b/c/1", "a/b/c/2", "a/b/d/1", "a/b-/c/1", "a/1", "b/1", "c/d/1"]
+
+    check_collisions(map(PurePosixPath, names))  # a, a/b, a/b/c, a/b/d, a/b-, a/b-/c, b, c, c/d
+    with pytest.raises(UnsafePathError, match="a model may have 9 directories"):
+        check_collisions(map(PurePosixPath, [*names, "c/e/1"]))
+
+
+_TINY = st.lists(st.sampled_from("aAbk\u212a"), min_size=1, max_size=4).map("/".join)
+
+
+@given(st.lists(_TINY, max_size=6))
+def test_collisions_are_those_that_a_comparison_of_all_pairs_finds(names):
+    """
+    Names are refused exactly if two of them are one path, or a file and a directory, where case is ignored, or if two
+    directories above them are spelled in two ways.
+    """
+    directories = {str(above) for name in names for above in PurePosixPath(name).parents[:-1]}
+    folded = [fold(name) for name in names]
+    is_bad = (
+        len(set(folded)) < len(names)
+        or len({fold(name) for name in directories}) < len(directories)
+        or bool({fold(name) for name in directories} & set(folded))
+    )
+
+    try:
+        check_collisions(map(PurePosixPath, names))
+        is_refused = False
+    except UnsafePathError:
+        is_refused = True
+
+    assert is_refused == is_bad
 
 
 @given(st.permutations(["a/b", "a/c", "b/a", "a.b", "ab", "b/b/b", "c/a/b"]))

@@ -28,6 +28,7 @@ from kserve_pvc import (
     SourceDeniedError,
     SourceUnavailableError,
 )
+from kserve_pvc._download.slowness import Slowness
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,34 @@ def test_polls_without_a_byte_are_not_a_failure(place):
 
     assert (place.content(), recorder.retries, len(source.ranges)) == ({"a.bin": DATA}, 0, 3)
     assert recorder.checks >= 90
+
+
+def test_a_source_that_is_slow_for_long_fails_the_transfer(place):
+    """
+    A source that sends steadily, but so little that the model would take days, is given up; what came is noted.
+    """
+    source, recorder = Source({"a.bin": DATA}, piece=10), Recorder()
+    source.on_read = lambda name, offset: time.sleep(0.002) or True
+
+    with pytest.raises(
+        SourceUnavailableError, match=r"only \d+ bytes a second came for 0.1 s, of at least 100000"
+    ) as e:
+        run(source, place, recorder, slow_seconds=0.1, least_bytes_per_second=100_000)
+
+    assert e.value.is_final
+    assert recorder.retries == 0
+
+
+def test_a_rate_is_judged_by_the_time_that_streams_wait():
+    """
+    The time in which no stream waits for the source, as while the process is stopped, is no time of the source.
+    """
+    slowness = Slowness(10.0, 100, 0.0)
+
+    assert [slowness.add(float(second), 99) for second in range(1, 11)] == [None] * 9 + [99.0]
+    assert [slowness.add(float(second), 101) for second in range(11, 21)] == [None] * 10
+    assert slowness.add(10_000.0, 0) is None
+    assert [slowness.add(10_000.0 + second, 50) for second in range(1, 10)] == [None] * 8 + [45.0]
 
 
 @pytest.mark.parametrize("trickle", [0, 20], ids=["silence", "trickle"])

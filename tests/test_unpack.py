@@ -565,6 +565,41 @@ def test_a_bomb_stops_at_the_limit(name):
     assert peak < 12_000_000
 
 
+@pytest.mark.parametrize("name", ["m.gz", "m.xz", "m.zst", "m.tar.gz", "m.tar.zst"])
+def test_streams_that_hold_nothing_come_to_an_end(name, monkeypatch):
+    """
+    A file of very many compressed streams is refused, although none of them brings a byte that a limit would count.
+    """
+    monkeypatch.setattr("kserve_pvc._archive.decompressed.MAX_STREAMS", 200)
+    data = CODINGS[name.rpartition(".")[2]](b"") * 400
+
+    assert "more than" in refused(data, name, PolicyError)
+
+
+@pytest.mark.parametrize("coding", sorted(CODINGS))
+def test_streams_may_follow_each_other(coding):
+    """
+    Concatenated streams are one file: small and large ones, some empty, with padding where the format has it, also
+    where they end at the end of what is read at once.
+    """
+    compress = CODINGS[coding]
+    random.seed(7)
+    pieces = [b"", *(random.randbytes(random.choice([0, 1, 1000, 300_000])) for _ in range(40)), b"end"]
+    padding = bytes(8) if coding == "xz" else b""
+
+    data = b"".join(compress(piece) + padding for piece in pieces)
+
+    assert read(data, f"m.{coding}") == {"m": b"".join(pieces)}
+
+
+@pytest.mark.parametrize("coding", sorted(CODINGS))
+def test_garbage_after_a_stream_is_damage(coding):
+    """
+    What follows a compressed stream and is none is an error, not left out.
+    """
+    refused(CODINGS[coding](b"x" * 10) + b"garbage", f"m.{coding}", DigestMismatchError)
+
+
 def test_limits_can_be_moved():
     """
     A trusted archive may grow further with a higher ratio, and no further than the size in all.

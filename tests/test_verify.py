@@ -197,9 +197,24 @@ def test_digests_cover_every_byte(tmp_path, size):
 
     with (tmp_path / "file").open("rb") as file:
         file.seek(size // 2)
-        digest = sha256_of(file.fileno())
+        digest = sha256_of(file.fileno(), size)
 
     assert digest == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(("size", "now"), [(0, 1 << 40), (7, 1 << 40), (2**20, 1 << 40), (2**20, 2**20 + 1), (7, 6)])
+def test_no_more_is_read_of_a_file_than_its_record_says(tmp_path, size, now):
+    """
+    A file that has grown after it was listed, here to a terabyte, is not read to its end; one that has shrunk is
+    different too.
+    """
+    data = os.urandom(size)
+    (tmp_path / "file").write_bytes(data)
+    os.truncate(tmp_path / "file", now)
+
+    (problem,) = compare([entry("file", data)], [found("file", size)], opener(tmp_path), "full")
+
+    assert (problem.path, problem.kind) == ("file", "size")
 
 
 @pytest.mark.parametrize(("problems", "ok"), [((), True), ((Problem(path="a", kind="missing", detail=""),), False)])

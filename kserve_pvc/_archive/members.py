@@ -11,7 +11,7 @@ from typing import Protocol
 
 import attrs
 
-from kserve_pvc._format.file_names import check_name, fold
+from kserve_pvc._format.file_names import MAX_DIRECTORIES, check_name, fold
 from kserve_pvc._source.contract import UnpackLimits
 from kserve_pvc.errors import DamagedArchiveError, PolicyError, StoreError, UnsafePathError
 
@@ -51,9 +51,12 @@ class NameCheck:
         self.limits = limits
         self._selects = selects
         self._left = limits.entries
+        # Every name is kept part by part, so that many below one directory take little memory. By the number of their
+        # directory and by the part as a volume may compare it: the part itself, and the number of a directory.
+        self._known: dict[tuple[int, str], tuple[str, int | None]] = {}
+        self._directories = 0
         # The archive itself is in the same directory as its members until all of them are unpacked.
-        self._files = {fold(archive): archive}
-        self._directories: dict[str, str] = {}
+        self._known[0, fold(archive)] = archive, None
 
     def shown(self, member: str) -> str:
         return f"{self.archive}: {member}"
@@ -101,25 +104,33 @@ class NameCheck:
                 self.shown(name),
                 f"its name is longer than {self.limits.path_bytes} bytes; raise `unpack_limits` to allow more",
             )
-        self._add_directories(name, inside if is_directory else inside.rpartition("/")[0])
+        parts = inside.split("/")
+        number = self._enter(name, parts if is_directory else parts[:-1])
         if not is_directory:
-            folded = fold(inside)
-            twin = self._files.get(folded) or self._directories.get(folded)
-            if twin is not None:
-                raise self._collision(name, twin)
-            self._files[folded] = inside
+            place = number, fold(parts[-1])
+            if place in self._known:
+                raise self._collision(name, [*parts[:-1], self._known[place][0]])
+            self._known[place] = parts[-1], None
         return path
 
-    def _add_directories(self, name: str, directory: str) -> None:
-        while directory and self._directories.get(folded := fold(directory)) != directory:
-            twin = self._directories.get(folded) or self._files.get(folded)
-            if twin is not None:
-                raise self._collision(name, twin)
-            self._directories[folded] = directory
-            directory = directory.rpartition("/")[0]
+    def _enter(self, name: str, parts: list[str]) -> int:
+        """Add a directory and those above it, and return its number."""
+        number = 0
+        for level, part in enumerate(parts):
+            known = self._known.get((number, fold(part)))
+            if known is None:
+                self._directories += 1
+                if self._directories > MAX_DIRECTORIES:
+                    raise UnsafePathError(self.shown(name), f"a model may have {MAX_DIRECTORIES} directories")
+                known = self._known[number, fold(part)] = part, self._directories
+            spelled, below = known
+            if spelled != part or below is None:
+                raise self._collision(name, [*parts[:level], spelled])
+            number = below
+        return number
 
-    def _collision(self, name: str, twin: str) -> UnsafePathError:
-        rule = f"it collides with `{twin}` on volumes that ignore case or Unicode form"
+    def _collision(self, name: str, twin: list[str]) -> UnsafePathError:
+        rule = f"it collides with `{'/'.join(twin)}` on volumes that ignore case or Unicode form"
         return UnsafePathError(self.shown(name), rule)
 
 

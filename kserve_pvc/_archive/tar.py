@@ -165,15 +165,15 @@ def _extension(stream: MeteredStream, header: tarfile.TarInfo, names: NameCheck)
 
 def _records(data: bytes) -> dict[str, str]:
     """Parse records of the form `<length> <key>=<value>\\n`, where the length counts the whole record."""
-    records = {}
-    while data:
-        digits = data[:20].partition(b" ")[0]
-        length = int(digits) if digits.isdigit() else 0
-        if not len(digits) + 2 < length <= len(data) or data[length - 1 : length] != b"\n":
+    records, start = {}, 0
+    while start < len(data):
+        digits = data[start : start + 20].partition(b" ")[0]
+        stop = start + (int(digits) if digits.isdigit() else 0)
+        if not start + len(digits) + 2 < stop <= len(data) or data[stop - 1 : stop] != b"\n":
             raise ValueError("an extended header is malformed")
-        key, _, value = data[len(digits) + 1 : length - 1].partition(b"=")
+        key, _, value = data[start + len(digits) + 1 : stop - 1].partition(b"=")
         records[_decode(key)] = _decode(value)
-        data = data[length:]
+        start = stop
     return records
 
 

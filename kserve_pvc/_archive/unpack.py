@@ -12,8 +12,8 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from kserve_pvc._archive.decompressed import Decompressed, GzipDecompressor
 from kserve_pvc._archive.members import (
-    PIECE_BYTES,
     Member,
     Meter,
     MeteredStream,
@@ -106,7 +106,7 @@ def unpack(
             return
         if container == "tar":
             coding = _seen_coding(archive)
-        stream = MeteredStream(_decoded(archive, coding), meter)
+        stream = MeteredStream(_decoded(archive, name, coding), meter)
         if container == "tar":
             yield from tar_members(stream, names, make_room, is_compressed=bool(coding))
             return
@@ -130,20 +130,18 @@ def _seen_coding(archive: BinaryIO) -> str:
     return next((coding for magic, coding in _MAGIC.items() if start.startswith(magic)), "")
 
 
-def _decoded(archive: BinaryIO, coding: str) -> Readable:
+def _decoded(archive: BinaryIO, name: str, coding: str) -> Readable:
     if coding == "gz":
-        import gzip
-
-        return gzip.GzipFile(fileobj=archive, mode="rb")
+        return Decompressed(archive, name, GzipDecompressor)
     if coding == "xz":
         import lzma
 
         # `lzma.LZMAFile` has no memory limit, and silently ignores trailing data that is not xz.
-        return _Decompressed(archive, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_BYTES))
+        return Decompressed(archive, name, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_BYTES))
     if coding == "zst":
         zstd = _load_zstd()
         options = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
-        return _Decompressed(archive, lambda: zstd.ZstdDecompressor(options=options))
+        return Decompressed(archive, name, lambda: zstd.ZstdDecompressor(options=options))
     return archive
 
 
@@ -155,31 +153,3 @@ def _load_zstd() -> Any:
         return import_module("compression.zstd")
     except ImportError:
         return import_module("backports.zstd")
-
-
-class _Decompressed:
-    """
-    Decompresses concatenated streams, never more than the requested number of bytes at once.
-    """
-
-    def __init__(self, source: BinaryIO, make: Callable[[], Any]) -> None:
-        self._source = source
-        self._make = make
-        self._decompressor = make()
-
-    def read(self, most: int, /) -> bytes:
-        while True:
-            compressed = b""
-            if self._decompressor.eof:
-                # An xz stream may be followed by zero padding.
-                compressed = (self._decompressor.unused_data or self._source.read(PIECE_BYTES)).lstrip(b"\0")
-                if not compressed and not (compressed := self._source.read(PIECE_BYTES).lstrip(b"\0")):
-                    return b""
-                self._decompressor = self._make()
-            elif self._decompressor.needs_input:
-                compressed = self._source.read(PIECE_BYTES)
-                if not compressed:
-                    raise EOFError("unexpected end of data")
-            data: bytes = self._decompressor.decompress(compressed, most)
-            if data:
-                return data

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
 from types import TracebackType
 
+from kserve_pvc._download.slowness import Slowness
 from kserve_pvc._download.streams import StreamLimit
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, SupportsEvidence
@@ -101,6 +102,7 @@ class PatientReader:
         # Files whose source sends them whole only.
         self.whole: set[PurePosixPath] = set()
         self._busy_until = 0.0
+        self._slowness = Slowness(tuning.slow_seconds, tuning.least_bytes_per_second, time.monotonic())
         self.received = 0
         self.waited = 0.0
 
@@ -158,6 +160,7 @@ class PatientReader:
             if count == 0:
                 reason = f"the response for `{file.entry.path}` ended {stop - start} bytes early"
                 raise SourceUnavailableError(self._uri, reason)
+            self._check_rate(now, count or 0)
             if count is not None:
                 start += count
                 self.received += count
@@ -172,6 +175,13 @@ class PatientReader:
                     reason = f"only {start - began} bytes of `{file.entry.path}` came in {now - since:.3g} s"
                     raise SourceUnavailableError(self._uri, reason)
                 began, since = start, now
+
+    def _check_rate(self, now: float, count: int) -> None:
+        rate = self._slowness.add(now, count)
+        if rate is not None:
+            least, seconds = self._tuning.least_bytes_per_second, self._tuning.slow_seconds
+            reason = f"only {rate:.0f} bytes a second came for {seconds:g} s, of at least {least}"
+            raise SourceUnavailableError(self._uri, reason, is_final=True)
 
     def open_ahead(self, file: RemoteFile) -> OpenedRange | None:
         """

@@ -34,6 +34,9 @@ class Tuning:
         evidence_bytes: Up to this size the MD5 of a listing is good enough. For larger files a digest that is cheaper
             or more certain is requested from the source.
         trickle_bytes: A stream that receives less than this within `stall_seconds` is treated as silent.
+        slow_seconds: Over how long the rate of all streams together is judged.
+        least_bytes_per_second: A source that is slower than this for so long fails the transfer: it would hold the
+            claim, and the room that is reserved for the model, for days.
         retry_attempts: How many tries without a byte of progress, unless the source says when to come back.
         retry_first_seconds: The pause after the first of them, before it is scattered; it doubles from there.
     """
@@ -47,6 +50,8 @@ class Tuning:
     tiny_file_bytes: int = 256 * KIB
     evidence_bytes: int = 16 * MIB
     trickle_bytes: int = 16 * KIB
+    slow_seconds: float = 600.0
+    least_bytes_per_second: int = 16 * KIB
     retry_attempts: int = ATTEMPTS
     retry_first_seconds: float = 0.2
 

@@ -4,6 +4,7 @@ Replacing the archives of a download by their members.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -68,10 +69,12 @@ class Unpacking:
         assert archive.unpack is not None  # `run` has checked it.
         path = archive.entry.path
         try:
-            with self.writer.open_file(self.place / path) as fd, open(fd, "rb", closefd=False) as stream:
+            # Checked whenever the archive is read, since not all of it becomes bytes of a file.
+            with self.writer.open_file(self.place / path) as fd, io.BufferedReader(_Checked(fd, self.check)) as stream:
                 members = unpack(stream, str(path), archive.unpack, selects=self.ref.selects, make_room=self.make_room)
                 return [self._write(member) for member in members]
         except StoreError:
+            self.check()  # What ends the call inside of a decompressor comes out as damage.
             raise
         except OSError as error:
             raise self.writer.failure("unpacking", self.place / path, error) from error
@@ -100,3 +103,17 @@ class Unpacking:
         with self.writer.open_file(self.place / path) as fd, open(fd, "rb", closefd=False) as stream:
             while piece := stream.read(PIECE_BYTES):
                 yield piece
+
+
+class _Checked(io.FileIO):
+    """
+    An open file, where each read is preceded by a check that may end it by raising.
+    """
+
+    def __init__(self, fd: int, check: Callable[[], None]) -> None:
+        super().__init__(fd, "rb", closefd=False)
+        self._check = check
+
+    def readinto(self, buffer: memoryview, /) -> int | None:  # type: ignore[override]
+        self._check()
+        return super().readinto(buffer)

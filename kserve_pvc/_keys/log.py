@@ -51,12 +51,15 @@ class LogView:
         return self.entry if self.entry is not None and self.entry.is_present else None
 
 
-def read_log(volume: Volume, key: str) -> LogView:
+def read_log(volume: Volume, key: str, *, may_pause: bool = True) -> LogView:
     """
     Read the newest record of a key: one listing and one small read. Waits for no lock and writes nothing.
+
+    Args:
+        may_pause: Whether a damaged record is read again after a pause, as it may be half written.
     """
     view = LogView()
-    for attempt in range(_REREADS):
+    for attempt in range(_REREADS if may_pause else 1):
         if attempt:
             # A record that was created in place may be seen half written; one that was linked never is.
             time.sleep(_REREAD_PAUSE)
@@ -66,11 +69,11 @@ def read_log(volume: Volume, key: str) -> LogView:
     return view
 
 
-def read_model(volume: Volume, key: str) -> LogView:
+def read_model(volume: Volume, key: str, *, may_pause: bool = True) -> LogView:
     """
     As `read_log`. A record of a model whose directory is a link, or lies below one, is damage: nothing of ours is.
     """
-    view = read_log(volume, key)
+    view = read_log(volume, key, may_pause=may_pause)
     if view.present is None:
         return view
     place = generation_dir(key, view.present.generation)

@@ -146,10 +146,12 @@ def append(
     """
     seq = max(after_seq, above) + 1
     while not (yield Reserve(seq)):
-        moved_on = yield from _moves_on(after_seq, seq)
-        if moved_on:
+        highest = yield from _highest_unless_moved_on(after_seq, seq)
+        if highest is None:
             return None
-        seq += 1  # The process with that number died before it wrote, or will lose by what we write now.
+        # The process with that number died before it wrote, or will lose by what we write now. So will those with the
+        # numbers up to the highest, which are not tried one by one: there may be many.
+        seq = max(seq + 1, highest)
     newest: Newest = yield ReadNewest()
     if newest.seq > after_seq:
         return None
@@ -160,16 +162,18 @@ def append(
     return seq if newest.seq == seq else None
 
 
-def _moves_on(after_seq: int, taken: int) -> Procedure[bool]:
+def _highest_unless_moved_on(after_seq: int, taken: int) -> Procedure[int | None]:
+    """Wait for the record of a number that is taken. Returns None if there is one, else the highest number."""
+    highest = taken
     for _ in range(LOOKS_FOR_A_RECORD):
         newest: Newest = yield ReadNewest()
         if newest.seq > after_seq:
-            return True
-        highest: int = yield ReadHighestSlot()
+            return None
+        highest = yield ReadHighestSlot()
         if highest > taken:
             break
         yield Pause(LOOK_PAUSE)
-    return False
+    return highest
 
 
 def collect_garbage(seq: int, begun: Sequence[str]) -> Procedure[None]:

@@ -117,20 +117,29 @@ def _compare_digest(entry: FileEntry, open_file: OpenFile) -> Iterator[Problem]:
         return
     try:
         with open_file(entry.path) as fd:
-            actual = sha256_of(fd)
+            actual = sha256_of(fd, entry.size_bytes)
     except (OSError, StoreError) as error:
         yield Problem(path=str(entry.path), kind="unreadable", detail=str(error))
         return
-    if actual != entry.sha256:
+    if actual is None:
+        detail = f"more or less than {entry.size_bytes} bytes, after it had been written to while it was read"
+        yield Problem(path=str(entry.path), kind="size", detail=detail)
+    elif actual != entry.sha256:
         yield Problem(path=str(entry.path), kind="digest", detail=f"sha256 {actual} instead of {entry.sha256}")
 
 
-def sha256_of(fd: int) -> str:
+def sha256_of(fd: int, size_bytes: int) -> str | None:
     """
-    Digest an open file from its start, through one small buffer.
+    Digest an open file of so many bytes from its start, through one small buffer.
+
+    Returns:
+        None if it is shorter or longer by now. Of a file that is being appended to, one byte more is read.
     """
     digest, buffer, offset = hashlib.sha256(), make_buffer(_BUFFER_BYTES), 0
-    while count := os.preadv(fd, [buffer], offset):
+    while offset < size_bytes:
+        count = os.preadv(fd, [buffer[: min(_BUFFER_BYTES, size_bytes - offset)]], offset)
+        if not count:
+            return None
         digest.update(buffer[:count])
         offset += count
-    return digest.hexdigest()
+    return None if os.preadv(fd, [buffer[:1]], offset) else digest.hexdigest()

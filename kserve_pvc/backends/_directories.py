@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from kserve_pvc._format.file_names import MAX_LEVELS, MAX_NAME_BYTES
 from kserve_pvc._source.contract import MAX_FILES, RemoteFile
 from kserve_pvc.errors import PolicyError
+
+# Those of files that the patterns leave out count too.
+MAX_LISTED_DIRECTORIES = MAX_FILES
 
 
 class Directories:
@@ -31,9 +35,18 @@ class Directories:
     def mark(self, path: str) -> None:
         """
         Note that something has this path, so that all that lies above it are directories.
+
+        Names that no file can have, as the patterns may leave them out, are noted as far as one can.
+
+        Raises:
+            PolicyError: There are more than `MAX_LISTED_DIRECTORIES`.
         """
+        path = "/".join(path[: MAX_NAME_BYTES + 1].split("/", MAX_LEVELS)[:MAX_LEVELS])
         while (path := path.rpartition("/")[0]) not in self._names:
             self._names.add(path)
+            if len(self._names) > MAX_LISTED_DIRECTORIES:
+                rule = f"it has more than {MAX_LISTED_DIRECTORIES} directories; name a smaller part of it"
+                raise PolicyError(self._uri, rule)
 
     def sift(self, files: Iterable[RemoteFile]) -> Sequence[RemoteFile]:
         """

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kserve_pvc._format.json_size import check_size
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._object_store import Object, md5_digest
 from kserve_pvc.backends._ranges import RefusedError, from_base64, retry_after, unavailable
@@ -103,6 +104,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         RefusedError: It is not JSON, or not an object.
     """
     try:
+        check_size(body)
         content = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
         content = None

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from kserve_pvc.errors import SourceUnavailableError
 
-_NEXT_PAGE = re.compile(r'<([^>]*)>[^,<]*;\s*rel="?next\b')
+_NEXT_PAGE = re.compile(r'<([^<>]*)>[^,<]*;\s*rel="?next\b')
 # `RateLimit: "api";r=0;t=55`: nothing is left, and there will be more in so many seconds.
 _USED_UP = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*([0-9]{1,6})\b")
 

@@ -31,6 +31,7 @@ from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._directories import Directories
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
+from kserve_pvc.backends._pages import PageCount
 from kserve_pvc.backends._ranges import Reader, RefusedError, read_refusal, request_with_retries
 from kserve_pvc.errors import (
     PolicyError,
@@ -272,15 +273,13 @@ class ObjectStore:
     def _listed(self, place: Place) -> Iterator[tuple[Sequence[Object], bool]]:
         """The pages of a listing, each with whether it is the last."""
         token: str | None = None
-        seen: set[str] = set()
+        pages = PageCount(self.service.uri(place))
         while True:
             page, token = self.service.page(place, token)
             yield page, token is None
             if token is None:
                 return
-            if token in seen:
-                raise RefusedError("the listing loops: continuation token repeated")
-            seen.add(token)
+            pages.follow(token, is_empty=not page)
 
     def _inside(self, place: Place, ref: ModelRef, found: Object) -> str:
         if not found.name.startswith(place.name):

@@ -24,6 +24,7 @@ from kserve_pvc.backends._validators import bare_etag
 from kserve_pvc.errors import PolicyError, SourceChangedError, SourceDeniedError, SourceUnavailableError, StoreError
 
 _MAX_ERROR_BYTES = 64 * 1024
+_MAX_REASON = 2000
 _ERROR_SECONDS = 10.0
 _END_SECONDS = 10.0
 _BUSY = (429, 503)
@@ -55,7 +56,8 @@ class RefusedError(Exception):
         hint: str = "",
     ) -> None:
         super().__init__(reason)
-        self.reason = reason
+        # Taking secrets out of a long text takes long. Cut between words, so that no half of a secret is left.
+        self.reason = reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON].rpartition(" ")[0] + " ..."
         self.status = status
         self.code = code
         self.busy = busy

@@ -21,6 +21,7 @@ from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
 from kserve_pvc._source.contract import RangeReader
+from kserve_pvc.backends._bounded_session import bounded
 from kserve_pvc.backends._http.target import Target, target_of
 from kserve_pvc.backends._login.aws import NO_CREDENTIALS_HINT
 from kserve_pvc.backends._object_store import Request
@@ -49,7 +50,7 @@ class S3fsAccess:
         self.way = "fsspec:s3fs" if reads else "direct:s3fs"
         self._reads = reads
         # botocore would sign URLs by the older rules, which newer regions and encrypted objects refuse.
-        config = {**_PATIENCE, "signature_version": "s3v4", **(options.get("config_kwargs") or {})}
+        config = {**_PATIENCE, "signature_version": "s3v4", **bounded(), **(options.get("config_kwargs") or {})}
         self._fs = S3FileSystem(
             **{"use_listings_cache": False, **options, "config_kwargs": config, "skip_instance_cache": True}
         )

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from kserve_pvc._format.json_size import check_size
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
@@ -29,6 +30,7 @@ from kserve_pvc.backends._hf_settings import find_endpoint, find_token, is_true
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
+from kserve_pvc.backends._pages import PageCount
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, retry_after, unavailable
 from kserve_pvc.errors import (
     SettingsError,
@@ -43,8 +45,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
-_MAX_ANSWER_BYTES = 64 * 1024 * 1024
-_MAX_PAGES = 2_000
+_MAX_ANSWER_BYTES = 32 * 1024 * 1024
 _MAX_SIZE = 10**15
 _MAX_BLOB_SIZE = 10**9
 _BLOB = "gitblob"
@@ -242,7 +243,7 @@ class HFBackend:
         """Every file and directory below one, or in it, page by page."""
         path = f"/api/models/{repository}/tree/{commit}" + (f"/{quote(directory, safe='')}" if directory else "")
         query: Mapping[str, str] = {"recursive": str(is_recursive).lower(), "expand": "false"}
-        seen: set[str] = set()
+        pages = PageCount(uri)
         while True:
             entries, headers = self._ask(uri, path, query)
             if not isinstance(entries, list):
@@ -252,11 +253,9 @@ class HFBackend:
             following = find_next_page(uri, headers.get("link", ""))
             if following is None:
                 return
-            seen.add(urlencode(query))
             # Only the query is taken from the link: requests go to the configured hub, whatever host a mirror repeats.
             query = following
-            if urlencode(query) in seen or len(seen) >= _MAX_PAGES:
-                raise SourceUnavailableError(uri, "the listing loops: a page is named a second time", is_final=True)
+            pages.follow(urlencode(query), is_empty=not entries)
 
     def _ask(self, uri: str, path: str, query: Mapping[str, str]) -> tuple[Any, Mapping[str, str]]:
         """Send a small request, and retry while the hub is busy or the network fails."""
@@ -458,6 +457,7 @@ class _Range:
 
 def _from_json(uri: str, body: bytes) -> Any:
     try:
+        check_size(body)
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise not_a_hub(uri, "the response is not JSON") from error

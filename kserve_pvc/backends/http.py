@@ -51,6 +51,8 @@ _CODING_ENDINGS = {
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 5
 _MAX_ONE_BYTE_ANSWER = 1024
+# How much is received of a file only to count it, as its server does not say its length.
+_MAX_COUNTED_BYTES = 2**40
 _COUNTING_BYTES = 256 * 1024
 _CONTENT_RANGE = re.compile(r"bytes (?:0-0|\*)/([0-9]{1,18})")
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -267,6 +269,9 @@ class HTTPBackend:
             since = time.monotonic()
             while (count := answer.readinto(buffer)) != 0:
                 size, since = size + (count or 0), time.monotonic() if count else since
+                if size > _MAX_COUNTED_BYTES:
+                    rule = f"the server sends no length, and more than {_MAX_COUNTED_BYTES} bytes"
+                    raise PolicyError(address, rule)
                 if time.monotonic() - since > self._client.response_seconds:
                     raise HTTPError(f"nothing came for {self._client.response_seconds:g} s")
         return size

@@ -22,7 +22,7 @@ from kserve_pvc.kserve._policy import Policy
 MAX_BODY_BYTES = 3 * 1024 * 1024
 # A typical pod is nested about ten levels deep, the full schema less than thirty.
 MAX_DEPTH = 64
-# A pod of a megabyte has about ten thousand values. Parsing more would exceed the timeout of the API server.
+# A pod of a megabyte has about ten thousand values. While one request is decided, others wait.
 MAX_VALUES = 500_000
 
 _GROUP = "admission.k8s.io"
@@ -102,7 +102,12 @@ def decide(review: Manifest, policy: Policy) -> Decision:
     return _decision(review, "mutated" if operations else "unchanged", admitted=admitted, operations=operations)
 
 
-def patch(before: Any, after: Any, path: str = "") -> Iterator[dict[str, Any]]:
+# The way to a value: the way to its parent, and its key or index. Written out only where something differs, since the
+# names of a document may be long.
+_Way = tuple["_Way", "str | int"] | None
+
+
+def patch(before: Any, after: Any, way: _Way = None) -> Iterator[dict[str, Any]]:
     """
     Return the JSON Patch (RFC 6902) from one document to another.
 
@@ -110,24 +115,29 @@ def patch(before: Any, after: Any, path: str = "") -> Iterator[dict[str, Any]]:
     """
     if type(before) is not type(after) or not isinstance(before, dict | list):
         if before != after or type(before) is not type(after):
-            yield {"op": "replace", "path": path, "value": after}
+            yield {"op": "replace", "path": _pointer(way), "value": after}
     elif isinstance(before, dict):
-        yield from ({"op": "remove", "path": _pointer(path, key)} for key in before if key not in after)
+        yield from ({"op": "remove", "path": _pointer((way, key))} for key in before if key not in after)
         for key, value in after.items():
             if key in before:
-                yield from patch(before[key], value, _pointer(path, key))
+                yield from patch(before[key], value, (way, key))
             else:
-                yield {"op": "add", "path": _pointer(path, key), "value": value}
+                yield {"op": "add", "path": _pointer((way, key)), "value": value}
     else:
         for index, (old, new) in enumerate(zip(before, after, strict=False)):
-            yield from patch(old, new, f"{path}/{index}")
-        yield from ({"op": "remove", "path": f"{path}/{index}"} for index in reversed(range(len(after), len(before))))
-        yield from ({"op": "add", "path": f"{path}/-", "value": value} for value in after[len(before) :])
+            yield from patch(old, new, (way, index))
+        surplus = reversed(range(len(after), len(before)))
+        yield from ({"op": "remove", "path": _pointer((way, index))} for index in surplus)
+        yield from ({"op": "add", "path": _pointer((way, "-")), "value": value} for value in after[len(before) :])
 
 
-def _pointer(path: str, key: str) -> str:
-    """Extend a JSON Pointer (RFC 6901)."""
-    return f"{path}/{key.replace('~', '~0').replace('/', '~1')}"
+def _pointer(way: _Way) -> str:
+    """Write a JSON Pointer (RFC 6901)."""
+    parts: list[str] = []
+    while way is not None:
+        way, key = way
+        parts.append(str(key).replace("~", "~0").replace("/", "~1"))
+    return "".join(f"/{part}" for part in reversed(parts))
 
 
 def _decision(

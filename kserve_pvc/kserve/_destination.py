@@ -22,16 +22,17 @@ from attrs.validators import instance_of
 
 from kserve_pvc._format import layout
 from kserve_pvc._format.codec import build, decode, encode, text
-from kserve_pvc._format.file_names import check_collisions, check_name
+from kserve_pvc._format.file_names import check_collisions, check_name, fold
 from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder, to_files
 from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heartbeat, take_claim
 from kserve_pvc._volume.calls import delete_tree, sync_directory
 from kserve_pvc._volume.making import widen_new_file
 from kserve_pvc._volume.mount import mount_of
 from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.verify import sha256_of
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
-from kserve_pvc.kserve._placing import Method, copy_file, digest_of, place_by
+from kserve_pvc.kserve._placing import Method, copy_file, place_by
 from kserve_pvc.locks.external import ExternalLock
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.lease import LeaseLostError
@@ -44,7 +45,22 @@ _NEXT = OURS / "next"
 _LOCK = OURS / "lock"
 _KEY = "destination-0000000000000000"
 
+# What a file of a model may be called at no level: it would be read as a record of a store or of an initializer.
+RESERVED = frozenset((OURS.name, layout.META.name))
+
 _T = TypeVar("_T")
+
+
+def check_unreserved(path: PurePosixPath) -> None:
+    """
+    Refuse a path whose name, or that of a directory on it, is one of ours.
+
+    Raises:
+        UnsafePathError: It is, on some volume.
+    """
+    reserved = next((part for part in path.parts if fold(part) in RESERVED), None)
+    if reserved is not None:
+        raise UnsafePathError(str(path), f"`{reserved}` is reserved for stores and their initializer")
 
 
 @attrs.frozen(kw_only=True)
@@ -86,8 +102,7 @@ class Contents:
     def __attrs_post_init__(self) -> None:
         check_collisions(f.path for f in self.files)
         for file in self.files:
-            if file.path.parts[0] == OURS.name:
-                raise UnsafePathError(str(file.path), f"`{OURS}` is reserved for the initializer")
+            check_unreserved(file.path)
 
 
 @attrs.frozen(kw_only=True)
@@ -345,7 +360,9 @@ class Destination:
     def _is_moved(self, file: FileEntry) -> bool:
         try:
             with self._writer.open_file(file.path) as fd:
-                return os.fstat(fd).st_size == file.size_bytes and (file.sha256 is None or digest_of(fd) == file.sha256)
+                return os.fstat(fd).st_size == file.size_bytes and (
+                    file.sha256 is None or sha256_of(fd, file.size_bytes) == file.sha256
+                )
         except (FileNotFoundError, UnsafePathError):
             return False
 

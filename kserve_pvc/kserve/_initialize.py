@@ -39,11 +39,12 @@ from kserve_pvc.errors import (
     SourceNotFoundError,
     StoreError,
     StoreFormatError,
+    UnsafePathError,
     VolumeError,
     printable,
 )
 from kserve_pvc.kserve._archives import is_archive, unpacking
-from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source
+from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source, check_unreserved
 from kserve_pvc.kserve._environment import Variables, leave_to_s3, read_variables, trust_bundle
 from kserve_pvc.kserve._log import log as _log
 from kserve_pvc.kserve._schemes import check_supported
@@ -122,17 +123,27 @@ def fill_all(pairs: Sequence[tuple[str, str]], variables: Variables) -> None:
         )
     by_place: dict[str, list[CheckedSource]] = {}
     for source, place in pairs:
-        if not place or ".." in place.split("/") or "\0" in place:
-            raise SettingsError("DEST", place, "expected the path of a directory, without `..`")
-        by_place.setdefault(os.path.normpath(place), []).append(read_source(source, variables))
+        by_place.setdefault(_check_place(place), []).append(read_source(source, variables))
+    # Before the first of them is filled: what a source brings along makes no store of a later destination.
+    stores = {place: find_store(Path(place), variables) for place in by_place}
     for place, sources in by_place.items():
         began = time.monotonic()
         for one in sources:
             _log("INFO", f"Copying contents of {one.shown} to local")
-        _fill(Path(place), sources, variables)
+        _fill(Path(place), stores[place], sources, variables)
         for one in sources:
             _log("INFO", f"Successfully copied {one.shown} to {printable(place)}")
         _log("INFO", f"Model downloaded in {time.monotonic() - began} seconds.")
+
+
+def _check_place(place: str) -> str:
+    if not place or ".." in place.split("/") or "\0" in place:
+        raise SettingsError("DEST", place, "expected the path of a directory, without `..`")
+    try:
+        check_unreserved(PurePosixPath(place))
+    except UnsafePathError as error:
+        raise SettingsError("DEST", place, error.rule) from None
+    return os.path.normpath(place)
 
 
 @attrs.frozen(kw_only=True)
@@ -180,11 +191,10 @@ def read_source(source: str, variables: Variables) -> CheckedSource:
     return CheckedSource(ref=ref)
 
 
-def _fill(place: Path, sources: Sequence[CheckedSource], variables: Variables) -> None:
+def _fill(place: Path, store: Path | None, sources: Sequence[CheckedSource], variables: Variables) -> None:
     if _is_own_source(place, sources):
         _log("INFO", f"{printable(place)} is the source itself: nothing to copy")
         return
-    store = find_store(place, variables)
     if store is None:
         _download_into(place, sources, variables)
         return
@@ -213,6 +223,9 @@ def _is_own_source(place: Path, sources: Sequence[CheckedSource]) -> bool:
 def find_store(place: Path, variables: Variables) -> Path | None:
     """
     Return the root of the store that serves a destination, or None if it is private.
+
+    It is the one that is configured, or the destination itself. Directories above it are not looked at, since others
+    may write there.
     """
     if variables.kind == "private":
         return None
@@ -220,7 +233,13 @@ def find_store(place: Path, variables: Variables) -> Path | None:
         return variables.store
     if variables.kind == "store":
         return place
-    return next((above for above in (place, *place.parents) if (above / layout.SETTINGS).is_file()), None)
+    if (place / layout.SETTINGS).is_file():
+        return place
+    above = next((above for above in place.parents if (above / layout.SETTINGS).is_file()), None)
+    if above is not None:
+        shown = f"{printable(str(place))} is inside the store at {printable(str(above))}"
+        _log("WARNING", f"{shown}, which is not used, as KSERVE_PVC_STORE does not name it")
+    return None
 
 
 def _open(root: Path, variables: Variables, *, mode: str | None = None) -> ModelStore:
@@ -368,7 +387,11 @@ def _contents(
 def _move(
     destination: Destination, sources: Sequence[CheckedSource], models: Sequence[Model], check: Callable[[], None]
 ) -> None:
-    contents, origins = _contents(sources, models)
+    try:
+        contents, origins = _contents(sources, models)
+    except UnsafePathError:
+        destination.delete(WORK)
+        raise
 
     def place(file: FileEntry) -> None:
         if not destination.move(PurePosixPath(origins[file.path].relative_to(destination.root)), file):

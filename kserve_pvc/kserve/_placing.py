@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from kserve_pvc._format.records import FileEntry
-from kserve_pvc._volume.buffers import make_buffer
 from kserve_pvc._volume.calls import allocate, copy_range
 from kserve_pvc._volume.reading import Volume
+from kserve_pvc._volume.verify import sha256_of
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import UnsafePathError, VolumeError
 
@@ -99,7 +98,7 @@ def copy_file(
                 allocate(written, file.size_bytes)
                 copy_range(read, written, 0, file.size_bytes)
             _check_size(where, os.fstat(written).st_size, file)
-            if not is_clone and file.sha256 is not None and digest_of(written) != file.sha256:
+            if not is_clone and file.sha256 is not None and sha256_of(written, file.size_bytes) != file.sha256:
                 raise VolumeError(str(where), "copying", "it does not have the sha256 of its record")
             os.fsync(written)
         finally:
@@ -122,14 +121,3 @@ def _clone(source: int, target: int) -> bool:
             raise
         return False
     return True
-
-
-def digest_of(fd: int) -> str:
-    """
-    Return the SHA-256 of an open file.
-    """
-    hashed, buffer, offset = sha256(), make_buffer(1024 * 1024), 0
-    while count := os.preadv(fd, [buffer], offset):
-        hashed.update(buffer[:count])
-        offset += count
-    return hashed.hexdigest()

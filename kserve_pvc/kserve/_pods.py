@@ -339,18 +339,50 @@ def _mounts(container: Manifest) -> list[Manifest]:
 
 def _confine(spec: Manifest, owner: _Owner, grant: _Grant | None, notes: list[str]) -> None:
     """Check the directory of every mount of a governed claim, and make it read-only unless a rule grants more."""
+    uses = _uses(spec)
+    names: set[object] = set()
     for volume in tools.entries(spec, "volumes", "spec"):
-        claim = _claim_of(volume)
+        name, claim = volume.get("name"), _claim_of(volume)
+        if not isinstance(name, str) or name in names:
+            raise SettingsError("spec.volumes[].name", str(name or ""), "every volume needs a name of its own")
+        names.add(name)
         rules = owner.rules(claim) if claim else ()
         if claim is None or not rules:
             continue
-        if grant is not None and volume.get("name") == MODEL_VOLUME and _requests_nothing_else(spec, grant):
+        if grant is not None and name == MODEL_VOLUME and _requests_nothing_else(spec, grant):
             rules = (grant.rule,)
         if all(rule.access == "read" for rule in rules):
             # This applies to all mounts, including those that KServe adds later.
             volume["persistentVolumeClaim"]["readOnly"] = True
-        for kind, container in tools.containers(spec):
-            _confine_container(kind, container, volume, owner, rules, notes)
+        for use in uses.get(name, ()):
+            _confine_use(use, volume, claim, owner, rules, notes)
+
+
+@attrs.frozen
+class _Use:
+    """
+    What a container requests of a volume: a mount, or None for a block device.
+    """
+
+    kind: str
+    container: Manifest
+    mount: Manifest | None
+
+
+def _uses(spec: Manifest) -> dict[object, list[_Use]]:
+    """Return what all containers request, by the name of the volume: a pod may have many of both."""
+    found: dict[object, list[_Use]] = {}
+    for kind, container in tools.containers(spec):
+        for device in tools.entries(container, "volumeDevices", "spec.containers[]"):
+            found.setdefault(_hashable(device.get("name")), []).append(_Use(kind, container, None))
+        for mount in _mounts(container):
+            found.setdefault(_hashable(mount.get("name")), []).append(_Use(kind, container, mount))
+    return found
+
+
+def _hashable(name: object) -> str | None:
+    # Anything else names no volume.
+    return name if isinstance(name, str) else None
 
 
 def _requests_nothing_else(spec: Manifest, grant: _Grant) -> bool:
@@ -360,26 +392,22 @@ def _requests_nothing_else(spec: Manifest, grant: _Grant) -> bool:
     return grant.is_default and all(grant.rule.covers(path) for path in paths)
 
 
-def _confine_container(
-    kind: str, container: Manifest, volume: Manifest, owner: _Owner, rules: tuple[Rule, ...], notes: list[str]
+def _confine_use(
+    use: _Use, volume: Manifest, claim: str, owner: _Owner, rules: tuple[Rule, ...], notes: list[str]
 ) -> None:
-    name, claim = container.get("name"), str(_claim_of(volume))
-    if any(
-        device.get("name") == volume.get("name")
-        for device in tools.entries(container, "volumeDevices", "spec.containers[]")
-    ):
+    name, mount = use.container.get("name"), use.mount
+    if mount is None:
         raise PolicyError(
             f"claim {claim}", f"container `{name}` requests it as a block device, which would bypass directories"
         )
-    is_initializer = kind == "initContainers" and name == tools.INITIALIZER
+    is_initializer = use.kind == "initContainers" and name == tools.INITIALIZER
     # Where the volume itself is read-only, the mount for KServe's initializer is not changed: KServe may add it later.
     is_volume_read_only = is_initializer and volume["persistentVolumeClaim"].get("readOnly") is True
-    for mount in (mount for mount in _mounts(container) if mount.get("name") == volume.get("name")):
-        granted = _access(mount, claim, owner, rules)
-        may_write = granted == "write" or (granted == "download" and is_initializer)
-        if not (may_write or is_volume_read_only or mount.get("readOnly") is True):
-            mount["readOnly"] = True
-            notes.append(f"container `{name}` mounts claim `{claim}` read-only: the policy grants `{granted}`")
+    granted = _access(mount, claim, owner, rules)
+    may_write = granted == "write" or (granted == "download" and is_initializer)
+    if not (may_write or is_volume_read_only or mount.get("readOnly") is True):
+        mount["readOnly"] = True
+        notes.append(f"container `{name}` mounts claim `{claim}` read-only: the policy grants `{granted}`")
 
 
 def _access(mount: Manifest, claim: str, owner: _Owner, rules: tuple[Rule, ...]) -> Access:

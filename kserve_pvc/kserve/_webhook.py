@@ -33,6 +33,14 @@ try:
     from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
+
+    from kserve_pvc.kserve._connections import (
+        KEEP_ALIVE_SECONDS,
+        MAX_CONNECTIONS,
+        BoundedLoop,
+        BoundedProtocol,
+        allow_open_files,
+    )
 except ImportError as error:
     raise MissingDependencyError("the webhook", str(error.name), "pip install 'kserve-pvc[webhook]'") from None
 
@@ -43,9 +51,6 @@ RELOAD_SECONDS = 5.0
 # A body over the limit is read up to this size, so that the client gets a response instead of a reset connection.
 _DRAIN_BYTES = 16 * 1024 * 1024
 BODY_SECONDS = 10.0
-# The API server keeps idle connections longer than the default of uvicorn.
-_KEEP_ALIVE_SECONDS = 120
-_MAX_CONNECTIONS = 512
 _UVICORN_OPTIONS: dict[str, Any] = {
     "log_config": None,
     "access_log": False,
@@ -53,8 +58,9 @@ _UVICORN_OPTIONS: dict[str, Any] = {
     "server_header": False,
     "proxy_headers": False,
     "lifespan": "on",
-    "limit_concurrency": _MAX_CONNECTIONS,
-    "timeout_keep_alive": _KEEP_ALIVE_SECONDS,
+    "http": BoundedProtocol,
+    "limit_concurrency": MAX_CONNECTIONS + 1,
+    "timeout_keep_alive": KEEP_ALIVE_SECONDS,
     "timeout_graceful_shutdown": 20,
 }
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -95,9 +101,11 @@ def serve(
     )
     config.load()
     config.ssl = context
+    allow_open_files()
     with _listen(host, port) as listener:
         _say(f"listening on https://{_shown(listener)}")
-        uvicorn.Server(config).run(sockets=[listener])
+        with asyncio.Runner(loop_factory=BoundedLoop) as runner:
+            runner.run(uvicorn.Server(config).serve(sockets=[listener]))
 
 
 class Webhook:

@@ -15,7 +15,9 @@ from typing import Any
 
 from kserve_pvc.errors import InvalidFileError, MissingDependencyError
 
-_MAX_BYTES = 64 * 1024 * 1024
+_MAX_BYTES = 16 * 1024 * 1024
+# With each alias written out.
+MAX_VALUES = 1_000_000
 _MAX_DIGITS = 128
 _INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0o[0-7_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)")
 _NUMBER = re.compile(
@@ -40,11 +42,42 @@ def read_documents(text: str | bytes, name: str) -> list[Any]:
     if len(text) > _MAX_BYTES:
         raise InvalidFileError(name, "too large", f"{len(text)} bytes of at most {_MAX_BYTES}")
     try:
-        return [document for document in yaml.load_all(text, Loader=_loader()) if document is not None]
+        documents = [document for document in yaml.load_all(text, Loader=_loader()) if document is not None]
+        _count_values(documents, {})
+        return documents
     except yaml.YAMLError as error:
         raise InvalidFileError(name, "invalid YAML", _problem(error)) from None
+    except _CrowdedError as error:
+        raise InvalidFileError(name, "invalid YAML", str(error)) from None
     except (RecursionError, ValueError) as error:
         raise InvalidFileError(name, "invalid YAML", type(error).__name__) from None
+
+
+class _CrowdedError(Exception):
+    """
+    Aliases make a document larger than any manifest, or infinite.
+    """
+
+
+def _count_values(value: Any, known: dict[int, int | None]) -> int:
+    """
+    Count the values of a document as if each alias were written out.
+
+    Args:
+        known: The values of collections that were counted, by their identity; None while they are.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = None
+        inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_values(one, known) for one in inside)
+    total = known[id(value)]
+    if total is None:
+        raise _CrowdedError("an alias stands inside of what it stands for")
+    if total > MAX_VALUES:
+        raise _CrowdedError(f"it has more than {MAX_VALUES} values, with its aliases written out")
+    return total
 
 
 def write_documents(documents: Iterable[Any]) -> str:
@@ -88,6 +121,19 @@ def _loader() -> Any:
                     raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key.value}`", key.start_mark)
                 seen.add(name or id(key))
             return super().construct_mapping(node, deep)
+
+        def flatten_mapping(self, node: Any) -> Any:
+            # Each merge copies what it merges, and may be merged itself.
+            for key, value in node.value:
+                if key.tag != f"{_TAG}merge":
+                    continue
+                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if isinstance(one, yaml.MappingNode):
+                        self.flatten_mapping(one)
+                        self.merged = getattr(self, "merged", 0) + len(one.value)
+                        if self.merged > MAX_VALUES:
+                            raise _CrowdedError(f"it merges more than {MAX_VALUES} values")
+            return super().flatten_mapping(node)
 
     replaced = {f"{_TAG}{kind}" for kind in ("timestamp", "int", "float")}
     inherited = yaml.SafeLoader.yaml_implicit_resolvers

@@ -11,7 +11,7 @@ import attrs
 from fsspec import AbstractFileSystem as FileSystem
 from fsspec.asyn import AsyncFileSystem
 
-from kserve_pvc._format.file_names import check_name
+from kserve_pvc._format.file_names import MAX_LEVELS, check_name
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import MAX_FILES, RemoteFile
 from kserve_pvc._source.ref import ModelRef, join_parts
@@ -115,7 +115,12 @@ class Listing:
             return False
         if ".." in directory.split("/"):
             check_name(directory)
-        return self.ref.may_select_below(directory)
+        if not self.ref.may_select_below(directory):
+            return False
+        if directory.count("/") >= MAX_LEVELS - 1:
+            # No file in it can be stored, and there may be one more directory in each.
+            check_name(f"{directory}/x")
+        return True
 
     def _inside(self, path: str, name: object) -> str:
         prefix = path.rstrip("/") + "/"

@@ -182,8 +182,12 @@ class Response:
     @property
     def headers(self) -> Mapping[str, str]:
         """All headers by lower-case name."""
-        names = {line.partition(b":")[0].decode("latin-1") for line in self._lower.split(b"\r\n")[1:] if b":" in line}
-        return {name: self.header(name) or "" for name in names}
+        found: dict[str, list[str]] = {}
+        for line in self._head.split(b"\r\n")[1:]:
+            name, colon, value = line.partition(b":")
+            if colon:
+                found.setdefault(name.lower().decode("latin-1"), []).append(value.decode("latin-1").strip())
+        return {name: ", ".join(values) for name, values in found.items()}
 
     def _frame(self, method: str) -> None:
         self.length: int | None = None
