@@ -492,13 +492,14 @@ def test_no_secret_is_told(root, hub, caplog):
         with pytest.raises(StoreError) as caught:
             store(root, hub, retry_seconds=0.1).resolve(URI)
         told.append(f"{caught.value!s} {caught.value!r} {caught.value.fields} {caught.value.__cause__!r}")
-    hub.meddle = meddle_with("", lambda answer: Answer(status=500, body=b"Signature="), host="storage")
+    echo = f"Signature={OWNER}".encode()
+    hub.meddle = meddle_with("", lambda answer: Answer(status=500, body=echo), host="storage")
     with pytest.raises(SourceUnavailableError) as caught:
         store(root, hub, retry_seconds=0.1).ensure(URI, force_download=True, progress=False)
     told += [f"{caught.value!s} {caught.value!r}", repr(model.record), repr(backend(hub)), caplog.text]
 
     written = [path.read_bytes() for path in root.rglob("*") if path.is_file()]
-    everything = b"".join(written) + "".join(told).encode()
+    everything = b"".join(written) + "".join(told).replace("Signature=…", "").encode()
     assert [word for word in (OWNER, "Signature=", "Bearer") if word.encode() in everything] == []
 
 

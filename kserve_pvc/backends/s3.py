@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from kserve_pvc._source.contract import RangeReader, RemoteFile
-from kserve_pvc._source.ref import ModelRef, redact
+from kserve_pvc._source.redaction import hide, redact
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._object_store import (
@@ -31,7 +32,7 @@ from kserve_pvc.backends._object_store import (
 )
 from kserve_pvc.backends._options import check_options, find_reasons, log_access, read_settings
 from kserve_pvc.backends._ranges import RefusedError, from_base64
-from kserve_pvc.backends._s3_requests import DENIED, Access, Listed, SignedAccess, parse_refusal
+from kserve_pvc.backends._s3_requests import DENIED, FINAL, Access, Listed, SignedAccess, is_cold, parse_refusal
 from kserve_pvc.backends._s3_settings import (
     BEYOND_URLS,
     ORDINARY_BUCKET,
@@ -140,20 +141,21 @@ class _S3:
         if not is_size(size):
             raise RefusedError("response lacks Content-Length; is this an S3 endpoint?")
         version = head.get("x-amz-version-id", "null")
-        listed = (place.name, int(size), head.get("etag"), http_date(head.get("last-modified")))
+        cold = is_cold(head.get("x-amz-storage-class"), head.get("x-amz-archive-status"))
+        listed = Listed(place.name, int(size), head.get("etag"), http_date(head.get("last-modified")), cold)
         return self._object(listed, revision, None if version == "null" else version)
 
     def _listed_size(self, place: Place) -> str:
         """The size of an object whose description has none, as proxies send it."""
         found, _ = self.way(place.bucket).page(place.bucket, place.name, None)
-        return next((str(size) for key, size, _, _ in found if key == place.name), "")
+        return next((str(listed.size_bytes) for listed in found if listed.key == place.name), "")
 
     def page(self, place: Place, token: str | None) -> tuple[Sequence[Object], str | None]:
         found, token = self.way(place.bucket).page(place.bucket, place.name, token)
         return [self._object(listed) for listed in found], token
 
     def _object(self, listed: Listed, revision: str | None = None, version: str | None = None) -> Object:
-        key, size, etag, date = listed
+        key, size, etag, date, cold = listed
         name = bare_etag(etag) if etag is not None and identifies(etag, size) else None
         digest = _MD5.fullmatch(name) if name and self._etag_is_md5 else None
         if revision is not None:
@@ -170,6 +172,7 @@ class _S3:
             pin=pin,
             digest=md5_digest(digest and digest[0], size),
             is_directory=not size and key.endswith("/"),
+            is_cold=cold,
         )
 
     def read(self, place: Place, pin: Mapping[str, str], *, renewed: bool) -> Request:
@@ -208,10 +211,15 @@ class _S3:
             return "missing"
         if refusal.code in _CHANGED:
             return "changed"
+        if refusal.code in FINAL:
+            return "final"
+        if refusal.status in (401, 403):
+            return "denied"
         return "other" if refusal.busy is None else "busy"
 
     def describe(self, refusal: RefusedError, place: Place) -> str:
-        return redact(refusal.reason).rstrip(". ")
+        secrets = () if self._class is None else self._class.secrets()
+        return redact(hide(refusal.reason, secrets)).rstrip(". ")
 
     def access(self, place: Place) -> str:
         return self.way(place.bucket).way
