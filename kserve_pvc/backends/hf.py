@@ -22,6 +22,7 @@ from urllib.parse import quote, urlencode
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
+from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._hf_addresses import ADDRESS_SECONDS, Addresses, lifetime
 from kserve_pvc.backends._hf_names import HubLocation, is_repository, parse_location, repository_and_path
 from kserve_pvc.backends._hf_replies import find_next_page, not_a_hub, read_refusal_of_hub
@@ -49,7 +50,7 @@ _MAX_SIZE = 10**15
 _MAX_BLOB_SIZE = 10**9
 _BLOB = "gitblob"
 
-_OWN_OPTIONS = {"endpoint", "token", "verify"}
+_OWN_OPTIONS = {"allow_private", "endpoint", "token", "verify"}
 RULES = (
     Rule(configured_options, "is set in fsspec's configuration"),
     Rule(options_beyond(_OWN_OPTIONS), "is an argument of huggingface_hub's HfFileSystem"),
@@ -88,7 +89,8 @@ def _through_class(arguments: Mapping[str, Any]) -> Backend:
     if "verify" in arguments:
         hint = "HfFileSystem has no such argument; name certificates in SSL_CERT_FILE, or pass no other option"
         raise SettingsError("verify", "not shown", hint)
-    return FsspecBackend(arguments)
+    # The class shares the client of huggingface_hub with the whole process, which goes wherever the hub sends it.
+    return FsspecBackend({name: value for name, value in arguments.items() if name != "allow_private"})
 
 
 class HFBackend:
@@ -98,7 +100,8 @@ class HFBackend:
 
     Args:
         options: `token` (a text; False for none; True for the one of the environment even if that is switched off),
-            `endpoint`, and `verify` (a file or directory of certificates, or False). They win over the environment.
+            `endpoint`, `verify` (a file or directory of certificates, or False), and `allow_private` (True, or the
+            hosts besides that of the hub that may have private addresses). They win over the environment.
         environ: What stands for the environment of the process.
     """
 
@@ -107,7 +110,9 @@ class HFBackend:
         self._endpoint = find_endpoint(options, environ)
         self._token = find_token(options, environ)
         self._is_offline = any(is_true(environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
-        self.client = HTTPClient(environ=environ, ca_bundle=options.get("verify"))
+        # What the hub redirects to is chosen by others; where it is itself, by the user.
+        check = make_address_check(options, environ, hosts=[self._endpoint.host])
+        self.client = HTTPClient(environ=environ, ca_bundle=options.get("verify"), check_address=check)
         self.addresses = Addresses()
         self._retry_seconds = 300.0
 
