@@ -212,6 +212,8 @@ class ObjectStore:
         self._requests = requests
         self._client = requests.client
         self._bucket_parts = bucket_parts
+        # Set by a backend whose certificates are not checked.
+        self.is_unverified = False
         # Objects whose server refuses every condition.
         self._unconditional: set[str] = set()
 
@@ -382,6 +384,10 @@ class ObjectStore:
 
     def access(self, ref: ModelRef) -> str:
         return self.service.access(self.service.place(ref))
+
+    def checks_certificates(self, ref: ModelRef) -> bool:
+        del ref
+        return not self.is_unverified
 
     def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
         """

@@ -29,7 +29,15 @@ from kserve_pvc.backends._hf_replies import find_next_page, not_a_hub, read_refu
 from kserve_pvc.backends._hf_settings import find_endpoint, find_token, is_true
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
-from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
+from kserve_pvc.backends._options import (
+    Rule,
+    TrimmedEnvironment,
+    checks_certificates,
+    configured_options,
+    options_beyond,
+    trim_options,
+    warn_unverified,
+)
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, unavailable
 from kserve_pvc.backends._refusals import hide_sent, words_of
 from kserve_pvc.errors import (
@@ -114,6 +122,9 @@ class HFBackend:
         check = make_address_check(options, environ, hosts=[self._endpoint.host])
         self.client = HTTPClient(environ=environ, ca_bundle=options.get("verify"), check_address=check)
         self.addresses = Addresses()
+        self._is_verified = checks_certificates(options)
+        if not self._is_verified:
+            warn_unverified("hf")
         self._retry_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:
@@ -129,6 +140,10 @@ class HFBackend:
     def access(self, ref: ModelRef) -> str:
         del ref
         return "direct"
+
+    def checks_certificates(self, ref: ModelRef) -> bool:
+        del ref
+        return self._is_verified
 
     def checksum(self, name: str) -> Checksum | None:
         """

@@ -28,7 +28,15 @@ from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
+from kserve_pvc.backends._options import (
+    Rule,
+    TrimmedEnvironment,
+    checks_certificates,
+    configured_options,
+    options_beyond,
+    trim_options,
+    warn_unverified,
+)
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, unavailable
 from kserve_pvc.backends._refusals import hide_sent, words_of
 from kserve_pvc.backends._validators import identifies, make_token
@@ -143,6 +151,9 @@ class HTTPBackend:
         self._client = HTTPClient(
             environ=environ, ca_bundle=options.get("verify"), check_address=make_address_check(options, environ)
         )
+        self._is_verified = checks_certificates(options)
+        if not self._is_verified:
+            warn_unverified("https")
         self._retry_seconds = 300.0
         self._places: dict[str, _Place] = {}
         self._unconditional: set[str] = set()
@@ -168,6 +179,10 @@ class HTTPBackend:
     def access(self, ref: ModelRef) -> str:
         del ref
         return "direct"
+
+    def checks_certificates(self, ref: ModelRef) -> bool:
+        del ref
+        return self._is_verified
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         size = file.entry.size_bytes

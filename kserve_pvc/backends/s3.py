@@ -30,7 +30,14 @@ from kserve_pvc.backends._object_store import (
     Request,
     md5_digest,
 )
-from kserve_pvc.backends._options import check_options, find_reasons, log_access, read_settings
+from kserve_pvc.backends._options import (
+    check_options,
+    checks_certificates,
+    find_reasons,
+    log_access,
+    read_settings,
+    warn_unverified,
+)
 from kserve_pvc.backends._ranges import RefusedError, from_base64
 from kserve_pvc.backends._s3_requests import DENIED, FINAL, Access, Listed, SignedAccess, is_cold, parse_refusal
 from kserve_pvc.backends._s3_settings import (
@@ -92,6 +99,9 @@ class S3Backend(ObjectStore):
         service = _S3(self.signed, make_class, etag_is_md5=bool(settings.options.get("etag_is_md5", True)))
         super().__init__(service, requests)
         log_access("s3", "fsspec:s3fs" if reads else signed.way, reasons)
+        self.is_unverified = account.ca_bundle is False or not checks_certificates(settings.options)
+        if self.is_unverified:
+            warn_unverified("s3")
 
 
 class _S3:
