@@ -197,7 +197,7 @@ FIELDS = {
         "free_bytes",
         "total_bytes",
     ),
-    *("clock_ahead", "speed", "peer", "findings", "sources", "kind", "ok"),
+    *("clock_ahead", "speed", "peer", "findings", "sources", "plugins", "kind", "ok"),
 }
 PROFILE_FIELDS = {
     *(

@@ -78,6 +78,7 @@ class Diagnosis:
             nothing was written.
         peer: The results of the tests with another node; None if no peer was requested, or none appeared.
         sources: Why settings of sources are not plain, by scheme. Schemes whose settings are plain are left out.
+        plugins: Which other distributions claim a scheme, with their versions, and whether they are used.
         ok: Whether no finding is `unsafe` or `change`.
     """
 
@@ -98,6 +99,7 @@ class Diagnosis:
     peer: PeerReport | None
     findings: tuple[Finding, ...]
     sources: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
+    plugins: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -51,7 +51,7 @@ from kserve_pvc.backends._s3_settings import (
 )
 from kserve_pvc.backends._validators import bare_etag, http_date, identifies, make_token
 from kserve_pvc.backends._xml import is_size
-from kserve_pvc.errors import InvalidURIError
+from kserve_pvc.errors import InvalidURIError, UnsafePathError
 
 __all__ = ["RULES", "S3Backend"]
 
@@ -128,6 +128,9 @@ class _S3:
         return self._class
 
     def place(self, ref: ModelRef) -> Place:
+        if {".", ".."} & set(ref.location.split("/")):
+            # Servers and proxies remove such parts of a path, and then it is another object, or even another bucket.
+            raise UnsafePathError(ref.location, "a path may not contain `.` or `..`")
         match = _RESOURCE.match(ref.location)
         if match is not None:
             # The SDK takes slashes and colons alike, and one without a slash is a bucket as others are.
