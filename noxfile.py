@@ -153,6 +153,26 @@ def differential(session: nox.Session) -> None:
 
 
 @nox.session
+def cases(session: nox.Session) -> None:
+    """
+    The scripts of `../shared/cases`, where they are present: small inputs that failed once. Each has to end with 0.
+    """
+    found = sorted(Path("../shared/cases").glob("[0-9]*.py"))
+    if not found:
+        session.skip("`../shared/cases` is not present")
+    session.install(f"{_wheel(session)}[all]")
+    command = str(Path(session.bin).resolve() / "kserve-pvc")
+    failed = []
+    for script in found:
+        try:
+            session.run("python", str(script), *session.posargs, env={"KSERVE_PVC": command})
+        except nox.command.CommandFailed:
+            failed.append(script.name)
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
+
+
+@nox.session
 def plugin(session: nox.Session) -> None:
     """A distribution that adds a scheme: installed into a fresh environment, found, and through the suite."""
     session.install(_wheel(session), "./examples/plugin", *PYTEST)

@@ -92,6 +92,7 @@ class Model:
             created_at=entry.created_at,
             writer=entry.writer,
             access=manifest.access,
+            tls=manifest.tls,
         )
 
     @property

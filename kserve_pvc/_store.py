@@ -796,6 +796,7 @@ class ModelStore:
             SettingsError: The name or the timeout is invalid.
         """
         from kserve_pvc._doctor.doctor import diagnose
+        from kserve_pvc.backends import list_plugins
 
         timeout = check_timeout(timeout)
         return diagnose(
@@ -805,6 +806,7 @@ class ModelStore:
             peer=peer,
             timeout=timeout,
             sources=self._sources.explain(),
+            plugins=list_plugins(),
         )
 
     def locks(self) -> Sequence[LockInfo]:

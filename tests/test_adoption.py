@@ -33,6 +33,8 @@ from transfers import (
 from kserve_pvc import (
     DigestMismatchError,
     FileEntry,
+    RemoteFile,
+    SourceDeniedError,
 )
 from kserve_pvc._format.records import PartNote
 
@@ -329,6 +331,62 @@ def test_a_whole_file_of_another_digest_is_never_shared(place, dead):
     transfer(source, place, None, {"a.bin": [offered]}).run([[source.remote("a.bin", sha256=sha256(DATA))]])
 
     assert place.content() == {"a.bin": DATA}
+
+
+@pytest.mark.parametrize("is_requested", [False, True], ids=["listing", "on-request"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_file_that_the_source_contradicts_is_never_shared(place, dead, kind, is_requested):
+    """
+    A note that is true of forged bytes is not enough: whatever digest the source vouches for decides, be it in the
+    listing or on request, and what is fetched instead is exact.
+    """
+    forged = bytes([DATA[0] ^ 1]) + DATA[1:]
+    offered = donor(dead, "a.bin", place, [whole(dead, forged)])
+    source = Source({"a.bin": DATA})
+    if is_requested:
+        source.digests["a.bin"] = KINDS[kind]
+    made = transfer(source, place, None, {"a.bin": [offered]}, evidence_bytes=PART if is_requested else 1 << 40)
+
+    entries = made.run([[source.remote("a.bin", digest=None if is_requested else KINDS[kind])]])
+
+    assert place.content() == {"a.bin": DATA}
+    assert (place.directory / "a.bin").stat().st_nlink == 1
+    assert entries[PurePosixPath("a.bin")].evidence == KINDS[kind]
+
+
+def test_a_forged_file_gives_way_to_a_true_one(place, dead, tmp_path):
+    """
+    Of two whole files that are as noted, the one that the source vouches for is shared, with its evidence.
+    """
+    forged = bytes([DATA[0] ^ 1]) + DATA[1:]
+    true = Place(tmp_path / "true")
+    offered = [
+        donor(dead, "a.bin", place, [whole(dead, forged)]),
+        donor(true, "a.bin", place, [whole(true)]),
+    ]
+    source = Source({"a.bin": DATA})
+
+    entries = transfer(source, place, None, {"a.bin": offered}).run([[source.remote("a.bin", digest=KINDS["md5"])]])
+
+    assert (place.directory / "a.bin").samefile(true.directory / "a.bin")
+    assert (entries[PurePosixPath("a.bin")].evidence, source.ranges) == (KINDS["md5"], [])
+
+
+def test_a_source_that_fails_to_name_a_digest_shares_nothing(place, dead):
+    """
+    An error of the source while its digest is requested ends the call; it is not taken for a file that is gone.
+    """
+    source = Source({"a.bin": DATA})
+
+    def refuse(file: RemoteFile) -> str | None:
+        raise SourceDeniedError("a.bin", "no")
+
+    source.evidence = refuse
+    made = transfer(source, place, None, {"a.bin": [donor(dead, "a.bin", place, [whole(dead)])]}, evidence_bytes=PART)
+    with pytest.raises(SourceDeniedError):
+        made.run([source.all()])
+
+    assert place.content() == {}
 
 
 def refuse(path: PurePosixPath) -> bool:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import actors
 import pytest
 import shell
-from hub import OWNER, STRANGER, WRONG, Answer, Hub, HuggingFace, StoredFile, busy, git_blob
+from hub import OWNER, STORAGE_HOST, STRANGER, WRONG, Answer, Hub, HuggingFace, StoredFile, busy, git_blob
 from sources import Interfering
 from trees import model_files, read_tree
 
@@ -60,7 +60,7 @@ def hub():
 
 
 def options(hub: Hub, **others: object) -> dict[str, object]:
-    return {"endpoint": hub.endpoint, "token": OWNER, **others}
+    return {"endpoint": hub.endpoint, "token": OWNER, "allow_private": [STORAGE_HOST], **others}
 
 
 def backend(hub: Hub, **others: object) -> HFBackend:
@@ -477,6 +477,47 @@ def test_the_token_does_not_follow_the_hub_elsewhere(hub, path):
     assert hub.asked("storage") == []
 
 
+@pytest.mark.parametrize("host", ["127.0.0.3", "localhost", "10.0.0.1", "127.0.0.3."])
+def test_the_hub_leads_to_no_private_address(root, hub, host):
+    """
+    Where the bytes are is chosen by whoever uploaded them: a private address is connected to only if it is allowed, or
+    is that of the hub itself, and nothing is published.
+    """
+    moved = Answer(status=302, headers={"Location": f"http://{host}:9/latest/x"}, body=b"")
+    hub.meddle = meddle_with("/resolve/", lambda answer: moved)
+
+    with pytest.raises(PolicyError, match="is not public"):
+        store(root, hub).ensure(URI, progress=False)
+
+    assert list(ModelStore(root).list()) == []
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "169.254.169.254.", "[fd00:ec2::254]", "0xA9FEA9FE"])
+@pytest.mark.parametrize("allowed", [True, ["169.254.169.254"]])
+def test_the_hub_never_leads_to_metadata(root, hub, host, allowed):
+    """
+    What gives secrets to every process of a machine is never read, whatever is allowed.
+    """
+    moved = Answer(status=302, headers={"Location": f"http://{host}/latest/meta-data"}, body=b"")
+    hub.meddle = meddle_with("/resolve/", lambda answer: moved)
+
+    with pytest.raises(PolicyError, match="never connected to"):
+        ModelStore(root, mode="rw", storage_options=options(hub, allow_private=allowed)).ensure(URI, progress=False)
+
+
+def test_a_private_hub_is_reached_and_its_storage_if_allowed(root, hub):
+    """
+    The address of the hub was configured by the user; that of its storage needs the option or the variable.
+    """
+    given = {name: value for name, value in options(hub).items() if name != "allow_private"}
+    with pytest.raises(PolicyError, match=f"`{STORAGE_HOST}` is refused"):
+        ModelStore(root, mode="rw", storage_options=given).ensure(URI, progress=False)
+    assert ModelStore(root, storage_options=given).plan(URI).files == len(FILES)
+
+    source = HFBackend(given, {"KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES": "1"})
+    assert read(source, big_file(source), 0, 10) == FILES[BIG][:10]
+
+
 def test_no_secret_is_told(root, hub, caplog):
     """
     Neither the token nor a signature is in a record, a file of the store, a log, or the error of a failure.
@@ -492,13 +533,14 @@ def test_no_secret_is_told(root, hub, caplog):
         with pytest.raises(StoreError) as caught:
             store(root, hub, retry_seconds=0.1).resolve(URI)
         told.append(f"{caught.value!s} {caught.value!r} {caught.value.fields} {caught.value.__cause__!r}")
-    hub.meddle = meddle_with("", lambda answer: Answer(status=500, body=b"Signature="), host="storage")
+    echo = f"Signature={OWNER}".encode()
+    hub.meddle = meddle_with("", lambda answer: Answer(status=500, body=echo), host="storage")
     with pytest.raises(SourceUnavailableError) as caught:
         store(root, hub, retry_seconds=0.1).ensure(URI, force_download=True, progress=False)
     told += [f"{caught.value!s} {caught.value!r}", repr(model.record), repr(backend(hub)), caplog.text]
 
     written = [path.read_bytes() for path in root.rglob("*") if path.is_file()]
-    everything = b"".join(written) + "".join(told).encode()
+    everything = b"".join(written) + "".join(told).replace("Signature=…", "").encode()
     assert [word for word in (OWNER, "Signature=", "Bearer") if word.encode() in everything] == []
 
 
@@ -1055,7 +1097,8 @@ heavy = {"huggingface_hub", "fsspec", "httpx2", "requests", "http", "ssl"}
 print(sorted({name.partition(".")[0] for name in sys.modules} & heavy))
 """
 
-    assert shell.python(script, str(root), URI, env={"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": OWNER}).strip() == "[]"
+    environ = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": OWNER, "KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES": "1"}
+    assert shell.python(script, str(root), URI, env=environ).strip() == "[]"
 
 
 def test_raw_access_reaches_what_a_store_reads(root):

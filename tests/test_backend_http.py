@@ -681,6 +681,8 @@ def test_a_variable_that_means_nothing_is_told():
         "127.2",
         "localhost",
         "169.254.169.254",
+        "169.254.169.254.",
+        "127.0.0.2.",
     ],
 )
 def test_a_redirect_inside_is_refused(root, server, other, host):
@@ -690,11 +692,55 @@ def test_a_redirect_inside_is_refused(root, server, other, host):
     server.pages["/x"] = Page(status=302, location=f"http://{host}:{other.port}/x")
     other.pages["/x"] = page(b"secret of another machine")
 
-    with pytest.raises(PolicyError, match="is not public"):
+    with pytest.raises(PolicyError, match=r"is not public|never connected to"):
         ensure(root, server.uri("x"), options={"allow_private": [HERE]})
 
     assert other.asked == []
     assert generations(root) == []
+
+
+METADATA = [
+    *("169.254.169.254", "169.254.169.254.", "0xA9FEA9FE", "2852039166", "[::ffff:a9fe:a9fe]", "[fd00:ec2::254]"),
+    *("[fe80::1]", "169.254.170.2", "100.100.100.200", "168.63.129.16"),
+]
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+@pytest.mark.parametrize("host", METADATA)
+def test_what_gives_secrets_to_a_machine_is_never_connected_to(root, server, host, proxied):
+    """
+    Where private addresses are allowed, metadata services and link-local addresses still are not, however they are
+    spelled, behind a proxy too, and whichever hosts are allowed by name.
+    """
+    url = f"http://{host}/latest/meta-data"
+    environ = {"http_proxy": server.endpoint} if proxied else {}
+    server.pages[url] = page(b"role")
+
+    for allowed in (True, [host.strip("[]")]):
+        with pytest.raises(PolicyError, match="never connected to"):
+            ensure(root, url, options={"allow_private": allowed, "environ": environ})
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("name", ["metadata.google.internal", "metadata.google.internal.", "METADATA.goog", "metadata"])
+def test_behind_a_proxy_the_names_of_metadata_services_are_refused(root, server, name):
+    """
+    A proxy looks names up itself, so those that are known to lead to metadata are refused by name.
+    """
+    with pytest.raises(PolicyError, match="never connected to"):
+        ensure(root, f"http://{name}/x", options={"allow_private": True, "environ": {"http_proxy": server.endpoint}})
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2.", "10.0.0.1.", "0x7f000002."])
+def test_behind_a_proxy_an_address_with_a_dot_at_its_end_is_one(root, server, host):
+    """
+    Proxies look such a name up as the address that it is.
+    """
+    options = {"allow_private": False, "environ": {"http_proxy": server.endpoint}}
+    with pytest.raises(PolicyError, match="is not public"):
+        ensure(root, f"http://{host}/x", options=options)
+    assert server.asked == []
 
 
 def test_a_redirect_inside_is_refused_while_reading(root, server, other):
@@ -761,7 +807,7 @@ def test_behind_a_proxy_addresses_are_checked_and_names_left_to_it(root, server)
     assert read_tree(model.path) == {"x": WEIGHTS}
     for host in ("169.254.169.254", "0xA9FEA9FE", "2852039166", "[::1]"):
         server.pages["http://models.example/y"] = Page(status=302, location=f"http://{host}/latest")
-        with pytest.raises(PolicyError, match="is not public"):
+        with pytest.raises(PolicyError, match=r"is not public|never connected to"):
             ensure(root, "http://models.example/y", options={"allow_private": False, "environ": environ})
     assert {asked.path for asked in server.asked} == {
         "http://models.example/x",

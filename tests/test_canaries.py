@@ -180,7 +180,8 @@ def _connection(given: Mapping[str, Any]) -> dict[str, str]:
 def hf(_: SeaweedS3) -> Iterator[Planted]:
     with HuggingFace() as remote:
         remote.put("planted/model/weights.bin", DATA)
-        environ_of = lambda given: {"HF_TOKEN": given["token"], "HF_ENDPOINT": given["endpoint"]}  # noqa: E731
+        allowed = {"KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES": "1"}
+        environ_of = lambda given: {"HF_TOKEN": given["token"], "HF_ENDPOINT": given["endpoint"], **allowed}  # noqa: E731
         yield plant(remote.uri("planted/model"), remote, environ_of, hub.OWNER, hub.WRONG)
 
 

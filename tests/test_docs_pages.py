@@ -48,7 +48,7 @@ def hub() -> Iterator[dict[str, str]]:
     with Hub() as hub:
         for path, data in MODEL.items():
             hub.put("sentence-transformers/all-MiniLM-L6-v2", path, data)
-        yield {"HF_ENDPOINT": hub.endpoint}
+        yield {"HF_ENDPOINT": hub.endpoint, "KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES": "1"}
 
 
 # Pages that say that they need a service, with the fixture that starts it.

@@ -197,7 +197,7 @@ FIELDS = {
         "free_bytes",
         "total_bytes",
     ),
-    *("clock_ahead", "speed", "peer", "findings", "sources", "kind", "ok"),
+    *("clock_ahead", "speed", "peer", "findings", "sources", "plugins", "kind", "ok"),
 }
 PROFILE_FIELDS = {
     *(
@@ -715,3 +715,33 @@ def test_what_others_say_is_printed_harmlessly():
 
     assert all(line.isprintable() for line in lines)
     assert PurePosixPath("/mnt/models").as_posix() in lines[0]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o2777, 0o702])
+def test_a_root_that_everyone_can_write_to_is_to_be_changed(mode):
+    """
+    Whoever may write can replace models and records, so the mode is reported, with or without a sticky bit.
+    """
+    findings = {f.what: f.level for f in judge(attrs.evolve(WELL, mode=mode), expects_peer=True)}
+
+    assert findings["world-writable"] == "change"
+
+
+def test_a_root_of_another_user_is_noted():
+    """
+    The owner of a directory can replace what is in it; root and this process's own user are not worth a line.
+    """
+    whats = [
+        {f.what for f in judge(attrs.evolve(WELL, owner_uid=uid), expects_peer=True)} for uid in (0, WELL.uid, 4711)
+    ]
+
+    assert ["owned-by-another-user" in what for what in whats] == [False, False, True]
+
+
+def test_the_mode_of_a_root_is_examined(root):
+    """
+    A directory as an `emptyDir` is made, which every user can write to, is found so by `doctor`.
+    """
+    root.chmod(0o777)
+
+    assert found(examine(root, writes=False))["world-writable"] == "change"

@@ -308,7 +308,11 @@ def test_an_init_container_goes_on_where_one_on_another_node_was_killed(roots):
     go_on = threading.Event()
     with Hub() as hub:
         hub.push("team/model", files)
-        environ = {"HF_ENDPOINT": hub.endpoint, "KSERVE_PVC_LEASE_SECONDS": str(LEASE_SECONDS)}
+        environ = {
+            "HF_ENDPOINT": hub.endpoint,
+            "KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES": "1",
+            "KSERVE_PVC_LEASE_SECONDS": str(LEASE_SECONDS),
+        }
         command = [*COMMAND, "initialize", "hf://team/model"]
 
         def hold_back(request: Request, answer: Answer) -> None:

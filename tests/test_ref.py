@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kserve_pvc import InvalidURIError, ModelRef, PolicyError
+from kserve_pvc import InvalidURIError, ModelRef, PolicyError, StoreError
 from kserve_pvc._format.codec import KEY
-from kserve_pvc._source.ref import parse_ref, redact
+from kserve_pvc._source.redaction import hide, redact
+from kserve_pvc._source.ref import parse_ref, show_source
 from kserve_pvc.errors import printable
 
 URI = "s3://bucket/llama-3-8b"
@@ -418,6 +419,84 @@ def test_what_is_no_uri_is_refused(uri, shown, reason):
 
     assert caught.value.fields == {"uri": shown, "reason": reason}
     assert str(caught.value) == f"invalid source URI `{printable(shown)}`: {reason}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("s3:/AKIA:SECRET@b/m", "s3//AKIA:SECRET@b/m", "s3//AKIA:SECRET", "AKIA:SECRET", "s3://AKIA:SECRET/m"),
+        *("https:/h/m?sig=SECRET", "h/m?X-Amz-Signature=SECRET", "https//user:SECRET@h/m", "https://u:pa SECRET@h"),
+        *("redis:/u:SECRET@h", " s3://k:SECRET@b", "s3://b/m&sig=SECRET", "https://h/m%3Fsig=SECRET"),
+        *(
+            "https:user:SECRET@h",
+            "//user:SECRET@h/m",
+            "s3:\\\\k:SECRET@b",
+            "https://h/a;token=SECRET",
+            "s3 ://k:SECRET@b",
+        ),
+        *("user:SECRET@h:80/m", "hf://SECRET@o/m", "s3:////k:SECRET@b", "s3:/k:SE/SECRET@b", "s3:/k:SECRET/b"),
+        *("\u200bs3://k:SECRET@b/m", "s3://k:SECRET@b\n/m", "s3://k/SECRET@b", "git+https://u:SECRET@h/r.git"),
+    ],
+    ids=ascii,
+)
+def test_a_source_that_is_mistyped_is_shown_without_its_secrets(source):
+    """
+    Whatever is wrong with a URI, neither the error nor the log of the initializer shows what may be a secret in it.
+    """
+    assert "SECRET" not in show_source(source)
+    try:
+        parse_ref(source)
+    except StoreError as error:
+        assert "SECRET" not in f"{error} {error!r}"  # noqa: PT017 - Some are accepted: a key may hold anything.
+
+
+@pytest.mark.parametrize(
+    "source", ["s3:/bucket/model", "hf:org/model", "s3://bucket/model", "models/llama", "hf://o/m@r"]
+)
+def test_a_source_without_secrets_is_shown_as_it_is(source):
+    """
+    A typing error is seen in the log, which needs the source as it was given.
+    """
+    assert show_source(source) == source
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "authorization: AWS4-HMAC-SHA256 Credential=AK/x, SignedHeaders=h, Signature=SECRET x-amz-date: 1",
+        *("x-amz-security-token:SECRET+/=", "Bearer SECRET1.x is bad", '"Authorization": "Basic SECRET0="'),
+        *("AWS_SESSION_TOKEN=SECRET", "redis:/u:SECRET@h", "proxy http:/u:SECRET@h failed", "cookie: id=SECRET"),
+        *(
+            "AccountName=a;AccountKey=SECRET==;Endpoint=x",
+            "X-Api-Key: SECRET",
+            "x-amz-server-side-encryption-key=SECRET",
+        ),
+    ],
+    ids=ascii,
+)
+def test_redaction_knows_headers_and_parameters_that_hold_secrets(text):
+    """
+    What a service repeats of a request holds its headers and parameters, which are known by their names.
+    """
+    assert "SECRET" not in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["The token is invalid: expired", "Basic authentication is required", "the key is off"]
+)
+def test_redaction_leaves_prose_alone(text):
+    """
+    A message that only speaks of secrets is kept.
+    """
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize("spelled", ["a+b/c=", "a%2Bb%2Fc%3D", "a%2bb%2fc%3d", "A+B/C=", "a+b\\/c="])
+def test_a_given_secret_is_hidden_in_every_spelling(spelled):
+    """
+    URLs, XML and JSON write the same characters in other ways.
+    """
+    assert hide(f"got {spelled} here", ["a+b/c="]) == "got … here"
 
 
 def test_the_longest_uri_is_accepted():

@@ -22,6 +22,7 @@ from kserve_pvc import (
     SourceChangedError,
     SourceDeniedError,
     SourceNotFoundError,
+    UnsafePathError,
 )
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends._http.client import HTTPClient
@@ -692,3 +693,16 @@ def test_a_host_that_a_response_names_is_never_used(body):
 
     assert not learnt
     assert access.read("bkt", "m", {"If-Match": '"x"'}, renewed=False)[0].host.endswith("s3.us-east-1.amazonaws.com")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://public/../private", "s3://public/a/../../private/x", "s3://public/./x", "s3://../private/x", "s3://b/.."],
+)
+@pytest.mark.parametrize("options", [KEYS, {**KEYS, "version_aware": False}])
+def test_a_path_does_not_lead_to_another_bucket(uri, options):
+    """
+    Servers and proxies remove `..` from a path, so it is refused before anything is requested, as on gs and az.
+    """
+    with pytest.raises(UnsafePathError, match="may not contain"):
+        S3Backend(options, {}).resolve(parse_ref(uri))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from kserve_pvc._model import Model
-from kserve_pvc._source.ref import redact
 from kserve_pvc.errors import StoreError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that uses it.
@@ -52,8 +51,12 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, StoreError):
+        return str(error)
+    from kserve_pvc._source.redaction import redact
+
     # The message of a foreign error may contain a signed URL.
-    return str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {redact(str(error))}"
+    return f"{type(error).__name__}: {redact(str(error))}"
 
 
 def show_warmed(warmed: Warmed, arguments: argparse.Namespace) -> None:

@@ -307,6 +307,7 @@ def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from kserve_pvc._doctor.doctor import diagnose
     from kserve_pvc._doctor.text import format_diagnosis
+    from kserve_pvc.backends import list_plugins
     from kserve_pvc.backends._options import explain_all
 
     settings = read_settings()
@@ -322,6 +323,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         peer=arguments.peer,
         timeout=arguments.timeout,
         sources=explain_all(),
+        plugins=list_plugins(),
     )
     if arguments.json:
         print_json({**attrs.asdict(diagnosis), "kind": diagnosis.profile.kind, "ok": diagnosis.ok})

@@ -78,6 +78,7 @@ class Diagnosis:
             nothing was written.
         peer: The results of the tests with another node; None if no peer was requested, or none appeared.
         sources: Why settings of sources are not plain, by scheme. Schemes whose settings are plain are left out.
+        plugins: Which other distributions claim a scheme, with their versions, and whether they are used.
         ok: Whether no finding is `unsafe` or `change`.
     """
 
@@ -98,6 +99,7 @@ class Diagnosis:
     peer: PeerReport | None
     findings: tuple[Finding, ...]
     sources: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
+    plugins: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -248,11 +250,26 @@ def _flock_unproven(measured: str, hint: str) -> Finding:
 
 
 def _judge_access(diagnosis: Diagnosis) -> Iterator[Finding]:
+    owner = f"uid {diagnosis.owner_uid} gid {diagnosis.owner_gid}"
+    if diagnosis.mode & 0o002:
+        yield _change(
+            "world-writable",
+            f"the directory has mode {diagnosis.mode:04o}, so every user in every container that mounts it can write",
+            "who may write can replace models and records, and checksums do not tell",
+            "take the right to write from others (`chmod o-w`), and give it to the group by `fsGroup`",
+        )
+    if diagnosis.owner_uid not in (0, diagnosis.uid):
+        yield _note(
+            "owned-by-another-user",
+            f"the directory belongs to {owner}, and this process runs as uid {diagnosis.uid}",
+            "the owner of a directory can replace what is in it, whatever its mode",
+            "make sure that only trusted processes run as that user",
+        )
     if diagnosis.profile.read_only or diagnosis.uid != 0 or diagnosis.mode & 0o020:
         return
     yield _note(
         "only-root-writes",
-        f"the directory belongs to uid {diagnosis.owner_uid} gid {diagnosis.owner_gid} with mode {diagnosis.mode:04o}",
+        f"the directory belongs to {owner} with mode {diagnosis.mode:04o}",
         "downloads in a pod with another uid may fail for lack of write permission",
         "set `fsGroup` in the pods' security context, or give the group write permission and the set-gid bit",
     )

@@ -57,6 +57,7 @@ def diagnose(
     timeout: float = defaults.DOCTOR_TIMEOUT,
     sample_bytes: int = SAMPLE_BYTES,
     sources: Mapping[str, Sequence[str]] | None = None,
+    plugins: Mapping[str, Sequence[str]] | None = None,
 ) -> Diagnosis:
     """
     Examine a directory, which need not be a store.
@@ -66,6 +67,7 @@ def diagnose(
         peer: Run tests with a doctor on another node that is started with the same name.
         timeout: Seconds to wait for the peer.
         sources: Why sources are read through their fsspec class, for the report.
+        plugins: Which distributions claim a scheme, for the report.
 
     Returns:
         All measurements, and the findings with the most severe first.
@@ -91,7 +93,10 @@ def diagnose(
     findings += judge(diagnosis, expects_peer=peer is not None)
     order: Mapping[Level, int] = {"unsafe": 0, "change": 1, "note": 2}
     return attrs.evolve(
-        diagnosis, sources=sources or {}, findings=tuple(sorted(findings, key=lambda finding: order[finding.level]))
+        diagnosis,
+        sources=sources or {},
+        plugins=plugins or {},
+        findings=tuple(sorted(findings, key=lambda finding: order[finding.level])),
     )
 
 

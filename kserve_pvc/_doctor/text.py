@@ -57,6 +57,8 @@ def _describe(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "access", f"uid {diagnosis.uid} gid {diagnosis.gid} on a directory of {owner}"
     for scheme, reasons in diagnosis.sources.items():
         yield f"source {scheme}", f"settings are not plain: {'; '.join(reasons)}"
+    for scheme, claims in diagnosis.plugins.items():
+        yield f"plug-in {scheme}", "; ".join(claims)
     yield "space", f"{format_bytes(diagnosis.free_bytes)} of {format_bytes(diagnosis.total_bytes)} reported free"
 
 

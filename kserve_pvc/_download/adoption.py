@@ -6,20 +6,19 @@ The files of other writers are read and never written to.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
-from typing import Literal
 
 import attrs
 
 from kserve_pvc._download.destination import Destination, Observer, Writing
-from kserve_pvc._download.hashes import CRC32, hash_range
+from kserve_pvc._download.hashes import CRC32, Hashes, Promises, hash_range
 from kserve_pvc._download.schedule import Progress
 from kserve_pvc._format.records import FileEntry, PartNote
 from kserve_pvc._source.contract import RemoteFile
+from kserve_pvc.errors import SourceDeniedError, SourceNotFoundError, SourceUnavailableError
 
 
 @attrs.frozen(kw_only=True)
@@ -42,6 +41,7 @@ class Adoption:
     What one transfer takes over. A donor that cannot be used is passed over: its bytes are fetched.
 
     Args:
+        promises: What the source vouches for.
         check: Called before each read; ends what is done by raising.
     """
 
@@ -50,14 +50,14 @@ class Adoption:
         donors: Mapping[PurePosixPath, Sequence[Donor]],
         destination: Destination,
         observer: Observer,
+        promises: Promises,
         *,
-        digest: Literal["sha256", "none"],
         check: Callable[[], None],
     ) -> None:
         self._donors = donors
         self._destination = destination
         self._observer = observer
-        self._digest = digest
+        self._promises = promises
         self._check = check
 
     def has_offers(self, file: RemoteFile) -> bool:
@@ -69,31 +69,46 @@ class Adoption:
     def share(self, file: RemoteFile, buffer: memoryview) -> FileEntry | None:
         """
         Give a whole file of another generation a second name instead of fetching it, if it proves itself.
+
+        It must have the digest that its writer noted, and the one that the source vouches for: anyone who may write on
+        the volume can write a note too.
         """
-        if self._digest == "none":
+        if self._promises.digest == "none":
             return None
+        hashes: Hashes | None = None
         for donor, note in self._offers(file):
             is_whole = note.sha256 is not None and (note.start, note.stop) == (0, file.entry.size_bytes)
             # What may be in the page cache only is copied: its digest would prove the cache, not the medium.
             if not is_whole or not note.is_durable or file.entry.sha256 not in (None, note.sha256):
                 continue
+            hashes = self._promises.hashes(file) if hashes is None else hashes.anew()
             try:
-                if not self._is_as_noted(donor, note, buffer) or not donor.link(file.entry.path):
+                evidence = self._prove(donor, note, file, hashes, buffer)
+                if not donor.link(file.entry.path):
                     continue
+            except (SourceUnavailableError, SourceDeniedError, SourceNotFoundError):
+                raise  # The source was requested for a digest. These are errors of the system too.
             except (OSError, ValueError):
-                continue  # Collected, lost, replaced, or not readable.
+                continue  # Collected, lost, replaced, not readable, or another content.
             self._observer.adopted(note.stop)
             self._destination.note(note.path, note.token, 0, note.stop, note.sha256, None, True)
-            return file.entry.with_digests(note.sha256, None)
+            return file.entry.with_digests(note.sha256, evidence)
         return None
 
-    def _is_as_noted(self, donor: Donor, note: PartNote, buffer: memoryview) -> bool:
+    def _prove(self, donor: Donor, note: PartNote, file: RemoteFile, hashes: Hashes, buffer: memoryview) -> str | None:
+        """
+        Compare a whole file with its note and with the source, and return the digest by the source, if it has one.
+
+        Raises:
+            ValueError: It is another content.
+        """
         with donor.open_file() as fd:
-            if os.fstat(fd).st_size != note.stop:
-                return False
-            digest = hashlib.sha256()
-            is_long_enough = hash_range(fd, 0, note.stop, buffer, digest.update, self._check)
-            return is_long_enough and digest.hexdigest() == note.sha256
+            is_as_long = os.fstat(fd).st_size == note.stop
+            if not is_as_long or not hash_range(fd, 0, note.stop, buffer, hashes.update, self._check):
+                raise ValueError("another length")
+            if hashes.so_far() != note.sha256:
+                raise ValueError("another digest")
+            return self._promises.compare(file, fd, hashes)
 
     def adopt(self, writing: Writing, progress: Progress, buffer: memoryview) -> None:
         """
@@ -107,7 +122,7 @@ class Adoption:
         for donor, note in sorted(offers, key=lambda offer: (offer[1].sha256 is None, offer[1].start, offer[1].stop)):
             is_front = note.sha256 is not None and writing.hashes.sha256 is not None
             start = progress.hashed if is_front else note.start
-            is_provable = is_front or note.crc32 is not None or (self._digest == "none" and note.is_durable)
+            is_provable = is_front or note.crc32 is not None or (self._promises.digest == "none" and note.is_durable)
             if not is_provable or note.stop <= start or not progress.lacks(start, note.stop):
                 continue
             try:

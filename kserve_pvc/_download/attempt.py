@@ -20,7 +20,7 @@ from kserve_pvc._download.tally import Tally
 from kserve_pvc._download.transfer import Transfer
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import layout
-from kserve_pvc._format.records import FileEntry, Manifest, encode
+from kserve_pvc._format.records import UNVERIFIED, FileEntry, Manifest, encode
 from kserve_pvc._show.events import TransferStarted
 from kserve_pvc._source.contract import (
     Backend,
@@ -28,6 +28,7 @@ from kserve_pvc._source.contract import (
     RemoteFile,
     Resolved,
     SupportsAccess,
+    SupportsCertificates,
     SupportsClose,
     SupportsPages,
 )
@@ -176,12 +177,14 @@ class Attempt:
     def _write_manifest(self, files: Sequence[FileEntry]) -> Written:
         assert self.resolved is not None  # Its files were written.
         access = self._backend.access(self._ref) if isinstance(self._backend, SupportsAccess) else None
+        is_checked = not isinstance(self._backend, SupportsCertificates) or self._backend.checks_certificates(self._ref)
         manifest = Manifest(
             key=self._ref.key,
             generation=self._generation,
             version=self.resolved.version,
             files=tuple(files),
             access=access,
+            tls=None if is_checked else UNVERIFIED,
         )
         data = encode(manifest)
         self._writer.write_private(layout.manifest_file(self._generation), data)

@@ -158,7 +158,7 @@ class Promises:
         self._make: Callable[[str], Checksum | None] = (
             backend.checksum if isinstance(backend, SupportsChecksums) else lambda name: None
         )
-        self._digest = tuning.digest
+        self.digest = tuning.digest
         self._evidence_bytes = tuning.evidence_bytes
         self._request = request
         self._check = check
@@ -172,7 +172,7 @@ class Promises:
             promised = f"sha256:{file.entry.sha256}"
         elif file.entry.size_bytes > self._evidence_bytes:
             promised = self._request(file)
-        return Hashes(self._digest, promised, self._make)
+        return Hashes(self.digest, promised, self._make)
 
     def compare(self, file: RemoteFile, fd: int, hashes: Hashes) -> str | None:
         """

@@ -74,7 +74,7 @@ class Transfer:
         )
         self._schedule.sequential = self.reader.whole
         self._promises = Promises(backend, tuning, request=self.reader.evidence, check=self._check)
-        self._adoption = Adoption(donors, destination, observer, digest=tuning.digest, check=self._check)
+        self._adoption = Adoption(donors, destination, observer, self._promises, check=self._check)
         self._chasers = Chasers(self._catch_up, self._fail)
 
     def run(self, pages: Iterable[Sequence[RemoteFile]]) -> Mapping[PurePosixPath, FileEntry]:

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import attrs
-from attrs.validators import and_, instance_of, lt, matches_re, optional
+from attrs.validators import and_, in_, instance_of, lt, matches_re, optional
 
 from kserve_pvc._format.codec import (
     GENERATION,
@@ -27,6 +27,9 @@ from kserve_pvc._format.codec import (
 )
 from kserve_pvc._format.file_names import check_collisions, check_name
 from kserve_pvc._format.log_entry import Holder, LogEntry, StoreSettings, now, to_holder
+
+# What a manifest says of a source whose certificates were not checked.
+UNVERIFIED = "unverified"
 
 # Modules import all records from here; only what a hit loads imports `log_entry` itself.
 __all__ = [
@@ -124,7 +127,8 @@ class Manifest:
     Every file of one generation, in the order of their paths.
 
     `access` is how the source was reached: `direct`, `direct:<package>` or `fsspec:<package>`. Manifests of older
-    versions, and of models that were imported, do not have it.
+    versions, and of models that were imported, do not have it. `tls` is `unverified` if the certificates of the source
+    were not checked.
     """
 
     key: str = attrs.field(validator=matches_re(KEY))
@@ -132,6 +136,7 @@ class Manifest:
     version: str = attrs.field(validator=text)
     files: tuple[FileEntry, ...] = attrs.field(converter=to_files)
     access: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(ACCESS)))
+    tls: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(in_((UNVERIFIED,))))
 
     def __attrs_post_init__(self) -> None:
         check_collisions(f.path for f in self.files)
@@ -148,6 +153,7 @@ class Record:
 
     `access` is how the source was reached: `direct` by requests of our own, `direct:<package>` by requests of our own
     that the package's fsspec class authorised, `fsspec:<package>` through that class. None where it is not recorded.
+    `tls` is `unverified` if the certificates of the source were not checked, else None.
     """
 
     uri: str
@@ -162,6 +168,7 @@ class Record:
     created_at: datetime
     writer: Holder
     access: str | None = None
+    tls: str | None = None
 
 
 @attrs.frozen(kw_only=True)

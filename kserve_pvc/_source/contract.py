@@ -253,6 +253,18 @@ class SupportsAccess(Protocol):
 
 
 @runtime_checkable
+class SupportsCertificates(Protocol):
+    """
+    A backend that can be told not to check the certificates of its source.
+    """
+
+    def checks_certificates(self, ref: ModelRef) -> bool:
+        """
+        Return whether the certificates are checked, for the record.
+        """
+
+
+@runtime_checkable
 class SupportsClose(Protocol):
     """
     A backend that keeps connections, which are released once a download is over.
@@ -262,6 +274,6 @@ class SupportsClose(Protocol):
 
 
 # The methods of the abilities, for a backend that stands in front of another one and has whichever the other has.
-ABILITIES = ("pages", "evidence", "checksum", "tune", "access", "close")
+ABILITIES = ("pages", "evidence", "checksum", "tune", "access", "checks_certificates", "close")
 
 BackendFactory = Callable[[Mapping[str, Any]], Backend]

@@ -23,13 +23,10 @@ _MAX_SLUG = 40
 _NOT_IN_SLUG = re.compile(r"[^a-z0-9._]+")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_URL_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"<>]*)")
 _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:]*)(:[0-9]+)?")
-# A password may hold anything, slashes and question marks included, so its end is the last `@`.
-_USER_INFORMATION = re.compile(r"([^/:]*@)|([^/:]*:(?![0-9]+/).*@)", re.DOTALL)
-# `hf://organization/name@revision`: behind a slash, and with no colon before it, an `@` ends no user information.
-_AT_IN_PATH = re.compile(r"[^/:@]+/[^:]*@[^@]*", re.DOTALL)
 
+# Before a colon without slashes they are a scheme that is mistyped, and no name of a user.
+_KNOWN_SCHEMES = frozenset(("s3", "gs", "hf", "http", "https", "az", "abfs", "abfss", "pvc", "file"))
 # Where a pattern stops being a plain name.
 _WILD = re.compile(r"[*?\[]")
 # What may follow a `#`: a digest is public, and part of the request.
@@ -207,6 +204,8 @@ def _spelling(uri: object) -> object:
         return uri
     path = os.fspath(uri)
     if not (isinstance(path, str) and path.startswith("/")):
+        from kserve_pvc._source.redaction import redact
+
         shown = path if isinstance(path, str) else os.fsdecode(path)
         raise InvalidURIError(redact(shown), "a path must be an absolute one; pass a URI as a string")
     return path
@@ -217,9 +216,9 @@ def _parse(uri: object, revision: str | None, allow_patterns: Patterns, ignore_p
         uri = f"file://{uri}"
     match = _SCHEME.fullmatch(uri) if isinstance(uri, str) else None
     if match is None:
-        # No scheme tells where a secret could be: a second colon may be a password's.
-        shown = ":".join(re.split(r"[?#]", str(uri).rpartition("@")[2], maxsplit=1)[0].split(":")[:2])
-        raise InvalidURIError(shown, "it must look like `scheme://location`, for example `s3://bucket/model`")
+        raise InvalidURIError(
+            _show_malformed(str(uri)), "it must look like `scheme://location`, for example `s3://bucket/model`"
+        )
     scheme, location = match.groups()
     address, query = _take_signature(scheme, location)
     _check_location(scheme, address)
@@ -312,6 +311,31 @@ def _without_secrets(location: str) -> str:
     return location if _HOST_AND_PORT.fullmatch(authority) else authority.partition(":")[0]
 
 
+def _show_malformed(uri: str) -> str:
+    """
+    Cut a string that is not a URI down to what can hold no secret. What follows its first colon may be a password,
+    unless a slash or a scheme comes before it, as in `s3:/bucket/model` and `hf:organization/model`.
+    """
+    # What is redacted is an error, and a hit loads nothing for one.
+    from kserve_pvc._source.redaction import redact
+
+    before, colon, after = re.split(r"[?#&;]", uri.rpartition("@")[2], maxsplit=1)[0].partition(":")
+    after = after.partition(":")[0] if after.startswith("/") or before in _KNOWN_SCHEMES else ""
+    return redact(before + colon + after)
+
+
+def show_source(source: str) -> str:
+    """
+    Show a source that was not checked yet as errors about it do: without anything that may be a secret.
+    """
+    from kserve_pvc._source.redaction import redact
+
+    try:
+        return redact(parse_ref(source).uri)
+    except (InvalidURIError, PolicyError) as error:
+        return printable(error.uri if isinstance(error, InvalidURIError) else error.subject)
+
+
 def _patterns(patterns: Patterns) -> tuple[str, ...]:
     if patterns is None:
         return ()
@@ -328,16 +352,3 @@ def _slug(location: str) -> str:
     last = next((part for part in reversed(location.partition("#")[0].split("/")) if part), "")
     slug = _NOT_IN_SLUG.sub("-", last.lower()).strip("-._")
     return slug[:_MAX_SLUG].rstrip("-._") or "model"
-
-
-def redact(text: str) -> str:
-    """
-    Remove what may be secret from every URL in a string: the user information, the query and the fragment.
-    """
-
-    def cleaned(match: re.Match[str]) -> str:
-        scheme, rest = match.groups()
-        shown = rest if scheme == "hf://" and _AT_IN_PATH.fullmatch(rest) else _USER_INFORMATION.sub("", rest, count=1)
-        return scheme + re.split(r"[?#]", shown, maxsplit=1)[0]
-
-    return printable(_URL_IN_TEXT.sub(cleaned, text))

@@ -1,18 +1,19 @@
 """
-Finding the backend for a URI scheme: a factory that was given, a plug-in, or a protocol of fsspec, in this order.
+Finding the backend for a URI scheme: a factory that was given, one of ours, a plug-in, or a protocol of fsspec, in this
+order.
 
 Plug-ins are entry points of the group `kserve_pvc.backends`: the name is the scheme, the value a callable that takes
-the store's `storage_options` and returns a backend. The built-in ones are registered the same way. A plug-in is
-imported when its scheme is first used, never earlier.
+the store's `storage_options` and returns a backend. The built-in ones are registered the same way, and win over others:
+what is installed beside this package changes nothing about a scheme of ours. `backends=` does, by the name of the
+scheme. A plug-in is imported when its scheme is first used, never earlier.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -65,6 +66,23 @@ def check_scheme(scheme: str, factories: Mapping[str, BackendFactory]) -> None:
         raise _unknown(scheme, factories)
 
 
+def list_plugins() -> Mapping[str, Sequence[str]]:
+    """
+    Return the distributions that claim a scheme besides this one, by scheme, each with its version.
+    """
+    from importlib.metadata import entry_points
+
+    found: dict[str, list[str]] = {}
+    for point in entry_points(group=GROUP):
+        if point.dist is not None and tuple(point.value.split(":")) == _BUILT_IN.get(point.name):
+            continue
+        name = "?" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+        used = "" if point.name not in _BUILT_IN else ", not used: the scheme is built in"
+        if (shown := f"{name} ({point.value}){used}") not in found.setdefault(point.name, []):
+            found[point.name].append(shown)
+    return found
+
+
 def check_filesystem(filesystem: AbstractFileSystem) -> None:
     """
     Make sure that a file system can be used by a call of this thread, before anything is claimed.
@@ -112,7 +130,8 @@ def make_backend(
     try:
         if scheme in factories:
             factory = factories[scheme]
-        elif scheme in _BUILT_IN and not _has_plugins():
+        elif scheme in _BUILT_IN:
+            # Also where a distribution claims it: installing one must not change where models come from.
             module, name = _BUILT_IN[scheme]
             factory = getattr(import_module(module), name)
         else:
@@ -203,24 +222,6 @@ def _find(scheme: str) -> EntryPoint | None:
         claimants = " and ".join(f"`{name}`" for name, _ in sorted(found))
         raise UnknownSchemeError(scheme, f"{claimants} both claim it; uninstall one, or choose with `backends=`")
     return next(iter(found.values()), None)
-
-
-def _has_plugins() -> bool:
-    """
-    Return whether any distribution but ours may have plug-ins.
-
-    `importlib.metadata` takes 40 ms, a third of a small download, and without plug-ins it only finds what is known.
-    """
-    for place in dict.fromkeys(sys.path):
-        with suppress(OSError):
-            for name in os.listdir(place or "."):
-                if name.endswith(".egg"):
-                    return True  # Its metadata takes more than reading a file.
-                if name.endswith((".dist-info", ".egg-info")) and not name.startswith("kserve_pvc-"):
-                    with suppress(OSError), open(os.path.join(place, name, "entry_points.txt"), "rb") as points:
-                        if GROUP.encode() in points.read():
-                            return True
-    return False
 
 
 def _how_to_install(scheme: str, error: BaseException) -> str:

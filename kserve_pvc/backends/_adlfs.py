@@ -24,7 +24,7 @@ from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpRes
 from fsspec import get_filesystem_class
 
 from kserve_pvc._source.contract import RemoteFile
-from kserve_pvc._source.ref import redact
+from kserve_pvc._source.redaction import redact
 from kserve_pvc.backends._azure_xml import is_marker, make_object
 from kserve_pvc.backends._class_reader import ClassReader, Future, Piece, run
 from kserve_pvc.backends._http.target import HTTPError
@@ -262,6 +262,7 @@ def _describe(blob: Any, version: str | None) -> Object:
         md5=bytes(md5).hex() if md5 and len(md5) == 16 else None,
         version=version,
         is_directory=is_directory,
+        tier=getattr(blob.blob_tier, "value", blob.blob_tier),
     )
 
 

@@ -10,10 +10,14 @@ from urllib.parse import unquote
 
 from kserve_pvc.backends._object_store import Object, md5_digest
 from kserve_pvc.backends._ranges import RefusedError, from_base64, retry_after, unavailable
+from kserve_pvc.backends._refusals import words_of
 from kserve_pvc.backends._validators import bare_etag, identifies, make_token
 from kserve_pvc.backends._xml import is_size, parse_xml
 
 _BUSY = {"ServerBusy", "OperationTimedOut"}
+# A blob in the archive tier has to be rehydrated first.
+_REHYDRATE = "rehydrate the blob to the hot or cool tier first"
+_HINTS = {"BlobArchived": _REHYDRATE, "BlobBeingRehydrated": "wait until the blob is rehydrated, then retry"}
 _NOT_A_SERVICE = "is this an Azure Blob Storage endpoint?"
 
 
@@ -26,6 +30,7 @@ def make_object(
     md5: str | None = None,
     version: str | None = None,
     is_directory: bool = False,
+    tier: str | None = None,
 ) -> Object:
     """
     Describe a blob.
@@ -35,6 +40,7 @@ def make_object(
         date: When it was written, as a header has it.
         md5: Its Content-MD5, in hex.
         version: Its version id, if it is one version of a blob.
+        tier: Its access tier, if it has one.
     """
     bare = bare_etag(etag) if etag is not None and identifies(etag, size_bytes) else None
     pin = {} if version is None else {"versionid": version}
@@ -50,6 +56,7 @@ def make_object(
         pin=pin,
         digest=digest,
         is_directory=is_directory,
+        is_cold=tier == "Archive",
     )
 
 
@@ -65,7 +72,8 @@ def parse_properties(name: str, headers: Mapping[str, str], version: str | None)
     if not is_size(size) or not (etag or date):
         raise RefusedError(f"response lacks Content-Length, or both ETag and Last-Modified; {_NOT_A_SERVICE}")
     md5 = from_base64(headers.get("content-md5"), 16)
-    return make_object(name, int(size), etag, date=date, md5=md5, version=version, is_directory=is_directory)
+    tier = headers.get("x-ms-access-tier")
+    return make_object(name, int(size), etag, date=date, md5=md5, version=version, is_directory=is_directory, tier=tier)
 
 
 def parse_listing(body: bytes) -> tuple[list[Object], str | None]:
@@ -95,7 +103,8 @@ def _parse_blob(item: ET.Element) -> Object:
     is_directory = is_marker(properties.findtext("ResourceType"), metadata.get("hdi_isfolder"))
     is_empty_name = size == "0" and name.endswith("/")
     md5 = from_base64(properties.findtext("Content-MD5"), 16)
-    return make_object(name, int(size), etag, date=date, md5=md5, is_directory=is_directory or is_empty_name)
+    is_directory, tier = is_directory or is_empty_name, properties.findtext("AccessTier")
+    return make_object(name, int(size), etag, date=date, md5=md5, is_directory=is_directory, tier=tier)
 
 
 def is_marker(kind: str | None, is_folder: str | None) -> bool:
@@ -117,5 +126,8 @@ def read_error(status: int, headers: Mapping[str, str], body: bytes) -> RefusedE
     # After the first line there are only numbers of the request.
     message = words.get("Message", "").strip().partition("\n")[0]
     reason = f"{code}: {message}" if message else code if code != str(status) else f"HTTP {status}"
+    if not message and not words:
+        # Not all that speaks for a service speaks its XML.
+        reason = f"{reason}: {said}" if (said := words_of({**headers, "x-ms-error-code": ""}, body)) else reason
     busy = retry_after(headers) if status in (429, 503) or code in _BUSY else None
-    return RefusedError(reason, status=status, code=code, busy=busy)
+    return RefusedError(reason, status=status, code=code, busy=busy, hint=_HINTS.get(code, ""))

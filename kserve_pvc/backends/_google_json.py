@@ -13,6 +13,7 @@ from kserve_pvc._format.json_size import check_size
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._object_store import Object, md5_digest
 from kserve_pvc.backends._ranges import RefusedError, from_base64, retry_after, unavailable
+from kserve_pvc.backends._refusals import words_of
 
 # What is requested of each object.
 FIELDS = "name,size,generation,crc32c,md5Hash,contentEncoding"
@@ -120,6 +121,8 @@ def read_error(status: int, headers: Mapping[str, str], body: bytes) -> RefusedE
     if 300 <= status < 400:
         return RefusedError(unavailable("", status, headers).reason, status=status)
     message, reason = _message(body)
+    # Not all that speaks for the service speaks its JSON.
+    message = message or words_of(headers, body)
     busy = retry_after(headers) if status in (429, 503) or reason in _BUSY else None
     return RefusedError(f"{status}: {message}" if message else f"HTTP {status}", status=status, busy=busy)
 

@@ -33,6 +33,7 @@ from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._pages import PageCount
 from kserve_pvc.backends._ranges import Reader, RefusedError, read_refusal, request_with_retries
+from kserve_pvc.backends._refusals import SAME_AGAIN, hide_sent
 from kserve_pvc.errors import (
     PolicyError,
     SourceChangedError,
@@ -76,7 +77,8 @@ class Object:
 
     `token` changes with its content, `pin` makes a read of other content fail, `digest` is what the service vouches
     for, as `name:hex`. An object that only marks a directory is left out; one with a `flaw` cannot be fetched as it is.
-    One that `is_compressed` by the service's own account comes as gzip and is stored as what that holds.
+    One that `is_compressed` by the service's own account comes as gzip and is stored as what that holds. One that
+    `is_cold` lies in a storage class that may have to be left before it can be read.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Object:
     is_directory: bool = False
     flaw: str = ""
     is_compressed: bool = False
+    is_cold: bool = False
 
 
 class Service(Protocol):
@@ -188,6 +191,7 @@ class MetadataRequests:
                 deadline = time.monotonic() + 2 * self.client.response_seconds
                 return response.headers, response.read(MAX_PAGE_BYTES, deadline)
             refusal = self.refused(response.status, response.headers, read_refusal(response))
+            refusal.reason = hide_sent(refusal.reason, target, headers)
         # Outside, so that the connection is kept.
         raise refusal
 
@@ -209,6 +213,8 @@ class ObjectStore:
         self._requests = requests
         self._client = requests.client
         self._bucket_parts = bucket_parts
+        # Set by a backend whose certificates are not checked.
+        self.is_unverified = False
         # Objects whose server refuses every condition.
         self._unconditional: set[str] = set()
 
@@ -221,31 +227,34 @@ class ObjectStore:
         with self._translated(ref.uri, place):
             prefix = name.rstrip("/") + "/" if name.strip("/") else ""
             below = attrs.evolve(place, name=prefix)
-            single = self._single(place, ref) if name and not name.endswith("/") else None
+            single, denial = self._single(place, ref) if name and not name.endswith("/") else (None, None)
             is_file = single is not None and (single.entry.size_bytes > 0 or ref.revision is not None)
             if single is not None and (is_file or not self._is_directory(below)):
                 yield [single]
                 return
             if ref.revision is not None:
                 raise SourceNotFoundError(str(ref), self.service.no_version)
-            yield from self._below(below, ref)
+            yield from self._below(below, ref, denial)
 
-    def _single(self, place: Place, ref: ModelRef) -> RemoteFile | None:
-        """The object itself, if the URI names one."""
+    def _single(self, place: Place, ref: ModelRef) -> tuple[RemoteFile | None, RefusedError | None]:
+        """The object itself, if the URI names one, or a denial that may mean that there is none."""
         try:
             found = self.service.head(place, ref.revision)
         except RefusedError as refusal:
             # Without the right to list, services deny what is absent: the listing then shows which it is.
             kind = self.service.kind(refusal)
             if kind == "missing" or (kind == "denied" and ref.revision is None):
-                return None
+                return None, refusal if kind == "denied" else None
             raise
         if found is None:
-            return None
+            return None, None
         path = place.name.rpartition("/")[2]
         if not ref.selects(path):
             raise SourceNotFoundError(ref.uri, EXCLUDED)
-        return self._file(place, ref, found, path)
+        file = self._file(place, ref, found, path)
+        if found.is_cold and found.size_bytes:
+            self._try(file)
+        return file, None
 
     def _is_directory(self, below: Place) -> bool:
         """Whether something lies below the name of an empty object. Without the right to list, it is a file."""
@@ -256,9 +265,14 @@ class ObjectStore:
                 return False
             raise
 
-    def _below(self, place: Place, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
+    def _below(self, place: Place, ref: ModelRef, denial: RefusedError | None = None) -> Iterator[Sequence[RemoteFile]]:
+        """
+        What lies below a prefix. If that is nothing, a denial of the object of that name is raised.
+        """
         directories = Directories(ref.uri)
+        is_empty = True
         for page, is_last in self._listed(place):
+            is_empty = is_empty and not page
             for found in page:
                 if found.is_directory:
                     directories.mark(found.name[len(place.name) :])
@@ -266,9 +280,26 @@ class ObjectStore:
             for _, path in inside:
                 # What has something below its name is a directory, also where the patterns leave that out.
                 directories.mark(path)
-            files = directories.sift(self._file(place, ref, found, path) for found, path in inside if ref.selects(path))
+            chosen = [(found, self._file(place, ref, found, path)) for found, path in inside if ref.selects(path)]
+            # One of each page: others of its class will be refused as it is, when they are read.
+            if (cold := next((file for found, file in chosen if found.is_cold and found.size_bytes), None)) is not None:
+                self._try(cold)
+            files = directories.sift(file for _, file in chosen)
             # On the last page, so that a model of one page is known whole before anything of it is written.
             yield [*files, *directories.empty_files()] if is_last else files
+        if is_empty and denial is not None:
+            raise denial
+
+    def _try(self, file: RemoteFile) -> None:
+        """Read the first byte of a file, so that what is refused for good is known before anything is written."""
+        byte, deadline = memoryview(bytearray(1)), time.monotonic() + self._client.response_seconds
+        try:
+            with self.open_range(file, 0, 1) as reader:
+                while reader.readinto(byte) is None and time.monotonic() < deadline:
+                    pass
+        except SourceUnavailableError as error:
+            if error.is_final:
+                raise
 
     def _listed(self, place: Place) -> Iterator[tuple[Sequence[Object], bool]]:
         """The pages of a listing, each with whether it is the last."""
@@ -339,7 +370,7 @@ class ObjectStore:
         kind = self.service.kind(refusal)
         if kind in ("missing", "changed"):
             return SourceChangedError(self.service.uri(place), str(file.entry.path))
-        return None if kind == "other" else self._meaning(refusal, self.service.uri(place), place)
+        return self._meaning(refusal, self.service.uri(place), place)
 
     def evidence(self, file: RemoteFile) -> str | None:
         """
@@ -354,6 +385,10 @@ class ObjectStore:
 
     def access(self, ref: ModelRef) -> str:
         return self.service.access(self.service.place(ref))
+
+    def checks_certificates(self, ref: ModelRef) -> bool:
+        del ref
+        return not self.is_unverified
 
     def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
         """
@@ -400,7 +435,8 @@ class ObjectStore:
         if kind == "missing":
             return SourceNotFoundError(uri, reason, refusal.hint)
         is_final = kind == "final" or (300 <= refusal.status < 500 and not refusal.is_transient)
-        return SourceUnavailableError(uri, reason, retry_after=refusal.busy, is_final=is_final, hint=refusal.hint)
+        hint = refusal.hint or (SAME_AGAIN if is_final and refusal.status >= 400 else "")
+        return SourceUnavailableError(uri, reason, retry_after=refusal.busy, is_final=is_final, hint=hint)
 
 
 def _files(page: Sequence[Object]) -> Iterator[Object]:

@@ -43,6 +43,8 @@ _TABLES = {
     "s3": "kserve_pvc.backends._s3_settings",
 }
 # One name for each table, as people write it.
+# What the libraries call the switch of certificates.
+_SWITCHES = ("verify", "verify_ssl", "ssl", "ssl_verify", "connection_verify", "validate_certs")
 _EXPLAINED = ("s3", "gs", "az", "hf", "http", "file")
 # Arguments of every fsspec class that change how objects are cached or awaited, and never which bytes are read.
 NEUTRAL_OPTIONS = frozenset(
@@ -257,6 +259,28 @@ def log_access(scheme: str, access: str, reasons: Sequence[Reason]) -> None:
         access,
         "; ".join(why) or "all settings are plain",
         extra={"access": access, "reasons": why},
+    )
+
+
+def checks_certificates(options: object, depth: int = 4) -> bool:
+    """
+    Whether no option, at any depth, switches off that certificates are checked.
+    """
+    if not isinstance(options, Mapping) or not depth:
+        return True
+    if any(options.get(name) is False for name in _SWITCHES):
+        return False
+    return all(checks_certificates(inner, depth - 1) for inner in options.values())
+
+
+def warn_unverified(scheme: str) -> None:
+    """
+    Say once for each backend that anyone on the way can change what is read.
+    """
+    import logging
+
+    logging.getLogger("kserve_pvc").warning(
+        "%s: the certificates of the source are not checked; name a CA bundle instead", scheme
     )
 
 

@@ -16,10 +16,12 @@ from typing import Protocol, TypeVar
 from urllib.parse import quote, urljoin
 
 from kserve_pvc._source.contract import RemoteFile
+from kserve_pvc._source.redaction import redact
 from kserve_pvc._source.retry import delays
 from kserve_pvc.backends._http.client import Exchange, HTTPClient
 from kserve_pvc.backends._http.connection import Response
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
+from kserve_pvc.backends._refusals import SAME_AGAIN, final_status, hide_sent, without_sent, words_of
 from kserve_pvc.backends._validators import bare_etag
 from kserve_pvc.errors import PolicyError, SourceChangedError, SourceDeniedError, SourceUnavailableError, StoreError
 
@@ -28,8 +30,8 @@ _MAX_REASON = 2000
 _ERROR_SECONDS = 10.0
 _END_SECONDS = 10.0
 _BUSY = (429, 503)
-_FINAL_STATUS = (301, 302, 303, 307, 308, 400, 405, 501)
 _ATTEMPTS = 4
+_NOTHING = Target("", "", 0, "")
 NO_CREDENTIALS = "NoCredentials"
 # What a `Location` may hold unquoted: all that has a meaning in a URL.
 _LOCATION_SAFE = "!#$%&'()*+,/:;=?@[]~"
@@ -69,7 +71,7 @@ class RefusedError(Exception):
         """
         Whether a retry may help.
         """
-        return self.busy is not None or self.status in (408, 429) or self.status >= 500
+        return self.busy is not None or (self.status >= 400 and not final_status(self.status))
 
 
 class Requests(Protocol):
@@ -115,6 +117,7 @@ class Reader:
         self._exchange: Exchange | None = None
         self._response: Response | None = None
         self._worked_before = 0.0
+        self._sent: tuple[Target, Mapping[str, str]] | None = None
         self._whole = client.whole_of((where, *sorted(file.pin.items())))
         self._position, self._stop = start, stop
         # How much was received and is not part of the range.
@@ -206,6 +209,7 @@ class Reader:
         target, headers = self._requests.request(self._file, renewed=self._is_renewed)
         if self._is_ranged:
             headers = {**headers, "Range": f"bytes={start}-{stop - 1}"}
+        self._sent = target, headers
         self._exchange = self._client.send("GET", target, headers)
         return self._exchange
 
@@ -222,12 +226,16 @@ class Reader:
             self._is_unconditional = True
             return False
         refusal = self._requests.refusal(self._file, response.status, response.headers, body)
-        # S3 has status 400 for a token that has expired.
-        is_denied = response.status in (401, 403) or isinstance(refusal, SourceDeniedError)
+        # S3 has status 400 for a token that has expired, and 403 for what no credentials help with.
+        is_final = isinstance(refusal, SourceUnavailableError) and refusal.is_final
+        is_denied = isinstance(refusal, SourceDeniedError) or (response.status in (401, 403) and not is_final)
         if is_denied and not self._is_renewed:
             self._is_renewed = True
             return False
-        raise refusal or unavailable(self._where, response.status, response.headers)
+        sent = self._sent or (_NOTHING, {})
+        words = hide_sent(words_of(response.headers, body), *sent)
+        error = refusal or unavailable(self._where, response.status, response.headers, words)
+        raise without_sent(error, *sent)
 
     def _accept(self, response: Response) -> bool:
         """Begin with a response, if it has the range. False: the whole file is requested instead."""
@@ -305,11 +313,13 @@ def unavailable(where: str, status: int, headers: Mapping[str, str], reason: str
     """
     Make the error for a response that is neither a success nor a refusal, with the pause that the server requests.
     """
-    text = f"HTTP {status}" + (f" ({reason})" if reason else "")
+    text = f"HTTP {status}" + (f" ({redact(reason)})" if reason else "")
     if 300 <= status < 400:
         text += ", a redirect, and credentials are never sent elsewhere; set the right endpoint"
     busy = retry_after(headers) if status in _BUSY or "retry-after" in headers else None
-    return SourceUnavailableError(where, text, retry_after=busy, is_final=status in _FINAL_STATUS)
+    is_final = busy is None and final_status(status)
+    hint = SAME_AGAIN if is_final and 400 <= status < 500 else ""
+    return SourceUnavailableError(where, text, retry_after=busy, is_final=is_final, hint=hint)
 
 
 def retry_after(headers: Mapping[str, str]) -> float:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import quote, unquote_plus
 
 from kserve_pvc._source.contract import RangeReader
@@ -16,6 +16,7 @@ from kserve_pvc.backends._http.target import HTTPError, Target
 from kserve_pvc.backends._login.sigv4 import encode_query, sign
 from kserve_pvc.backends._object_store import MetadataRequests, Request
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError, retry_after, unavailable
+from kserve_pvc.backends._refusals import head_of_range, hides_reason, words_of
 from kserve_pvc.backends._s3_settings import Account
 from kserve_pvc.backends._validators import http_date, identifies
 from kserve_pvc.backends._xml import is_size, parse_xml
@@ -32,6 +33,8 @@ _BUSY = frozenset(
         "RequestTimeout",
     )
 )
+# Refusals with the status of a denial that credentials do not help with.
+FINAL = frozenset(("InvalidObjectState", "RequestTimeTooSkewed"))
 # A bucket that can be part of a host's name, and a host that can have none in front.
 _HOST_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _ADDRESS = re.compile(r"[0-9.]+|.*:.*")
@@ -43,8 +46,35 @@ _REGIONAL_HOST = re.compile(
 )
 _NOT_S3 = "is this an S3 endpoint?"
 
-# Key, size, ETag and date.
-Listed = tuple[str, int, str | None, str | None]
+# Storage classes whose objects have to be restored before they can be read, on services that have such.
+_COLD = frozenset(("GLACIER", "DEEP_ARCHIVE"))
+# What to do about a refusal that is not about credentials.
+HINTS = {
+    "InvalidObjectState": "restore the object first, or copy it to another storage class",
+    "RequestTimeTooSkewed": "correct the clock of this machine",
+}
+
+
+class Listed(NamedTuple):
+    """
+    What a listing says about an object.
+    """
+
+    key: str
+    size_bytes: int
+    etag: str | None
+    date: str | None
+    is_cold: bool = False
+
+
+def is_cold(storage_class: str | None, status: str | None = None) -> bool:
+    """
+    Whether objects of a storage class may have to be restored before they can be read.
+
+    Args:
+        status: What `x-amz-archive-status` says, of objects that S3 itself moved.
+    """
+    return storage_class in _COLD or bool(status)
 
 
 class Access(Protocol):
@@ -69,6 +99,9 @@ class Access(Protocol):
     ) -> AbstractContextManager[RangeReader] | None:
         """Return a reader of its own; None where `read` is enough."""
 
+    def secrets(self) -> Iterable[str]:
+        """Return what must not be shown, as far as it was not removed from refusals before."""
+
 
 class SignedAccess:
     """
@@ -89,7 +122,7 @@ class SignedAccess:
         try:
             return self._send("HEAD", bucket, key, query, headers)[0]
         except RefusedError as refusal:
-            if not hides_reason(refusal):
+            if not hides_reason(refusal.status, refusal.code):
                 raise
             hidden = refusal
         try:
@@ -114,6 +147,9 @@ class SignedAccess:
 
     def reader(self, bucket: str, key: str, pin: Mapping[str, str], start: int, stop: int) -> None:
         return None
+
+    def secrets(self) -> Iterable[str]:
+        return ()
 
     def _signed(
         self, method: str, bucket: str, key: str, query: Mapping[str, str], headers: Mapping[str, str]
@@ -163,21 +199,6 @@ class SignedAccess:
         return refusal.code in DENIED and refusal.code != NO_CREDENTIALS and self.account.source.renew()
 
 
-def hides_reason(refusal: RefusedError) -> bool:
-    """
-    Whether a response to HEAD, which has no body, leaves out why something is refused. GET then says it.
-    """
-    return refusal.code in ("301", "307", "400", "401", "403", "405", "501")
-
-
-def head_of_range(headers: Mapping[str, str]) -> Mapping[str, str]:
-    """
-    Turn the headers of a response with the first byte of an object into those of the whole object.
-    """
-    size = headers.get("content-range", "").rpartition("/")[2]
-    return {**headers, "content-length": size} if is_size(size) else headers
-
-
 def parse_listing(body: bytes) -> tuple[list[Listed], str | None]:
     """
     Read one response to ListObjectsV2: key, size, ETag and date of each object, and the token of the next page.
@@ -193,12 +214,17 @@ def parse_listing(body: bytes) -> tuple[list[Listed], str | None]:
     decode = unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
     page: list[Listed] = []
     names = (f"{space}Key", f"{space}Size", f"{space}ETag", f"{space}LastModified")
+    # Few listings name such a class, and looking for it in each object costs.
+    has_cold = any(name.encode() in body for name in _COLD)
     for item in root.iter(f"{space}Contents"):
         key, size, etag, date = map(item.findtext, names)
         if key is None or size is None or not is_size(size):
             raise RefusedError(f"the listing has an object without key or size; {_NOT_S3}")
         # Few objects need a date, and reading it costs more than all else.
-        page.append((decode(key), int(size), etag, None if identifies(etag, int(size)) else http_date(date)))
+        date = None if identifies(etag, int(size)) else http_date(date)
+        page.append(
+            Listed(decode(key), int(size), etag, date, has_cold and is_cold(item.findtext(f"{space}StorageClass")))
+        )
     if root.findtext(f"{space}IsTruncated") != "true":
         return page, None
     token = root.findtext(f"{space}NextContinuationToken")
@@ -220,8 +246,10 @@ def parse_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refus
     code, message = words.get("Code") or str(status), words.get("Message")
     says_when = status >= 500 and "retry-after" in headers
     busy = retry_after(headers) if status in (429, 503) or code in _BUSY or says_when else None
+    # Not all that speaks for a service speaks its XML.
+    message = message or ("" if words else words_of(headers, body))
     reason = f"{code}: {message}" if message else f"HTTP {status}" + (f" ({code})" if code != str(status) else "")
-    return RefusedError(reason, status=status, code=code, busy=busy, headers=headers)
+    return RefusedError(reason, status=status, code=code, busy=busy, headers=headers, hint=HINTS.get(code, ""))
 
 
 def _error_of(body: bytes) -> Mapping[str, str | None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from kserve_pvc._source.ref import redact
+from kserve_pvc._source.redaction import redact
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._login.aws import CredentialSource, FixedCredentials, SDKSession
 from kserve_pvc.backends._login.sigv4 import Credentials

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from urllib.parse import parse_qsl
@@ -26,7 +26,8 @@ from kserve_pvc.backends._http.target import Target, target_of
 from kserve_pvc.backends._login.aws import NO_CREDENTIALS_HINT
 from kserve_pvc.backends._object_store import Request
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError
-from kserve_pvc.backends._s3_requests import Listed, head_of_range, hides_reason
+from kserve_pvc.backends._refusals import head_of_range, hides_reason
+from kserve_pvc.backends._s3_requests import HINTS, Listed, is_cold
 from kserve_pvc.backends._validators import http_date
 
 _PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 3}}
@@ -49,6 +50,7 @@ class S3fsAccess:
     def __init__(self, options: Mapping[str, Any], *, reads: bool) -> None:
         self.way = "fsspec:s3fs" if reads else "direct:s3fs"
         self._reads = reads
+        self._options = options
         # botocore would sign URLs by the older rules, which newer regions and encrypted objects refuse.
         config = {**_PATIENCE, "signature_version": "s3v4", **bounded(), **(options.get("config_kwargs") or {})}
         self._fs = S3FileSystem(
@@ -63,7 +65,7 @@ class S3fsAccess:
         try:
             return self._headers("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **wanted)
         except RefusedError as refusal:
-            if not hides_reason(refusal):
+            if not hides_reason(refusal.status, refusal.code):
                 raise
         found = self._headers("get_object", Bucket=bucket, Key=key, Range="bytes=0-0", **wanted)
         return head_of_range(found)
@@ -78,7 +80,13 @@ class S3fsAccess:
         with _translated():
             page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
             items: list[Listed] = [
-                (item["Key"], item["Size"], item.get("ETag"), http_date(item.get("LastModified")))
+                Listed(
+                    item["Key"],
+                    item["Size"],
+                    item.get("ETag"),
+                    http_date(item.get("LastModified")),
+                    is_cold(item.get("StorageClass")),
+                )
                 for item in page.get("Contents", ())
             ]
             return items, page["NextContinuationToken"] if page.get("IsTruncated") else None
@@ -115,6 +123,17 @@ class S3fsAccess:
                 return self._get(bucket, key, first, last, pin)
 
         return Reader(piece, start, stop)
+
+    def secrets(self) -> Iterable[str]:
+        """
+        Return what s3fs signs with now, and the options that hold secrets: services repeat headers in their errors.
+        """
+        signer = getattr(getattr(self._fs, "_s3", None), "_request_signer", None)
+        found = getattr(signer, "_credentials", None)
+        # Not the properties, which may renew what has expired.
+        current = (getattr(found, name, None) for name in ("_secret_key", "_token", "secret_key", "token"))
+        given = self._options.get("s3_additional_kwargs") or {}
+        return [value for value in (*current, *given.values()) if isinstance(value, str)]
 
     def _get(self, bucket: str, key: str, start: int, stop: int, pin: Mapping[str, str]) -> bytes:
         async def get() -> bytes:
@@ -161,7 +180,9 @@ def _refusal(error: Exception) -> RefusedError:
         said = source.response.get("ResponseMetadata", {})
         headers = {name.lower(): str(value) for name, value in said.get("HTTPHeaders", {}).items()}
         code = str(source.response.get("Error", {}).get("Code", ""))
-        return RefusedError(reason, status=said.get("HTTPStatusCode", 0), code=code, headers=headers)
+        return RefusedError(
+            reason, status=said.get("HTTPStatusCode", 0), code=code, headers=headers, hint=HINTS.get(code, "")
+        )
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return RefusedError(reason, code=NO_CREDENTIALS, hint=NO_CREDENTIALS_HINT)
     if isinstance(error, KeyError):

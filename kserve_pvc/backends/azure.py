@@ -18,7 +18,8 @@ from urllib.parse import quote, urlencode
 import attrs
 
 from kserve_pvc._source.contract import RemoteFile
-from kserve_pvc._source.ref import ModelRef, redact
+from kserve_pvc._source.redaction import redact
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._azure_xml import parse_listing, parse_properties, read_error
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import Target
@@ -36,6 +37,7 @@ from kserve_pvc.backends._options import (
     read_settings,
 )
 from kserve_pvc.backends._ranges import RefusedError
+from kserve_pvc.backends._refusals import head_of_range, hides_reason
 from kserve_pvc.errors import InvalidURIError, UnsafePathError
 
 if TYPE_CHECKING:
@@ -47,10 +49,9 @@ _VERSION = "2021-02-12"
 _DENIED = {"AccountIsDisabled", "KeyBasedAuthenticationNotPermitted", "PublicAccessNotPermitted"}
 _MISSING = {"ContainerBeingDeleted"}
 _CHANGED = {"ConditionNotMet", "InvalidRange"}
-# A blob in the archive tier has to be rehydrated first.
-_ARCHIVED = {"BlobArchived", "BlobBeingRehydrated"}
 # So many with the longest names and metadata still fit a page.
 _PAGE_BLOBS = 1000
+_NO_HEADERS: Mapping[str, str] = {}
 _HOST = re.compile(r"[a-z0-9]{3,24}\.(?:blob\.core\.windows\.net|z[0-9]{1,2}\.blob\.storage\.azure\.net)")
 _CONTAINER = re.compile(r"[$a-z0-9][a-z0-9-]{2,62}")
 _SECRET = re.compile(r"(sig=|Bearer )[^&\s\"'<>]+", re.IGNORECASE)
@@ -196,7 +197,7 @@ class AzureStorage:
         try:
             if (adlfs := self._class_for(place)) is not None:
                 return self._checked(adlfs.head(place, revision, self.requests))
-            headers, _ = self._send("HEAD", place, {"versionid": revision} if revision else {})
+            headers = self._head(place, {"versionid": revision} if revision else {})
         except RefusedError as refusal:
             if revision is not None and refusal.status == 400:
                 # A version id that is not one.
@@ -246,7 +247,7 @@ class AzureStorage:
             return "changed"
         if refusal.busy is not None:
             return "busy"
-        return "final" if refusal.code in _ARCHIVED else "other"
+        return "final" if 400 <= refusal.status < 500 and not refusal.is_transient else "other"
 
     def describe(self, refusal: RefusedError, place: Place) -> str:
         reason = _SECRET.sub(r"\1…", redact(refusal.reason)).rstrip(". ")
@@ -292,8 +293,24 @@ class AzureStorage:
         path = f"{endpoint.path.rstrip('/')}/{container}{name}"
         return endpoint._replace(path=f"{path}?{whole}" if whole else path), {"x-ms-version": _VERSION, **headers}
 
-    def _send(self, method: str, place: Place, query: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
-        return self.requests.send(method, lambda: self._request(place, query), lambda refusal: False)
+    def _head(self, place: Place, query: Mapping[str, str]) -> Mapping[str, str]:
+        try:
+            return self._send("HEAD", place, query)[0]
+        except RefusedError as refusal:
+            if not hides_reason(refusal.status, refusal.code) or isinstance(refusal, LoginError):
+                raise
+        found = head_of_range(self._send("GET", place, query, {"Range": "bytes=0-0"})[0])
+        whole = {"content-md5": found.get("x-ms-blob-content-md5", "")}
+        return {**found, **whole}
+
+    def _send(
+        self, method: str, place: Place, query: Mapping[str, str], more: Mapping[str, str] = _NO_HEADERS
+    ) -> tuple[Mapping[str, str], bytes]:
+        def make() -> Request:
+            target, headers = self._request(place, query)
+            return target, {**headers, **more}
+
+        return self.requests.send(method, make, lambda refusal: False)
 
 
 def _load_class() -> Sequence[Callable[..., Any]]:

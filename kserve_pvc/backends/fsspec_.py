@@ -24,7 +24,7 @@ from kserve_pvc.backends._fsspec.guard import guarded
 from kserve_pvc.backends._fsspec.listing import URI, URL, Listing
 from kserve_pvc.backends._fsspec.reading import Reader, piece_bytes_of, read_piece
 from kserve_pvc.backends._fsspec.spelling import spell
-from kserve_pvc.backends._options import trim_options
+from kserve_pvc.backends._options import checks_certificates, trim_options, warn_unverified
 from kserve_pvc.errors import SourceUnavailableError
 
 _LIMITS = UnpackLimits()
@@ -55,6 +55,9 @@ class FsspecBackend:
         self._filesystems = filesystems or MadeHere(trim_options(options), _prepare)
         self._failures = Failures(self._filesystems.secrets)
         self._limits = limits
+        self._is_verified = checks_certificates(options)
+        if not self._is_verified:
+            warn_unverified("fsspec")
         self._call_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:
@@ -77,6 +80,10 @@ class FsspecBackend:
         Return `fsspec:<package>`, where the package is the one that provides the class.
         """
         return package_of(self._filesystems.at(spell(ref, self._limits).url).kind)
+
+    def checks_certificates(self, ref: ModelRef) -> bool:
+        del ref
+        return self._is_verified
 
     def tune(self, *, stall_seconds: float, retry_seconds: float) -> None:
         """
@@ -111,7 +118,8 @@ def through_instance(fs: FileSystem, options: Mapping[str, Any]) -> FsspecBacken
     """
     from kserve_pvc.backends._web_settings import unpack_limits
 
-    return FsspecBackend({}, HandedIn(fs), limits=unpack_limits(options))
+    given = getattr(fs, "storage_options", None)
+    return FsspecBackend(given if isinstance(given, Mapping) else {}, HandedIn(fs), limits=unpack_limits(options))
 
 
 def _prepare(url: str, options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,19 +23,28 @@ from kserve_pvc._format.json_size import check_size
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Backend, Checksum, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
+from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._hf_addresses import ADDRESS_SECONDS, Addresses, lifetime
 from kserve_pvc.backends._hf_names import HubLocation, is_repository, parse_location, repository_and_path
-from kserve_pvc.backends._hf_replies import find_next_page, not_a_hub, seconds_until_more
+from kserve_pvc.backends._hf_replies import find_next_page, not_a_hub, read_refusal_of_hub
 from kserve_pvc.backends._hf_settings import find_endpoint, find_token, is_true
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target
-from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
+from kserve_pvc.backends._options import (
+    Rule,
+    TrimmedEnvironment,
+    checks_certificates,
+    configured_options,
+    options_beyond,
+    trim_options,
+    warn_unverified,
+)
 from kserve_pvc.backends._pages import PageCount
-from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, retry_after, unavailable
+from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, unavailable
+from kserve_pvc.backends._refusals import hide_sent, words_of
 from kserve_pvc.errors import (
     SettingsError,
     SourceChangedError,
-    SourceDeniedError,
     SourceNotFoundError,
     SourceUnavailableError,
     StoreError,
@@ -50,7 +59,7 @@ _MAX_SIZE = 10**15
 _MAX_BLOB_SIZE = 10**9
 _BLOB = "gitblob"
 
-_OWN_OPTIONS = {"endpoint", "token", "verify"}
+_OWN_OPTIONS = {"allow_private", "endpoint", "token", "verify"}
 RULES = (
     Rule(configured_options, "is set in fsspec's configuration"),
     Rule(options_beyond(_OWN_OPTIONS), "is an argument of huggingface_hub's HfFileSystem"),
@@ -89,7 +98,8 @@ def _through_class(arguments: Mapping[str, Any]) -> Backend:
     if "verify" in arguments:
         hint = "HfFileSystem has no such argument; name certificates in SSL_CERT_FILE, or pass no other option"
         raise SettingsError("verify", "not shown", hint)
-    return FsspecBackend(arguments)
+    # The class shares the client of huggingface_hub with the whole process, which goes wherever the hub sends it.
+    return FsspecBackend({name: value for name, value in arguments.items() if name != "allow_private"})
 
 
 class HFBackend:
@@ -99,7 +109,8 @@ class HFBackend:
 
     Args:
         options: `token` (a text; False for none; True for the one of the environment even if that is switched off),
-            `endpoint`, and `verify` (a file or directory of certificates, or False). They win over the environment.
+            `endpoint`, `verify` (a file or directory of certificates, or False), and `allow_private` (True, or the
+            hosts besides that of the hub that may have private addresses). They win over the environment.
         environ: What stands for the environment of the process.
     """
 
@@ -108,8 +119,13 @@ class HFBackend:
         self._endpoint = find_endpoint(options, environ)
         self._token = find_token(options, environ)
         self._is_offline = any(is_true(environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
-        self.client = HTTPClient(environ=environ, ca_bundle=options.get("verify"))
+        # What the hub redirects to is chosen by others; where it is itself, by the user.
+        check = make_address_check(options, environ, hosts=[self._endpoint.host])
+        self.client = HTTPClient(environ=environ, ca_bundle=options.get("verify"), check_address=check)
         self.addresses = Addresses()
+        self._is_verified = checks_certificates(options)
+        if not self._is_verified:
+            warn_unverified("hf")
         self._retry_seconds = 300.0
 
     def resolve(self, ref: ModelRef) -> Resolved:
@@ -125,6 +141,10 @@ class HFBackend:
     def access(self, ref: ModelRef) -> str:
         del ref
         return "direct"
+
+    def checks_certificates(self, ref: ModelRef) -> bool:
+        del ref
+        return self._is_verified
 
     def checksum(self, name: str) -> Checksum | None:
         """
@@ -172,36 +192,11 @@ class HFBackend:
             headers["Authorization"] = f"Bearer {self._token}"
         return headers
 
-    def refusal(self, uri: str, status: int, headers: Mapping[str, str]) -> StoreError:
+    def refusal(self, uri: str, status: int, headers: Mapping[str, str], words: str) -> StoreError:
         """
-        What the hub means. Its own words are not repeated, only its codes are understood.
+        What the hub means.
         """
-        code, words = headers.get("x-error-code", ""), headers.get("x-error-message", "")
-        if status == 429:
-            return SourceUnavailableError(
-                uri, "HTTP 429", retry_after=max(retry_after(headers), seconds_until_more(headers))
-            )
-        if code == "GatedRepo":
-            who = "no token was given" if self._token is None else "the account of the token has no access"
-            return SourceDeniedError(
-                uri, f"the model is gated and {who}; request access on the model's page, and pass a token (HF_TOKEN)"
-            )
-        if status == 401 and self._token is not None and words.startswith("Invalid credentials"):
-            return SourceDeniedError(uri, "the token is wrong or has expired; set HF_TOKEN to a valid one")
-        if words.startswith("Access to this resource is disabled"):
-            return SourceDeniedError(uri, "the hub has disabled it")
-        if code == "RepoNotFound" or (status == 401 and self._token is None):
-            secret = "no token was given; set HF_TOKEN" if self._token is None else "the token may not see it"
-            return SourceNotFoundError(uri, f"there is no such model, or it is private and {secret}")
-        if code == "RevisionNotFound":
-            return SourceNotFoundError(uri, "the model has no such revision")
-        if code == "EntryNotFound":
-            return SourceNotFoundError(uri, "the model has no such file or directory")
-        if status in (401, 403):
-            return SourceDeniedError(uri, f"HTTP {status}; the token (HF_TOKEN) may not read the model")
-        if status == 404:
-            return SourceNotFoundError(uri, "HTTP 404, without an error code of a hub; check HF_ENDPOINT too")
-        return unavailable(uri, status, headers)
+        return read_refusal_of_hub(uri, status, headers, words, has_token=self._token is not None)
 
     def _check_online(self, uri: str) -> None:
         if self._is_offline:
@@ -270,7 +265,8 @@ class HFBackend:
     def _ask_once(self, uri: str, target: Target) -> tuple[Mapping[str, str], bytes]:
         status, headers, body = self._get(uri, target)
         if status != 200:
-            raise self.refusal(uri, status, headers)
+            words = hide_sent(words_of(headers, body), target, self.headers(target))
+            raise self.refusal(uri, status, headers, words)
         return headers, body
 
     def _get(self, uri: str, target: Target) -> tuple[int, Mapping[str, str], bytes]:
@@ -401,8 +397,13 @@ class _Range:
         if target != self._at_hub:
             self._backend.addresses.forget(self._name, target)
         if not self._backend.is_hub(target):
-            return None  # The hub may name a better address the next time.
-        error = self._backend.refusal(self._where, status, headers)
+            if status not in (404, 410):
+                return None
+            # The hub may name a better address the next time.
+            failure = unavailable(self._where, status, headers, words_of(headers, body))
+            failure.is_final, failure.hint = False, ""
+            return failure
+        error = self._backend.refusal(self._where, status, headers, words_of(headers, body))
         # What was listed before has gone.
         is_gone = isinstance(error, SourceNotFoundError) and status != 401
         return SourceChangedError(self._where, str(file.entry.path)) if is_gone or status == 416 else error

@@ -23,12 +23,22 @@ import attrs
 
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Backend, RangeReader, RemoteFile, Resolved, order_listing
+from kserve_pvc._source.redaction import redact
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._addresses import make_address_check
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
-from kserve_pvc.backends._options import Rule, TrimmedEnvironment, configured_options, options_beyond, trim_options
+from kserve_pvc.backends._options import (
+    Rule,
+    TrimmedEnvironment,
+    checks_certificates,
+    configured_options,
+    options_beyond,
+    trim_options,
+    warn_unverified,
+)
 from kserve_pvc.backends._ranges import Reader, follow, read_refusal, request_with_retries, unavailable
+from kserve_pvc.backends._refusals import hide_sent, words_of
 from kserve_pvc.backends._validators import identifies, make_token
 from kserve_pvc.backends._web_settings import OWN_OPTIONS, Headers, WebFile, parse_file, unpack_limits
 from kserve_pvc.errors import (
@@ -143,6 +153,9 @@ class HTTPBackend:
         self._client = HTTPClient(
             environ=environ, ca_bundle=options.get("verify"), check_address=make_address_check(options, environ)
         )
+        self._is_verified = checks_certificates(options)
+        if not self._is_verified:
+            warn_unverified("https")
         self._retry_seconds = 300.0
         self._places: dict[str, _Place] = {}
         self._unconditional: set[str] = set()
@@ -168,6 +181,10 @@ class HTTPBackend:
     def access(self, ref: ModelRef) -> str:
         del ref
         return "direct"
+
+    def checks_certificates(self, ref: ModelRef) -> bool:
+        del ref
+        return self._is_verified
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> AbstractContextManager[RangeReader]:
         size = file.entry.size_bytes
@@ -249,7 +266,7 @@ class HTTPBackend:
         """Follow a URL to where it leads. With `name`, a response that is a web page and not such a file is refused."""
         target, method, hops = self.target(address), "HEAD", 0
         while True:
-            status, headers = self._look(method, target, address)
+            status, headers, words = self._look(method, target, address)
             if status in _REDIRECTS and "location" in headers:
                 hops += 1
                 if hops > _MAX_HOPS:
@@ -260,7 +277,7 @@ class HTTPBackend:
             else:
                 if status in (200, 206) and address in self._promised and not _size_of(status, headers):
                     status, headers = 200, {**headers, "content-length": str(self._count(target, address))}
-                return _place(address, target, method, status, headers, name)
+                return _place(address, target, method, status, headers, name, words)
 
     def _count(self, target: Target, address: str) -> int:
         """Receive a file whose length its server does not say, only to count its bytes."""
@@ -276,14 +293,22 @@ class HTTPBackend:
                     raise HTTPError(f"nothing came for {self._client.response_seconds:g} s")
         return size
 
-    def _look(self, method: str, target: Target, address: str) -> tuple[int, Mapping[str, str]]:
-        """Ask for the head of a file: by HEAD, or by GET of one byte where that is refused or does not say enough."""
+    def _look(self, method: str, target: Target, address: str) -> tuple[int, Mapping[str, str], str]:
+        """
+        Ask for the head of a file: by HEAD, or by GET of one byte where that is refused or does not say enough.
+
+        Returns:
+            Status and headers, and what a refusal says.
+        """
         wanted = {"Range": "bytes=0-0"} if method == "GET" else {}
-        with self._client.open(method, target, {**self.headers(target, address), **wanted}) as answer:
+        sent, words = {**self.headers(target, address), **wanted}, ""
+        with self._client.open(method, target, sent) as answer:
             # A whole file that comes instead is not read: the connection is closed.
-            if answer.status != 200 and (answer.length or 0) <= _MAX_ONE_BYTE_ANSWER:
-                read_refusal(answer)
-            return answer.status, answer.headers
+            is_refusal = answer.status >= 400
+            if is_refusal or (answer.status != 200 and (answer.length or 0) <= _MAX_ONE_BYTE_ANSWER):
+                body = read_refusal(answer)
+                words = hide_sent(words_of(answer.headers, body), target, sent) if is_refusal else ""
+            return answer.status, answer.headers, words
 
 
 class _Asking:
@@ -318,7 +343,6 @@ class _Asking:
         return is_same
 
     def refusal(self, file: RemoteFile, status: int, headers: Mapping[str, str], body: bytes) -> StoreError | None:
-        del body  # It is for people with a browser.
         if status in (412, 416):
             return SourceChangedError(self._address, str(file.entry.path))
         is_elsewhere = self._place is not None and self._place.target != self._backend.target(self._address)
@@ -326,7 +350,7 @@ class _Asking:
             # Asked from the beginning, the server may lead to a better place, or say that there is none any more.
             self._backend.forget(self._address, self._place)
             return SourceUnavailableError(self._address, f"HTTP {status} from where it redirected to before")
-        error = _refused(self._address, status, headers)
+        error = _refused(self._address, status, headers, words_of(headers, body))
         return (
             SourceChangedError(self._address, str(file.entry.path)) if isinstance(error, SourceNotFoundError) else error
         )
@@ -403,11 +427,11 @@ def _says_too_little(status: int, headers: Mapping[str, str]) -> bool:
 
 
 def _place(
-    address: str, target: Target, method: str, status: int, headers: Mapping[str, str], name: str | None
+    address: str, target: Target, method: str, status: int, headers: Mapping[str, str], name: str | None, words: str
 ) -> _Place:
     size = _size_of(status, headers)
     if status not in (200, 206) and not (status == 416 and size == "0"):
-        raise _refused(address, status, headers) or unavailable(address, status, headers)
+        raise _refused(address, status, headers, words) or unavailable(address, status, headers, words)
     coding = headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("identity", "") and not _repeats_name(coding, target):
         coding = coding[:40]
@@ -454,12 +478,13 @@ def _announced_digest(headers: Mapping[str, str]) -> str | None:
     return digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None
 
 
-def _refused(address: str, status: int, headers: Mapping[str, str]) -> StoreError | None:
+def _refused(address: str, status: int, headers: Mapping[str, str], words: str) -> StoreError | None:
+    said = f"HTTP {status}" + (f" ({redact(words)})" if words else "")
     if status in (401, 403, 407):
         host = _target(address).host
         where = f"the variable `{host}-headers` or the option `headers`"
-        reason = f"HTTP {status}; set headers for this host in {where}, or get another link if it is signed"
+        reason = f"{said}; set headers for this host in {where}, or get another link if it is signed"
         return SourceDeniedError(address, reason)
     if status in (404, 410):
-        return SourceNotFoundError(address, f"HTTP {status}")
-    return unavailable(address, status, headers) if status not in _REDIRECTS else None
+        return SourceNotFoundError(address, said)
+    return unavailable(address, status, headers, words) if status not in _REDIRECTS else None

@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from kserve_pvc._source.contract import RangeReader, RemoteFile
-from kserve_pvc._source.ref import ModelRef, redact
+from kserve_pvc._source.redaction import hide, redact
+from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends._crc32c import make_checksum
 from kserve_pvc.backends._http.client import HTTPClient
 from kserve_pvc.backends._object_store import (
@@ -29,9 +30,16 @@ from kserve_pvc.backends._object_store import (
     Request,
     md5_digest,
 )
-from kserve_pvc.backends._options import check_options, find_reasons, log_access, read_settings
+from kserve_pvc.backends._options import (
+    check_options,
+    checks_certificates,
+    find_reasons,
+    log_access,
+    read_settings,
+    warn_unverified,
+)
 from kserve_pvc.backends._ranges import RefusedError, from_base64
-from kserve_pvc.backends._s3_requests import DENIED, Access, Listed, SignedAccess, parse_refusal
+from kserve_pvc.backends._s3_requests import DENIED, FINAL, Access, Listed, SignedAccess, is_cold, parse_refusal
 from kserve_pvc.backends._s3_settings import (
     BEYOND_URLS,
     ORDINARY_BUCKET,
@@ -43,7 +51,7 @@ from kserve_pvc.backends._s3_settings import (
 )
 from kserve_pvc.backends._validators import bare_etag, http_date, identifies, make_token
 from kserve_pvc.backends._xml import is_size
-from kserve_pvc.errors import InvalidURIError
+from kserve_pvc.errors import InvalidURIError, UnsafePathError
 
 __all__ = ["RULES", "S3Backend"]
 
@@ -91,6 +99,9 @@ class S3Backend(ObjectStore):
         service = _S3(self.signed, make_class, etag_is_md5=bool(settings.options.get("etag_is_md5", True)))
         super().__init__(service, requests)
         log_access("s3", "fsspec:s3fs" if reads else signed.way, reasons)
+        self.is_unverified = account.ca_bundle is False or not checks_certificates(settings.options)
+        if self.is_unverified:
+            warn_unverified("s3")
 
 
 class _S3:
@@ -117,6 +128,9 @@ class _S3:
         return self._class
 
     def place(self, ref: ModelRef) -> Place:
+        if {".", ".."} & set(ref.location.split("/")):
+            # Servers and proxies remove such parts of a path, and then it is another object, or even another bucket.
+            raise UnsafePathError(ref.location, "a path may not contain `.` or `..`")
         match = _RESOURCE.match(ref.location)
         if match is not None:
             # The SDK takes slashes and colons alike, and one without a slash is a bucket as others are.
@@ -142,20 +156,21 @@ class _S3:
         if not is_size(size):
             raise RefusedError("response lacks Content-Length; is this an S3 endpoint?")
         version = head.get("x-amz-version-id", "null")
-        listed = (place.name, int(size), head.get("etag"), http_date(head.get("last-modified")))
+        cold = is_cold(head.get("x-amz-storage-class"), head.get("x-amz-archive-status"))
+        listed = Listed(place.name, int(size), head.get("etag"), http_date(head.get("last-modified")), cold)
         return self._object(listed, revision, None if version == "null" else version)
 
     def _listed_size(self, place: Place) -> str:
         """The size of an object whose description has none, as proxies send it."""
         found, _ = self.way(place.bucket).page(place.bucket, place.name, None)
-        return next((str(size) for key, size, _, _ in found if key == place.name), "")
+        return next((str(listed.size_bytes) for listed in found if listed.key == place.name), "")
 
     def page(self, place: Place, token: str | None) -> tuple[Sequence[Object], str | None]:
         found, token = self.way(place.bucket).page(place.bucket, place.name, token)
         return [self._object(listed) for listed in found], token
 
     def _object(self, listed: Listed, revision: str | None = None, version: str | None = None) -> Object:
-        key, size, etag, date = listed
+        key, size, etag, date, cold = listed
         name = bare_etag(etag) if etag is not None and identifies(etag, size) else None
         digest = _MD5.fullmatch(name) if name and self._etag_is_md5 else None
         if revision is not None:
@@ -172,6 +187,7 @@ class _S3:
             pin=pin,
             digest=md5_digest(digest and digest[0], size),
             is_directory=not size and key.endswith("/"),
+            is_cold=cold,
         )
 
     def read(self, place: Place, pin: Mapping[str, str], *, renewed: bool) -> Request:
@@ -210,10 +226,15 @@ class _S3:
             return "missing"
         if refusal.code in _CHANGED:
             return "changed"
+        if refusal.code in FINAL:
+            return "final"
+        if refusal.status in (401, 403):
+            return "denied"
         return "other" if refusal.busy is None else "busy"
 
     def describe(self, refusal: RefusedError, place: Place) -> str:
-        return redact(refusal.reason).rstrip(". ")
+        secrets = () if self._class is None else self._class.secrets()
+        return redact(hide(refusal.reason, secrets)).rstrip(". ")
 
     def access(self, place: Place) -> str:
         return self.way(place.bucket).way

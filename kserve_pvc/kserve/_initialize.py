@@ -25,7 +25,8 @@ from kserve_pvc._format.records import FileEntry
 from kserve_pvc._keys.aliases import settle_view
 from kserve_pvc._model import Model
 from kserve_pvc._settings import pod_and_node
-from kserve_pvc._source.ref import ModelRef, parse_ref, redact
+from kserve_pvc._source.redaction import redact
+from kserve_pvc._source.ref import ModelRef, parse_ref, show_source
 from kserve_pvc._store import ModelStore
 from kserve_pvc._volume.profile import NETWORK_LEASE_SECONDS
 from kserve_pvc._volume.reading import Volume
@@ -96,7 +97,7 @@ def _run(arguments: Sequence[str]) -> int:
         print(_USAGE, flush=True)
         return _fail(f"expected pairs of a source and a directory, got {len(arguments)} arguments; {_USAGE}")
     pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
-    shown = ", ".join(f"({redact(source)!r}, {printable(place)!r})" for source, place in pairs)
+    shown = ", ".join(f"({show_source(source)!r}, {printable(place)!r})" for source, place in pairs)
     _log("INFO", f"Initializing, args: (src_uri, dest_path): [{shown}]")
     fill_all(pairs, _variables())
     return 0
@@ -182,7 +183,7 @@ def read_source(source: str, variables: Variables) -> CheckedSource:
         PolicyError: It carries credentials.
     """
     if ".." in source.split("://", 1)[-1].split("/"):
-        raise InvalidURIError(redact(source), "its path contains `..`")
+        raise InvalidURIError(show_source(source), "its path contains `..`")
     check_supported(source)
     if source and "://" not in source and Path(source).exists():
         source = os.path.abspath(source)

@@ -1,8 +1,9 @@
 """
 The policy of a cluster's operator: which pods may use which claims, and how.
 
-The annotations of a pod are requests. What a pod may do depends on its namespace and service account, which its owner
-cannot choose freely. A claim that a rule of a namespace names is *governed* there: only pods with a rule may mount it.
+The annotations of a pod are requests. What a pod may do depends on its namespace, and on its service account, of which
+anyone who may create pods can name any of the namespace: between users, only namespaces separate. A claim that a rule
+of a namespace names is *governed* there: only pods with a rule may mount it.
 """
 
 from __future__ import annotations

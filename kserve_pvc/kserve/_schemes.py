@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from kserve_pvc._source.ref import redact
+from kserve_pvc._source.ref import show_source
 from kserve_pvc.errors import InvalidURIError, UnknownSchemeError
 
 _IMAGE = (
@@ -47,13 +47,13 @@ def check_supported(source: str) -> None:
     if scheme in _SCHEMES:
         raise UnknownSchemeError(scheme, _SCHEMES[scheme])
     if _REPOSITORY.fullmatch(source):
-        raise InvalidURIError(redact(source), _GIT)
+        raise InvalidURIError(show_source(source), _GIT)
     if scheme in ("http", "https") and _FILE_SHARE.fullmatch(_host(source)):
         rule = (
             "file shares of Azure are not supported; copy the model to a blob container (`.blob.` in the URL), or "
             "mount the share as a claim and use `pvc://`"
         )
-        raise InvalidURIError(redact(source), rule)
+        raise InvalidURIError(show_source(source), rule)
 
 
 def _host(source: str) -> str:

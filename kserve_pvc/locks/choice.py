@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 
 from kserve_pvc._format.log_entry import StoreSettings
-from kserve_pvc.errors import SettingsError
+from kserve_pvc.errors import HIDDEN, SettingsError
 from kserve_pvc.locks import LOCKERS, Grab
 from kserve_pvc.locks.external import ExternalLock
 
@@ -22,6 +22,10 @@ _REDIS = re.compile(
     r"(rediss?)://(\[[0-9a-f:.]+\]|[a-z0-9][a-z0-9._-]*)(?::([0-9]{1,5}))?(?:/([0-9]{1,4})?)?", re.ASCII | re.IGNORECASE
 )
 _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
+# What a locker may be called by mistake.
+_NAME = re.compile(
+    r"[a-z][a-z_-]{0,23}|kubernetes://[a-z0-9./_-]{0,253}|rediss?://[a-z0-9.-]*(?::[0-9]{1,6})?/?", re.IGNORECASE
+)
 
 
 @attrs.frozen
@@ -68,7 +72,9 @@ def parse_locker(text: str) -> Locker:
             return Locker("redis", f"{found[1].lower()}://{host}:{port}/{database}")
     if scheme == "kubernetes" and separator and _NAMESPACE.fullmatch(rest):
         return Locker("kubernetes", rest)
-    raise SettingsError("locker", text, f"supported: {', '.join(f'`{name}`' for name in LOCKERS)}")
+    # What follows a colon may be a password, however the rest is mistyped; a name may be shown.
+    shown = text if _NAME.fullmatch(text) else HIDDEN
+    raise SettingsError("locker", shown, f"supported: {', '.join(f'`{name}`' for name in LOCKERS)}")
 
 
 def resolve_namespace(locker: Locker, environ: Mapping[str, str]) -> Locker:

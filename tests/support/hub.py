@@ -515,7 +515,7 @@ class HuggingFace:
 
     @property
     def storage_options(self) -> Mapping[str, Any]:
-        return {"endpoint": self._hub.endpoint, "token": OWNER}
+        return {"endpoint": self._hub.endpoint, "token": OWNER, "allow_private": [STORAGE_HOST]}
 
     @property
     def denied_options(self) -> Mapping[str, Any]:

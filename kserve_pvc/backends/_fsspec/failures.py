@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from kserve_pvc._source.ref import redact
+from kserve_pvc._source.redaction import redact
+from kserve_pvc.backends._refusals import final_status
 from kserve_pvc.errors import (
     SourceChangedError,
     SourceDeniedError,
@@ -75,7 +76,8 @@ class Failures:
         if isinstance(error, FileNotFoundError | NotADirectoryError) or status == 404 or names & _MISSING:
             return changed or SourceNotFoundError(uri, reason)
         is_bug = isinstance(error, TypeError | ValueError | AttributeError | NotImplementedError)
-        return SourceUnavailableError(uri, reason, is_final=is_bug and not isinstance(error, OSError))
+        is_final = isinstance(status, int) and status >= 400 and final_status(status)
+        return SourceUnavailableError(uri, reason, is_final=is_final or (is_bug and not isinstance(error, OSError)))
 
     def _redacted(self, text: str) -> str:
         for hidden in sorted(set(_strings(self._secrets())), key=len, reverse=True):

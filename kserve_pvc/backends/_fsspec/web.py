@@ -44,7 +44,7 @@ def web_backend(arguments: Mapping[str, Any], options: Mapping[str, Any], enviro
         return guarded({**plain, **given}, check, stays_at=host if secret else None)
 
     made = MadeHere({**plain, "headers": options.get("headers")}, prepare)
-    return FsspecBackend({}, made, limits=unpack_limits(options))
+    return FsspecBackend(plain, made, limits=unpack_limits(options))
 
 
 def _trusting(verify: object) -> Any:

@@ -48,8 +48,8 @@ class HTTPClient:
         ca_bundle: File or directory of certificates to trust, False to check none, or None for those of the system.
         environ: Holds `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, in either case.
         check_address: Called with the name and every address of a host before one of those addresses is connected
-            to; raises if it may not be. Behind a proxy it is called only for hosts that are addresses, as the proxy
-            looks up names.
+            to; raises if it may not be. Behind a proxy, which looks up names, it is called with the name alone, or with
+            the address that it is.
     """
 
     def __init__(
@@ -161,8 +161,8 @@ class HTTPClient:
         """
         proxy = self._proxy(target)
         deadline = time.monotonic() + CONNECT_SECONDS
-        if proxy and self._check_address and (literal := literal_address(target.host)):
-            self._check_address(target.host, literal)
+        if proxy and self._check_address:
+            self._check_address(target.host, literal_address(target.host) or "")
         # The proxy is configured locally, so its own address is trusted.
         sock = dial(proxy or target, None if proxy else self._check_address)
         try:

@@ -82,7 +82,10 @@ def basic_authorization(proxy: Proxy) -> str:
 
 
 def literal_address(host: str) -> str | None:
-    """Return the address that a host is, in any of the spellings that a resolver accepts; None for a name."""
+    """
+    Return the address that a host is, in any of the spellings that a resolver or a proxy accepts; None for a name.
+    """
+    host = host.rstrip(".")
     try:
         socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
         return host
@@ -97,6 +100,9 @@ def literal_address(host: str) -> str | None:
 
 def _connect_checked(host: str, port: int, check: Callable[[str, str], None]) -> socket.socket:
     """Look a host up once, and connect to what was checked: a second look-up could return something else."""
+    # Not every resolver takes an address with a dot at its end for one.
+    if (literal := literal_address(host)) is not None:
+        check(host, literal)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for *_, address in found:
         check(host, str(address[0]))

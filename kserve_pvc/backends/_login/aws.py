@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from kserve_pvc._source.ref import redact
+from kserve_pvc._source.redaction import redact
 from kserve_pvc.backends._login.contract import describe_foreign
 from kserve_pvc.backends._login.sigv4 import Credentials
 from kserve_pvc.backends._ranges import NO_CREDENTIALS, RefusedError

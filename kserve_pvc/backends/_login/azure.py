@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlencode
 
 import attrs
 
-from kserve_pvc._source.ref import redact
+from kserve_pvc._source.redaction import redact
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._login.contract import Anonymous, Authorization, Login, LoginError, Scope, describe_foreign
 from kserve_pvc.errors import HIDDEN, SettingsError

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kserve_pvc._source.ref import redact
+from kserve_pvc._source.redaction import redact
 from kserve_pvc.backends._http.target import HTTPError, Target, target_of
 from kserve_pvc.backends._login.contract import (
     Anonymous,
