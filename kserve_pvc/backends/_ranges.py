@@ -28,6 +28,8 @@ _ERROR_SECONDS = 10.0
 _END_SECONDS = 10.0
 _BUSY = (429, 503)
 _FINAL_STATUS = (301, 302, 303, 307, 308, 400, 405, 501)
+# The status by which servers refuse ranges, instead of ignoring them. 416 is that of a file that has become shorter.
+_NO_RANGES = (400, 405, 406, 417, 501)
 _ATTEMPTS = 4
 NO_CREDENTIALS = "NoCredentials"
 # What a `Location` may hold unquoted: all that has a meaning in a URL.
@@ -109,7 +111,7 @@ class Reader:
         self._file = file
         self._where = where
         self._range = (start, stop)
-        self._is_renewed = self._is_unconditional = self._is_ranged = False
+        self._is_renewed = self._is_unconditional = self._is_ranged = self._is_refused = False
         self._exchange: Exchange | None = None
         self._response: Response | None = None
         self._worked_before = 0.0
@@ -199,7 +201,7 @@ class Reader:
             return self._exchange
         is_part = stop - start < self._file.entry.size_bytes
         # As it is known now: what other readers learn meanwhile says nothing about this request.
-        self._is_ranged = is_part and not self._whole.is_known
+        self._is_ranged = is_part and not self._whole.is_known and not self._is_refused
         self._position = start if self._is_ranged else 0
         target, headers = self._requests.request(self._file, renewed=self._is_renewed)
         if self._is_ranged:
@@ -225,6 +227,9 @@ class Reader:
         if is_denied and not self._is_renewed:
             self._is_renewed = True
             return False
+        if self._is_ranged and response.status in _NO_RANGES:
+            self._is_refused = True
+            return False
         raise refusal or unavailable(self._where, response.status, response.headers)
 
     def _accept(self, response: Response) -> bool:
@@ -237,6 +242,7 @@ class Reader:
         check_range(self._file, self._where, response, *self._range)
         if self._is_ranged and response.status == 200:
             self._whole.is_known, self._is_ranged, self._position = True, False, 0
+        self._whole.is_known = self._whole.is_known or self._is_refused
         self._response, self._worked_before = response, response.worked
         return True
 
