@@ -18,7 +18,8 @@ from kserve_pvc.errors import UnsafePathError
 MAX_PART_BYTES = 255
 MAX_NAME_BYTES = 1024
 
-_DRIVE = re.compile(r"[A-Za-z]:")
+# With a separator behind it: `a:b.bin` is an ordinary name.
+_DRIVE = re.compile(r"[A-Za-z]:(?:/|\Z)")
 # Nearly every name is of this kind, which breaks no rule if it is short: looked at once, as models have many files.
 _PLAIN = re.compile(r"[\w.+=@-]*[\w+=@-](?:/[\w.+=@-]*[\w+=@-])*", re.ASCII)
 
