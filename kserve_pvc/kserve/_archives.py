@@ -29,6 +29,9 @@ _UNPACKED = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 _REFUSED = (".tar.bz2", ".tbz2", ".tbz", ".txz")
 # The schemes that KServe unpacks, except for HTTP, whose backend unpacks itself.
 _SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file", "pvc")
+# Those where KServe passes over empty objects, such as the `_SUCCESS` that Hadoop's tools leave beside an archive.
+_WITHOUT_EMPTY = ("s3", "az", "abfs", "abfss")
+_DIRECTORIES = ("file", "pvc")
 
 
 def is_archive(name: str) -> bool:
@@ -47,8 +50,25 @@ def unpacking() -> Mapping[str, BackendFactory]:
 
 def _make(scheme: str, options: Mapping[str, Any]) -> Backend:
     backend = make_backend(scheme, {}, options)
-    made: Backend = _PagedUnpacking(backend, backend) if isinstance(backend, SupportsPages) else _Unpacking(backend)
+    made: Backend = (
+        _PagedUnpacking(scheme, backend, backend) if isinstance(backend, SupportsPages) else _Unpacking(scheme, backend)
+    )
     return made
+
+
+def find_archive(scheme: str, files: Sequence[RemoteFile]) -> RemoteFile | None:
+    """
+    Return the one file that KServe counts, if it is an archive: of a bucket whatever directory it is in; of a directory
+    only at its top, beside hidden files at most.
+    """
+    counted = files
+    if len(files) > 1 and scheme in _WITHOUT_EMPTY:
+        counted = [file for file in files if file.entry.size_bytes]
+    elif len(files) > 1 and scheme in _DIRECTORIES:
+        counted = [file for file in files if not file.entry.path.parts[0].startswith(".")]
+    if len(counted) != 1 or not is_archive(counted[0].entry.path.name):
+        return None
+    return None if scheme in _DIRECTORIES and len(counted[0].entry.path.parts) > 1 else counted[0]
 
 
 class _Unpacking:
@@ -56,7 +76,8 @@ class _Unpacking:
     A backend that marks its only file as an archive, if it is one.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, scheme: str, backend: Backend) -> None:
+        self._scheme = scheme
         self._backend = backend
         for name in ABILITIES:
             if name != "pages" and hasattr(backend, name):
@@ -71,10 +92,17 @@ class _Unpacking:
             if has_patterns:
                 return self._backend.resolve(ref)
             raise
-        files = found.files
-        if len(files) != 1 or not is_archive(files[0].entry.path.name):
+        archive = find_archive(self._scheme, found.files)
+        if archive is None:
             return self._backend.resolve(ref) if has_patterns else found
-        return attrs.evolve(found, ref=ref, files=(_marked(files[0], ref),))
+        return attrs.evolve(found, ref=ref, files=self._with_archive(found.files, archive, ref))
+
+    def _with_archive(
+        self, files: Sequence[RemoteFile], archive: RemoteFile | None, ref: ModelRef
+    ) -> tuple[RemoteFile, ...]:
+        """Mark the archive, and leave out what else the patterns do."""
+        chosen = (file for file in files if file is archive or ref.selects(file.entry.path))
+        return tuple(_marked(file, ref) if file is archive else file for file in chosen)
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Any:
         return self._backend.open_range(file, start, stop)
@@ -85,8 +113,8 @@ class _PagedUnpacking(_Unpacking):
     The same for a backend that lists page by page.
     """
 
-    def __init__(self, backend: Backend, lister: SupportsPages) -> None:
-        super().__init__(backend)
+    def __init__(self, scheme: str, backend: Backend, lister: SupportsPages) -> None:
+        super().__init__(scheme, backend)
         self._lister = lister
 
     def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
@@ -94,10 +122,9 @@ class _PagedUnpacking(_Unpacking):
         first: list[RemoteFile] = []
         for page in pages:
             first += page
-            if len(first) > 1:
+            if sum(1 for file in first if file.entry.size_bytes) > 1:
                 break
-        is_only_file = len(first) == 1 and is_archive(first[0].entry.path.name)
-        yield [_marked(first[0], ref)] if is_only_file else first
+        yield self._with_archive(first, find_archive(self._scheme, first), ref)
         yield from pages
 
 
