@@ -161,11 +161,17 @@ def test_one_file_is_a_model(root, server):
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("a%20b.bin", "a b.bin"), ("%C3%A9.bin", "é.bin"), ("100%25.bin", "100%.bin"), ("a+b.bin", "a+b.bin")],
+    [
+        ("a%20b.bin", "a b.bin"),
+        ("%C3%A9.bin", "é.bin"),
+        ("100%25.bin", "100%.bin"),
+        ("a+b.bin", "a+b.bin"),
+        ("m.bin;v=1", "m.bin"),
+    ],
 )
 def test_the_name_is_what_the_last_part_means(root, server, path, name):
     """
-    The last part of a URL is decoded once.
+    The last part of a URL is decoded once, without the parameters of a path.
     """
     server.pages[f"/{path}"] = page(b"1")
 
