@@ -40,7 +40,7 @@ from kserve_pvc import (
     UnknownSchemeError,
 )
 from kserve_pvc.kserve import Storage
-from kserve_pvc.kserve._archives import find_archive
+from kserve_pvc.kserve._counting import find_only_file
 from kserve_pvc.kserve._destination import OURS, Contents, Destination, Source
 from kserve_pvc.kserve._environment import leave_to_s3, read_variables, trust_bundle
 from kserve_pvc.kserve._initialize import main, read_source
@@ -341,7 +341,7 @@ def test_the_one_file_that_kserve_counts_is_unpacked(scheme, names, expected):
         for name in names
     ]
 
-    found = find_archive(scheme, files)
+    found = find_only_file(scheme, files)
 
     assert (found and str(found.entry.path)) == expected
 

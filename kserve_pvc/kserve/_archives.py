@@ -24,14 +24,12 @@ from kserve_pvc._source.contract import (
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends import make_backend
 from kserve_pvc.errors import PolicyError, SourceDeniedError, UnsafePathError
+from kserve_pvc.kserve._counting import find_only_file
 
 _UNPACKED = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 _REFUSED = (".tar.bz2", ".tbz2", ".tbz", ".txz")
 # The schemes that KServe unpacks, except for HTTP, whose backend unpacks itself.
 _SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file", "pvc")
-# Those where KServe passes over empty objects, such as the `_SUCCESS` that Hadoop's tools leave beside an archive.
-_WITHOUT_EMPTY = ("s3", "az", "abfs", "abfss")
-_DIRECTORIES = ("file", "pvc")
 
 
 def is_archive(name: str) -> bool:
@@ -56,19 +54,9 @@ def _make(scheme: str, options: Mapping[str, Any]) -> Backend:
     return made
 
 
-def find_archive(scheme: str, files: Sequence[RemoteFile]) -> RemoteFile | None:
-    """
-    Return the one file that KServe counts, if it is an archive: of a bucket whatever directory it is in; of a directory
-    only at its top, beside hidden files at most.
-    """
-    counted = files
-    if len(files) > 1 and scheme in _WITHOUT_EMPTY:
-        counted = [file for file in files if file.entry.size_bytes]
-    elif len(files) > 1 and scheme in _DIRECTORIES:
-        counted = [file for file in files if not file.entry.path.parts[0].startswith(".")]
-    if len(counted) != 1 or not is_archive(counted[0].entry.path.name):
-        return None
-    return None if scheme in _DIRECTORIES and len(counted[0].entry.path.parts) > 1 else counted[0]
+def _find_archive(service: str, files: Sequence[RemoteFile]) -> RemoteFile | None:
+    found = find_only_file(service, files)
+    return found if found is not None and is_archive(found.entry.path.name) else None
 
 
 class _Unpacking:
@@ -92,7 +80,7 @@ class _Unpacking:
             if has_patterns:
                 return self._backend.resolve(ref)
             raise
-        archive = find_archive(self._scheme, found.files)
+        archive = _find_archive(self._scheme, found.files)
         if archive is None:
             return self._backend.resolve(ref) if has_patterns else found
         return attrs.evolve(found, ref=ref, files=self._with_archive(found.files, archive, ref))
@@ -124,7 +112,7 @@ class _PagedUnpacking(_Unpacking):
             first += page
             if sum(1 for file in first if file.entry.size_bytes) > 1:
                 break
-        yield self._with_archive(first, find_archive(self._scheme, first), ref)
+        yield self._with_archive(first, _find_archive(self._scheme, first), ref)
         yield from pages
 
 
