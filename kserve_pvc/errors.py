@@ -23,9 +23,10 @@ def printable(text: object) -> str:
     )
 
 
-class StoreError(Exception):
+class StoreError(RuntimeError):
     """
-    The base of every error this package raises on purpose.
+    The base of every error this package raises on purpose. A `RuntimeError`, since that is what programs written for
+    KServe's storage library catch.
     """
 
     exit_code: ClassVar[int] = 1

@@ -252,6 +252,18 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(root, hub, uri, revision):
     assert (model.record.version, read_tree(model.path)) == (commit, {"config.json": b"first"})
 
 
+@pytest.mark.parametrize("uri", [f"{URI}:", f"{URI}:/"])
+def test_nothing_after_the_colon_is_the_main_branch(root, hub, uri):
+    """
+    As in KServe, a colon with nothing behind it names no revision.
+    """
+    commit = hub.push(NAME, {"config.json": b"main"})
+
+    model = store(root, hub).ensure(uri, progress=False)
+
+    assert (model.record.version, (model.path / "config.json").read_bytes()) == (commit, b"main")
+
+
 @pytest.mark.parametrize("branch", ["refs/pr/1", "refs/convert/fp8", "feature/x"])
 def test_a_revision_may_hold_slashes(root, hub, branch):
     """
@@ -273,7 +285,7 @@ def test_a_revision_may_hold_slashes(root, hub, branch):
         ("hf://org/", None, "no model is named"),
         ("hf://org//name", None, "no model is named"),
         ("hf://../name", None, "no model is named"),
-        (f"{URI}:", None, "no model is named"),
+        (f"{URI}@", None, "no model is named"),
         (f"{URI}:v1", "v2", "omit one"),
         (f"{URI}:../x", None, "two in a row"),
         (URI, ".hidden", "cannot begin with a dot"),

@@ -161,11 +161,17 @@ def test_one_file_is_a_model(root, server):
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("a%20b.bin", "a b.bin"), ("%C3%A9.bin", "é.bin"), ("100%25.bin", "100%.bin"), ("a+b.bin", "a+b.bin")],
+    [
+        ("a%20b.bin", "a b.bin"),
+        ("%C3%A9.bin", "é.bin"),
+        ("100%25.bin", "100%.bin"),
+        ("a+b.bin", "a+b.bin"),
+        ("m.bin;v=1", "m.bin"),
+    ],
 )
 def test_the_name_is_what_the_last_part_means(root, server, path, name):
     """
-    The last part of a URL is decoded once.
+    The last part of a URL is decoded once, without the parameters of a path.
     """
     server.pages[f"/{path}"] = page(b"1")
 
@@ -231,6 +237,46 @@ def test_a_server_without_ranges_sends_all_of_it_once(root, server, takes_head):
     assert read_tree(model.path) == {"weights.bin": WEIGHTS}
     assert server.ranges() == [None]
     assert model.bytes_fetched == len(WEIGHTS)
+
+
+@pytest.mark.parametrize("status", [400, 403, 405, 406, 416, 417, 501])
+@pytest.mark.parametrize("takes_head", [True, False])
+def test_a_server_that_refuses_ranges_sends_all_of_it(root, server, status, takes_head):
+    """
+    A refusal of a range is no refusal of the file, whether HEAD describes that or not.
+    """
+    server.pages["/weights.bin"] = page(
+        WEIGHTS,
+        refuses=lambda method, wanted: status if wanted or (method == "HEAD" and not takes_head) else None,
+        in_ranges=False,
+    )
+
+    model = ensure(root, server.uri("weights.bin"))
+
+    assert read_tree(model.path) == {"weights.bin": WEIGHTS}
+    assert None in server.ranges()
+
+
+@pytest.mark.parametrize("status", [400, 405, 406, 417, 501])
+def test_ranges_that_are_promised_and_refused_are_given_up(root, server, status):
+    """
+    A server that says it has ranges, and refuses each, is asked for the whole file.
+    """
+    server.pages["/weights.bin"] = page(WEIGHTS, refuses=lambda _, wanted: status if wanted else None)
+
+    model = ensure(root, server.uri("weights.bin"), max_workers=2)
+
+    assert read_tree(model.path) == {"weights.bin": WEIGHTS}
+
+
+def test_a_file_that_is_refused_whole_is_refused(root, server):
+    """
+    Where the whole file is refused too, its status is told.
+    """
+    server.pages["/weights.bin"] = page(WEIGHTS, refuses=lambda method, _: 400 if method == "GET" else None)
+
+    with pytest.raises(SourceUnavailableError, match="HTTP 400"):
+        ensure(root, server.uri("weights.bin"))
 
 
 def test_without_ranges_a_cut_stream_goes_on_where_it_was(root, server):

@@ -257,7 +257,7 @@ NAMES_IN_A_BUCKET = {
     "escape": (["a\x1b[31mb"], CONTROL),
     "bidirectional": (["\u202egpj.exe"], CONTROL),
     "zero width": (["mo\u200bdel"], CONTROL),
-    "drive": (["C:model"], "must be relative"),
+    "drive": (["C:/model"], "must be relative"),
     "trailing dot": (["model."], "end in a dot or blank"),
     "trailing blank": (["sub /model"], "end in a dot or blank"),
     "case": (["Model.bin", "model.bin"], COLLIDES),

@@ -97,6 +97,7 @@ def test_an_error_is_the_builtin_a_caller_expects(cls):
 
     assert issubclass(cls, StoreError)
     assert issubclass(cls, builtin)
+    assert issubclass(cls, RuntimeError)  # As programs for KServe's storage library catch it.
 
 
 @every_error

@@ -29,18 +29,22 @@ from waiting import until
 from webserver import WebServer
 
 from kserve_pvc import (
+    FileEntry,
     InvalidURIError,
     LockTimeoutError,
     ModelStore,
+    PolicyError,
+    RemoteFile,
     SettingsError,
     SourceNotFoundError,
     UnknownSchemeError,
     UnsafePathError,
 )
 from kserve_pvc.kserve import Storage, _initialize
+from kserve_pvc.kserve._counting import find_only_file
 from kserve_pvc.kserve._destination import OURS, Contents, Destination, Source
 from kserve_pvc.kserve._environment import leave_to_s3, read_variables, trust_bundle
-from kserve_pvc.kserve._initialize import fill_all, main
+from kserve_pvc.kserve._initialize import fill_all, main, read_source
 from kserve_pvc.kserve._schemes import check_supported
 from kserve_pvc.locks.flock import grab_file
 from kserve_pvc.locks.liveness import here
@@ -307,6 +311,68 @@ def test_archives_among_others_stay(tmp_path, place):
     assert served(place) == read_tree(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "names", "expected"),
+    [
+        ("s3", ["m.zip", "_SUCCESS-"], "m.zip"),
+        ("az", ["sub/m.tgz", "a-", "b/c-"], "sub/m.tgz"),
+        ("abfss", ["m.tar-", "n.tar"], "n.tar"),
+        ("gs", ["m.zip", "_SUCCESS-"], None),
+        ("s3", ["m.zip", "b.txt"], None),
+        ("s3", ["m.zip-"], "m.zip"),
+        ("s3", ["m.zip-", "n.zip-"], None),
+        ("gs", ["sub/m.zip"], "sub/m.zip"),
+        ("file", ["m.zip", ".note", ".git/config"], "m.zip"),
+        ("file", [".m.zip"], ".m.zip"),
+        ("file", ["sub/m.zip"], None),
+        ("pvc", ["sub/m.zip", ".note"], None),
+        ("file", ["m.zip", "_SUCCESS-"], None),
+        ("file", ["m.zip", "sub/x"], None),
+    ],
+)
+def test_the_one_file_that_kserve_counts_is_unpacked(scheme, names, expected):
+    """
+    Empty objects of S3 and Azure do not count, nor do hidden files of a directory, whose archive must lie at its top.
+    Names that end in `-` are empty here.
+    """
+    files = [
+        RemoteFile(
+            entry=FileEntry(path=name.rstrip("-"), size_bytes=0 if name.endswith("-") else 5), address=name, pin={}
+        )
+        for name in names
+    ]
+
+    found = find_only_file(scheme, files)
+
+    assert (found and str(found.entry.path)) == expected
+
+
+def test_an_archive_beside_an_empty_object_is_unpacked(upload, s3_env, place):
+    """
+    The `_SUCCESS` of Hadoop's tools does not leave a packed model to the server.
+    """
+    uri = upload({"m.zip": packed("zip"), "_SUCCESS": b""})
+
+    result = run(uri, place, env=s3_env)
+
+    assert result.returncode == 0, result.stderr
+    assert served(place) == {**FILES, "_SUCCESS": b""}
+
+
+def test_an_archive_beside_a_hidden_file_is_unpacked(tmp_path, place):
+    """
+    Hidden files of a directory do not count, and an archive below a directory is a file as others.
+    """
+    write_files(tmp_path / "m", {"a.zip": packed("zip"), ".note": b"n"})
+    write_files(tmp_path / "n", {"sub/a.zip": packed("zip")})
+
+    first, second = run(tmp_path / "m", place / "m"), run(tmp_path / "n", place / "n")
+
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert served(place / "m") == {**FILES, ".note": b"n"}
+    assert served(place / "n") == read_tree(tmp_path / "n")
+
+
 def test_an_archive_that_climbs_is_refused(tmp_path, place):
     """
     Nothing is written outside of the directory, nor left in it for a server to find.
@@ -345,6 +411,45 @@ def test_one_object_lies_there_by_its_name(upload, s3_env, place):
     assert (result.returncode, again.returncode) == (0, 0)
     assert served(place) == {"m.onnx": b"onnx"}
     assert "is complete" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "variables", [{"STORAGE_ALLOW_PATTERNS": "*.onnx"}, {"STORAGE_IGNORE_PATTERNS": "*"}], ids=["allow", "ignore"]
+)
+def test_patterns_are_no_choice_for_the_file_of_a_url(place, variables):
+    """
+    A web page is one file, as in KServe; the second start sends no request.
+    """
+    env = {"KSERVE_PVC_ALLOW_PRIVATE_ADDRESSES": "1", **variables}
+    with WebServer() as server:
+        server.put("some/a b.bin", b"model")
+        result = run(server.uri("some/a b.bin"), place, env=env)
+    again = run(server.uri("some/a b.bin"), place, env=env)
+
+    assert (result.returncode, again.returncode) == (0, 0), result.stderr
+    assert served(place) == {"a b.bin": b"model"}
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "expected"),
+    [
+        ("gs://b/m.onnx", ["m.onnx"], True),
+        ("gs://b/m", ["m.onnx"], False),
+        ("s3://b/m.onnx", ["m.onnx", "n.onnx"], False),
+        ("https://h.example/m.onnx", ["m.onnx"], True),
+        ("https://h.example/m.tar.gz", ["m.onnx"], False),
+        ("https://a.blob.core.windows.net/c/m.onnx", ["m.onnx"], False),
+        ("hf://o/m/m.onnx", ["m.onnx"], False),
+        ("file:///d/m.onnx", ["m.onnx"], False),
+    ],
+)
+def test_where_patterns_are_no_choice(source, names, expected):
+    """
+    KServe applies them to named objects of Azure, and to paths; not to those of S3 and Google, nor to web pages.
+    """
+    one = read_source(source, read_variables({}))
+
+    assert (one.may_be_object and one.is_one_object(map(Path, names))) is expected
 
 
 def test_siblings_and_an_empty_prefix(upload, s3_env, place):
@@ -1017,6 +1122,10 @@ def test_a_service_with_a_storage_key_gets_its_model(upload, origin, proxy, plac
             {"s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 6}}},
         ),
         ({"S3_MAX_ATTEMPTS": "7"}, {"s3": {"config_kwargs": {"retries": {"max_attempts": 7, "mode": "standard"}}}}),
+        ({"S3_MAX_ATTEMPTS": "0"}, {"s3": {"config_kwargs": {"retries": {"max_attempts": 0, "mode": "standard"}}}}),
+        ({"awsAnonymousCredential": "TRUE"}, {"s3": {"anon": True}}),
+        ({"awsAnonymousCredential": "1"}, {}),
+        ({"awsAnonymousCredential": "yes", "S3_USE_ACCELERATE": "on", "S3_USER_VIRTUAL_BUCKET": "maybe"}, {}),
         ({"STORAGE_CONFIG": '{"type": "s3", "anonymous": true}'}, {"s3": {"anon": True}}),
         ({"STORAGE_CONFIG": '{"type": "s3", "region": "r"}'}, {"s3": {"client_kwargs": {"region_name": "r"}}}),
     ],
@@ -1027,6 +1136,72 @@ def test_variables_of_s3(variables, options):
     What KServe's own initializer reads of S3 becomes arguments of the back end.
     """
     assert read_variables(variables).storage_options == options
+
+
+def test_a_word_that_kserve_does_not_know_is_remarked(capsys):
+    """
+    What may have been meant as `true`, and is false to KServe, is told.
+    """
+    read_variables({"awsAnonymousCredential": "yes"})
+    read_variables({"awsAnonymousCredential": "off"})
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "awsAnonymousCredential is 'yes', which KServe takes for false" in line
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"S3_CONNECT_TIMEOUT": "soon"},
+        {"S3_READ_TIMEOUT": "-1"},
+        {"S3_MAX_ATTEMPTS": "1.5"},
+        {"S3_USE_ACCELERATE": "true", "AWS_ENDPOINT_URL": "http://s3.example"},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_a_setting_of_s3_ends_downloads_from_s3_only(variables):
+    """
+    What is wrong with a variable that only S3 reads does not concern other sources, as in KServe.
+    """
+    found = read_variables(variables)
+
+    found.check("hf")
+    with pytest.raises(SettingsError, match=next(iter(variables))):
+        found.check("s3")
+
+
+@pytest.mark.parametrize(
+    ("word", "is_refused"), [("true", True), ("yes", True), ("1", True), ("no", False), ("", False)]
+)
+def test_a_model_that_may_be_confidential_is_refused(word, is_refused):
+    """
+    KServe knows `true` only; of other words those that may mean it are refused, and those that do not are not.
+    """
+    if not is_refused:
+        read_variables({"CONFIDENTIAL_ENABLED": word})
+        return
+    with pytest.raises(PolicyError):
+        read_variables({"CONFIDENTIAL_ENABLED": word})
+
+
+@pytest.mark.parametrize(
+    ("source", "uri"),
+    [
+        ("s3://b/m\n", "s3://b/m"),
+        ("\thf://o/m\r\n", "hf://o/m"),
+        ("s3://b//m", "s3://b/m"),
+        ("s3://b///m//x/", "s3://b/m//x/"),
+        ("https://a.blob.core.windows.net/c//m/", "https://a.blob.core.windows.net/c/m/"),
+        ("gs://b//m", "gs://b//m"),
+        ("https://h.example//m.bin", "https://h.example//m.bin"),
+        ("https://h.example/m.bin?", "https://h.example/m.bin"),
+    ],
+)
+def test_a_uri_is_read_as_kserve_reads_it(source, uri):
+    """
+    Line breaks around it go, and slashes in front of a prefix where KServe does not count them.
+    """
+    assert read_source(source, read_variables({})).ref.uri == uri
 
 
 @pytest.mark.parametrize(
@@ -1239,6 +1414,19 @@ def test_storage_raises_what_it_is(tmp_path, place):
         Storage.download("nope", place)
     with pytest.raises(InvalidURIError):
         Storage.download("")
+
+
+def test_programs_for_kserve_catch_what_storage_raises(tmp_path, place, monkeypatch):
+    """
+    Every error is a `RuntimeError` too, whatever else it is.
+    """
+    monkeypatch.setenv("CONFIDENTIAL_ENABLED", "true")
+    with pytest.raises(RuntimeError):
+        Storage.download("s3://b/m", place)
+    monkeypatch.setenv("CONFIDENTIAL_ENABLED", "false")
+    for uri in (f"file://{tmp_path}/missing", "nope", "", "s3://b/../x", "ftp://h/x", "http://u:p@h/x", "oci://h/x"):
+        with pytest.raises(RuntimeError):
+            Storage.download(uri, place)
 
 
 # What a container does to a process

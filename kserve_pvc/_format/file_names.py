@@ -30,7 +30,8 @@ _INVISIBLE = re.compile(
 )
 # Stands for bytes that were not UTF-8, and are lost.
 _REPLACEMENT = "\ufffd"
-_DRIVE = re.compile(r"[A-Za-z]:")
+# With a separator behind it: `a:b.bin` is an ordinary name.
+_DRIVE = re.compile(r"[A-Za-z]:(?:/|\Z)")
 # Nearly every name is of this kind, which breaks no rule if it is short: looked at once, as models have many files.
 _PLAIN = re.compile(r"[\w.+=@-]*[\w+=@-](?:/[\w.+=@-]*[\w+=@-])*", re.ASCII)
 

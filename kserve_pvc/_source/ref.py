@@ -256,6 +256,9 @@ def _take_signature(scheme: str, location: str) -> tuple[str, str | None]:
 def _take_query(location: str) -> tuple[str, str | None]:
     before, _, rest = location.partition("?")
     query, _, fragment = rest.partition("#")
+    if "?" in location and not query and "#" not in before:
+        # A question mark with nothing behind it.
+        return before + (f"#{fragment}" if fragment else ""), None
     is_query = query.isascii() and query.isprintable() and not {" ", "@"} & set(query)
     if not query or not is_query or len(query) > _MAX_QUERY_BYTES or "/" not in before or "#" in before:
         return location, None

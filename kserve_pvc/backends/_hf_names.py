@@ -12,7 +12,8 @@ from kserve_pvc._format.file_names import check_name
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import InvalidURIError
 
-_LOCATION = re.compile(r"([^/:@]+/[^/:@]+)(?:[:@](refs/(?:pr/[0-9]+|convert/[\w.-]+)|[^/]+))?(?:/(.*))?")
+# As KServe reads it, `org/name:` has no revision.
+_LOCATION = re.compile(r"([^/:@]+/[^/:@]+)(?:[:@](refs/(?:pr/[0-9]+|convert/[\w.-]+)|[^/]+)|:)?(?:/(.*))?")
 _REPOSITORY = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/){2}")
 _OTHER_KINDS = ("models", "datasets", "spaces", "kernels", "buckets")
 

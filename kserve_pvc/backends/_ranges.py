@@ -30,6 +30,8 @@ _MAX_REASON = 2000
 _ERROR_SECONDS = 10.0
 _END_SECONDS = 10.0
 _BUSY = (429, 503)
+# The status by which servers refuse ranges, instead of ignoring them. 416 is that of a file that has become shorter.
+_NO_RANGES = (400, 405, 406, 417, 501)
 _ATTEMPTS = 4
 _NOTHING = Target("", "", 0, "")
 NO_CREDENTIALS = "NoCredentials"
@@ -113,7 +115,7 @@ class Reader:
         self._file = file
         self._where = where
         self._range = (start, stop)
-        self._is_renewed = self._is_unconditional = self._is_ranged = False
+        self._is_renewed = self._is_unconditional = self._is_ranged = self._is_refused = False
         self._exchange: Exchange | None = None
         self._response: Response | None = None
         self._worked_before = 0.0
@@ -204,7 +206,7 @@ class Reader:
             return self._exchange
         is_part = stop - start < self._file.entry.size_bytes
         # As it is known now: what other readers learn meanwhile says nothing about this request.
-        self._is_ranged = is_part and not self._whole.is_known
+        self._is_ranged = is_part and not self._whole.is_known and not self._is_refused
         self._position = start if self._is_ranged else 0
         target, headers = self._requests.request(self._file, renewed=self._is_renewed)
         if self._is_ranged:
@@ -232,6 +234,9 @@ class Reader:
         if is_denied and not self._is_renewed:
             self._is_renewed = True
             return False
+        if self._is_ranged and response.status in _NO_RANGES:
+            self._is_refused = True
+            return False
         sent = self._sent or (_NOTHING, {})
         words = hide_sent(words_of(response.headers, body), *sent)
         error = refusal or unavailable(self._where, response.status, response.headers, words)
@@ -247,6 +252,7 @@ class Reader:
         check_range(self._file, self._where, response, *self._range)
         if self._is_ranged and response.status == 200:
             self._whole.is_known, self._is_ranged, self._position = True, False, 0
+        self._whole.is_known = self._whole.is_known or self._is_refused
         self._response, self._worked_before = response, response.worked
         return True
 

@@ -138,7 +138,8 @@ def unpack_limits(options: Mapping[str, Any]) -> UnpackLimits | None:
 
 
 def _name(uri: str, address: str) -> str:
-    last = address.partition("://")[2].partition("/")[2].rpartition("/")[2]
+    # What follows a semicolon is a parameter of the path, and no part of the name.
+    last = address.partition("://")[2].partition("/")[2].rpartition("/")[2].partition(";")[0]
     if not last:
         raise InvalidURIError(uri, "no file is named; a directory cannot be listed over HTTP")
     # What is no UTF-8 becomes what no name may hold.

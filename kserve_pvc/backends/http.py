@@ -59,6 +59,8 @@ _CODING_ENDINGS = {
     **dict.fromkeys(("compress", "x-compress"), (".z", ".tz")),
 }
 _REDIRECTS = (301, 302, 303, 307, 308)
+# The status by which servers refuse ranges, instead of ignoring them.
+_NO_RANGES = (400, 403, 405, 406, 416, 417, 501)
 _MAX_HOPS = 5
 _MAX_ONE_BYTE_ANSWER = 1024
 # How much is received of a file only to count it, as its server does not say its length.
@@ -264,16 +266,18 @@ class HTTPBackend:
 
     def _find(self, address: str, name: str | None = None) -> _Place:
         """Follow a URL to where it leads. With `name`, a response that is a web page and not such a file is refused."""
-        target, method, hops = self.target(address), "HEAD", 0
+        target, method, is_ranged, hops = self.target(address), "HEAD", False, 0
         while True:
-            status, headers, words = self._look(method, target, address)
+            status, headers, words = self._look(method, target, address, is_ranged=is_ranged)
             if status in _REDIRECTS and "location" in headers:
                 hops += 1
                 if hops > _MAX_HOPS:
                     raise SourceUnavailableError(address, f"more than {_MAX_HOPS} redirects in a row", is_final=True)
                 target = follow(address, target, headers["location"])
             elif method == "HEAD" and _says_too_little(status, headers):
-                method = "GET"
+                method, is_ranged = "GET", True
+            elif is_ranged and status in _NO_RANGES and _size_of(status, headers) != "0":
+                is_ranged = False
             else:
                 if status in (200, 206) and address in self._promised and not _size_of(status, headers):
                     status, headers = 200, {**headers, "content-length": str(self._count(target, address))}
@@ -293,14 +297,17 @@ class HTTPBackend:
                     raise HTTPError(f"nothing came for {self._client.response_seconds:g} s")
         return size
 
-    def _look(self, method: str, target: Target, address: str) -> tuple[int, Mapping[str, str], str]:
+    def _look(
+        self, method: str, target: Target, address: str, *, is_ranged: bool
+    ) -> tuple[int, Mapping[str, str], str]:
         """
-        Ask for the head of a file: by HEAD, or by GET of one byte where that is refused or does not say enough.
+        Request the head of a file: by HEAD, by GET of one byte where that is refused or does not say enough, and by GET
+        of all of it where ranges are refused.
 
         Returns:
             Status and headers, and what a refusal says.
         """
-        wanted = {"Range": "bytes=0-0"} if method == "GET" else {}
+        wanted = {"Range": "bytes=0-0"} if is_ranged else {}
         sent, words = {**self.headers(target, address), **wanted}, ""
         with self._client.open(method, target, sent) as answer:
             # A whole file that comes instead is not read: the connection is closed.

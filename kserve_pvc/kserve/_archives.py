@@ -24,6 +24,7 @@ from kserve_pvc._source.contract import (
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.backends import make_backend
 from kserve_pvc.errors import PolicyError, SourceDeniedError, UnsafePathError
+from kserve_pvc.kserve._counting import find_only_file
 
 _UNPACKED = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 _REFUSED = (".tar.bz2", ".tbz2", ".tbz", ".txz")
@@ -47,8 +48,15 @@ def unpacking() -> Mapping[str, BackendFactory]:
 
 def _make(scheme: str, options: Mapping[str, Any]) -> Backend:
     backend = make_backend(scheme, {}, options)
-    made: Backend = _PagedUnpacking(backend, backend) if isinstance(backend, SupportsPages) else _Unpacking(backend)
+    made: Backend = (
+        _PagedUnpacking(scheme, backend, backend) if isinstance(backend, SupportsPages) else _Unpacking(scheme, backend)
+    )
     return made
+
+
+def _find_archive(service: str, files: Sequence[RemoteFile]) -> RemoteFile | None:
+    found = find_only_file(service, files)
+    return found if found is not None and is_archive(found.entry.path.name) else None
 
 
 class _Unpacking:
@@ -56,7 +64,8 @@ class _Unpacking:
     A backend that marks its only file as an archive, if it is one.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, scheme: str, backend: Backend) -> None:
+        self._scheme = scheme
         self._backend = backend
         for name in ABILITIES:
             if name != "pages" and hasattr(backend, name):
@@ -71,10 +80,17 @@ class _Unpacking:
             if has_patterns:
                 return self._backend.resolve(ref)
             raise
-        files = found.files
-        if len(files) != 1 or not is_archive(files[0].entry.path.name):
+        archive = _find_archive(self._scheme, found.files)
+        if archive is None:
             return self._backend.resolve(ref) if has_patterns else found
-        return attrs.evolve(found, ref=ref, files=(_marked(files[0], ref),))
+        return attrs.evolve(found, ref=ref, files=self._with_archive(found.files, archive, ref))
+
+    def _with_archive(
+        self, files: Sequence[RemoteFile], archive: RemoteFile | None, ref: ModelRef
+    ) -> tuple[RemoteFile, ...]:
+        """Mark the archive, and leave out what else the patterns do."""
+        chosen = (file for file in files if file is archive or ref.selects(file.entry.path))
+        return tuple(_marked(file, ref) if file is archive else file for file in chosen)
 
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Any:
         return self._backend.open_range(file, start, stop)
@@ -85,8 +101,8 @@ class _PagedUnpacking(_Unpacking):
     The same for a backend that lists page by page.
     """
 
-    def __init__(self, backend: Backend, lister: SupportsPages) -> None:
-        super().__init__(backend)
+    def __init__(self, scheme: str, backend: Backend, lister: SupportsPages) -> None:
+        super().__init__(scheme, backend)
         self._lister = lister
 
     def pages(self, ref: ModelRef) -> Iterator[Sequence[RemoteFile]]:
@@ -94,10 +110,9 @@ class _PagedUnpacking(_Unpacking):
         first: list[RemoteFile] = []
         for page in pages:
             first += page
-            if len(first) > 1:
+            if sum(1 for file in first if file.entry.size_bytes) > 1:
                 break
-        is_only_file = len(first) == 1 and is_archive(first[0].entry.path.name)
-        yield [_marked(first[0], ref)] if is_only_file else first
+        yield self._with_archive(first, _find_archive(self._scheme, first), ref)
         yield from pages
 
 

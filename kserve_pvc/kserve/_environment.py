@@ -114,8 +114,9 @@ def read_variables(environ: Mapping[str, str] | None = None) -> Variables:
     environ = os.environ if environ is None else environ
     # KServe's annotation applies to the server; its initializer always writes.
     settings = read_settings(environ, annotations={})
-    _refuse(environ)
+    _refuse_confidential(environ)
     _refuse_verification(environ)
+    options, refused = _s3_settings(environ)
     kind: Kind = _one_of("KSERVE_PVC_DESTINATION", environ, "auto", get_args(Kind))
     return Variables(
         store=Path(settings.store) if environ.get("KSERVE_PVC_STORE") and kind != "private" else None,
@@ -129,9 +130,9 @@ def read_variables(environ: Mapping[str, str] | None = None) -> Variables:
         allow_patterns=_patterns("STORAGE_ALLOW_PATTERNS", environ),
         ignore_patterns=_patterns("STORAGE_IGNORE_PATTERNS", environ),
         digest=_digest(environ),
-        storage_options=_storage_options(environ),
+        storage_options=options,
         streams=_streams(environ),
-        refused=_refused(environ),
+        refused=refused,
     )
 
 
@@ -195,14 +196,11 @@ def _refused(environ: Mapping[str, str]) -> Mapping[str, SettingsError]:
     return {"s3": SettingsError("CA_BUNDLE_VOLUME_MOUNT_POINT", str(bundle), hint)}
 
 
-def _refuse(environ: Mapping[str, str]) -> None:
-    if _boolean("CONFIDENTIAL_ENABLED", environ):
+def _refuse_confidential(environ: Mapping[str, str]) -> None:
+    # To KServe only `true` means yes. A word that may mean yes is refused too, rather than to store what is secret.
+    if environ.get("CONFIDENTIAL_ENABLED", "").strip().lower() not in ("", "false", "0", "no", "off"):
         rule = "decrypted models would be readable on a volume; use KServe's own initializer for confidential models"
         raise PolicyError("CONFIDENTIAL_ENABLED", rule)
-    if _boolean("S3_USE_ACCELERATE", environ) and environ.get("AWS_ENDPOINT_URL"):
-        raise SettingsError(
-            "S3_USE_ACCELERATE", "true", "only Amazon S3 has transfer acceleration; unset it, or `AWS_ENDPOINT_URL`"
-        )
 
 
 def _refuse_verification(environ: Mapping[str, str]) -> None:
@@ -240,7 +238,9 @@ def _one_of(name: str, environ: Mapping[str, str], default: str, choices: tuple[
     return value
 
 
-def _number(name: str, environ: Mapping[str, str], default: float, kind: Callable[[str], Any]) -> Any:
+def _number(
+    name: str, environ: Mapping[str, str], default: float, kind: Callable[[str], Any], *, least: int | None = None
+) -> Any:
     text = environ.get(name)
     if not text:
         return default
@@ -248,16 +248,17 @@ def _number(name: str, environ: Mapping[str, str], default: float, kind: Callabl
         value = kind(text)
     except ValueError:
         value = -1
-    if not value > 0:
+    if not (value > 0 or value == least):
         raise SettingsError(name, text, "expected a number above 0")
     return value
 
 
-def _boolean(name: str, environ: Mapping[str, str]) -> bool:
-    text = environ.get(name, "").lower()
-    if text not in ("", "true", "false", "0", "1"):
-        raise SettingsError(name, text, "expected `true` or `false`")
-    return text in ("true", "1")
+def _is_true(name: str, environ: Mapping[str, str]) -> bool:
+    """As in KServe, `true` in any case is true, and every other word is false."""
+    text = environ.get(name, "")
+    if text.lower() not in ("", "true", "false", "0", "no", "off"):
+        log("WARNING", f"{name} is {printable(text)!r}, which KServe takes for false; write `true` or `false`")
+    return text.lower() == "true"
 
 
 def _patterns(name: str, environ: Mapping[str, str]) -> tuple[str, ...] | None:
@@ -279,14 +280,22 @@ def _digest(environ: Mapping[str, str]) -> str | None:
     return match[1] if match else None
 
 
-def _storage_options(environ: Mapping[str, str]) -> Mapping[str, Any]:
+def _s3_settings(environ: Mapping[str, str]) -> tuple[Mapping[str, Any], Mapping[str, SettingsError]]:
+    """Return the options of the backend, and the error of a setting without which only S3 cannot be read."""
     secret = _secret(environ)
     kind = secret.get("type", "")
     if kind not in ("", "s3"):
         raise SettingsError("STORAGE_CONFIG", f"type {kind}", _OTHER_SECRETS.get(str(kind), "supported: `s3`"))
     from_secret = _variables_of(secret) if kind == "s3" else {}
-    options = _s3_options({**environ, **from_secret}, from_secret)
-    return {"s3": options} if options else {}
+    variables = {**environ, **from_secret}
+    try:
+        options = _s3_options(variables, from_secret)
+        if _is_true("S3_USE_ACCELERATE", environ) and variables.get("AWS_ENDPOINT_URL"):
+            hint = "only Amazon S3 has transfer acceleration; unset it, or `AWS_ENDPOINT_URL`"
+            raise SettingsError("S3_USE_ACCELERATE", "true", hint)
+    except SettingsError as error:
+        return {}, {"s3": error}
+    return {"s3": options} if options else {}, _refused(environ)
 
 
 def _secret(environ: Mapping[str, str]) -> Mapping[str, Any]:
@@ -335,16 +344,16 @@ def _s3_options(environ: Mapping[str, str], from_secret: Mapping[str, str]) -> d
             options[name] = from_secret[variable]
     if from_secret.get("AWS_DEFAULT_REGION"):
         client["region_name"] = from_secret["AWS_DEFAULT_REGION"]
-    if _boolean("awsAnonymousCredential", environ):
+    if _is_true("awsAnonymousCredential", environ):
         options["anon"] = True
     if (verify := _verify(environ, from_secret)) is not None:
         client["verify"] = verify
     endpoint, region = environ.get("AWS_ENDPOINT_URL"), environ.get("AWS_DEFAULT_REGION")
-    if _boolean("S3_USER_VIRTUAL_BUCKET", environ) or (
+    if _is_true("S3_USER_VIRTUAL_BUCKET", environ) or (
         endpoint == "https://s3.amazonaws.com" and region not in (None, "", "us-east-1")
     ):
         s3["addressing_style"] = "virtual"
-    if _boolean("S3_USE_ACCELERATE", environ):
+    if _is_true("S3_USE_ACCELERATE", environ):
         s3["use_accelerate_endpoint"] = True
     config: dict[str, Any] = {"s3": s3} if s3 else {}
     config |= {
@@ -353,7 +362,7 @@ def _s3_options(environ: Mapping[str, str], from_secret: Mapping[str, str]) -> d
         if environ.get(name)
     }
     if environ.get("S3_MAX_ATTEMPTS"):
-        config["retries"] = {"max_attempts": _number("S3_MAX_ATTEMPTS", environ, 0, int), "mode": "standard"}
+        config["retries"] = {"max_attempts": _number("S3_MAX_ATTEMPTS", environ, 0, int, least=0), "mode": "standard"}
     return options | ({"client_kwargs": client} if client else {}) | ({"config_kwargs": config} if config else {})
 
 

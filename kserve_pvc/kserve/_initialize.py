@@ -8,6 +8,7 @@ environment variables.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import NoReturn
 
 import attrs
 
+from kserve_pvc._archive.unpack import is_archive as is_web_archive
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._keys.aliases import settle_view
@@ -54,6 +56,12 @@ from kserve_pvc.locks.liveness import here
 _USAGE = "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]"
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_TERMINATION_BYTES = 4096
+# The services where KServe applies no patterns to an object that the URI names.
+_NAMING = ("s3", "gs", "http", "https")
+# What YAML leaves at the end of a block, and never is part of a URI.
+_LINE_BREAKS = "\r\n\t"
+# Slashes in front of a prefix in S3 and Azure, which KServe does not count as a part of it.
+_LEADING = re.compile(r"\A(s3://[^/?#]+/|https://[^/?#]+\.blob\.[^/?#]+/+[^/?#]+/)/+")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,9 +176,20 @@ class CheckedSource:
         """The keys that a store may have it under: a URI of a single object is downloaded without patterns."""
         return {self.ref.key, attrs.evolve(self.ref, allow_patterns=None, ignore_patterns=()).key}
 
+    @property
+    def may_be_object(self) -> bool:
+        """Whether KServe applies no patterns to an object of this service that the URI names."""
+        is_web = self.ref.service in ("http", "https")
+        return self.ref.service in _NAMING and not (is_web and is_web_archive(self._name))
+
+    @property
+    def _name(self) -> str:
+        return self.ref.location.partition("#")[0].rpartition("/")[2]
+
     def is_one_object(self, paths: Iterable[PurePosixPath]) -> bool:
         """Whether the source is a single object, and these are its paths."""
-        return [str(path) for path in paths] == [self.ref.location.rpartition("/")[2]]
+        names = [str(path) for path in paths]
+        return len(names) == 1 if self.ref.service in ("http", "https") else names == [self._name]
 
 
 def read_source(source: str, variables: Variables) -> CheckedSource:
@@ -182,6 +201,7 @@ def read_source(source: str, variables: Variables) -> CheckedSource:
         UnknownSchemeError: This initializer does not support its scheme.
         PolicyError: It carries credentials.
     """
+    source = _LEADING.sub(r"\1", source.strip(_LINE_BREAKS))
     if ".." in source.split("://", 1)[-1].split("/"):
         raise InvalidURIError(show_source(source), "its path contains `..`")
     check_supported(source)
@@ -267,7 +287,7 @@ def _ensure(store: ModelStore, one: CheckedSource, variables: Variables) -> Mode
     except SourceNotFoundError:
         if not (
             one.is_filtered
-            and ref.scheme == "s3"
+            and one.may_be_object
             and one.is_one_object(file.entry.path for file in store.resolve(uri).files)
         ):
             raise
@@ -298,7 +318,7 @@ def _find(root: Path, one: CheckedSource) -> Model | None:
         store = ModelStore(root)
         with suppress(ModelNotFoundError):
             return store.get(ref.uri, allow_patterns=ref.allow_patterns, ignore_patterns=ref.ignore_patterns or None)
-        if one.is_filtered and ref.scheme == "s3":
+        if one.is_filtered and one.may_be_object:
             model = store.get(ref.uri)
             return model if one.is_one_object(file.path for file in model.record.files) else None
     return None

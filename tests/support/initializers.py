@@ -46,17 +46,17 @@ def run_all(
     return found
 
 
-def files_of(place: Path) -> dict[str, bytes]:
+def files_of(place: Path) -> dict[str, tuple[bytes, str]]:
     """
-    What a model server finds in a directory, through links.
+    What a model server finds in a directory, through links: bytes and modes, without the right to write.
     """
     found = {}
     for above, _, names in os.walk(place, followlinks=True):
         for name in names:
             path = Path(above) / name
             relative = str(path.relative_to(place))
-            if not relative.startswith(OF_THEIR_OWN):
-                found[relative] = path.read_bytes()
+            if not relative.startswith(OF_THEIR_OWN) and path.exists():
+                found[relative] = (path.read_bytes(), f"{path.stat().st_mode & 0o555:o}")
     return found
 
 

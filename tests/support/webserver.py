@@ -39,6 +39,7 @@ class Page:
         checks: False ignores `If-Match` and `If-Unmodified-Since`.
         wants: Headers without which a request is answered 403.
         headers: More to be sent.
+        refuses: Returns a status for a method and the text of its `Range`, or None for no refusal.
         cuts: After how many bytes of the answers to GET the connection is cut, one answer after the other.
     """
 
@@ -53,6 +54,7 @@ class Page:
     checks: bool = True
     wants: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
+    refuses: Callable[[str, str | None], int | None] = lambda method, wanted: None
     cuts: list[int] = field(default_factory=list)
 
 
@@ -212,6 +214,8 @@ def _decide(asked: Asked, found: Page) -> tuple[int, dict[str, str], bytes]:
     headers = dict(found.headers)
     if any(asked.headers.get(name.lower()) != value for name, value in found.wants.items()):
         return 403, {**headers, "Content-Length": "6"}, b"denied"
+    if (refused := found.refuses(asked.method, asked.range)) is not None:
+        return refused, {"Content-Length": "0"}, b""
     if asked.method == "HEAD" and not found.takes_head:
         return 405, {**headers, "Content-Length": "0"}, b""
     if found.status != 200:
