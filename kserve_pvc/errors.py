@@ -438,17 +438,19 @@ class SourceChangedError(StoreError, RuntimeError):
 @attrs.define(slots=False, str=False, repr=False, eq=False)
 class DigestMismatchError(StoreError, ValueError):
     """
-    The bytes that arrived do not have the digest or the length that was announced.
+    The bytes that arrived do not have the digest or the length that was announced. `hint` says what to do; empty means
+    a retry.
     """
 
     exit_code: ClassVar[int] = 7
     path: str
     expected: str
     actual: str
+    hint: str = ""
 
     def _message(self) -> str:
         found = f"expected `{self.expected}`, got `{self.actual}`"
-        return f"`{self.path}` does not match: {found}; nothing was published, retry"
+        return f"`{self.path}` does not match: {found}; nothing was published, {self.hint or 'retry'}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
@@ -461,6 +463,7 @@ class DamagedArchiveError(DigestMismatchError):
     path: str
     actual: str
     expected: str = "an intact archive"
+    hint: str = ""
 
     def _message(self) -> str:
         return f"archive `{self.path}` is damaged: {self.actual}; nothing was published, upload it again"
