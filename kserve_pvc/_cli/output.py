@@ -5,14 +5,14 @@ What the commands print: results on stdout, everything else on stderr.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from kserve_pvc._cli.streams import flush, print_document, print_json, put, say
 from kserve_pvc._model import Model
 from kserve_pvc._source.ref import redact
 from kserve_pvc.errors import StoreError, printable
@@ -23,27 +23,42 @@ if TYPE_CHECKING:
     from kserve_pvc._volume.verify import Verification
 
 
-def fail(error: StoreError, *, as_json: bool, verbose: bool) -> int:
+def fail(error: BaseException, *, verbose: bool) -> int:
     """
-    Print an error and return its exit code.
+    Print an error, also one of another library, and return its exit code.
     """
     print_error(error, "", verbose=verbose)
-    if as_json:
-        print_json({"error": _failure(error)})
-    return error.exit_code
+    print_document({"error": describe_error(error)})
+    return exit_code(error)
 
 
-def print_error(error: Exception, about: str, *, verbose: bool) -> None:
-    if verbose and isinstance(error, StoreError):
-        import traceback
+def stop(kind: str, message: str, code: int) -> int:
+    """
+    Print why a call was ended from outside, and return its exit code.
+    """
+    say(message)
+    print_document({"error": {"type": kind, "message": message}})
+    return code
 
-        # Without the chain: the message of a foreign error may contain a signed URL.
-        sys.stderr.writelines(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
-    else:
+
+def print_error(error: BaseException, about: str, *, verbose: bool) -> None:
+    if not verbose:
         say(f"{about}{_reason(error)}")
+        return
+    import traceback
+
+    # Without the chain: the message of a foreign error may contain a signed URL.
+    frames = traceback.format_tb(error.__traceback__)
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    text = f"{kind}: {error}\n" if isinstance(error, StoreError) else f"{_reason(error)}\n"
+    with suppress(OSError):
+        sys.stderr.writelines(["Traceback (most recent call last):\n", *frames, text])
 
 
-def _failure(error: Exception) -> dict[str, Any]:
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """
+    Return the fields of an error in a document.
+    """
     return {
         "type": type(error).__name__,
         "message": _reason(error),
@@ -51,16 +66,22 @@ def _failure(error: Exception) -> dict[str, Any]:
     }
 
 
-def _reason(error: Exception) -> str:
-    # The message of a foreign error may contain a signed URL.
-    return str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {redact(str(error))}"
+def _reason(error: BaseException) -> str:
+    if isinstance(error, StoreError):
+        return str(error)
+    try:
+        message = printable(redact(str(error)))  # It may contain a signed URL.
+    except Exception:
+        message = "its message cannot be shown"
+    return f"{type(error).__name__}: {message}"
 
 
 def show_warmed(warmed: Warmed, arguments: argparse.Namespace) -> None:
     if warmed.error is not None:
         print_error(warmed.error, f"{printable(warmed.uri)}: ", verbose=arguments.verbose)
     elif warmed.model is not None and not arguments.json and not arguments.quiet:
-        print(f"{warmed.model.status:10}  {printable(describe_model(warmed.model))}  {warmed.model.path}", flush=True)
+        put(f"{warmed.model.status:10}  {printable(describe_model(warmed.model))}  {warmed.model.path}")
+        flush()
 
 
 def describe_warmed(warmed: Warmed) -> dict[str, Any]:
@@ -73,7 +94,7 @@ def describe_warmed(warmed: Warmed) -> dict[str, Any]:
         "status": model.status if model else None,
         "bytes_fetched": model.bytes_fetched if model else 0,
         "seconds": round(warmed.seconds, 3),
-        "error": None if warmed.error is None else _failure(warmed.error),
+        "error": None if warmed.error is None else describe_error(warmed.error),
     }
 
 
@@ -94,7 +115,7 @@ def format_age(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def exit_code(error: Exception) -> int:
+def exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, StoreError) else 1
 
 
@@ -134,31 +155,23 @@ def print_verification(report: Verification) -> None:
 
     level = "digests" if report.level == "full" else "sizes"
     checked = f"{count(report.files, 'file')}, {format_bytes(report.bytes)}, {level}"
-    print(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
+    put(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
     for problem in report.problems:
-        print(f"     {problem.kind}: {printable(problem.path)}: {printable(problem.detail)}")
+        put(f"     {problem.kind}: {printable(problem.path)}: {printable(problem.detail)}")
 
 
 def print_result(arguments: argparse.Namespace, document: Mapping[str, Any], line: str | None) -> None:
     if arguments.json:
         print_json(document)
     elif line is not None:
-        print(line)
-
-
-def print_json(document: object) -> None:
-    print(json.dumps(document, default=_jsonable))
-
-
-def _jsonable(value: object) -> object:
-    return value.isoformat() if isinstance(value, datetime) else str(value)
+        put(line)
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     shown = [tuple(printable(cell) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in [tuple(heads), *shown]) for i in range(len(heads))]
     for row in [tuple(heads), *shown]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        put("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def log_to_stderr() -> None:
@@ -171,10 +184,3 @@ def log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("kserve-pvc: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
-
-
-def say(text: str) -> None:
-    """
-    Print a line for a person, on stderr.
-    """
-    print(f"kserve-pvc: {text}", file=sys.stderr)

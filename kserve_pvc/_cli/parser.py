@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from kserve_pvc import __version__
 from kserve_pvc import _defaults as defaults
 
 # As in `_store`, what `path` does not need is imported by the verb that does.
-from kserve_pvc._cli.output import say
+from kserve_pvc._cli.streams import print_document, put, put_help, say
 from kserve_pvc._cli.verbs import (
     alias,
     completion,
@@ -34,6 +35,7 @@ from kserve_pvc._cli.verbs import (
     warm,
     webhook,
 )
+from kserve_pvc.errors import printable
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,10 +55,27 @@ class _Parser(argparse.ArgumentParser):
         self.formatter_class = argparse.HelpFormatter
         return super().format_usage()
 
+    def print_help(self, file: object = None) -> None:
+        put_help(self.format_help())
+
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        say(f"{message}; see `{self.prog} --help`")
+        text = f"{printable(message)}; see `{self.prog} --help`"
+        with suppress(OSError):
+            self.print_usage(sys.stderr)
+        say(text)
+        print_document({"error": {"type": "UsageError", "message": text}})
         sys.exit(2)
+
+
+class _ShowVersion(argparse.Action):
+    """
+    Prints the version, or the document that holds it.
+    """
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
+        if not print_document({"version": __version__}):
+            put(f"kserve-pvc {__version__}")
+        parser.exit()
 
 
 def make_parser(only: str | None = None) -> argparse.ArgumentParser:
@@ -64,7 +83,7 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     Make a parser for every verb, or for just one: building all of them takes longer than a hit in the store.
     """
     parser = _Parser(prog="kserve-pvc", description="A shared volume as a correct model store.")
-    parser.add_argument("--version", action="version", version=f"kserve-pvc {__version__}")
+    parser.add_argument("--version", nargs=0, action=_ShowVersion, help="print the version and exit")
     _add_common(parser, defaults=True)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in VERBS if only is None else (only,):
@@ -172,7 +191,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a bundle that `export` wrote")
-    parser.add_argument("--sha256", metavar="HEX", help="expected digest, as printed by `export`")
+    parser.add_argument(
+        "--sha256", metavar="HEX", help="expected digest of FILE, as printed by `export` and `sha256sum` (default: any)"
+    )
+    parser.add_argument(
+        "--manifest-sha256",
+        metavar="HEX",
+        help="expected digest of its manifest, as printed by `export --json`; compared without reading all of FILE",
+    )
     parser.add_argument(
         "--timeout",
         type=float,

@@ -4,12 +4,14 @@ Showing a person what happens: bars on a terminal or in a notebook, one line eve
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol, TextIO
 
 from kserve_pvc._show.events import (
@@ -61,14 +63,14 @@ def make_listener(
         names_model: Several models are shown at the same time, so each line names its model.
         may_draw: False writes lines instead of bars: other processes would draw over them.
     """
-    stream = stream or sys.stderr
+    stream = stream or sys.stderr or io.StringIO()  # A process may have none.
     listeners: list[Listener] = []
     bars = None
     if may_draw and (progress or (progress is None and _is_interactive(stream))):
         bars = _Bars(stream, names_model)
         listeners.append(bars)
     elif progress is not False:
-        listeners.append(Lines(lambda text: print(text, file=stream, flush=True), names_model=names_model))
+        listeners.append(Lines(partial(_print, stream), names_model=names_model))
     if callback is not None:
         listeners.append(_for_callback(callback))
     guard = threading.Lock()
@@ -83,6 +85,11 @@ def make_listener(
     finally:
         if bars is not None:
             bars.close()
+
+
+def _print(stream: TextIO, text: str) -> None:
+    with suppress(OSError, ValueError):  # A log that is full, or closed, ends no download.
+        print(text, file=stream, flush=True)
 
 
 def _silent(event: Event) -> None:
