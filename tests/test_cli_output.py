@@ -85,12 +85,17 @@ def run(root, monkeypatch, capsys):
         monkeypatch.delenv(name)
     handler = signal.getsignal(signal.SIGTERM)
 
-    def run(*arguments):
+    def bare(*arguments):
         try:
-            code = main(["--store", str(root), *arguments])
+            code = main([*arguments])
         except SystemExit as leaving:
             code = leaving.code
         return code, *capsys.readouterr()
+
+    def run(*arguments):
+        return bare("--store", str(root), *arguments)
+
+    run.bare = bare
 
     yield run
     signal.signal(signal.SIGTERM, handler)
@@ -193,6 +198,27 @@ def test_what_prints_other_formats_has_documents(run, tmp_path):
 
     assert sorted(script) == ["script", "shell"]
     assert (sorted(patched), "InferenceService" in patched["manifests"]) == (["error", "manifests", "remarks"], True)
+
+
+@pytest.mark.parametrize("words", [["--json", "initialize"], ["initialize", "--json"]], ids=" ".join)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_the_initializer_has_a_document_and_a_store(run, root, tmp_path, words, place):
+    """
+    `initialize` honours the store and `--json` on either side of the verb, and keeps its exit code 1.
+    """
+    write_files(tmp_path / "origin", {"a.bin": b"a"})
+    source, filled, store = f"{tmp_path}/origin", f"{tmp_path}/filled", ["--store", str(tmp_path / "other")]
+    (tmp_path / "other").mkdir()
+    words = [*store, *words] if place == "before" else [*words, *store]
+
+    done, failed, wrong = (
+        run.bare(*words, *pair) for pair in ([source, filled], [f"{source}/absent", filled], [source])
+    )
+
+    assert (done[0], json.loads(done[1])) == (0, {"models": [{"uri": source, "path": filled}]})
+    assert (failed[0], json.loads(failed[1])["error"]["type"]) == (1, "SourceNotFoundError")
+    assert (wrong[0], list(json.loads(wrong[1]))) == (1, ["error"])
+    assert len(ModelStore(tmp_path / "other").list()) == 1
 
 
 def in_a_shell(root, command: str) -> subprocess.CompletedProcess[str]:

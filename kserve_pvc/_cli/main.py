@@ -12,6 +12,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 
 from kserve_pvc._cli.output import fail, log_to_stderr, stop
 from kserve_pvc._cli.parser import VERBS, make_parser
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin(argv)
     try:
         if argv and argv[0] == "initialize" and not {"-h", "--help"} & set(argv):
-            return run_initializer(argv[1:])  # Arguments and exit codes are KServe's, not ours.
+            return _initialize(argv[1:])
         arguments = _parse(argv)
         if arguments is None:
             return 0
@@ -51,6 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, verbose=False)
     finally:
         discard_unwritten()
+
+
+def _initialize(words: Sequence[str]) -> int:
+    """Run the initializer without the parser. Options of this command are taken out, the others are its own."""
+    ours = [word for word in takewhile("--".__ne__, words) if word in ("--json", "-v", "--verbose")]
+    rest = list(words)
+    for word in ours:
+        rest.remove(word)
+    return run_initializer(rest, verbose=bool({"-v", "--verbose"} & set(ours)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace | None:

@@ -248,7 +248,7 @@ def _add_initialize(parser: argparse.ArgumentParser) -> None:
         "pairs",
         metavar="SRC DEST",
         nargs="*",
-        help="source and the directory to fill; configured by environment variables",
+        help="source and the directory to fill; the other settings are environment variables",
     )
 
 

@@ -31,7 +31,7 @@ from kserve_pvc._cli.output import (
     print_verification,
     show_warmed,
 )
-from kserve_pvc._cli.streams import BinaryOutput, print_json, put, say
+from kserve_pvc._cli.streams import BinaryOutput, print_document, print_json, put, say
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
 from kserve_pvc._store import ModelStore
@@ -387,13 +387,29 @@ def completion(arguments: argparse.Namespace) -> int:
 
 
 def initialize(arguments: argparse.Namespace) -> int:
-    return run_initializer(arguments.pairs)
+    store = [] if arguments.store is None else ["--store", arguments.store]
+    quiet = ["--quiet"] if arguments.quiet else []
+    return run_initializer([*store, *quiet, "--", *arguments.pairs], verbose=arguments.verbose)
 
 
-def run_initializer(pairs: Sequence[str]) -> int:
-    from kserve_pvc.kserve._initialize import main as initialize
+def run_initializer(words: Sequence[str], *, verbose: bool) -> int:
+    """
+    Run the storage initializer. Its arguments and exit codes are those of KServe, not of this command.
+    """
+    from kserve_pvc.kserve._initialize import initialize
 
-    return initialize(pairs)
+    outcome = initialize(words)
+    if outcome.error is not None:
+        if verbose:
+            print_error(outcome.error, "", verbose=True)
+        document: dict[str, Any] = {"error": {**describe_error(outcome.error), "message": outcome.message}}
+    elif outcome.text:
+        document = {"help": outcome.text}
+    else:
+        document = {"models": [{"uri": uri, "path": place} for uri, place in outcome.pairs]}
+    if not print_document(document):
+        put(outcome.text, end="")
+    return 0 if outcome.error is None else 1
 
 
 def selection(arguments: argparse.Namespace) -> dict[str, Any]:
