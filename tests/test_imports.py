@@ -579,7 +579,7 @@ def test_a_hit_from_the_shell_stays_light(warm, verb, expected):
 
     assert loaded & LAZY == set()
     assert ours(loaded) == expected | {"_cli", "_settings"} | {
-        f"_cli.{name}" for name in ("main", "output", "parser", "streams", "verbs")
+        f"_cli.{name}" for name in ("main", "output", "parser", "streams", "verbs", "words")
     }
 
 

@@ -18,6 +18,7 @@ from kserve_pvc._cli.output import fail, log_to_stderr, stop
 from kserve_pvc._cli.parser import VERBS, make_parser
 from kserve_pvc._cli.streams import OutputClosedError, begin, discard_unwritten, flush
 from kserve_pvc._cli.verbs import run_initializer, selection
+from kserve_pvc._cli.words import ALIASES
 from kserve_pvc._settings import read_settings
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._store import ModelStore
@@ -66,7 +67,8 @@ def _initialize(words: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace | None:
     """Return the arguments, or None if a help text or the version was requested and printed."""
     try:
-        return make_parser(argv[0] if argv and argv[0] in VERBS else None).parse_args(argv)
+        first = ALIASES.get(argv[0], argv[0]) if argv else ""
+        return make_parser(first if first in VERBS else None).parse_args(argv)
     except SystemExit as leaving:
         if leaving.code:
             raise

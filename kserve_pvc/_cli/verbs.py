@@ -34,6 +34,7 @@ from kserve_pvc._cli.output import (
 from kserve_pvc._cli.streams import BinaryOutput, print_document, print_json, put, say
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
+from kserve_pvc._source.ref import redact
 from kserve_pvc._store import ModelStore
 from kserve_pvc.errors import InvalidFileError, SettingsError, printable
 
@@ -240,6 +241,9 @@ def alias(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 def rm(store: ModelStore, arguments: argparse.Namespace) -> int:
     store.remove(arguments.uri, **selection(arguments), trash_seconds=0.0 if arguments.now else defaults.TRASH_SECONDS)
+    if not arguments.json and not arguments.quiet:
+        kept = f"; its files are kept in the trash for {defaults.TRASH_SECONDS / 60:.0f} minutes, `--now` deletes them"
+        say(f"removed {printable(redact(arguments.uri))}{'' if arguments.now else kept}")
     print_result(arguments, {"uri": arguments.uri, "removed": True}, None)
     return 0
 
