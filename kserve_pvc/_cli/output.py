@@ -5,6 +5,7 @@ What the commands print: results on stdout, everything else on stderr.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from kserve_pvc._cli.streams import flush, print_document, print_json, put, say
+from kserve_pvc._cli.streams import above_bars, flush, print_document, print_json, put, say
 from kserve_pvc._model import Model
 from kserve_pvc._source.ref import redact
 from kserve_pvc.errors import StoreError, printable
@@ -51,7 +52,7 @@ def print_error(error: BaseException, about: str, *, verbose: bool) -> None:
     frames = traceback.format_tb(error.__traceback__)
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
     text = f"{kind}: {error}\n" if isinstance(error, StoreError) else f"{_reason(error)}\n"
-    with suppress(OSError):
+    with suppress(OSError), above_bars(sys.stderr):
         sys.stderr.writelines(["Traceback (most recent call last):\n", *frames, text])
 
 
@@ -80,8 +81,9 @@ def show_warmed(warmed: Warmed, arguments: argparse.Namespace) -> None:
     if warmed.error is not None:
         print_error(warmed.error, f"{printable(warmed.uri)}: ", verbose=arguments.verbose)
     elif warmed.model is not None and not arguments.json and not arguments.quiet:
-        put(f"{warmed.model.status:10}  {printable(describe_model(warmed.model))}  {warmed.model.path}")
-        flush()
+        with above_bars(sys.stdout):
+            put(f"{warmed.model.status:10}  {printable(describe_model(warmed.model))}  {warmed.model.path}")
+            flush()
 
 
 def describe_warmed(warmed: Warmed) -> dict[str, Any]:
@@ -168,10 +170,46 @@ def print_result(arguments: argparse.Namespace, document: Mapping[str, Any], lin
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """
+    Print a table. On a terminal no line is wider than that; elsewhere, and for programs, every cell is whole.
+    """
+    from kserve_pvc._show.units import shorten
+
     shown = [tuple(printable(cell) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in [tuple(heads), *shown]) for i in range(len(heads))]
+    widths = _fit(widths, heads, _columns())
     for row in [tuple(heads), *shown]:
-        put("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        put("  ".join(shorten(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# What is shortened first. A key or a name may be wanted for the next command.
+_LONG = ("URI", "FILE", "SHA256", "HOLDER")
+
+
+def _fit(widths: Sequence[int], heads: Sequence[str], columns: int | None) -> list[int]:
+    """Narrow the widest columns, those of long values first, until a line fits."""
+    fitted = list(widths)
+    if columns is None:
+        return fitted
+    for least, long_only in ((24, True), (12, False), (4, False)):
+        while sum(fitted) + 2 * (len(fitted) - 1) > columns:
+            candidates = [
+                (width, number)
+                for number, width in enumerate(fitted)
+                if width > max(least, len(heads[number])) and (heads[number] in _LONG or not long_only)
+            ]
+            if not candidates:
+                break
+            fitted[max(candidates)[1]] -= 1
+    return fitted
+
+
+def _columns() -> int | None:
+    """The width of standard output if it is a terminal, 80 if that is not known, or None."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80 if sys.stdout.isatty() else None
+    except (OSError, ValueError):
+        return None
 
 
 def log_to_stderr() -> None:
@@ -180,7 +218,12 @@ def log_to_stderr() -> None:
     """
     import logging
 
-    logger, handler = logging.getLogger("kserve_pvc"), logging.StreamHandler()
+    class Handler(logging.StreamHandler):  # type: ignore[type-arg]
+        def emit(self, record: logging.LogRecord) -> None:
+            with above_bars(sys.stderr):
+                super().emit(record)
+
+    logger, handler = logging.getLogger("kserve_pvc"), Handler()
     handler.setFormatter(logging.Formatter("kserve-pvc: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from itertools import takewhile
 from typing import TextIO
@@ -177,5 +177,16 @@ def say(text: str) -> None:
     """
     Print a line for a person, on stderr. A log that is full ends nothing.
     """
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError), above_bars(sys.stderr):
         print(f"kserve-pvc: {text}", file=sys.stderr, flush=True)
+
+
+def above_bars(stream: TextIO) -> AbstractContextManager[None]:
+    """
+    Write to a terminal on which a download may be drawing its bar.
+    """
+    if "tqdm" not in sys.modules:  # Nothing is drawn, and there is no reason to load what draws.
+        return nullcontext()
+    from kserve_pvc._show import progress
+
+    return progress.above_bars(stream)

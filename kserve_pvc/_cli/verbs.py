@@ -284,7 +284,7 @@ def import_(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._show.units import count, format_bytes
+    from kserve_pvc._show.units import count, progress_of
 
     for uri in arguments.break_claim or ():
         store.break_lock(uri, **selection(arguments))
@@ -300,7 +300,7 @@ def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
             lock.holder,
             lock.since,
             format_age(lock.age_seconds),
-            f"{format_bytes(lock.bytes_done)} of {format_bytes(lock.bytes_total)}",
+            progress_of(lock.bytes_done, lock.bytes_total),
         )
         for lock in locks
     ]
