@@ -695,6 +695,7 @@ class ModelStore:
         file: str | os.PathLike[str],
         *,
         sha256: str | None = None,
+        manifest_sha256: str | None = None,
         timeout: float | None = defaults.TIMEOUT,
         callback: Callback | None = None,
         progress: bool | None = None,
@@ -709,13 +710,15 @@ class ModelStore:
         current one.
 
         Args:
-            sha256: The digest that `export` returned. Without it the file is trusted.
+            sha256: The digest of the file, as returned by `export` and printed by `sha256sum`. The whole file is read
+                once more for it. Without a digest the file is trusted.
+            manifest_sha256: The digest of its manifest, as returned by `export`, which takes no time to compare.
             on_event, cancel: As in `ensure`.
 
         Raises:
             ReadOnlyStoreError: The store is read-only.
             StoreFormatError: It is not a bundle, was truncated, or was changed.
-            DigestMismatchError: A file differs from its digest in the bundle, or the bundle from `sha256`.
+            DigestMismatchError: A file differs from its digest in the bundle, or the bundle from a digest given here.
             SourceNotFoundError, SourceDeniedError, SourceUnavailableError, SourceChangedError: The file cannot be read.
             LockTimeoutError, DownloadCancelledError, InsufficientSpaceError: As `ensure`.
         """
@@ -726,12 +729,11 @@ class ModelStore:
         writing = self._writer(f"import `{os.fspath(file)}`")
         from kserve_pvc._archive.bundle import open_bundle
 
-        with open_bundle(file, sha256=sha256) as bundle:
-            ref = bundle.manifest.ref
-            resolved = bundle.resolve(ref)
-            view = self._lookup.view(ref)
+        with open_bundle(file, sha256=sha256, manifest_sha256=manifest_sha256, cancel=cancel) as bundle:
+            resolved = bundle.resolve(bundle.manifest.ref)
+            view = self._lookup.view(resolved.ref)
             if view.present is not None and view.present.version == resolved.version:
-                return self._found(ref, view.present, started, on_event)
+                return self._found(resolved.ref, view.present, started, on_event)
             # What a bundle promises is SHA-256, and is compared whatever this store does with its own downloads.
             options: CallOptions = {
                 "timeout": timeout,
@@ -741,8 +743,8 @@ class ModelStore:
                 "tuning": {**self._tuning, "digest": "sha256"},
                 "activity": "importing",
             }
-            call = self._call(ref, started, partial(_listen, progress, callback), on_event, cancel, **options)
-            return self._download(writing, ref, call, lambda: bundle)
+            call = self._call(resolved.ref, started, partial(_listen, progress, callback), on_event, cancel, **options)
+            return self._download(writing, resolved.ref, call, lambda: bundle)
 
     @contextmanager
     def open(

@@ -117,8 +117,8 @@ class UnknownOptionError(SettingsError):
         message = f"unknown {self.value} `{self.name}`; {self.hint}"
         if not self.supported:
             return message
-        separator = " " if message.endswith("?") else "; "
-        return f"{message}{separator}supported: {', '.join(f'`{name}`' for name in self.supported)}"
+        names = ", ".join(f"`{name}`" for name in self.supported)
+        return f"{message}{'' if message.endswith('?') else ';'} supported: {names}"
 
 
 def unknown_option(kind: str, name: str, supported: Iterable[str], hint: str = "") -> UnknownOptionError:
@@ -305,9 +305,11 @@ class LockTimeoutError(StoreError, TimeoutError):
     bytes_total: int
 
     def _message(self) -> str:
+        from kserve_pvc._units import progress_of
+
         return (
             f"waited {self.waited:.0f} s for {self.holder} to download `{self.ref}` "
-            f"({self.bytes_done} of {self.bytes_total} bytes, last heartbeat {self.idle:.0f} s ago); "
+            f"({progress_of(self.bytes_done, self.bytes_total)}, last heartbeat {self.idle:.0f} s ago); "
             "raise `timeout`, or see `kserve-pvc locks`"
         )
 
@@ -343,12 +345,15 @@ class InsufficientSpaceError(StoreError, OSError):
     hint: str = ""
 
     def _message(self) -> str:
-        hint = "have the quota of this user, group or project raised" if self.is_quota else "enlarge the volume"
-        hint = self.hint or f"remove a model with `kserve-pvc rm`, or {hint}"
+        from kserve_pvc._units import tell_apart
+
+        more = "have the quota of this user, group or project raised" if self.is_quota else "enlarge the volume"
+        hint = self.hint or f"remove a model with `kserve-pvc rm`, or {more}"
+        free, needed = tell_apart(self.free_bytes, self.needed_bytes)
         if self.is_quota:
-            return f"a quota is used up on the volume of `{self.root}`, which has {self.free_bytes} bytes free; {hint}"
-        need = f"{self.needed_bytes} are needed" if self.needed_bytes else "the last write did not fit"
-        return f"the volume of `{self.root}` has {self.free_bytes} bytes free and {need}; {hint}"
+            return f"a quota is used up on the volume of `{self.root}`, which has {free} free; {hint}"
+        need = f"{needed} are needed" if self.needed_bytes else "the last write did not fit"
+        return f"the volume of `{self.root}` has {free} free and {need}; {hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
@@ -416,9 +421,7 @@ class SourceUnavailableError(StoreError, ConnectionError):
 
     def _message(self) -> str:
         pause = f", retry after {self.retry_after:g} s" if self.retry_after else ""
-        general = (
-            "check the endpoint and the network" if self.is_final else "check the endpoint and the network, then retry"
-        )
+        general = "check the endpoint and the network" + ("" if self.is_final else ", then retry")
         return f"request to `{self.uri}` failed: {self.reason}{pause}; {self.hint or general}"
 
 
@@ -446,10 +449,11 @@ class DigestMismatchError(StoreError, ValueError):
     path: str
     expected: str
     actual: str
+    hint: str = "retry"
 
     def _message(self) -> str:
         found = f"expected `{self.expected}`, got `{self.actual}`"
-        return f"`{self.path}` does not match: {found}; nothing was published, retry"
+        return f"`{self.path}` does not match: {found}; nothing was published, {self.hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
@@ -462,9 +466,10 @@ class DamagedArchiveError(DigestMismatchError):
     path: str
     actual: str
     expected: str = "an intact archive"
+    hint: str = "upload it again"
 
     def _message(self) -> str:
-        return f"archive `{self.path}` is damaged: {self.actual}; nothing was published, upload it again"
+        return f"archive `{self.path}` is damaged: {self.actual}; nothing was published, {self.hint}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

@@ -183,7 +183,9 @@ def test_the_same_version_gives_the_same_bytes(root, bundle, isolated, tmp_path)
     exports = [store.export(URI, tmp_path / f"{i}.tar", progress=False) for i, store in enumerate((other, isolated))]
 
     assert [(tmp_path / f"{i}.tar").read_bytes() for i in range(2)] == [bundle.read_bytes()] * 2
-    assert exports[0].sha256 == exports[1].sha256 == hashlib.sha256(_content(bundle, MANIFEST)).hexdigest()
+    assert exports[0].sha256 == exports[1].sha256 == hashlib.sha256(bundle.read_bytes()).hexdigest()
+    inner = hashlib.sha256(_content(bundle, MANIFEST)).hexdigest()
+    assert exports[0].manifest_sha256 == exports[1].manifest_sha256 == inner
     assert exports[0].size_bytes == bundle.stat().st_size
 
 
@@ -339,6 +341,7 @@ def test_a_stream_gets_the_same_bytes(connected, bundle):
     exported = connected.export(URI, stream, progress=False)
 
     assert stream.getvalue() == bundle.read_bytes()
+    assert exported.sha256 == sha256sum(bundle)
     assert (exported.file, exported.bytes_written) == ("-", bundle.stat().st_size)
 
 
@@ -373,6 +376,7 @@ def test_whatever_an_export_left_the_next_one_is_right(connected, bundle, left):
     exported = connected.export(URI, bundle, progress=False)
 
     assert bundle.read_bytes() == good
+    assert exported.sha256 == hashlib.sha256(good).hexdigest()
     assert not partial.exists()
     expected = {"nothing": len(good), "all": 0, "more than all": 0}
     assert exported.bytes_written == expected.get(left, exported.bytes_written)
@@ -597,6 +601,60 @@ def test_a_store_that_does_not_hash_compares_digests_all_the_same(bundle, tmp_pa
 
     assert {path: sha256 for path, _, sha256, _ in facts(model)} == digests(FILES)
     assert store.verify(URI, "full").ok
+
+
+def sha256sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("spelled", [str, str.upper, "sha256:{}".format, "{}\n".format])
+def test_an_import_takes_the_digest_of_the_file_in_every_spelling(isolated, bundle, spelled):
+    """
+    What `sha256sum`, PowerShell, our own messages and a file with the digest say of the bundle is accepted.
+    """
+    model = isolated.import_(bundle, sha256=spelled(sha256sum(bundle)), progress=False)
+
+    assert model.status == "downloaded"
+
+
+def test_an_export_that_is_there_has_the_same_digests(connected, bundle):
+    """
+    A second export writes nothing and returns both digests as the first did.
+    """
+    again = connected.export(URI, bundle, progress=False)
+
+    manifest = hashlib.sha256(_content(bundle, MANIFEST)).hexdigest()
+    assert (again.bytes_written, again.sha256, again.manifest_sha256) == (0, sha256sum(bundle), manifest)
+
+
+def test_the_two_digests_of_a_bundle_are_not_mixed_up(isolated, bundle):
+    """
+    Each is accepted under its own name only, and the message says under which.
+    """
+    manifest = hashlib.sha256(_content(bundle, MANIFEST)).hexdigest()
+
+    with pytest.raises(DigestMismatchError, match="--manifest-sha256"):
+        isolated.import_(bundle, sha256=manifest, progress=False)
+    with pytest.raises(DigestMismatchError, match="copy the bundle again"):
+        isolated.import_(bundle, manifest_sha256=sha256sum(bundle), progress=False)
+    absent = URI in isolated
+    model = isolated.import_(bundle, manifest_sha256=manifest, progress=False)
+
+    assert (absent, model.status) == (False, "downloaded")
+
+
+def test_the_digest_of_a_file_is_compared_before_anything_is_written(isolated, root, bundle):
+    """
+    A bundle with one other byte in a file is refused with the digest that `sha256sum` would print of it.
+    """
+    told = sha256sum(bundle)
+    flip(bundle, 300_000)
+
+    with pytest.raises(DigestMismatchError) as caught:
+        isolated.import_(bundle, sha256=told, progress=False)
+
+    assert caught.value.actual == f"sha256:{sha256sum(bundle)}"
+    assert not (isolated.root / "models").exists() or not list((isolated.root / "models").iterdir())
 
 
 def test_only_the_bundle_that_was_told_is_imported(connected, isolated, bundle, tmp_path):

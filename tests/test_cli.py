@@ -823,7 +823,7 @@ def test_documents_stay_clean_on_failure_half_way(root, tmp_path):
     With `--json` stdout holds exactly one document also when progress was shown before an error.
     """
     write_files(tmp_path / "model", {"a": b"a"})
-    (tmp_path / "model/b").symlink_to("a")
+    (tmp_path / "model/b").symlink_to("nowhere")
 
     result = shell.kserve_pvc(root, "--json", "ensure", f"file://{tmp_path}/model")
 

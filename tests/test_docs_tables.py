@@ -18,7 +18,8 @@ import shell
 import kserve_pvc
 from kserve_pvc import ModelStore, _defaults
 from kserve_pvc._archive import members, unpack
-from kserve_pvc._cli.parser import make_parser
+from kserve_pvc._cli.parser import VERBS, make_parser
+from kserve_pvc._cli.words import ALIASES
 from kserve_pvc._download.tuning import Tuning
 from kserve_pvc._format import log_entry, records
 from kserve_pvc._source.contract import MAX_FILES, UnpackLimits
@@ -286,9 +287,10 @@ def test_verbs_in_the_how_to_are_those_of_the_parser():
     """
     The table of verbs on the page about the shell has every verb.
     """
-    verbs = next(action.choices for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    page = read("how-to/shell.md")
 
-    assert [verb for verb in verbs if f"| `{verb}" not in read("how-to/shell.md")] == []
+    assert [verb for verb in VERBS if f"| `{verb}" not in page] == []
+    assert [alias for alias, verb in ALIASES.items() if f"`{alias}` for `{verb}`" not in page] == []
 
 
 def commands() -> Iterator[tuple[str, str]]:

@@ -225,8 +225,8 @@ def test_an_insufficient_space_error_tells_a_quota_from_a_plan():
     """
     planned, stopped = errors.InsufficientSpaceError("/mnt", 10, 7), errors.InsufficientSpaceError("/mnt", 0, 7)
 
-    assert "has 7 bytes free and 10 are needed; " in str(planned)
-    assert "has 7 bytes free and the last write did not fit; " in str(stopped)
+    assert "has 7 B free and 10 B are needed; " in str(planned)
+    assert "has 7 B free and the last write did not fit; " in str(stopped)
 
 
 @pytest.mark.parametrize(("code", "is_quota"), [(errno.ENOSPC, False), (errno.EDQUOT, True)])

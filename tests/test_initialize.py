@@ -28,6 +28,7 @@ from users import public_directory
 from waiting import until
 from webserver import WebServer
 
+import kserve_pvc
 from kserve_pvc import (
     FileEntry,
     InvalidURIError,
@@ -205,6 +206,86 @@ def test_arguments_that_are_no_pairs(arguments):
     result = spawn(*arguments)
 
     assert (result.returncode, result.stdout) == (1, "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stor", "/x", "SRC", "DEST"], "unknown option `--stor`; did you mean `--store`?"),
+        (["SRC", "DEST", "--force"], "unknown option `--force`"),
+        (["-x", "DEST"], "unknown option `-x`"),
+        (["SRC", "DEST", "--store"], "`--store` is missing; name the directory of a store"),
+        (["--store", "", "SRC", "DEST"], "`--store` is missing; name the directory of a store"),
+        (["--store", "--quiet", "SRC", "DEST"], "`--store` is missing; name the directory of a store"),
+        (["--", "--store", "DEST", "x"], "expected pairs of a source and a directory, got 3"),
+    ],
+)
+def test_an_option_is_never_taken_for_a_source(arguments, message):
+    """
+    What begins with a dash and is not an option ends with 1, the usage and a line that names it.
+    """
+    result = run(*arguments)
+
+    assert (result.returncode, result.stdout) == (1, "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]\n")
+    assert message in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_initializer_has_its_help(option):
+    """
+    The help goes to standard output, names the variables, and ends with 0.
+    """
+    result = run(option)
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [word for word in ("--store DIR", "example:", "default:") if word not in result.stdout] == []
+    assert run("--version").stdout == f"kserve-pvc-initializer {kserve_pvc.__version__}\n"
+
+
+STORE_WORDS = {
+    "before": ["--store", "STORE", "SRC", "DEST"],
+    "with a sign": ["--store=STORE", "SRC", "DEST"],
+    "between": ["SRC", "--store", "STORE", "DEST"],
+    "after": ["SRC", "DEST", "--store", "STORE"],
+    "before the end of options": ["--store", "STORE", "--", "SRC", "DEST"],
+}
+
+
+@pytest.mark.parametrize("words", STORE_WORDS)
+def test_a_store_is_named_by_an_option(root, uri, place, words):
+    """
+    `--store` is honoured wherever it stands, and before what the environment names.
+    """
+    arguments = [
+        word.replace("STORE", str(root)).replace("SRC", uri).replace("DEST", str(place)) for word in STORE_WORDS[words]
+    ]
+
+    result = run(*arguments, env={"KSERVE_PVC_STORE": "/nowhere"})
+
+    assert result.returncode == 0, result.stderr
+    assert uri in ModelStore(root)
+    assert place.is_dir()
+
+
+def test_a_store_and_a_private_destination_contradict_each_other(root, uri, place):
+    """
+    A store that would not be used is refused instead of ignored.
+    """
+    result = run("--store", root, uri, place, env={"KSERVE_PVC_DESTINATION": "private"})
+
+    assert (result.returncode, list(root.iterdir())) == (1, [])
+    assert "`KSERVE_PVC_DESTINATION` is `private`" in result.stderr
+
+
+def test_a_quiet_initializer_logs_errors_only(uri, place, tmp_path):
+    """
+    With `-q` a success says nothing, and a failure its one line.
+    """
+    silent, failed = run("-q", uri, place), run("-q", f"file://{tmp_path}/missing", place)
+
+    assert (silent.returncode, silent.stderr) == (0, "")
+    assert (failed.returncode, len(failed.stderr.splitlines())) == (1, 1)
+    assert " ERROR " in failed.stderr
 
 
 def test_a_failure_is_one_line_in_the_termination_log(tmp_path, place):
@@ -1590,7 +1671,7 @@ def test_a_volume_that_is_full(tmp_path, mount):
     enough = run(tmp_path / "m", place)
 
     assert (full.returncode, enough.returncode) == (1, 0)
-    assert "bytes free" in full.stderr
+    assert " free and " in full.stderr
     assert served(place) == read_tree(tmp_path / "m")
 
 
@@ -1625,7 +1706,7 @@ def test_a_copy_that_does_not_fit(tmp_path, root, mount):
     result = run(tmp_path / "m", place, env={"KSERVE_PVC_STORE": str(root), "KSERVE_PVC_MATERIALIZE": "copy"})
 
     assert result.returncode == 1
-    assert "bytes free" in result.stderr
+    assert " free and " in result.stderr
     assert served(place) == {}
     assert "record.json" not in own(place)
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -36,6 +37,7 @@ from kserve_pvc._source.contract import RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc.errors import (
     DigestMismatchError,
+    DownloadCancelledError,
     SettingsError,
     SourceChangedError,
     SourceDeniedError,
@@ -46,27 +48,37 @@ from kserve_pvc.errors import (
 )
 
 BUFFER_BYTES = 1024 * 1024
+_OTHER = "copy the bundle again, or check which one the digest belongs to"
+_INNER = "what was expected is the digest of its manifest: pass it as `--manifest-sha256`"
 
 
 @contextmanager
-def open_bundle(file: str | os.PathLike[str], *, sha256: str | None = None) -> Iterator[Bundle]:
+def open_bundle(
+    file: str | os.PathLike[str],
+    *,
+    sha256: str | None = None,
+    manifest_sha256: str | None = None,
+    cancel: threading.Event | None = None,
+) -> Iterator[Bundle]:
     """
     Open a bundle and compare all of it with its manifest, except for the content of the files: their digests are
     compared when they are read.
 
     Args:
-        sha256: The digest that the manifest must have, as printed by `export`. Without it a bundle is only as
-            trustworthy as its origin.
+        sha256: The digest that the file must have, as printed by `export` and by `sha256sum`. It takes reading the
+            whole file once more. Without a digest a bundle is only as trustworthy as its origin.
+        manifest_sha256: The digest that its manifest must have, which takes no time.
+        cancel: Ends the comparison with `sha256` when it is set.
 
     Raises:
         SourceNotFoundError: The file does not exist.
         SourceDeniedError: The file may not be read.
         StoreFormatError: It is not a bundle, was truncated, modified or repacked, or has a newer format.
-        DigestMismatchError: Its manifest does not have the digest `sha256`.
-        SettingsError: It is not a regular file, or `sha256` is not a digest.
+        DigestMismatchError: It does not have the digest `sha256`, or its manifest not the digest `manifest_sha256`.
+        SettingsError: It is not a regular file, or a digest is malformed.
+        DownloadCancelledError: `cancel` was set.
     """
-    if sha256 is not None and re.fullmatch(SHA256, sha256) is None:
-        raise SettingsError("sha256", sha256, "expected 64 hex digits, as printed by `export`")
+    expected, expected_of_manifest = _digest("sha256", sha256), _digest("manifest_sha256", manifest_sha256)
     name = os.fspath(file)
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -74,11 +86,28 @@ def open_bundle(file: str | os.PathLike[str], *, sha256: str | None = None) -> I
         raise _translate(name, error) from error
     try:
         bundle = _read_bundle(fd, name)
-        if sha256 not in (None, bundle.sha256):
-            raise DigestMismatchError(name, f"sha256:{sha256}", f"sha256:{bundle.sha256}")
+        if expected_of_manifest not in (None, bundle.manifest_sha256):
+            raise _mismatch(name, expected_of_manifest, bundle.manifest_sha256)
+        if expected is not None and (found := bundle.read(cancel=cancel).sha256) != expected:
+            is_inner = expected == bundle.manifest_sha256
+            raise _mismatch(name, expected, found, _INNER if is_inner else _OTHER)
         yield bundle
     finally:
         os.close(fd)
+
+
+def _digest(name: str, given: str | None) -> str | None:
+    """Return a digest as this package writes it; other tools print capitals, and messages have the algorithm before."""
+    if given is None:
+        return None
+    digest = given.strip().lower().removeprefix("sha256:")
+    if re.fullmatch(SHA256, digest) is None:
+        raise SettingsError(name, given, "expected 64 hex digits, as printed by `export`")
+    return digest
+
+
+def _mismatch(name: str, expected: str | None, found: str, hint: str = _OTHER) -> DigestMismatchError:
+    return DigestMismatchError(name, f"sha256:{expected}", f"sha256:{found}", hint)
 
 
 def _translate(name: str, error: OSError) -> StoreError:
@@ -104,7 +133,7 @@ def _read_bundle(fd: int, name: str) -> Bundle:
         if isinstance(error, StoreError):
             raise
         raise _translate(name, error) from error
-    return Bundle(path=name, manifest=layout.manifest, sha256=layout.sha256, offsets=offsets, fd=fd)
+    return Bundle(path=name, layout=layout, offsets=offsets, fd=fd)
 
 
 def _read_layout(fd: int, name: str, bundle_bytes: int) -> BundleLayout:
@@ -149,16 +178,20 @@ def _compare(fd: int, name: str, layout: BundleLayout, size_bytes: int) -> Mappi
 class Bundle:
     """
     An open bundle, as the backend of the one model that it holds.
-
-    Args:
-        sha256: The digest of the manifest.
     """
 
     path: str
-    manifest: BundleManifest
-    sha256: str
+    layout: BundleLayout
     _offsets: Mapping[PurePosixPath, int] = attrs.field(repr=False)
     _fd: int = attrs.field(repr=False)
+
+    @property
+    def manifest(self) -> BundleManifest:
+        return self.layout.manifest
+
+    @property
+    def manifest_sha256(self) -> str:
+        return self.layout.manifest_sha256
 
     def resolve(self, ref: ModelRef) -> Resolved:
         if ref != self.manifest.ref:
@@ -171,19 +204,41 @@ class Bundle:
         offset = int(file.address)
         yield _Reader(self, str(file.entry.path), self._fd, offset + start, offset + stop)
 
-    def has_valid_digests(self) -> bool:
+    def read(self, *, cancel: threading.Event | None = None) -> BundleDigests:
         """
-        Whether every file has the digest in the manifest.
+        Read the whole file, and hash it as well as each file in it.
         """
+        whole, is_valid = hashlib.sha256(), True
         buffer = memoryview(bytearray(BUFFER_BYTES))
-        for file in self.resolve(self.manifest.ref).files:
+        # What lies between the files was compared when the bundle was opened.
+        for piece in bundle_pieces(self.layout.manifest, self.layout.data):
+            if isinstance(piece, bytes):
+                whole.update(piece)
+                continue
+            remote = RemoteFile(entry=piece, address=str(self._offsets[piece.path]), pin={})
             digest = hashlib.sha256()
-            with self.open_range(file, 0, file.entry.size_bytes) as reader:
+            with self.open_range(remote, 0, piece.size_bytes) as reader:
                 while count := reader.readinto(buffer):
+                    if cancel is not None and cancel.is_set():
+                        raise DownloadCancelledError(str(self.manifest.ref))
+                    whole.update(buffer[:count])
                     digest.update(buffer[:count])
-            if digest.hexdigest() != file.entry.sha256:
-                return False
-        return True
+            is_valid = is_valid and digest.hexdigest() == piece.sha256
+        return BundleDigests(whole.hexdigest(), is_valid)
+
+
+@attrs.frozen
+class BundleDigests:
+    """
+    What reading a bundle as a whole found.
+
+    Args:
+        sha256: The digest of the bundle.
+        is_valid: Whether each file in it has the digest in the manifest.
+    """
+
+    sha256: str
+    is_valid: bool
 
 
 @attrs.define

@@ -27,12 +27,12 @@ _MAX_PLAIN_SIZE = 8**11 - 1
 @attrs.frozen
 class BundleLayout:
     """
-    An encoded manifest, and the digest and the bundle size that follow from it.
+    An encoded manifest, and its digest and the size of the bundle, which follow from it.
     """
 
     manifest: BundleManifest
     data: bytes
-    sha256: str
+    manifest_sha256: str
     size_bytes: int
 
 

@@ -34,7 +34,8 @@ class Exported:
     A bundle that was written.
 
     Args:
-        sha256: The digest of its manifest, which holds the digest of every file.
+        sha256: The digest of the bundle, as `sha256sum` prints it.
+        manifest_sha256: The digest of its manifest, which holds the digest of every file.
         bytes_written: The bytes written by this call. The rest was left by an earlier one and has been verified.
     """
 
@@ -45,6 +46,7 @@ class Exported:
     files: int
     size_bytes: int
     sha256: str
+    manifest_sha256: str
     bytes_written: int
 
 
@@ -86,9 +88,9 @@ def export_bundle(
     )
     export = _Export(layout, open_file, subject, listener)
     if isinstance(target, Path):
-        _export_to_file(export, target)
+        sha256 = _export_to_file(export, target)
     else:
-        export.write(_StreamTarget(target))
+        sha256 = export.write(_StreamTarget(target))
         target.flush()
     seconds, size = time.monotonic() - started, manifest.size_bytes
     listener(CallFinished(**subject, status="exported", size_bytes=size, bytes_fetched=0, seconds=seconds))
@@ -99,7 +101,8 @@ def export_bundle(
         file=str(target) if isinstance(target, Path) else "-",
         files=len(manifest.files),
         size_bytes=layout.size_bytes,
-        sha256=layout.sha256,
+        sha256=sha256,
+        manifest_sha256=layout.manifest_sha256,
         bytes_written=export.written,
     )
 
@@ -120,21 +123,23 @@ def _check_target(file: Path, root: Path) -> Path:
     return target
 
 
-def _export_to_file(export: _Export, file: Path) -> None:
+def _export_to_file(export: _Export, file: Path) -> str:
+    """Write a bundle under its name, and return its digest."""
     layout = export.layout
-    if _is_written(layout, file):
+    if (sha256 := _digest_if_written(layout, file)) is not None:
         export.listener(BytesAdopted(**export.subject, size_bytes=layout.manifest.size_bytes))
-        return
-    partial = file.with_name(f"{file.name}.{layout.sha256[:16]}.partial")
+        return sha256
+    partial = file.with_name(f"{file.name}.{layout.manifest_sha256[:16]}.partial")
     with _translating_writes(partial):
         fd = _open_partial(partial)
         try:
             _check_partial(partial, os.fstat(fd), layout.size_bytes)
-            _write_durably(export, fd, partial)
+            sha256 = _write_durably(export, fd, partial)
             _publish(fd, partial, file)
         finally:
             os.close(fd)
         _sync_parent(file)
+    return sha256
 
 
 def _open_partial(partial: Path) -> int:
@@ -147,19 +152,20 @@ def _open_partial(partial: Path) -> int:
         return os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
 
 
-def _write_durably(export: _Export, fd: int, partial: Path) -> None:
+def _write_durably(export: _Export, fd: int, partial: Path) -> str:
     """
     Write the bundle and sync it. What cannot be synced is deleted: the page cache still has its bytes, which the next
     export would read, find valid, and believe to be on the medium.
     """
     try:
-        export.write(_FileTarget(fd, partial))
+        sha256 = export.write(_FileTarget(fd, partial))
         os.ftruncate(fd, export.layout.size_bytes)
     except (OSError, StoreError):
         with suppress(OSError):
             _sync_or_delete(fd, partial)
         raise
     _sync_or_delete(fd, partial)
+    return sha256
 
 
 def _sync_or_delete(fd: int, partial: Path) -> None:
@@ -179,13 +185,13 @@ def _publish(fd: int, partial: Path, file: Path) -> None:
             partial.replace(file)
 
 
-def _is_written(layout: BundleLayout, file: Path) -> bool:
-    """Whether the file already is this bundle, as when a Job is run again."""
-    try:
-        with open_bundle(file) as bundle:
-            return bundle.sha256 == layout.sha256 and bundle.has_valid_digests()
-    except StoreError:
-        return False
+def _digest_if_written(layout: BundleLayout, file: Path) -> str | None:
+    """Return the digest of the file if it already is this bundle, as when a Job is run again."""
+    with suppress(StoreError), open_bundle(file) as bundle:
+        if bundle.manifest_sha256 == layout.manifest_sha256:
+            digests = bundle.read()
+            return digests.sha256 if digests.is_valid else None
+    return None
 
 
 def _check_partial(partial: Path, found: os.stat_result, size_bytes: int) -> None:
@@ -239,6 +245,19 @@ def _translating_reads(file: FileEntry) -> Iterator[None]:
 
 def _damaged(file: FileEntry, reason: str) -> VolumeError:
     return VolumeError(str(file.path), "exporting", reason)
+
+
+class _Digests:
+    """
+    The digests of one file and of the bundle up to its end.
+    """
+
+    def __init__(self, whole: hashlib._Hash) -> None:
+        self.file, self.whole = hashlib.sha256(), whole.copy()
+
+    def update(self, data: memoryview) -> None:
+        self.file.update(data)
+        self.whole.update(data)
 
 
 class _Target(Protocol):
@@ -304,15 +323,19 @@ class _Export:
         self.written = 0
         self._open_file = open_file
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._whole = hashlib.sha256()
 
-    def write(self, target: _Target) -> None:
+    def write(self, target: _Target) -> str:
+        """Write the bundle, and return its digest."""
         offset = 0
         for piece in bundle_pieces(self.layout.manifest, self.layout.data):
             if isinstance(piece, bytes):
                 self._write_bytes(target, offset, piece)
+                self._whole.update(piece)
             else:
                 self._write_file(target, offset, piece)
             offset += bundle_length(piece)
+        return self._whole.hexdigest()
 
     def _write_bytes(self, target: _Target, offset: int, piece: bytes) -> None:
         found = bytearray(target.existing_bytes(offset, len(piece)))
@@ -323,12 +346,13 @@ class _Export:
         existing = target.existing_bytes(offset, file.size_bytes)
         # Existing bytes are adopted only if the digest of the whole file matches; else the file is written again.
         for start in (existing, 0) if existing else (0,):
-            digest = hashlib.sha256()
-            self._hash(target, offset, offset + start, digest.update)
-            self._copy(target, offset, file, start, digest.update)
-            if digest.hexdigest() == file.sha256:
+            digests = _Digests(self._whole)
+            self._hash(target, offset, offset + start, digests.update)
+            self._copy(target, offset, file, start, digests.update)
+            if digests.file.hexdigest() == file.sha256:
+                self._whole = digests.whole
                 return
-        raise _damaged(file, f"its sha256 is {digest.hexdigest()} instead of {file.sha256}")
+        raise _damaged(file, f"its sha256 is {digests.file.hexdigest()} instead of {file.sha256}")
 
     def _hash(self, target: _Target, offset: int, stop: int, update: Callable[[memoryview], None]) -> None:
         while offset < stop and (count := target.read(offset, self._buffer[: min(BUFFER_BYTES, stop - offset)])):

@@ -9,21 +9,24 @@ long, 6 not enough space, 7 source missing, denied or unreachable, 8 refused by 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 
-from kserve_pvc._cli.output import fail, log_to_stderr, say
+from kserve_pvc._cli.output import fail, log_to_stderr, stop
 from kserve_pvc._cli.parser import VERBS, make_parser
+from kserve_pvc._cli.streams import OutputClosedError, begin, discard_unwritten, flush
 from kserve_pvc._cli.verbs import run_initializer, selection
+from kserve_pvc._cli.words import ALIASES
 from kserve_pvc._settings import read_settings
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._store import ModelStore
-from kserve_pvc.errors import StoreError
+from kserve_pvc.errors import VolumeError
 
 # A verb that writes is itself the request to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm")
+_TERMINATED = 128 + signal.SIGTERM
 _STORELESS = ("completion", "doctor", "initialize", "kserve", "webhook")
 
 
@@ -32,28 +35,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run one command and return its exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] == "initialize" and not {"-h", "--help"} & set(argv):
-        return run_initializer(argv[1:])  # Arguments and exit codes are KServe's, not ours.
-    arguments = make_parser(argv[0] if argv and argv[0] in VERBS else None).parse_args(argv)
-    if arguments.verbose:
-        log_to_stderr()
-    # A pod that is deleted gets SIGTERM first: unwinding releases the claim, so that no process waits out its lease.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    begin(argv)
+    try:
+        if argv and argv[0] == "initialize" and not {"-h", "--help"} & set(argv):
+            return _initialize(argv[1:])
+        arguments = _parse(argv)
+        if arguments is None:
+            return 0
+        if arguments.verbose:
+            log_to_stderr()
+        # A deleted pod gets SIGTERM first: unwinding releases the claim, so that no process waits out its lease.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+        return _run(arguments)
+    except OutputClosedError:  # While a help text was printed.
+        return 1
+    except VolumeError as error:
+        return fail(error, verbose=False)
+    finally:
+        discard_unwritten()
+
+
+def _initialize(words: Sequence[str]) -> int:
+    """Run the initializer without the parser. Options of this command are taken out, the others are its own."""
+    ours = [word for word in takewhile("--".__ne__, words) if word in ("--json", "-v", "--verbose")]
+    rest = list(words)
+    for word in ours:
+        rest.remove(word)
+    return run_initializer(rest, verbose=bool({"-v", "--verbose"} & set(ours)))
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace | None:
+    """Return the arguments, or None if a help text or the version was requested and printed."""
+    try:
+        first = ALIASES.get(argv[0], argv[0]) if argv else ""
+        return make_parser(first if first in VERBS else None).parse_args(argv)
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
+    flush()
+    return None
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run a verb. However it ends, one line on stderr says so, and one document with `--json`."""
     try:
         # A verb that is not about a store gets none, since opening one may create it.
         store = () if arguments.verb in _STORELESS else (_open(arguments),)
         code = int(arguments.run(*store, arguments))
-        sys.stdout.flush()
+        flush()
         return code
-    except BrokenPipeError:
-        # The reader of our output has exited, as in `kserve-pvc ls | head -1`; Python would report it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OutputClosedError:
         return 1
-    except StoreError as error:
-        return fail(error, as_json=arguments.json, verbose=arguments.verbose)
     except KeyboardInterrupt:
-        say("interrupted; what was fetched is kept for the next call")
-        return 130
+        return stop("KeyboardInterrupt", "interrupted; what was fetched is kept for the next call", 130)
+    except SystemExit as leaving:
+        if leaving.code == _TERMINATED:
+            return stop("SystemExit", "terminated; what was fetched is kept for the next call", _TERMINATED)
+        # A plug-in that ends the process, which is not for it to do.
+        return fail(RuntimeError(f"a plug-in ended the process: {leaving.code}"), verbose=arguments.verbose)
+    except BaseException as error:  # Of other libraries too, such as a `CancelledError`.
+        return fail(error, verbose=arguments.verbose)
 
 
 def _open(arguments: argparse.Namespace) -> ModelStore:

@@ -5,14 +5,15 @@ What the commands print: results on stdout, everything else on stderr.
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from kserve_pvc._cli.streams import above_bars, flush, print_document, print_json, put, say
 from kserve_pvc._model import Model
 from kserve_pvc.errors import StoreError, printable
 
@@ -22,27 +23,42 @@ if TYPE_CHECKING:
     from kserve_pvc._volume.verify import Verification
 
 
-def fail(error: StoreError, *, as_json: bool, verbose: bool) -> int:
+def fail(error: BaseException, *, verbose: bool) -> int:
     """
-    Print an error and return its exit code.
+    Print an error, also one of another library, and return its exit code.
     """
     print_error(error, "", verbose=verbose)
-    if as_json:
-        print_json({"error": _failure(error)})
-    return error.exit_code
+    print_document({"error": describe_error(error)})
+    return exit_code(error)
 
 
-def print_error(error: Exception, about: str, *, verbose: bool) -> None:
-    if verbose and isinstance(error, StoreError):
-        import traceback
+def stop(kind: str, message: str, code: int) -> int:
+    """
+    Print why a call was ended from outside, and return its exit code.
+    """
+    say(message)
+    print_document({"error": {"type": kind, "message": message}})
+    return code
 
-        # Without the chain: the message of a foreign error may contain a signed URL.
-        sys.stderr.writelines(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
-    else:
+
+def print_error(error: BaseException, about: str, *, verbose: bool) -> None:
+    if not verbose:
         say(f"{about}{_reason(error)}")
+        return
+    import traceback
+
+    # Without the chain: the message of a foreign error may contain a signed URL.
+    frames = traceback.format_tb(error.__traceback__)
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    text = f"{kind}: {error}\n" if isinstance(error, StoreError) else f"{_reason(error)}\n"
+    with suppress(OSError), above_bars(sys.stderr):
+        sys.stderr.writelines(["Traceback (most recent call last):\n", *frames, text])
 
 
-def _failure(error: Exception) -> dict[str, Any]:
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """
+    Return the fields of an error in a document.
+    """
     return {
         "type": type(error).__name__,
         "message": _reason(error),
@@ -50,20 +66,25 @@ def _failure(error: Exception) -> dict[str, Any]:
     }
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, StoreError):
         return str(error)
     from kserve_pvc._source.redaction import redact
 
-    # The message of a foreign error may contain a signed URL.
-    return f"{type(error).__name__}: {redact(str(error))}"
+    try:
+        message = printable(redact(str(error)))  # It may contain a signed URL.
+    except Exception:
+        message = "its message cannot be shown"
+    return f"{type(error).__name__}: {message}"
 
 
 def show_warmed(warmed: Warmed, arguments: argparse.Namespace) -> None:
     if warmed.error is not None:
         print_error(warmed.error, f"{printable(warmed.uri)}: ", verbose=arguments.verbose)
     elif warmed.model is not None and not arguments.json and not arguments.quiet:
-        print(f"{warmed.model.status:10}  {printable(describe_model(warmed.model))}  {warmed.model.path}", flush=True)
+        with above_bars(sys.stdout):
+            put(f"{warmed.model.status:10}  {printable(describe_model(warmed.model))}  {warmed.model.path}")
+            flush()
 
 
 def describe_warmed(warmed: Warmed) -> dict[str, Any]:
@@ -76,7 +97,7 @@ def describe_warmed(warmed: Warmed) -> dict[str, Any]:
         "status": model.status if model else None,
         "bytes_fetched": model.bytes_fetched if model else 0,
         "seconds": round(warmed.seconds, 3),
-        "error": None if warmed.error is None else _failure(warmed.error),
+        "error": None if warmed.error is None else describe_error(warmed.error),
     }
 
 
@@ -97,7 +118,7 @@ def format_age(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def exit_code(error: Exception) -> int:
+def exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, StoreError) else 1
 
 
@@ -137,31 +158,59 @@ def print_verification(report: Verification) -> None:
 
     level = "digests" if report.level == "full" else "sizes"
     checked = f"{count(report.files, 'file')}, {format_bytes(report.bytes)}, {level}"
-    print(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
+    put(f"{'ok ' if report.ok else 'BAD'}  {printable(report.uri)}  ({checked})")
     for problem in report.problems:
-        print(f"     {problem.kind}: {printable(problem.path)}: {printable(problem.detail)}")
+        put(f"     {problem.kind}: {printable(problem.path)}: {printable(problem.detail)}")
 
 
 def print_result(arguments: argparse.Namespace, document: Mapping[str, Any], line: str | None) -> None:
     if arguments.json:
         print_json(document)
     elif line is not None:
-        print(line)
-
-
-def print_json(document: object) -> None:
-    print(json.dumps(document, default=_jsonable))
-
-
-def _jsonable(value: object) -> object:
-    return value.isoformat() if isinstance(value, datetime) else str(value)
+        put(line)
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """
+    Print a table. On a terminal no line is wider than that; elsewhere, and for programs, every cell is whole.
+    """
+    from kserve_pvc._show.units import shorten
+
     shown = [tuple(printable(cell) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in [tuple(heads), *shown]) for i in range(len(heads))]
+    widths = _fit(widths, heads, _columns())
     for row in [tuple(heads), *shown]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        put("  ".join(shorten(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# What is shortened first. A key or a name may be wanted for the next command.
+_LONG = ("URI", "FILE", "SHA256", "HOLDER")
+
+
+def _fit(widths: Sequence[int], heads: Sequence[str], columns: int | None) -> list[int]:
+    """Narrow the widest columns, those of long values first, until a line fits."""
+    fitted = list(widths)
+    if columns is None:
+        return fitted
+    for least, long_only in ((24, True), (12, False), (4, False)):
+        while sum(fitted) + 2 * (len(fitted) - 1) > columns:
+            candidates = [
+                (width, number)
+                for number, width in enumerate(fitted)
+                if width > max(least, len(heads[number])) and (heads[number] in _LONG or not long_only)
+            ]
+            if not candidates:
+                break
+            fitted[max(candidates)[1]] -= 1
+    return fitted
+
+
+def _columns() -> int | None:
+    """The width of standard output if it is a terminal, 80 if that is not known, or None."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80 if sys.stdout.isatty() else None
+    except (OSError, ValueError):
+        return None
 
 
 def log_to_stderr() -> None:
@@ -170,14 +219,12 @@ def log_to_stderr() -> None:
     """
     import logging
 
-    logger, handler = logging.getLogger("kserve_pvc"), logging.StreamHandler()
+    class Handler(logging.StreamHandler):  # type: ignore[type-arg]
+        def emit(self, record: logging.LogRecord) -> None:
+            with above_bars(sys.stderr):
+                super().emit(record)
+
+    logger, handler = logging.getLogger("kserve_pvc"), Handler()
     handler.setFormatter(logging.Formatter("kserve-pvc: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
-
-
-def say(text: str) -> None:
-    """
-    Print a line for a person, on stderr.
-    """
-    print(f"kserve-pvc: {text}", file=sys.stderr)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from kserve_pvc import __version__
 from kserve_pvc import _defaults as defaults
 
 # As in `_store`, what `path` does not need is imported by the verb that does.
-from kserve_pvc._cli.output import say
+from kserve_pvc._cli.streams import print_document, put, put_help, say
 from kserve_pvc._cli.verbs import (
     alias,
     completion,
@@ -34,6 +35,9 @@ from kserve_pvc._cli.verbs import (
     warm,
     webhook,
 )
+from kserve_pvc._cli.words import ALIASES, format_examples, say_unknown
+from kserve_pvc._source.redaction import redact
+from kserve_pvc.errors import printable
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,31 +50,84 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**arguments, formatter_class=partial(argparse.HelpFormatter, width=80))
 
     def format_help(self) -> str:
-        self.formatter_class = argparse.HelpFormatter
+        self.formatter_class = _Formatter
         return super().format_help()
 
     def format_usage(self) -> str:
-        self.formatter_class = argparse.HelpFormatter
+        self.formatter_class = _Formatter
         return super().format_usage()
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            # Of the verb, or of its action: these know which options there are.
+            getattr(found, "parser", self).refuse(rest)
+        return found
+
+    def refuse(self, rest: Sequence[str]) -> NoReturn:
+        """
+        End the call for arguments that were not understood.
+        """
+        option = next((word.partition("=")[0] for word in rest if word.startswith("-") and len(word) > 1), None)
+        if option is None:
+            self.error(f"unexpected argument `{rest[0]}`")
+        self.error(say_unknown("option", option, self._option_string_actions))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        self.error(say_unknown(str(action.metavar or action.dest).lower(), str(value), list(action.choices)))
+
+    def print_help(self, file: object = None) -> None:
+        put_help(self.format_help())
+
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        say(f"{message}; see `{self.prog} --help`")
+        text = printable(redact(message))
+        text += f"{'' if text.endswith('?') else ';'} see `{self.prog} --help`"
+        with suppress(OSError):
+            self.print_usage(sys.stderr)
+        say(text)
+        print_document({"error": {"type": "UsageError", "message": text}})
         sys.exit(2)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """
+    Wraps every text but examples, which have lines of their own.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+class _ShowVersion(argparse.Action):
+    """
+    Prints the version, or the document that holds it.
+    """
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
+        if not print_document({"version": __version__}):
+            put(f"kserve-pvc {__version__}")
+        parser.exit()
 
 
 def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     """
     Make a parser for every verb, or for just one: building all of them takes longer than a hit in the store.
     """
-    parser = _Parser(prog="kserve-pvc", description="A shared volume as a correct model store.")
-    parser.add_argument("--version", action="version", version=f"kserve-pvc {__version__}")
+    parser = _Parser(
+        prog="kserve-pvc",
+        description="A shared volume as a correct model store.",
+        epilog=format_examples(("ensure", "ls", "verify")),
+    )
+    parser.add_argument("--version", nargs=0, action=_ShowVersion, help="print the version and exit")
     _add_common(parser, defaults=True)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in VERBS if only is None else (only,):
         run, add_arguments, text = VERBS[name]
-        verb = verbs.add_parser(name, help=text, description=text)
-        verb.set_defaults(run=run)
+        aliases = [alias for alias, meant in ALIASES.items() if meant == name]
+        verb = verbs.add_parser(name, aliases=aliases, help=text, description=text, epilog=format_examples((name,)))
+        verb.set_defaults(run=run, verb=name, parser=verb)
         _add_common(verb, defaults=False)
         add_arguments(verb)
     return parser
@@ -110,7 +167,7 @@ def _add_warm(parser: argparse.ArgumentParser) -> None:
         "--file",
         action="append",
         metavar="FILE",
-        help="read models from FILE, one a line, as a URI or a JSON object; `-` is standard input",
+        help="read models from FILE, one a line, as a URI or a JSON object; `-` is standard input (default: none)",
     )
     parser.add_argument(
         "--workers",
@@ -150,7 +207,7 @@ def _add_locks(parser: argparse.ArgumentParser) -> None:
         dest="break_claim",
         action="append",
         metavar="URI",
-        help="release the claim on a model, so that another process may download it; safe at any time",
+        help="release the claim on a model, so that another process may download it; safe at any time (default: none)",
     )
 
 
@@ -161,7 +218,7 @@ def _add_alias(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "uri", metavar="URI", nargs="?", help="a model that is present; without arguments, all names are listed"
     )
-    parser.add_argument("--drop", metavar="NAME", help="remove a name; the model stays")
+    parser.add_argument("--drop", metavar="NAME", help="remove a name; the model stays (default: none)")
     _add_selection(parser)
 
 
@@ -172,7 +229,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a bundle that `export` wrote")
-    parser.add_argument("--sha256", metavar="HEX", help="expected digest, as printed by `export`")
+    parser.add_argument(
+        "--sha256", metavar="HEX", help="expected digest of FILE, as printed by `export` and `sha256sum` (default: any)"
+    )
+    parser.add_argument(
+        "--manifest-sha256",
+        metavar="HEX",
+        help="expected digest of its manifest, as printed by `export --json`; FILE is not read for it (default: any)",
+    )
     parser.add_argument(
         "--timeout",
         type=float,
@@ -185,7 +249,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", nargs="?", help="directory to examine (default: the store)")
     parser.add_argument(
-        "--peer", metavar="NAME", help="test with a second node, where the same command runs with the same NAME"
+        "--peer",
+        metavar="NAME",
+        help="test with a second node, where the same command runs with the same NAME (default: none)",
     )
     parser.add_argument(
         "--timeout",
@@ -199,7 +265,8 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 def _add_kserve(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     text = "print an InferenceService that downloads into a claim; standard input and output may be a ResourceList"
-    patch = actions.add_parser("patch", help=text, description=text)
+    patch = actions.add_parser("patch", help=text, description=text, epilog=format_examples(("kserve",)))
+    patch.set_defaults(parser=patch)
     _add_common(patch, defaults=False)
     patch.add_argument(
         "-f",
@@ -208,7 +275,9 @@ def _add_kserve(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="manifests to read; those that are not InferenceServices pass unchanged (default: standard input)",
     )
-    patch.add_argument("--claim", metavar="NAME", help="the PersistentVolumeClaim")
+    patch.add_argument(
+        "--claim", metavar="NAME", help="the PersistentVolumeClaim (default: the one in the function's configuration)"
+    )
     patch.add_argument(
         "--sub-path", metavar="DIR", help="directory of the claim that the server sees (default: all of it)"
     )
@@ -222,18 +291,24 @@ def _add_initialize(parser: argparse.ArgumentParser) -> None:
         "pairs",
         metavar="SRC DEST",
         nargs="*",
-        help="source and the directory to fill; configured by environment variables",
+        help="source and the directory to fill; the other settings are environment variables",
     )
 
 
 def _add_webhook(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--policy", required=True, metavar="FILE", help="policy that says which pods may use which claims, and how"
+        "--policy",
+        required=True,
+        metavar="FILE",
+        help="policy that says which pods may use which claims, and how (required)",
     )
     parser.add_argument(
-        "--tls-cert", required=True, metavar="FILE", help="certificate with its chain; reloaded when it changes"
+        "--tls-cert",
+        required=True,
+        metavar="FILE",
+        help="certificate with its chain; reloaded when it changes (required)",
     )
-    parser.add_argument("--tls-key", required=True, metavar="FILE", help="private key of the certificate")
+    parser.add_argument("--tls-key", required=True, metavar="FILE", help="private key of the certificate (required)")
     parser.add_argument(
         "--host", default="0.0.0.0", metavar="ADDRESS", help="address to listen on (default: %(default)s)"
     )
@@ -279,11 +354,18 @@ def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="version of the source, such as a commit or a VersionId")
     parser.add_argument(
-        "--allow", action="append", metavar="PATTERN", help="download only files that match; may be repeated"
+        "--revision", help="version of the source, such as a commit or a VersionId (default: the newest one)"
     )
-    parser.add_argument("--ignore", action="append", metavar="PATTERN", help="skip files that match; may be repeated")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        metavar="PATTERN",
+        help="only files that match; may be repeated (default: all files)",
+    )
+    parser.add_argument(
+        "--ignore", action="append", metavar="PATTERN", help="no files that match; may be repeated (default: none)"
+    )
 
 
 # What each verb runs, which arguments it takes besides the common ones, and what it does.

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._cli.output import (
+    describe_error,
     describe_identity,
     describe_model,
     describe_row,
@@ -24,16 +25,16 @@ from kserve_pvc._cli.output import (
     exit_code,
     format_age,
     print_error,
-    print_json,
     print_model,
     print_result,
     print_table,
     print_verification,
-    say,
     show_warmed,
 )
+from kserve_pvc._cli.streams import BinaryOutput, print_document, print_json, put, say
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
+from kserve_pvc._source.redaction import redact
 from kserve_pvc._store import ModelStore
 from kserve_pvc.errors import InvalidFileError, SettingsError, printable
 
@@ -63,8 +64,7 @@ def ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
 def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
     items = [*arguments.uris, *(item for name in arguments.file or () for item in _read_catalogue(name))]
     if not items and not arguments.file:
-        say("warm: name at least one URI, or a file of URIs with `-f`")
-        return 2
+        raise SettingsError("URI", "", "name at least one URI, or a file of URIs with `-f`")
     if arguments.workers < 1:
         raise SettingsError("--workers", str(arguments.workers), "write 1 or more")
     done = sorted(_warm_all(store, items, arguments), key=lambda warmed: warmed.index)
@@ -117,10 +117,7 @@ def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
     from kserve_pvc._download.warm import normalize_item
 
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise InvalidFileError(name, "cannot be read", str(error.strerror)) from error
+        lines = _read_input(name).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InvalidFileError(name, "cannot be read", "it is not text in UTF-8") from error
     for number, line in enumerate(map(str.strip, lines), 1):
@@ -185,7 +182,7 @@ def info(store: ModelStore, arguments: argparse.Namespace) -> int:
     ]
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
-        print(f"{name.ljust(width)}  {printable(value)}")
+        put(f"{name.ljust(width)}  {printable(value)}")
     print_table(
         ("FILE", "SIZE", "SHA256"),
         [(str(f.path), format_bytes(f.size_bytes), f.sha256 or "unknown") for f in record.files],
@@ -201,21 +198,20 @@ def plan(store: ModelStore, arguments: argparse.Namespace) -> int:
         print_json({**attrs.asdict(plan), "fits": plan.fits})
         return 0
     if plan.action == "nothing":
-        print(f"nothing to do: {printable(plan.uri)} is present ({format_bytes(plan.size_bytes)})")
+        put(f"nothing to do: {printable(plan.uri)} is present ({format_bytes(plan.size_bytes)})")
         return 0
     seconds = "at an unknown rate" if plan.seconds is None else f"in about {plan.seconds:.0f} s"
     size = f"{format_bytes(plan.size_bytes)} in {count(plan.files, 'file')}"
-    print(f"would download {format_bytes(plan.bytes_to_fetch)} of {size} {seconds}")
-    print(f"would reuse {format_bytes(plan.bytes_reusable)} that is on the volume")
-    print(f"{format_bytes(plan.free_bytes)} free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
+    put(f"would download {format_bytes(plan.bytes_to_fetch)} of {size} {seconds}")
+    put(f"would reuse {format_bytes(plan.bytes_reusable)} that is on the volume")
+    put(f"{format_bytes(plan.free_bytes)} free: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
     return 0
 
 
 def verify(store: ModelStore, arguments: argparse.Namespace) -> int:
     level: Level = "full" if arguments.full else "size"
     if arguments.uri is None and not arguments.all:
-        say("verify: name a URI, or write `--all`")
-        return 2
+        raise SettingsError("URI", "", "name a URI, or write `--all`")
     reports = store.verify_all(level) if arguments.all else [store.verify(arguments.uri, level, **selection(arguments))]
     seen = []
     for report in reports:
@@ -245,6 +241,9 @@ def alias(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 def rm(store: ModelStore, arguments: argparse.Namespace) -> int:
     store.remove(arguments.uri, **selection(arguments), trash_seconds=0.0 if arguments.now else defaults.TRASH_SECONDS)
+    if not arguments.json and not arguments.quiet:
+        kept = f"; its files are kept in the trash for {defaults.TRASH_SECONDS / 60:.0f} minutes, `--now` deletes them"
+        say(f"removed {printable(redact(arguments.uri))}{'' if arguments.now else kept}")
     print_result(arguments, {"uri": arguments.uri, "removed": True}, None)
     return 0
 
@@ -254,9 +253,9 @@ def export(store: ModelStore, arguments: argparse.Namespace) -> int:
 
     to_stdout = arguments.file == "-"
     if to_stdout and (arguments.json or sys.stdout.isatty()):
-        say("export: with `-` the bundle goes to standard output; redirect it, leave out `--json`, or name a file")
-        return 2
-    file = sys.stdout.buffer if to_stdout else arguments.file
+        hint = "the bundle goes to standard output; redirect it, leave out `--json`, or name a file"
+        raise SettingsError("FILE", "-", hint)
+    file = cast(BinaryIO, BinaryOutput()) if to_stdout else arguments.file
     exported = store.export(arguments.uri, file, **selection(arguments), progress=False if arguments.quiet else None)
     if arguments.json:
         print_json(attrs.asdict(exported))
@@ -269,16 +268,23 @@ def export(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 def import_(store: ModelStore, arguments: argparse.Namespace) -> int:
     if arguments.file == "-":
-        say("import: a bundle needs random access, which a pipe does not have; write it to a file first")
-        return 2
-    quiet = False if arguments.quiet else None
-    model = store.import_(arguments.file, sha256=arguments.sha256, timeout=arguments.timeout, progress=quiet)
+        hint = "a bundle needs random access, which a pipe does not have; write it to a file first"
+        raise SettingsError("FILE", "-", hint)
+    if arguments.sha256 is not None and not arguments.quiet:
+        say(f"comparing {printable(arguments.file)} with its SHA-256")
+    model = store.import_(
+        arguments.file,
+        sha256=arguments.sha256,
+        manifest_sha256=arguments.manifest_sha256,
+        timeout=arguments.timeout,
+        progress=False if arguments.quiet else None,
+    )
     print_model(arguments, model)
     return 0
 
 
 def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
-    from kserve_pvc._show.units import count, format_bytes
+    from kserve_pvc._show.units import count, progress_of
 
     for uri in arguments.break_claim or ():
         store.break_lock(uri, **selection(arguments))
@@ -294,7 +300,7 @@ def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
             lock.holder,
             lock.since,
             format_age(lock.age_seconds),
-            f"{format_bytes(lock.bytes_done)} of {format_bytes(lock.bytes_total)}",
+            progress_of(lock.bytes_done, lock.bytes_total),
         )
         for lock in locks
     ]
@@ -329,7 +335,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         print_json({**attrs.asdict(diagnosis), "kind": diagnosis.profile.kind, "ok": diagnosis.ok})
     else:
         for line in format_diagnosis(diagnosis):
-            print(line)
+            put(line)
     return 0 if diagnosis.ok else 1
 
 
@@ -341,9 +347,14 @@ def kserve_patch(arguments: argparse.Namespace) -> int:
     patched = patch(
         _read_input(arguments.file), sharing, name="standard input" if arguments.file == "-" else arguments.file
     )
-    sys.stdout.write(patched.text)
-    for remark in () if arguments.quiet else patched.remarks:
-        say(printable(remark))
+    remarks = [printable(remark) for remark in patched.remarks]
+    if arguments.json:
+        failure = None if patched.error is None else describe_error(patched.error)
+        print_json({"manifests": patched.text, "remarks": remarks, "error": failure})
+    else:
+        put(patched.text, end="")
+    for remark in () if arguments.quiet else remarks:
+        say(remark)
     if patched.error is not None:
         print_error(patched.error, "", verbose=arguments.verbose)
         return 1  # What kustomize expects of a function that failed.
@@ -351,6 +362,8 @@ def kserve_patch(arguments: argparse.Namespace) -> int:
 
 
 def _read_input(name: str) -> bytes:
+    if name == "-" and sys.stdin is None:
+        raise InvalidFileError(name, "cannot be read", "standard input is closed")
     try:
         return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
@@ -374,18 +387,35 @@ def webhook(arguments: argparse.Namespace) -> int:
 def completion(arguments: argparse.Namespace) -> int:
     from kserve_pvc._cli.completion import make_script
 
-    print(make_script(arguments.make_parser(), arguments.shell))
+    script = make_script(arguments.make_parser(), arguments.shell)
+    print_result(arguments, {"shell": arguments.shell, "script": script}, script)
     return 0
 
 
 def initialize(arguments: argparse.Namespace) -> int:
-    return run_initializer(arguments.pairs)
+    store = [] if arguments.store is None else ["--store", arguments.store]
+    quiet = ["--quiet"] if arguments.quiet else []
+    return run_initializer([*store, *quiet, "--", *arguments.pairs], verbose=arguments.verbose)
 
 
-def run_initializer(pairs: Sequence[str]) -> int:
-    from kserve_pvc.kserve._initialize import main as initialize
+def run_initializer(words: Sequence[str], *, verbose: bool) -> int:
+    """
+    Run the storage initializer. Its arguments and exit codes are those of KServe, not of this command.
+    """
+    from kserve_pvc.kserve._initialize import initialize
 
-    return initialize(pairs)
+    outcome = initialize(words)
+    if outcome.error is not None:
+        if verbose:
+            print_error(outcome.error, "", verbose=True)
+        document: dict[str, Any] = {"error": {**describe_error(outcome.error), "message": outcome.message}}
+    elif outcome.text:
+        document = {"help": outcome.text}
+    else:
+        document = {"models": [{"uri": uri, "path": place} for uri, place in outcome.pairs]}
+    if not print_document(document):
+        put(outcome.text, end="")
+    return 0 if outcome.error is None else 1
 
 
 def selection(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,12 +4,14 @@ Showing a person what happens: bars on a terminal or in a notebook, one line eve
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from typing import Any, Protocol, TextIO
 
 from kserve_pvc._show.events import (
@@ -26,7 +28,7 @@ from kserve_pvc._show.events import (
     WaitingForDownload,
 )
 from kserve_pvc._show.text import describe
-from kserve_pvc._show.units import format_bytes
+from kserve_pvc._show.units import format_bytes, shorten
 from kserve_pvc.errors import printable
 
 LINE_SECONDS = 10.0
@@ -61,14 +63,14 @@ def make_listener(
         names_model: Several models are shown at the same time, so each line names its model.
         may_draw: False writes lines instead of bars: other processes would draw over them.
     """
-    stream = stream or sys.stderr
+    stream = stream or sys.stderr or io.StringIO()  # A process may have none.
     listeners: list[Listener] = []
     bars = None
     if may_draw and (progress or (progress is None and _is_interactive(stream))):
         bars = _Bars(stream, names_model)
         listeners.append(bars)
     elif progress is not False:
-        listeners.append(Lines(lambda text: print(text, file=stream, flush=True), names_model=names_model))
+        listeners.append(Lines(partial(_print, stream), names_model=names_model))
     if callback is not None:
         listeners.append(_for_callback(callback))
     guard = threading.Lock()
@@ -85,6 +87,11 @@ def make_listener(
             bars.close()
 
 
+def _print(stream: TextIO, text: str) -> None:
+    with suppress(OSError, ValueError):  # A log that is full, or closed, ends no download.
+        print(text, file=stream, flush=True)
+
+
 def _silent(event: Event) -> None:
     pass
 
@@ -93,13 +100,13 @@ def _is_interactive(stream: TextIO) -> bool:
     return stream.isatty() or "ipykernel" in sys.modules
 
 
-def _size(stream: TextIO) -> dict[str, int]:
+def _size(stream: TextIO) -> dict[str, Any]:
     # A terminal whose size was never set is 0 by 0, as with `kubectl exec -t` from a script; tqdm draws nothing on it.
     with suppress(OSError, ValueError, AttributeError):
         found = os.get_terminal_size(stream.fileno())
         if not (found.columns and found.lines):
             return {"ncols": found.columns or 80, "nrows": found.lines or 24}
-    return {}
+    return {"dynamic_ncols": True}
 
 
 def _for_callback(callback: Callback) -> Listener:
@@ -146,23 +153,85 @@ class _Part:
         self._update(inc)
 
 
+# Without a size there is nothing to be a part of.
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}iB [{elapsed}<{remaining}, {speed}]"
+_NO_SIZE = "{desc} [{elapsed}]"
+_NARROW = "{percentage:3.0f}% {speed}, {remaining} left"
+_NARROWEST_BAR = 6
+_NARROWEST_SUBJECT = 6
+
+
+@cache
+def _bar_class() -> Any:
+    """Make the class on first use: importing tqdm takes longer than a hit."""
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc, unused-ignore]
+        """
+        A bar with binary units, whose description leaves room for the rate and the time.
+        """
+
+        bytes_per_second: float | None = None
+        subject = ""
+
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            facts = dict(super().format_dict)
+            rate = self.bytes_per_second
+            facts["bar_format"] = _BAR if facts["total"] else _NO_SIZE
+            facts["rate"] = rate or None
+            facts["speed"] = f"{format_bytes(rate)}/s" if rate else "? B/s"
+            if facts["ncols"]:
+                meter = {**facts, "prefix": "", "ncols": None, "bar_format": facts["bar_format"].replace("{bar}", "")}
+                room = facts["ncols"] - len(self.format_meter(**meter)) - len(": ") - _NARROWEST_BAR
+                if room < 0 and facts["total"]:
+                    facts["bar_format"] = _NARROW
+                elif len(facts["prefix"]) > room:
+                    facts["prefix"] = shorten(self.subject, room) if room > _NARROWEST_SUBJECT else ""
+            return facts
+
+    return Bar
+
+
+@contextmanager
+def above_bars(stream: TextIO) -> Iterator[None]:
+    """
+    Write to a terminal on which bars are drawn: they are cleared before, and drawn again after.
+    """
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None or not stream.isatty():
+        yield
+        return
+    with tqdm.tqdm.external_write_mode(file=stream):
+        yield
+
+
 class _Bars:
-    def __init__(self, stream: TextIO, names_model: bool) -> None:
+    def __init__(self, stream: TextIO, names_model: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
         self._names_model = names_model
+        self._clock = clock
+        self._started = clock()
+        self._received = 0
         self._bar: Any = None
 
     def __call__(self, event: Event) -> None:
         match event:
             case TransferStarted(ref=ref, bytes_total=total, activity=activity):
-                self._show(f"{activity} {printable(ref)}", total).n = 0
+                self._started, self._received = self._clock(), 0
+                bar = self._show(f"{activity} {printable(ref)}", total)
+                bar.n, bar.bytes_per_second, bar.subject = 0, None, printable(ref)
             case BytesAdopted(size_bytes=size) | BytesReceived(size_bytes=size) if self._bar is not None:
+                # What an earlier attempt left is no speed.
+                self._received += size if isinstance(event, BytesReceived) else 0
+                self._bar.bytes_per_second = self._received / max(self._clock() - self._started, 1e-3)
                 self._bar.update(size)
             case WaitingForDownload():
                 bar = self._show(
                     _named(event, f"waiting for {printable(event.holder)}", self._names_model), event.bytes_total
                 )
-                bar.n = event.bytes_done
+                bar.n, bar.bytes_per_second = event.bytes_done, event.bytes_per_second
+                bar.subject = printable(event.ref if self._names_model else event.holder)
                 bar.refresh()
             case ClaimTakenOver() | LockerUnavailable() | RequestRetried():
                 self._show("", 0).write(_named(event, describe(event), self._names_model), file=self._stream)
@@ -173,9 +242,7 @@ class _Bars:
 
     def _show(self, description: str, total: int) -> Any:
         if self._bar is None:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(
+            self._bar = _bar_class()(
                 total=total,
                 unit="B",
                 unit_scale=True,

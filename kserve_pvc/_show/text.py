@@ -18,7 +18,7 @@ from kserve_pvc._show.events import (
     TransferStarted,
     WaitingForDownload,
 )
-from kserve_pvc._show.units import count, format_bytes
+from kserve_pvc._show.units import count, format_bytes, progress_of
 from kserve_pvc.errors import printable
 
 
@@ -35,8 +35,8 @@ def _describe(event: Event) -> str:
             return f"{event.activity} {event.ref}: {count(event.files, 'file')}, {format_bytes(event.bytes_total)}"
         case WaitingForDownload():
             return (
-                f"waiting for {event.holder}, at work since {event.since}: {format_bytes(event.bytes_done)} of "
-                f"{format_bytes(event.bytes_total)}, {format_bytes(event.bytes_per_second)}/s; "
+                f"waiting for {event.holder}, at work since {event.since}: "
+                f"{progress_of(event.bytes_done, event.bytes_total)}{_rate(event.bytes_per_second)}; "
                 f"waited {event.waited:.0f} s, last sign of life {event.idle:.0f} s ago"
             )
         case ClaimTakenOver():
@@ -52,6 +52,11 @@ def _describe(event: Event) -> str:
         case CallFailed():
             return f"{event.ref}: failed: {event.message or event.error}"
     return _describe_rare(event)
+
+
+def _rate(bytes_per_second: int) -> str:
+    # Before the first bytes, and for a holder of an older version, nothing is known.
+    return f", {format_bytes(bytes_per_second)}/s" if bytes_per_second else ""
 
 
 def _describe_rare(event: Event) -> str:

@@ -4,17 +4,19 @@ Numbers for people.
 
 from __future__ import annotations
 
+from kserve_pvc._units import format_bytes, progress_of
 
-def format_bytes(size_bytes: float) -> str:
+__all__ = ["count", "format_bytes", "progress_of", "shorten"]
+
+
+def shorten(text: str, width: int) -> str:
     """
-    Bytes for people: `1.5 GiB`.
+    Leave the middle out of a text that is wider than its place: the ends of URIs and paths tell them apart.
     """
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < (1023.5 if unit == "B" else 1023.95):
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    if len(text) <= width:
+        return text
+    kept = max(width - 3, 1)
+    return f"{text[: kept // 3]}...{text[-(kept - kept // 3) :]}"[-max(width, 1) :]
 
 
 def count(number: int, noun: str) -> str:

@@ -1,5 +1,5 @@
 """
-Opening what lies beneath a directory: no component of the path may be a link.
+Opening what lies beneath a directory: no component of the path may be a link, or none may lead out of it.
 
 Linux 5.6 has one call for it, `openat2`. Elsewhere every component is opened from the one above it, which is as safe
 and somewhat slower.
@@ -13,7 +13,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 # `EXDEV` is how `openat2` says that a path leads out, the others how a link is refused where a directory was requested.
 IS_LINK = {errno.ELOOP, errno.EXDEV}
@@ -21,6 +21,8 @@ IS_LINK = {errno.ELOOP, errno.EXDEV}
 PATH_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # As long as the name of a file of a model can be, see `file_names`, with as many levels.
 LONGEST_PATH = 1024
+# As the kernel counts them on the way to one file.
+_MAX_LINKS = 40
 _SYS_OPENAT2 = 437  # On every architecture.
 _NO_MAGIC_LINKS = 0x02
 _NO_LINKS = 0x04
@@ -109,6 +111,64 @@ def walk_beneath(
             yield inside, found
         else:
             waiting.pop()
+
+
+def follow_beneath(top: int, path: PurePosixPath, *, root: Path) -> tuple[PurePosixPath, os.stat_result]:
+    """
+    Find what a path below an open directory leads to, following links, but none that leads out of the directory.
+
+    Every step is taken from `top` along a path without links, so whatever is renamed or replaced meanwhile, nothing
+    outside is looked at.
+
+    Args:
+        root: The path of `top`. An absolute link below it is one of its own.
+
+    Returns:
+        The path below `top` without links, to be opened with `open_beneath`, and the status of what is there.
+
+    Raises:
+        OSError: `EXDEV` if a link leads out, `ELOOP` for a circle, `ENOENT` if it leads nowhere.
+    """
+    waiting, done, links = list(reversed(path.parts)), list[str](), 0
+    while waiting:
+        name = waiting.pop()
+        if name == "..":
+            if not done:
+                raise _failure(errno.EXDEV, path)
+            done.pop()
+            continue
+        target = _read_link(top, done, name)
+        if target is None:
+            done.append(name)
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise _failure(errno.ELOOP, path)
+        if target.is_absolute():
+            if not target.is_relative_to(root):
+                raise _failure(errno.EXDEV, path)
+            target, done = target.relative_to(root), []
+        waiting += reversed(target.parts)
+    real = PurePosixPath(*done)
+    fd = open_beneath(top, str(real), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return real, os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_link(top: int, above: list[str], name: str) -> PurePosixPath | None:
+    """Return where a name in a directory leads, or None if it is not a link."""
+    fd = open_beneath(top, "/".join(above) or ".", PATH_FLAGS)
+    try:
+        found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        return PurePosixPath(os.readlink(name, dir_fd=fd)) if stat.S_ISLNK(found.st_mode) else None
+    finally:
+        os.close(fd)
+
+
+def _failure(code: int, path: PurePosixPath) -> OSError:
+    return OSError(code, os.strerror(code), str(path))
 
 
 def _look_into(top: int, inside: PurePosixPath) -> list[tuple[PurePosixPath, os.stat_result]]:

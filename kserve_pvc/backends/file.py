@@ -9,16 +9,15 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import attrs
 
-from kserve_pvc._format.file_names import check_name
-from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import Backend, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
-from kserve_pvc._volume.beneath import open_beneath, walk_beneath
+from kserve_pvc._volume.beneath import open_beneath
+from kserve_pvc.backends._listing import Place, hub_repository, list_place, token
 from kserve_pvc.backends._options import Rule, configured_options, options_beyond
 from kserve_pvc.errors import (
     InvalidURIError,
@@ -30,7 +29,6 @@ from kserve_pvc.errors import (
     UnsafePathError,
 )
 
-LOST_AND_FOUND = "lost+found"
 RULES = (
     Rule(configured_options, "is set in fsspec's configuration"),
     Rule(options_beyond(()), "is an argument of fsspec's LocalFileSystem"),
@@ -64,7 +62,10 @@ def file_backend(options: Mapping[str, Any], environ: Mapping[str, str] = os.env
 @attrs.frozen
 class FileBackend:
     """
-    Copies a file or directory of the local file system. Only regular files; links are refused, not followed.
+    Copies a file or directory of the local file system.
+
+    Only regular files, and what links inside of the directory lead to. A link that leads out of it is refused, except
+    from a snapshot in a cache of the Hugging Face Hub to the blobs of the same repository.
 
     Content is pinned by device, inode, size and the times of its last change. Two changes within one tick of the
     kernel's clock, and some made through memory maps, look like one. Copy from directories that nothing edits.
@@ -77,32 +78,35 @@ class FileBackend:
             raise InvalidURIError(ref.uri, "a file has no revisions")
         if not ref.location.startswith("/"):
             raise InvalidURIError(ref.uri, "a file URI is `file:///absolute/path`")
-        root = Path(ref.location)
-        if ".." in root.parts:
+        place = Path(ref.location)
+        if ".." in place.parts:
             raise UnsafePathError(ref.location, "a path may not climb with `..`")
+        root = hub_repository(place) or place
         try:
             fd = os.open(root, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise translate_error(ref.uri, error) from error
         try:
-            return self.resolve_opened(ref, fd, root)
+            return self.resolve_opened(ref, fd, root, place=place)
         finally:
             os.close(fd)
 
-    def resolve_opened(self, ref: ModelRef, fd: int, root: Path) -> Resolved:
+    def resolve_opened(self, ref: ModelRef, fd: int, root: Path, *, place: Path, name: str | None = None) -> Resolved:
         """
-        List what an open descriptor leads to. A link below it is refused, also one that was put there a moment ago.
+        List what lies below an open descriptor, following no link that leads out of it.
 
         Args:
             root: The path of what is open.
+            place: What to list: `root`, or a path below it.
+            name: What to call a single file, if not by the name it has there.
         """
         try:
-            return order_listing(ref, _list(fd, root, ref))
+            return order_listing(ref, list_place(Place(fd, root), place, ref, name or place.name))
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
             if error.errno == errno.ELOOP:
-                raise _refused(root) from error
+                raise UnsafePathError(str(place), "a link was put there while it was listed") from error
             raise translate_error(ref.uri, error) from error
 
     def access(self, ref: ModelRef) -> str:
@@ -139,52 +143,20 @@ class _FileReader:
             raise translate_error(self.file.address, error) from error
         self.offset += count
         # Compared after reading: bytes that were read before the inode was found unchanged are those that were pinned.
-        if _token(os.fstat(self.fd)) != self.file.entry.token:
+        if token(os.fstat(self.fd)) != self.file.entry.token:
             raise _changed(self.file)
         return count
 
 
-def _list(fd: int, root: Path, ref: ModelRef) -> Iterator[RemoteFile]:
-    found = os.fstat(fd)
-    if not stat.S_ISDIR(found.st_mode):
-        yield _file(root, PurePosixPath(check_name(root.name)), found)
-        return
-
-    def enters(inside: PurePosixPath) -> bool:
-        # `fsck` makes `lost+found` at the root of a volume, readable by root only; it is not part of a model.
-        return inside != PurePosixPath(LOST_AND_FOUND) and ref.may_select_below(inside.as_posix())
-
-    for inside, below in walk_beneath(fd, enters=enters):
-        if ref.selects(inside.as_posix()):
-            yield _file(root / inside, check_name(inside.as_posix()), below)
-
-
 def _open_file(file: RemoteFile) -> int:
     """Open a file from the directory that was listed; the token tells whether it still is the one that was."""
-    inside = str(file.entry.path)
-    above = os.open(file.address.removesuffix(inside) or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    root = file.pin["root"]
+    inside = str(Path(file.address).relative_to(root))
+    above = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return open_beneath(above, inside, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
         os.close(above)
-
-
-def _file(path: Path, inside: PurePosixPath, found: os.stat_result) -> RemoteFile:
-    if not stat.S_ISREG(found.st_mode):
-        raise _refused(path)
-    token = _token(found)
-    return RemoteFile(
-        entry=FileEntry(path=inside, size_bytes=found.st_size, token=token), address=str(path), pin={"inode": token}
-    )
-
-
-def _refused(path: Path) -> UnsafePathError:
-    return UnsafePathError(str(path), "only regular files are copied; links and devices are refused")
-
-
-def _token(found: os.stat_result) -> str:
-    # Compared, never interpreted. Programs can set the time of the content back, but not that of the inode.
-    return f"{found.st_dev:x}-{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}-{found.st_ctime_ns:x}"
 
 
 def _changed(file: RemoteFile) -> SourceChangedError:

@@ -19,6 +19,7 @@ import attrs
 from kserve_pvc._source.contract import RangeReader, RemoteFile, Resolved, order_listing
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.beneath import open_beneath
+from kserve_pvc.backends._listing import hub_repository
 from kserve_pvc.backends._options import check_options
 from kserve_pvc.backends.file import FileBackend, translate_error
 from kserve_pvc.errors import InvalidURIError, SettingsError, UnsafePathError
@@ -61,15 +62,18 @@ class PvcBackend:
         place = Path(os.path.realpath(root / path.lstrip("/")))
         if ".." in path.split("/") or not place.is_relative_to(root):
             raise UnsafePathError(ref.location, "it leads out of the claim")
-        found = self._list(attrs.evolve(ref, uri=f"file://{place}"), root, place)
+        listed = hub_repository(place)
+        top = listed if listed is not None and listed.is_relative_to(root) else place
+        name = Path(path.rstrip("/")).name or None
+        found = self._list(attrs.evolve(ref, uri=f"file://{place}"), root, top, place, name)
         return order_listing(ref, found.files, version=found.version)
 
-    def _list(self, ref: ModelRef, root: Path, place: Path) -> Resolved:
+    def _list(self, ref: ModelRef, root: Path, top: Path, place: Path, name: str | None) -> Resolved:
         # From the claim itself, so that what was a directory a moment ago and now is a link leads nowhere.
         try:
             above = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                fd = open_beneath(above, str(place.relative_to(root)), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+                fd = open_beneath(above, str(top.relative_to(root)), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
             finally:
                 os.close(above)
         except OSError as error:
@@ -77,7 +81,7 @@ class PvcBackend:
                 raise UnsafePathError(ref.location, "a link was put there while it was listed") from error
             raise translate_error(ref.uri, error) from error
         try:
-            return self._files.resolve_opened(ref, fd, place)
+            return self._files.resolve_opened(ref, fd, top, place=place, name=name)
         finally:
             os.close(fd)
 

@@ -75,6 +75,7 @@ class Variables:
         storage_options: By scheme.
         streams: The number of connections, by scheme.
         refused: The errors of settings that only one scheme uses, by that scheme.
+        progress: As in `ModelStore.ensure`.
     """
 
     store: Path | None
@@ -91,6 +92,7 @@ class Variables:
     storage_options: Mapping[str, Any] = attrs.field(repr=False)
     streams: Mapping[str, int]
     refused: Mapping[str, SettingsError]
+    progress: bool | None = None
 
     def check(self, scheme: str) -> None:
         """

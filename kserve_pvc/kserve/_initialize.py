@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import attrs
 
+from kserve_pvc import __version__
 from kserve_pvc._archive.unpack import is_archive as is_web_archive
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import FileEntry
@@ -47,13 +48,14 @@ from kserve_pvc.errors import (
     printable,
 )
 from kserve_pvc.kserve._archives import is_archive, unpacking
+from kserve_pvc.kserve._arguments import USAGE, Arguments, read_arguments
 from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source, check_unreserved
 from kserve_pvc.kserve._environment import Variables, leave_to_s3, read_variables, trust_bundle
+from kserve_pvc.kserve._log import hide, write
 from kserve_pvc.kserve._log import log as _log
 from kserve_pvc.kserve._schemes import check_supported
 from kserve_pvc.locks.liveness import here
 
-_USAGE = "usage: kserve-pvc-initializer SRC DEST [SRC DEST ...]"
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_TERMINATION_BYTES = 4096
 # The services where KServe applies no patterns to an object that the URI names.
@@ -71,24 +73,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 after writing one line to the termination log.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    outcome = initialize(sys.argv[1:] if argv is None else argv)
+    write(sys.stdout, outcome.text)
+    return 0 if outcome.error is None else 1
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """
+    How a run ended.
+
+    Args:
+        pairs: The sources, without secrets, and their directories.
+        error: What ended it, or None.
+        message: What was logged about the error.
+        text: What is to be printed: a help text, or how it is used.
+    """
+
+    pairs: Sequence[tuple[str, str]] = ()
+    error: BaseException | None = None
+    message: str = ""
+    text: str = ""
+
+
+def initialize(argv: Sequence[str]) -> Outcome:
+    """
+    Run the initializer. A failure is logged, and is the termination message of the container.
+    """
+    try:
+        arguments = read_arguments(argv, __version__)
+    except SettingsError as error:
+        return attrs.evolve(_fail(error, str(error)), text=f"{USAGE}\n")  # As KServe's own.
+    if arguments.text:
+        return Outcome(text=arguments.text)
     # A deleted pod gets SIGTERM first: unwinding releases claims, so that no process waits for a lease to expire.
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return _run(arguments)
-    except _Terminated:
-        return _fail("terminated; downloaded bytes are kept for the next start")
-    except KeyboardInterrupt:
-        return _fail("interrupted; downloaded bytes are kept for the next start")
+    except Terminated as error:
+        return _fail(error, "terminated; downloaded bytes are kept for the next start")
+    except KeyboardInterrupt as error:
+        return _fail(error, "interrupted; downloaded bytes are kept for the next start")
     except StoreError as error:
-        return _fail(str(error))
+        return _fail(error, str(error))
     except Exception as error:  # The message of another library may hold a signed URL.
-        return _fail(f"{type(error).__name__}: {redact(str(error))}")
+        return _fail(error, f"{type(error).__name__}: {redact(str(error))}")
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """
     Raised by SIGTERM. Not an `Exception`, so that no handler in between catches it.
     """
@@ -97,22 +131,26 @@ class _Terminated(BaseException):
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     # A second signal must not interrupt the unwinding.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Terminated
+    raise Terminated
 
 
-def _run(arguments: Sequence[str]) -> int:
-    if len(arguments) < 2 or len(arguments) % 2:
-        print(_USAGE, flush=True)
-        return _fail(f"expected pairs of a source and a directory, got {len(arguments)} arguments; {_USAGE}")
-    pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
+def _run(arguments: Arguments) -> Outcome:
+    hide(*(("INFO",) if arguments.is_quiet else ()))
+    pairs = arguments.pairs
     shown = ", ".join(f"({show_source(source)!r}, {printable(place)!r})" for source, place in pairs)
     _log("INFO", f"Initializing, args: (src_uri, dest_path): [{shown}]")
-    fill_all(pairs, _variables())
-    return 0
+    fill_all(pairs, _variables(arguments))
+    return Outcome(pairs=[(show_source(source), place) for source, place in pairs])
 
 
-def _variables() -> Variables:
-    variables = read_variables()
+def _variables(arguments: Arguments) -> Variables:
+    given = {} if arguments.store is None else {"KSERVE_PVC_STORE": os.path.abspath(arguments.store)}
+    variables = read_variables({**os.environ, **given})
+    if given and variables.store is None:
+        hint = "`KSERVE_PVC_DESTINATION` is `private`, which uses no store; give one of the two"
+        raise SettingsError("--store", str(arguments.store), hint)
+    if arguments.is_quiet:
+        variables = attrs.evolve(variables, progress=False)
     os.environ.update({**trust_bundle(os.environ), **leave_to_s3(os.environ)})
     return variables
 
@@ -277,7 +315,7 @@ def _open(root: Path, variables: Variables, *, mode: str | None = None) -> Model
 
 def _ensure(store: ModelStore, one: CheckedSource, variables: Variables) -> Model:
     ref = one.ref
-    ensure = partial(store.ensure, timeout=variables.timeout)
+    ensure = partial(store.ensure, timeout=variables.timeout, progress=variables.progress)
     if ref.scheme in variables.streams:
         ensure = partial(ensure, max_workers=variables.streams[ref.scheme])
     # With its signature, which is sent and never stored.
@@ -483,7 +521,7 @@ def _check_name(inside: PurePosixPath, sources: Sequence[CheckedSource]) -> None
         raise SettingsError("DEST", str(inside), "it is reserved for the store; use a directory next to `models`")
 
 
-def _fail(text: str) -> int:
+def _fail(error: BaseException, text: str) -> Outcome:
     line = printable(text).strip()
     _log("ERROR", line)
     place = os.environ.get("KSERVE_PVC_TERMINATION_LOG") or _TERMINATION_LOG
@@ -494,4 +532,4 @@ def _fail(text: str) -> int:
             os.write(fd, line.encode(errors="replace")[:_MAX_TERMINATION_BYTES])
         finally:
             os.close(fd)
-    return 1
+    return Outcome(error=error, message=line)

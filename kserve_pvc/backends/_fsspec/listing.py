@@ -19,7 +19,7 @@ from kserve_pvc.backends._directories import Directories
 from kserve_pvc.backends._fsspec.filesystems import Lender
 from kserve_pvc.backends._fsspec.identity import identity, large_file_digest, token
 from kserve_pvc.backends._fsspec.spelling import Spelling
-from kserve_pvc.backends.file import LOST_AND_FOUND
+from kserve_pvc.backends._listing import LOST_AND_FOUND
 from kserve_pvc.errors import PolicyError, SourceNotFoundError, SourceUnavailableError, UnsafePathError
 
 # Beside what identifies the content: where the file system is found, and what a reader knows the model by.
@@ -130,8 +130,13 @@ class Listing:
         return name[len(prefix) :]
 
     def _file(self, info: Mapping[str, Any], name: str) -> RemoteFile:
-        if info["type"] != "file" or info.get("islink"):
-            raise UnsafePathError(name, "only regular files are copied; links and devices are refused")
+        if info.get("islink"):
+            rule = (
+                "links are not followed through fsspec; name the source as `file://`, or leave it out with `--ignore`"
+            )
+            raise UnsafePathError(name, rule)
+        if info["type"] != "file":
+            raise UnsafePathError(name, "only regular files are copied; devices, pipes and sockets are refused")
         size = info.get("size")
         if not isinstance(size, int) or size < 0:
             raise SourceUnavailableError(self.uri, f"the listing gives no size for `{name}`", is_final=True)
