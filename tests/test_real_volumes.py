@@ -166,8 +166,8 @@ assert model.status == "present"
 @everywhere
 def test_a_warm_ensure_lists_once_and_reads_once(roots, source, tool, tmp_path, measured):
     """
-    On a node that never saw the model, a hit lists the log, reads the newest record, and writes nothing. The directories
-    on the way are opened one after the other, by name only.
+    On a node that never saw the model, a hit lists the log, reads the newest record, and writes nothing. Directories on
+    the way are opened one after the other, by name only.
     """
     uri, log = f"file://{source}", tmp_path / "trace"
     ModelStore(roots[0], mode="rw").ensure(uri, progress=False)
