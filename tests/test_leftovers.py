@@ -16,15 +16,18 @@ from memory import MemorySource
 from trees import read_tree, write_files
 
 from kserve_pvc import InsufficientSpaceError, ModelStore, VolumeError
+from kserve_pvc._download.publication import Publication
 from kserve_pvc._download.reuse import find_donors, noted_bytes, unfinished
+from kserve_pvc._download.transfer import Transfer
 from kserve_pvc._format import layout
 from kserve_pvc._format.records import PartNote, encode
 from kserve_pvc._keys.claims import newest_epoch
-from kserve_pvc._keys.log import read_all
+from kserve_pvc._keys.log import read_all, read_log
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.sweeping import sweep_staging
 from kserve_pvc._volume.writing import VolumeWriter
+from kserve_pvc.locks.liveness import here
 
 URI = "s3://bucket/model"
 BITS = random.Random(7)
@@ -164,6 +167,33 @@ def test_a_paused_writer_whose_leftovers_were_collected_loses(root):
     assert drive(append(0, "commit"), paused.perform) is None
     assert store.get(URI).path == model.path
     assert newest_epoch(Volume(root), key) > 0
+
+
+def test_a_writer_whose_files_are_collected_again_and_again_goes_on(root, monkeypatch):
+    """
+    Where claims do not exclude, others take a live writer's files for leftovers. That is no error of the volume,
+    however many they are.
+    """
+    source = MemorySource({URI: FILES})
+    store, key = ModelStore(root, mode="rw", lease_seconds=0.5, backends={"s3": source}), parse_ref(URI).key
+    honest, collected = Transfer.run, []
+
+    def run(transfer, pages):
+        if len(collected) < 5:
+            newest = read_log(Volume(root), key)
+            Publication(VolumeWriter(root), parse_ref(URI), here()).discard_leftovers(newest, most=0)
+            collected.append(newest.seq)
+            # What NFS says of a directory that is gone.
+            raise VolumeError(str(root), "writing", "Stale file handle")
+        return honest(transfer, pages)
+
+    monkeypatch.setattr(Transfer, "run", run)
+
+    model = store.ensure(URI, progress=False)
+
+    assert read_tree(model.path) == FILES
+    assert collected == [0, 1, 2, 3, 4]
+    assert [path.name for path in model.path.parent.iterdir() if not path.is_symlink()] == [model.path.name]
 
 
 def test_a_forced_download_is_not_satisfied_by_a_record_of_the_same_generation(root):

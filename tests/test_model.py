@@ -312,7 +312,7 @@ class AnyModel:
 
 
 honest_publish = publication.Publication.publish
-honest_generations = publication.generations
+honest_collectable = publication.Publication._collectable
 honest_read_sign = claims._read_sign
 honest_removal = removal.Removal._run
 
@@ -327,11 +327,17 @@ def publishes_and_clears_up_at_once(self, written, after_seq):
 class ListedLater:
     """Lists the generations when they are looked at, which is after the commit."""
 
-    def __init__(self, *of):
-        self._of = of
+    def __init__(self, published, own):
+        self._published = published
+        self._own = own
 
     def __iter__(self):
-        return iter(honest_generations(*self._of))
+        there = publication.generations(self._published._writer, self._published._key)
+        return iter(honest_collectable(self._published, there, self._own))
+
+
+def lists_later(published, begun, own):
+    return ListedLater(published, own)
 
 
 def signs_without_beats(*of):
@@ -429,7 +435,7 @@ MUTANTS = {
     "M15 lists the garbage after the commit": Mutant(
         law="S1",
         processes=[asks, once_present(breaks), once_present(forces)],
-        patch=(publication, "generations", ListedLater),
+        patch=(publication.Publication, "_collectable", lists_later),
     ),
     "M16 watches a silent reader for one lease": Mutant(
         law="S6", processes=[removes, reads], start=MODEL, patch=(removal.Removal, "_run", watched_for(1))

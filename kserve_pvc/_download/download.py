@@ -282,7 +282,7 @@ class Download:
             return protocol.ClaimLost()
         except VolumeError as error:
             self._spoiled[generation] = error
-            return protocol.Spoiled()
+            return protocol.ClaimLost() if self._is_outdated() else protocol.Spoiled()
         except DownloadCancelledError:
             raise
         except (InsufficientSpaceError, UnsafePathError, PolicyError) as error:
@@ -295,6 +295,12 @@ class Download:
                 self._discard(generation)
             raise
         return protocol.Fetched()
+
+    def _is_outdated(self) -> bool:
+        """Whether the log moved on, so that another process may have collected what this one was writing."""
+        with suppress(StoreError):
+            return self._read_view().seq > self._view.seq
+        return False
 
     def _discards_leftovers(self, most: int) -> bool:
         """Collect leftovers but for so many, once in a call. Then the log has a new record, and it is looked again."""

@@ -139,18 +139,20 @@ def _grant_every_claim() -> None:
     """
     from pathlib import PurePosixPath
 
-    from kserve_pvc._volume import making
+    from kserve_pvc._volume import writing
+    from kserve_pvc._volume.calls import CREATE_FLAGS
+    from kserve_pvc._volume.reading import open_part
     from kserve_pvc._volume.writing import VolumeWriter
 
-    honest_reserve, honest_open = VolumeWriter.reserve, making.open_part
+    honest_reserve, honest_create = VolumeWriter.reserve, writing.create_file_at
 
     def reserve(self: VolumeWriter, place: PurePosixPath, *, is_durable: bool = True) -> bool:
         return honest_reserve(self, place, is_durable=is_durable) or place.parent.name == "claims"
 
-    def open_part(parent: int, place: PurePosixPath, flags: int, mode: int = 0) -> int:
-        if place.name in ("owner", "beat"):
-            flags &= ~os.O_EXCL
-        return honest_open(parent, place, flags, mode)
+    def create(parent: int, place: PurePosixPath, mode: int) -> int:
+        if place.name in ("owner", "beat", "held"):
+            return open_part(parent, place, CREATE_FLAGS & ~os.O_EXCL, mode)
+        return honest_create(parent, place, mode)
 
     VolumeWriter.reserve = reserve  # type: ignore[method-assign]
-    making.open_part = open_part
+    writing.create_file_at = create
