@@ -35,6 +35,8 @@ trustme = pytest.importorskip("trustme", reason="`trustme` is not installed, whi
 botocore = pytest.importorskip("botocore.exceptions", reason="`botocore` is not installed")
 pytest.importorskip("azure.storage.blob", reason="`azure-storage-blob` is not installed")
 
+# The first test runs all cases with both initializers.
+pytestmark = pytest.mark.timeout(3600)
 HERE = Path(__file__).parent
 TABLE = tomllib.loads((HERE / "data" / "differential" / "differences.toml").read_text(encoding="utf-8"))["difference"]
 PAGE = HERE.parent / "docs" / "reference" / "kserve-differences.md"

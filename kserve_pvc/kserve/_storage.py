@@ -39,7 +39,8 @@ class Storage:
             ignore_patterns: Do not download files that match. Default: `STORAGE_IGNORE_PATTERNS`.
 
         Raises:
-            StoreError: As `ModelStore.ensure`, or if a setting in the environment is not supported.
+            StoreError: As `ModelStore.ensure`, or if a setting in the environment is not supported. Each is a
+                `RuntimeError`, as KServe's errors are.
         """
         variables = _variables(allow_patterns, ignore_patterns)
         if out_dir is None:
