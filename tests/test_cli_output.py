@@ -125,6 +125,7 @@ def test_verbose_shows_where_a_foreign_error_was_raised(run):
     code, _, err = run("-v", "plan", "foreign://type")
 
     assert (code, "in wrong" in err, "canary" in err) == (1, True, False)
+    assert "in wrong" not in run("plan", "foreign://type")[2]
 
 
 @pytest.mark.usefixtures("foreign")

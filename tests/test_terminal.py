@@ -117,8 +117,6 @@ def test_lines_stand_above_the_bars(terminal, tmp_path):
     write_files(tmp_path / "origin", {"a.bin": b"a"})
     (tmp_path / "volume").mkdir()
     model = ModelStore(tmp_path / "volume", mode="rw").ensure(f"file://{tmp_path}/origin", progress=False)
-    logger = logging.getLogger("kserve_pvc")
-    before, level = list(logger.handlers), logger.level
 
     class Arguments:
         json = quiet = verbose = False
@@ -129,11 +127,9 @@ def test_lines_stand_above_the_bars(terminal, tmp_path):
             tell(BytesReceived(**ABOUT, size_bytes=GIB))
         show_warmed(WarmedModel(index=0, uri=model.uri, ref=parse_ref(model.uri), model=model), Arguments())
         say("a message")
-        log_to_stderr()
-        logger.debug("a record")
+        with log_to_stderr():
+            logging.getLogger("kserve_pvc").debug("a record")
         second(BytesReceived(**ABOUT, size_bytes=GIB))
-    logger.handlers[:] = before
-    logger.setLevel(level)
 
     lines = screen(terminal.drawn().replace("\x1b[A", ""))
     assert f"downloaded  {model.uri}  {model.path}" in lines

@@ -42,11 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(argv)
         if arguments is None:
             return 0
-        if arguments.verbose:
-            log_to_stderr()
         # A deleted pod gets SIGTERM first: unwinding releases the claim, so that no process waits out its lease.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
-        return _run(arguments)
+        with log_to_stderr(verbose=arguments.verbose):
+            return _run(arguments)
     except OutputClosedError:  # While a help text was printed.
         return 1
     except VolumeError as error:

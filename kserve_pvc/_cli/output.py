@@ -7,8 +7,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -213,10 +213,14 @@ def _columns() -> int | None:
         return None
 
 
-def log_to_stderr() -> None:
+@contextmanager
+def log_to_stderr(*, verbose: bool = True) -> Iterator[None]:
     """
-    Print every record of the package's logger, such as why a source is read through its fsspec class.
+    Print every record of the package's logger during a call, such as why a source is read through its fsspec class.
     """
+    if not verbose:
+        yield
+        return
     import logging
 
     class Handler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -226,5 +230,11 @@ def log_to_stderr() -> None:
 
     logger, handler = logging.getLogger("kserve_pvc"), Handler()
     handler.setFormatter(logging.Formatter("kserve-pvc: %(message)s"))
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
