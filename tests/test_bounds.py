@@ -147,7 +147,7 @@ def test_a_page_of_very_small_values_is_refused(name):
 @pytest.mark.parametrize("name", ["s3", "s3-urls", "s3-class"])
 def test_a_page_that_is_too_long_is_not_kept(name, monkeypatch):
     """
-    Of a page that is longer than one can be no more is read, whoever lists.
+    Of a page that is longer than one can be no more is read, in each way of listing.
     """
     for module in ("_object_store", "_bounded_session"):
         monkeypatch.setattr(f"kserve_pvc.backends.{module}.MAX_PAGE_BYTES", 100_000)

@@ -20,7 +20,6 @@ from typing import Any, NoReturn, TypeVar
 import attrs
 from attrs.validators import and_, ge, instance_of, lt
 
-from kserve_pvc._format.json_size import check_size
 from kserve_pvc.errors import StoreFormatError, UnsafePathError
 
 FORMAT = 1
@@ -124,7 +123,10 @@ def decode_plain(cls: type[_T], data: bytes, where: str, *, what: str) -> _T:
 def _parse(data: bytes, where: str) -> dict[str, Any]:
     """Read the fields without their format number, which must be ours."""
     try:
-        check_size(data)
+        if len(data) > MAX_RECORD_BYTES:
+            from kserve_pvc._format.json_size import check_size
+
+            check_size(data)
         body = _READER.decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise StoreFormatError(where, f"it is not JSON: {error}") from error
