@@ -12,9 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from kserve_pvc import PolicyError, SourceUnavailableError, StoreError, UnsafePathError
+from kserve_pvc import PolicyError, SourceUnavailableError, StoreError, StoreFormatError, UnsafePathError
 from kserve_pvc._format.json_size import check_size
-from kserve_pvc._format.records import FileEntry
+from kserve_pvc._format.records import FileEntry, Manifest, decode
 from kserve_pvc._source.contract import RemoteFile
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.backends._directories import Directories
@@ -147,7 +147,7 @@ def test_a_page_of_very_small_values_is_refused(name):
 @pytest.mark.parametrize("name", ["s3", "s3-urls", "s3-class"])
 def test_a_page_that_is_too_long_is_not_kept(name, monkeypatch):
     """
-    Of a page that is longer than one can be no more is read, whoever lists.
+    Of a page that is longer than one can be no more is read, in each way of listing.
     """
     for module in ("_object_store", "_bounded_session"):
         monkeypatch.setattr(f"kserve_pvc.backends.{module}.MAX_PAGE_BYTES", 100_000)
@@ -253,6 +253,16 @@ def peak_of(act):
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def test_a_large_record_of_very_small_values_is_damage():
+    """
+    A forged manifest that would take a multiple of its size in memory is refused before it is parsed.
+    """
+    data = b'{"format":1,"files":[' + b"[]," * 30_000 + b"[]]}"
+
+    with pytest.raises(StoreFormatError, match="more values than"):
+        decode(Manifest, data, "a manifest")
 
 
 def test_ordinary_responses_are_not_crowded():

@@ -190,7 +190,7 @@ def cost_of(act):
 
 def test_planted_numbers_are_passed_over_together():
     """
-    However many numbers of a log are taken by nobody, a writer looks at two of them.
+    However many numbers of a log were taken and left, a writer looks at two of them.
     """
     taken, looks = set(range(1, 10_001)), []
 

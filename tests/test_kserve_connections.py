@@ -120,7 +120,7 @@ def test_a_second_header_is_not_waited_for(few):
 
 
 @pytest.mark.parametrize("sent", [b"", READY], ids=["silent", "kept"])
-def test_connections_that_wait_keep_nobody_out(few, monkeypatch, sent):
+def test_connections_that_wait_keep_no_others_out(few, monkeypatch, sent):
     """
     More connections than there may be, without a request or kept after one, do not keep another client from an answer:
     the oldest make way.

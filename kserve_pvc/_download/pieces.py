@@ -160,10 +160,9 @@ class PatientReader:
             if count == 0:
                 reason = f"the response for `{file.entry.path}` ended {stop - start} bytes early"
                 raise SourceUnavailableError(self._uri, reason)
-            self._check_rate(now, count or 0)
+            self._count(now, count or 0)
             if count is not None:
                 start += count
-                self.received += count
                 yield buffer[:count]
             if getattr(reader, "is_whole", False):
                 self.whole.add(file.entry.path)
@@ -176,7 +175,8 @@ class PatientReader:
                     raise SourceUnavailableError(self._uri, reason)
                 began, since = start, now
 
-    def _check_rate(self, now: float, count: int) -> None:
+    def _count(self, now: float, count: int) -> None:
+        self.received += count
         rate = self._slowness.add(now, count)
         if rate is not None:
             least, seconds = self._tuning.least_bytes_per_second, self._tuning.slow_seconds

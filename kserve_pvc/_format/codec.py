@@ -20,7 +20,6 @@ from typing import Any, NoReturn, TypeVar
 import attrs
 from attrs.validators import and_, ge, instance_of, lt
 
-from kserve_pvc._format.json_size import check_size
 from kserve_pvc.errors import StoreFormatError, UnsafePathError
 
 FORMAT = 1
@@ -149,7 +148,10 @@ def decode_plain(cls: type[_T], data: bytes, where: str, *, what: str) -> _T:
 def _parse(data: bytes, where: str, reader: json.JSONDecoder | None = None) -> dict[str, Any]:
     """Read the fields without their format number, which must be ours."""
     try:
-        check_size(data)
+        if len(data) > MAX_RECORD_BYTES:
+            from kserve_pvc._format.json_size import check_size
+
+            check_size(data)
         body = (reader or _READER).decode(data.decode())
     except StoreFormatError:
         raise  # A part of it is invalid.

@@ -123,16 +123,7 @@ def _loader() -> Any:
             return super().construct_mapping(node, deep)
 
         def flatten_mapping(self, node: Any) -> Any:
-            # Each merge copies what it merges, and may be merged itself.
-            for key, value in node.value:
-                if key.tag != f"{_TAG}merge":
-                    continue
-                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    if isinstance(one, yaml.MappingNode):
-                        self.flatten_mapping(one)
-                        self.merged = getattr(self, "merged", 0) + len(one.value)
-                        if self.merged > MAX_VALUES:
-                            raise _CrowdedError(f"it merges more than {MAX_VALUES} values")
+            _count_merged(self, node)
             return super().flatten_mapping(node)
 
     replaced = {f"{_TAG}{kind}" for kind in ("timestamp", "int", "float")}
@@ -145,6 +136,20 @@ def _loader() -> Any:
     Loader.add_implicit_resolver(f"{_TAG}float", re.compile(f"^(?:{_NUMBER.pattern})$"), list("-+0123456789."))
     Loader.add_constructor(f"{_TAG}int", lambda loader, node: _integer(loader.construct_scalar(node)))
     return Loader
+
+
+def _count_merged(loader: Any, node: Any) -> None:
+    """Count what the merges of a mapping copy, since it may be merged itself."""
+    yaml = _yaml()
+    for key, value in node.value:
+        if key.tag != f"{_TAG}merge":
+            continue
+        for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if isinstance(one, yaml.MappingNode):
+                loader.flatten_mapping(one)
+                loader.merged = getattr(loader, "merged", 0) + len(one.value)
+                if loader.merged > MAX_VALUES:
+                    raise _CrowdedError(f"it merges more than {MAX_VALUES} values")
 
 
 def _integer(text: str) -> int:
