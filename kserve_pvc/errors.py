@@ -318,13 +318,19 @@ class DownloadCancelledError(StoreError, InterruptedError):
 
     It is an `InterruptedError` because the call was interrupted from outside and may simply be repeated. It is not a
     `CancelledError` of `asyncio` or `concurrent.futures`: these mean the cancellation of a task or a future.
+
+    `kept_bytes` of the `size_bytes` of the model need not be fetched by the next call; both are 0 if the call was not
+    downloading yet.
     """
 
     exit_code: ClassVar[int] = 1
     ref: str
+    kept_bytes: int = 0
+    size_bytes: int = 0
 
     def _message(self) -> str:
-        return f"the call for `{self.ref}` was cancelled; what it fetched is kept, call again to continue"
+        kept = f"{self.kept_bytes} of {self.size_bytes} bytes are kept, " if self.size_bytes else ""
+        return f"the call for `{self.ref}` was cancelled; {kept}call again to continue"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

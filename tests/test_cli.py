@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import termios
@@ -419,9 +420,9 @@ def test_sigterm_gives_the_claim_back(root, upload, s3_env, proxy):
     assert proxy.body_bytes() <= 12 * 100_000 + 2 * 100_000
 
 
-def test_an_interrupt_says_that_work_is_kept(root, downloading, proxy):
+def test_an_interrupt_says_how_much_is_kept(root, downloading, proxy):
     """
-    Ctrl-C ends with 130, gives the claim back and prints no trace.
+    Ctrl-C ends with 130, gives the claim back, prints no trace, and says how much the next call need not fetch.
     """
     process, _ = downloading
 
@@ -430,7 +431,9 @@ def test_an_interrupt_says_that_work_is_kept(root, downloading, proxy):
     _, stderr = process.communicate(timeout=20)
 
     assert (process.returncode, "Traceback" in stderr) == (130, False)
-    assert stderr.splitlines()[-1] == "kserve-pvc: interrupted; what was fetched is kept for the next call"
+    said, kept = stderr.splitlines()[-2:]
+    assert said == "kserve-pvc: interrupted"
+    assert re.fullmatch(r"kserve-pvc: \d.* of `s3://\S+` are kept; the next call fetches the rest", kept), kept
     assert list(ModelStore(root).locks()) == []
 
 

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from kserve_pvc._cli.output import fail, log_to_stderr, say
+from kserve_pvc._cli.output import fail, log_to_stderr, say, say_kept
 from kserve_pvc._cli.parser import VERBS, make_parser
 from kserve_pvc._cli.verbs import run_initializer, selection
 from kserve_pvc._settings import read_settings
@@ -24,6 +24,7 @@ from kserve_pvc.errors import StoreError
 
 # A verb that writes is itself the request to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm")
+_TERMINATED = 143  # As a shell reports a process that SIGTERM ended.
 _STORELESS = ("completion", "doctor", "initialize", "kserve", "webhook")
 
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verbose:
         log_to_stderr()
     # A pod that is deleted gets SIGTERM first: unwinding releases the claim, so that no process waits out its lease.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:
         # A verb that is not about a store gets none, since opening one may create it.
         store = () if arguments.verb in _STORELESS else (_open(arguments),)
@@ -51,9 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except StoreError as error:
         return fail(error, as_json=arguments.json, verbose=arguments.verbose)
-    except KeyboardInterrupt:
-        say("interrupted; what was fetched is kept for the next call")
+    except KeyboardInterrupt as interrupt:
+        say("interrupted")
+        say_kept(interrupt)
         return 130
+    except SystemExit as end:
+        if end.code == _TERMINATED:
+            say("terminated")
+            say_kept(end)
+        raise
 
 
 def _open(arguments: argparse.Namespace) -> ModelStore:

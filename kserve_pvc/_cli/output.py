@@ -41,6 +41,15 @@ def print_error(error: Exception, about: str, *, verbose: bool) -> None:
         sys.stderr.writelines(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
     else:
         say(f"{about}{_reason(error)}")
+    say_kept(error)
+
+
+def say_kept(error: BaseException) -> None:
+    """
+    Print how much of a download is kept that an error or an interrupt ended.
+    """
+    for note in getattr(error, "__notes__", ()):
+        say(printable(redact(note)))
 
 
 def _failure(error: Exception) -> dict[str, Any]:

@@ -274,16 +274,26 @@ class Download:
         except VolumeError as error:
             self._spoiled[generation] = error
             return protocol.Spoiled()
-        except DownloadCancelledError:
-            raise
         except (InsufficientSpaceError, UnsafePathError, PolicyError):
             self._discard(generation)
             raise
-        except StoreError:
-            if attempt.is_unpacking:
+        except BaseException as error:
+            if attempt.is_unpacking and isinstance(error, StoreError) and not isinstance(error, DownloadCancelledError):
                 self._discard(generation)
+            self._tell_kept(attempt, error)
             raise
         return protocol.Fetched()
+
+    def _tell_kept(self, attempt: Attempt, error: BaseException) -> None:
+        """Add to what ends the call how much of the model is kept: an error, or an interrupt of the process."""
+        from kserve_pvc._download.keeping import describe_kept
+
+        if (found := attempt.kept()) is not None:
+            kept, total = found
+            if isinstance(error, DownloadCancelledError):
+                error.kept_bytes, error.size_bytes = kept, total
+            else:
+                error.add_note(describe_kept(self._ref, kept, total))
 
     def _run(self, attempt: Attempt) -> Written:
         # A bundle is closed when its call is over, so nothing that reads it is left behind.

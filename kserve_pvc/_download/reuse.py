@@ -172,5 +172,7 @@ def _read_journal(volume: Volume, generation: str) -> dict[PurePosixPath, list[P
         for line in (volume.read(place, _MAX_JOURNAL_BYTES) or b"").splitlines():
             # The first line that is invalid is the torn end of a killed writer, or forged: nothing after it counts.
             note = decode(PartNote, line, str(place))
+            if not note.stop:
+                notes[note.path].clear()  # What was noted of the file before was taken back.
             notes[note.path].append(note)
     return notes

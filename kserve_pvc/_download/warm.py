@@ -16,7 +16,7 @@ import attrs
 from kserve_pvc._download.cancellation import AnyOf, Cancel
 from kserve_pvc._show.events import Listener
 from kserve_pvc._source.ref import ModelRef, Source, parse_ref
-from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError
+from kserve_pvc.errors import DownloadCancelledError, InvalidURIError, PolicyError, SettingsError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -28,6 +28,8 @@ Item = Source | Mapping[str, Any]
 Listen = Callable[[], AbstractContextManager[Listener]]
 
 _FIELDS = ("uri", "revision", "allow_patterns", "ignore_patterns")
+# How long an interrupt waits for what it ends in other threads, each of which ends within a second.
+_PATIENCE_SECONDS = 2.0
 _HOW_TO_NAME = (
     "pass a URI, an absolute path, a `ModelRef`, or a mapping with `uri` and, if needed, `revision`, "
     "`allow_patterns` and `ignore_patterns`"
@@ -172,7 +174,7 @@ def _results(
     stopped: threading.Event,
     remember: Callable[[Model], None],
 ) -> Generator[Warmed, None, None]:
-    done = (task() for task in tasks) if executor is None else _as_they_finish(tasks, executor)
+    done = (task() for task in tasks) if executor is None else _as_they_finish(tasks, executor, stopped)
     try:
         yield from refused
         for warmed in done:
@@ -181,15 +183,18 @@ def _results(
             yield warmed
     except GeneratorExit:
         raise
-    except BaseException:
+    except BaseException as error:
         # Ctrl-C or the end of a pod: downloads of other threads would go on for as long as they take.
         stopped.set()
+        done.throw(error)
         raise
     finally:
         done.close()
 
 
-def _as_they_finish(tasks: Sequence[_Task], executor: Executor) -> Generator[Warmed, None, None]:
+def _as_they_finish(
+    tasks: Sequence[_Task], executor: Executor, stopped: threading.Event
+) -> Generator[Warmed, None, None]:
     from concurrent.futures import as_completed
 
     submitted: dict[Future[Warmed], _Task] = {}
@@ -198,9 +203,28 @@ def _as_they_finish(tasks: Sequence[_Task], executor: Executor) -> Generator[War
             submitted[executor.submit(task)] = task
         for future in as_completed(submitted):
             yield _outcome(future, submitted[future])
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        stopped.set()
+        _add_kept(error, submitted)
+        raise
     finally:
         for future in submitted:
             future.cancel()
+
+
+def _add_kept(error: BaseException, submitted: Mapping[Future[Warmed], _Task]) -> None:
+    """Add to an interrupt what the downloads keep that it ended in other threads."""
+    from concurrent.futures import wait
+
+    from kserve_pvc._download.keeping import describe_kept
+
+    running = [future for future in submitted if not future.cancel() and not future.done()]
+    for future in wait(running, timeout=_PATIENCE_SECONDS).done:
+        ended = None if future.exception() else future.result().error
+        if isinstance(ended, DownloadCancelledError) and ended.size_bytes:
+            error.add_note(describe_kept(submitted[future].ref, ended.kept_bytes, ended.size_bytes))
 
 
 def _outcome(future: Future[Warmed], task: _Task) -> Warmed:

@@ -66,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return _run(arguments)
-    except _Terminated:
-        return _fail("terminated; downloaded bytes are kept for the next start")
-    except KeyboardInterrupt:
-        return _fail("interrupted; downloaded bytes are kept for the next start")
+    except _Terminated as end:
+        return _fail("; ".join(["terminated", *getattr(end, "__notes__", ())]))
+    except KeyboardInterrupt as interrupt:
+        return _fail("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
     except StoreError as error:
         return _fail(str(error))
     except Exception as error:  # The message of another library may hold a signed URL.
