@@ -27,6 +27,7 @@ from kserve_pvc._opening import (
     check_arguments,
     check_tuning,
     open_store,
+    read_store_settings,
 )
 from kserve_pvc._process import flight_of, this_process
 from kserve_pvc._source.arguments import check_cancel, check_choice, check_count, check_listener, check_timeout
@@ -178,6 +179,20 @@ class ModelStore:
     @property
     def mode(self) -> Mode:
         return "r" if self._writing is None else "rw"
+
+    @property
+    def exists(self) -> bool:
+        """
+        Whether there is a store at the root. One that is opened read-only may be made later, by another process.
+        """
+        return self.settings is not None
+
+    @property
+    def settings(self) -> StoreSettings | None:
+        """
+        The settings that all writers of the store share, or None if there is no store.
+        """
+        return read_store_settings(self._volume) if self._writing is None else self._writing[1]
 
     def __repr__(self) -> str:
         return f"ModelStore({str(self.root)!r}, mode={self.mode!r})"

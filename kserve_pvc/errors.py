@@ -3,6 +3,7 @@ What can go wrong, sorted by what the caller can do about it.
 
 Every deliberate error is a `StoreError` and also the builtin that a Python caller expects. Fields carry the facts, the
 message says what happened and then what to do, and every error pickles, because errors cross process boundaries.
+Longer than other modules: one place says what all of them mean.
 `exit_code` is what the command line returns for it. `docs/reference/errors.md` shows an example of every message.
 """
 
@@ -238,6 +239,18 @@ class ModelNotFoundError(StoreError, FileNotFoundError):
             f"`{self.ref}` is not in the store at `{self.root}`; "
             "`ensure` it from a read-write store, or `import` a bundle of it"
         )
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
+class NoStoreError(ModelNotFoundError):
+    """
+    There is no store at the root, as where a volume is not mounted. `ref` is empty if no model was named.
+    """
+
+    def _message(self) -> str:
+        what = f"no store at `{self.root}`, so no `{self.ref}`" if self.ref else f"no store at `{self.root}`"
+        how = "`kserve-pvc init`, `ensure` a model, or `import` a bundle"
+        return f"{what}; mount the volume there, or make one: {how}"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

@@ -202,13 +202,16 @@ def test_ls_prints_a_table(root, model):
 
 def test_an_empty_store_is_an_empty_list(root):
     """
-    A volume without models is no error, and nothing is created on it.
+    A store without models is no error, and nothing is added to it.
     """
+    ModelStore(root, mode="rw")
+    before = read_tree(root)
+
     results = [shell.kserve_pvc(root, "--json", *verb) for verb in (["ls"], ["locks"], ["verify", "--all"])]
 
     assert [shell.document(result) for result in results] == [[], [], {"ok": True, "models": []}]
     assert [result.returncode for result in results] == [0, 0, 0]
-    assert list(root.iterdir()) == []
+    assert read_tree(root) == before
 
 
 def test_info_says_what_is_known(root, model):
@@ -511,6 +514,7 @@ def test_the_document_of_an_error_has_its_fields(root, tmp_path):
     What a program needs to know about an error are fields beside type and message.
     """
     uri = f"file://{tmp_path}/absent"
+    ModelStore(root, mode="rw")
 
     document = shell.document(shell.kserve_pvc(root, "--json", "path", uri))
 
@@ -651,6 +655,7 @@ def test_the_store_comes_from_the_environment(root, model, tmp_path):
     `KSERVE_PVC_STORE` is the store unless `--store` names another.
     """
     (tmp_path / "empty").mkdir()
+    ModelStore(tmp_path / "empty", mode="rw")
 
     chosen = shell.run([*shell.COMMAND, "--json", "ls"], env={"KSERVE_PVC_STORE": str(root)})
     other = shell.run(

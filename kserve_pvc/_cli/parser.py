@@ -23,6 +23,7 @@ from kserve_pvc._cli.verbs import (
     export,
     import_,
     info,
+    init,
     initialize,
     kserve_patch,
     locks,
@@ -182,6 +183,16 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--locker", metavar="NAME", help="what decides which process downloads (default: lease)")
+    parser.add_argument(
+        "--lease-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="how long after its last heartbeat a downloader is taken over (default: by the kind of volume)",
+    )
+
+
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", nargs="?", help="directory to examine (default: the store)")
     parser.add_argument(
@@ -299,6 +310,7 @@ VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser]
     "alias": (alias, _add_alias, "give a model a name that a pod can mount, or list the names"),
     "export": (export, _add_export, "write a model into one file, for machines without a network"),
     "import": (import_, _add_import, "add a model from a file that `export` wrote, and print its directory"),
+    "init": (init, _add_init, "make a store in an existing directory; other verbs that only read never do"),
     "locks": (locks, _add_locks, "show which processes are downloading"),
     "doctor": (doctor, _add_doctor, "examine a volume: what it supports, and what should be changed"),
     "initialize": (initialize, _add_initialize, "fill directories as KServe's storage initializer does"),

@@ -35,7 +35,7 @@ from kserve_pvc._cli.output import (
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
 from kserve_pvc._store import ModelStore
-from kserve_pvc.errors import InvalidFileError, SettingsError, printable
+from kserve_pvc.errors import InvalidFileError, ReadOnlyStoreError, SettingsError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that uses it.
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
-    items = [*arguments.uris, *(item for name in arguments.file or () for item in _read_catalogue(name))]
+    items = warm_items(arguments)
     if not items and not arguments.file:
         say("warm: name at least one URI, or a file of URIs with `-f`")
         return 2
@@ -76,6 +76,28 @@ def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
 
         say(f"{count(len(done), 'model')}, {len(failures) or 'none'} failed")
     return exit_code(failures[0]) if failures else 0
+
+
+def warm_items(arguments: argparse.Namespace) -> Sequence[Item]:
+    """
+    Read what a catalogue or the command line names, once.
+    """
+    if not hasattr(arguments, "items"):
+        catalogued = (item for name in arguments.file or () for item in _read_catalogue(name))
+        arguments.items = [*arguments.uris, *catalogued]
+    items: Sequence[Item] = arguments.items
+    return items
+
+
+def init(store: ModelStore, arguments: argparse.Namespace) -> int:
+    settings = store.settings
+    if settings is None:
+        raise ReadOnlyStoreError(str(store.root), "make a store", "unset KSERVE_PVC_MODE, or set it to `rw`")
+    document = {"root": store.root, "locker": settings.locker, "lease_seconds": settings.lease_seconds}
+    print_result(arguments, {**document, "created_at": settings.created_at}, str(store.root))
+    if not arguments.quiet:
+        say(f"a store with locker {settings.locker} and leases of {settings.lease_seconds:g} s")
+    return 0
 
 
 def _warm_all(store: ModelStore, items: Iterable[Item], arguments: argparse.Namespace) -> list[Warmed]:
@@ -197,6 +219,8 @@ def plan(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import count, format_bytes
 
     plan = store.plan(arguments.uri, **selection(arguments), refresh=arguments.refresh)
+    if not store.exists:
+        say(f"there is no store at {store.root} yet; `ensure` makes one")
     if arguments.json:
         print_json({**attrs.asdict(plan), "fits": plan.fits})
         return 0

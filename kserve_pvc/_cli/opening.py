@@ -1,0 +1,107 @@
+"""
+The store that a verb gets, and when one is made: by `init`, or for a download or an import that can begin.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from kserve_pvc._cli.verbs import selection, warm_items
+from kserve_pvc._settings import read_settings
+from kserve_pvc._source.arguments import check_count, check_timeout
+from kserve_pvc._source.ref import parse_ref
+from kserve_pvc._store import ModelStore
+from kserve_pvc.errors import NoStoreError, StoreError
+
+if TYPE_CHECKING:
+    from kserve_pvc._download.warm import Item
+    from kserve_pvc._settings import Mode, Settings
+
+# A verb that writes is itself the request to write, unless the environment or the pod's annotation forbids it.
+_WRITING = ("ensure", "rm", "import", "warm", "init")
+# Where there is no store these make one, or say what that would take. All other verbs have nothing to be about.
+_BEGINNING = ("ensure", "import", "warm", "init", "plan")
+
+
+def open_store(arguments: argparse.Namespace) -> ModelStore:
+    """
+    Open the store that a verb is about, and make it only if the verb is to put something there.
+
+    Raises:
+        NoStoreError: There is none, and the verb does not make one.
+        StoreError: There is none, and what the verb was to put there cannot be read.
+    """
+    settings = read_settings()
+    if getattr(arguments, "uri", None) is not None:
+        parse_ref(arguments.uri, **selection(arguments))  # An invalid URI is refused before a store is created.
+    writes = _writes(arguments, is_offline=bool(settings.offline))
+    if arguments.verb == "init" and settings.mode != "r":
+        return _open(arguments, settings, "rw")
+    store = _open(arguments, settings, "r")
+    if writes and settings.mode == "r":
+        return store  # The verb refuses to write.
+    if not store.exists and arguments.verb not in _BEGINNING and not _is_incomplete(arguments):
+        raise NoStoreError("", str(store.root))
+    if not writes or not (store.exists or _can_begin(store, arguments)):
+        return store
+    return _open(arguments, settings, "rw")
+
+
+def _open(arguments: argparse.Namespace, settings: Settings, mode: Mode) -> ModelStore:
+    return ModelStore(
+        arguments.store or settings.store,
+        mode=mode,
+        locker=getattr(arguments, "locker", None) or settings.locker,
+        lease_seconds=getattr(arguments, "lease_seconds", None) or settings.lease_seconds,
+        offline=settings.offline,
+    )
+
+
+def _is_incomplete(arguments: argparse.Namespace) -> bool:
+    """Whether the verb is going to say that an argument is missing."""
+    return arguments.verb == "verify" and arguments.uri is None and not arguments.all
+
+
+def _writes(arguments: argparse.Namespace, *, is_offline: bool) -> bool:
+    """
+    Tell whether a verb may write. Opening read-write creates the store, so what will be refused must not get that far.
+    """
+    if arguments.verb in ("ensure", "warm") and (is_offline or getattr(arguments, "local_files_only", False)):
+        return False
+    if arguments.verb == "warm" and not (arguments.uris or arguments.file):
+        return False
+    if arguments.verb == "alias":
+        return arguments.uri is not None or arguments.drop is not None
+    return arguments.verb in _WRITING or getattr(arguments, "break_claim", False)
+
+
+def _can_begin(reading: ModelStore, arguments: argparse.Namespace) -> bool:
+    """
+    See that there is something to put into a store, before one is made. The first time that lists the source twice.
+
+    Returns:
+        False if the verb is going to refuse what it is given.
+    """
+    check_timeout(arguments.timeout)
+    if arguments.verb == "import":
+        from kserve_pvc._archive.bundle import open_bundle
+
+        if arguments.file == "-":
+            return False
+        with open_bundle(arguments.file):
+            return True
+    check_count("max_workers", arguments.max_workers)
+    if arguments.verb == "warm":
+        return any(map(_is_valid, warm_items(arguments)))
+    reading.resolve(arguments.uri, **selection(arguments))
+    return True
+
+
+def _is_valid(item: Item) -> bool:
+    try:
+        parse_ref(**item) if isinstance(item, Mapping) else parse_ref(item)
+    except StoreError:
+        return False
+    return True
