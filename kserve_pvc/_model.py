@@ -25,6 +25,7 @@ from kserve_pvc.errors import (
     DamagedRecordError,
     ModelNotFoundError,
     NoStoreError,
+    OfflineError,
     StoreFormatError,
     StoreRootError,
     VolumeError,
@@ -210,14 +211,19 @@ class Lookup:
         """
         remember_returned(self.identity, entry.key, entry.seq)
 
-    def absent(self, ref: ModelRef, view: LogView) -> ModelNotFoundError:
+    def absent(self, ref: ModelRef, view: LogView, why_offline: str = "") -> ModelNotFoundError:
         """
         Make the error for a model that is absent.
+
+        Args:
+            why_offline: Why it is not downloaded, if it might be.
         """
         if view.damage is not None:
             return DamagedRecordError(
                 ref=str(ref), root=str(self._volume.root), path=view.damage.path, reason=view.damage.reason
             )
+        if why_offline:
+            return OfflineError(str(ref), str(self._volume.root), why_offline)
         if self._volume.settings is None and layout.SETTINGS.name not in self._volume.list_names(layout.META):
             return NoStoreError(str(ref), str(self._volume.root))
         return ModelNotFoundError(str(ref), str(self._volume.root))

@@ -292,7 +292,8 @@ class ModelStore:
         if entry is not None and (local_files_only or not (refresh or force_download)):
             return self._found(ref, entry, started, on_event)
         if entry is None and (local_files_only or self._sources.is_offline):
-            raise self._lookup.absent(ref, view)
+            why = "`local_files_only` is set" if local_files_only else "the store is offline (`KSERVE_PVC_OFFLINE`)"
+            raise self._lookup.absent(ref, view, why)
         self._sources.check_online(ref)
         if entry is None or force_download:
             self._writer(f"download `{ref}`", view.damage)
@@ -462,6 +463,19 @@ class ModelStore:
 
     def __contains__(self, uri: Source) -> bool:
         return self._lookup.view(parse_ref(uri)).present is not None
+
+    def find(self, name: str) -> ModelRef | None:
+        """
+        Return the model that is meant by something this store prints: a key, an alias, or a directory of a model.
+
+        Pass the result to any method in place of a URI. The model need not be present. Without network.
+
+        Returns:
+            None if the store knows no such model.
+        """
+        from kserve_pvc._keys.naming import find_ref
+
+        return find_ref(self._volume, name)
 
     def list(self) -> list[Model]:
         """

@@ -254,6 +254,23 @@ class NoStoreError(ModelNotFoundError):
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
+class OfflineError(ModelNotFoundError):
+    """
+    The model is not in the store, and no source may be requested. `reason` says by which setting.
+    """
+
+    ref: str
+    root: str
+    reason: str
+
+    def _message(self) -> str:
+        return (
+            f"`{self.ref}` is not in the store at `{self.root}`, and not downloaded, because {self.reason}; "
+            "unset that, or `import` a bundle of the model"
+        )
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class DamagedRecordError(ModelNotFoundError, StoreFormatError):
     """
     The newest record of a model is damaged, so the model counts as absent until it is downloaded again.

@@ -13,7 +13,7 @@ from kserve_pvc._settings import read_settings
 from kserve_pvc._source.arguments import check_count, check_timeout
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._store import ModelStore
-from kserve_pvc.errors import NoStoreError, StoreError
+from kserve_pvc.errors import InvalidURIError, NoStoreError, StoreError
 
 if TYPE_CHECKING:
     from kserve_pvc._download.warm import Item
@@ -34,12 +34,12 @@ def open_store(arguments: argparse.Namespace) -> ModelStore:
         StoreError: There is none, and what the verb was to put there cannot be read.
     """
     settings = read_settings()
-    if getattr(arguments, "uri", None) is not None:
-        parse_ref(arguments.uri, **selection(arguments))  # An invalid URI is refused before a store is created.
+    invalid = _find_invalid(arguments)
     writes = _writes(arguments, is_offline=bool(settings.offline))
     if arguments.verb == "init" and settings.mode != "r":
         return _open(arguments, settings, "rw")
     store = _open(arguments, settings, "r")
+    _name_models(store, arguments, invalid)
     if writes and settings.mode == "r":
         return store  # The verb refuses to write.
     if not store.exists and arguments.verb not in _BEGINNING and not _is_incomplete(arguments):
@@ -60,8 +60,29 @@ def _open(arguments: argparse.Namespace, settings: Settings, mode: Mode) -> Mode
 
 
 def _is_incomplete(arguments: argparse.Namespace) -> bool:
-    """Whether the verb is going to say that an argument is missing."""
-    return arguments.verb == "verify" and arguments.uri is None and not arguments.all
+    """Whether the verb is going to say that an argument is missing, or one too many."""
+    return arguments.verb == "verify" and (arguments.uri is None) != bool(arguments.all)
+
+
+def _find_invalid(arguments: argparse.Namespace) -> InvalidURIError | None:
+    """What is wrong with the URI, which may still be a key or an alias. Others are refused before a store is made."""
+    if getattr(arguments, "uri", None) is not None:
+        try:
+            parse_ref(arguments.uri, **selection(arguments))
+        except InvalidURIError as error:
+            return error
+    return None
+
+
+def _name_models(store: ModelStore, arguments: argparse.Namespace, invalid: InvalidURIError | None) -> None:
+    """Put the model in place of a key, an alias or a directory that the store has printed."""
+    if invalid is not None or str(getattr(arguments, "uri", None) or "").startswith("/"):
+        ref = store.find(arguments.uri)
+        if ref is None and invalid is not None:
+            raise invalid
+        arguments.uri = ref or arguments.uri
+    broken = getattr(arguments, "break_claim", None) or ()
+    arguments.break_claim = [store.find(uri) or uri if "://" not in uri else uri for uri in broken]
 
 
 def _writes(arguments: argparse.Namespace, *, is_offline: bool) -> bool:

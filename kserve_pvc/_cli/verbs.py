@@ -34,6 +34,7 @@ from kserve_pvc._cli.output import (
 )
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._store import ModelStore
 from kserve_pvc.errors import InvalidFileError, ReadOnlyStoreError, SettingsError, printable
 
@@ -240,6 +241,8 @@ def verify(store: ModelStore, arguments: argparse.Namespace) -> int:
     if arguments.uri is None and not arguments.all:
         say("verify: name a URI, or write `--all`")
         return 2
+    if arguments.all and (arguments.uri is not None or any(selection(arguments).values())):
+        raise SettingsError("--all", str(arguments.uri or "with a selection"), "verify one model, or all of them")
     reports = store.verify_all(level) if arguments.all else [store.verify(arguments.uri, level, **selection(arguments))]
     seen = []
     for report in reports:
@@ -253,6 +256,10 @@ def verify(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def alias(store: ModelStore, arguments: argparse.Namespace) -> int:
+    if arguments.drop is not None and arguments.name is not None:
+        raise SettingsError("--drop", arguments.drop, "remove a name, or give one")
+    if arguments.uri is None and any(selection(arguments).values()):
+        raise SettingsError("URI", "", "a selection is of the model that gets the name")
     if arguments.drop is not None:
         store.drop_alias(arguments.drop)
     elif arguments.uri is not None:
@@ -269,7 +276,7 @@ def alias(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 def rm(store: ModelStore, arguments: argparse.Namespace) -> int:
     store.remove(arguments.uri, **selection(arguments), trash_seconds=0.0 if arguments.now else defaults.TRASH_SECONDS)
-    print_result(arguments, {"uri": arguments.uri, "removed": True}, None)
+    print_result(arguments, {"uri": parse_ref(arguments.uri).uri, "removed": True}, None)
     return 0
 
 
@@ -304,6 +311,8 @@ def import_(store: ModelStore, arguments: argparse.Namespace) -> int:
 def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import count, format_bytes
 
+    if any(selection(arguments).values()) and not arguments.break_claim:
+        raise SettingsError("--break", "", "a selection is of the model whose claim is released")
     for uri in arguments.break_claim or ():
         store.break_lock(uri, **selection(arguments))
     locks = store.locks()
