@@ -291,8 +291,7 @@ class ModelStore:
         entry = view.present
         if entry is not None and (local_files_only or not (refresh or force_download)):
             return self._found(ref, entry, started, on_event)
-        if entry is None and (local_files_only or self._sources.is_offline):
-            why = "`local_files_only` is set" if local_files_only else "the store is offline (`KSERVE_PVC_OFFLINE`)"
+        if entry is None and (why := self._sources.why_offline(local_files_only)):
             raise self._lookup.absent(ref, view, why)
         self._sources.check_online(ref)
         if entry is None or force_download:
