@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kserve_pvc._filesystem import filesystem
     from kserve_pvc._format.records import FileEntry, Record
     from kserve_pvc._keys.claims import LockInfo
+    from kserve_pvc._keys.usage import KeyUsage, Usage
     from kserve_pvc._model import Model
     from kserve_pvc._opening import StoreArguments
     from kserve_pvc._settings import Mode, mode_from_annotations
@@ -113,6 +114,7 @@ _HOMES = {
     "FailedModel": "_download.warm",
     "FileEntry": "_format.records",
     "Finding": "_doctor.diagnosis",
+    "KeyUsage": "_keys.usage",
     "Level": "_volume.verify",
     "LockInfo": "_keys.claims",
     "LockTest": "_doctor.reports",
@@ -143,6 +145,7 @@ _HOMES = {
     "SupportsPages": "_source.contract",
     "SupportsTuning": "_source.contract",
     "TransferStarted": "_show.events",
+    "Usage": "_keys.usage",
     "Verification": "_volume.verify",
     "WaitingForDownload": "_show.events",
     "Warmed": "_download.warm",
@@ -174,6 +177,7 @@ __all__ = [
     "InsufficientSpaceError",
     "InvalidFileError",
     "InvalidURIError",
+    "KeyUsage",
     "Level",
     "LockInfo",
     "LockServiceError",
@@ -225,6 +229,7 @@ __all__ = [
     "UnknownOptionError",
     "UnknownSchemeError",
     "UnsafePathError",
+    "Usage",
     "Verification",
     "VolumeError",
     "WaitingForDownload",

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Item, Listen, Warmed
     from kserve_pvc._keys.claims import LockInfo
+    from kserve_pvc._keys.usage import Usage
     from kserve_pvc._settings import Mode
     from kserve_pvc._show.events import Listener, Subject
     from kserve_pvc._show.progress import Callback
@@ -481,6 +482,14 @@ class ModelStore:
         Every complete model, by key. A model whose newest record is damaged is left out; `verify` names it.
         """
         return self._lookup.models()
+
+    def usage(self) -> Usage:
+        """
+        Measure what the store occupies: its models, what unfinished downloads left, and the trash; damaged models too.
+        """
+        from kserve_pvc._keys.usage import measure
+
+        return measure(self._volume, self._lookup.views())
 
     def resolve(
         self,

@@ -10,8 +10,9 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from sources import FakeBackend
 
-from kserve_pvc import ModelRef, ModelStore, OfflineError
+from kserve_pvc import DigestMismatchError, ModelRef, ModelStore, OfflineError
 from kserve_pvc._cli.main import main
 
 
@@ -164,3 +165,46 @@ def test_an_offline_refusal_says_so(root, run, exists, arguments, environ):
     error = json.loads(out)["error"]
     assert (code, error["type"]) == (3, OfflineError.__name__)
     assert next(iter(environ), "local_files_only") in err
+
+
+def break_record(root, key: str) -> None:
+    newest = max((root / f".kserve-pvc/keys/{key}/log").glob("*.commit"))
+    newest.chmod(0o644)
+    newest.write_bytes(b"damaged")
+
+
+def test_ls_shows_what_is_damaged(root, run, model):
+    """
+    A model that counts as absent because its record is damaged is a row of its own, and its key leads on.
+    """
+    break_record(root, model.key)
+
+    code, out, err = run("ls")
+    (row,) = json.loads(run("--json", "ls")[1])
+
+    assert (code, "DAMAGED" in out, model.key in out) == (0, True, True)
+    assert "1 model damaged" in err
+    assert (row["key"], row["path"]) == (model.key, None)
+    assert "damage" in row
+    assert run("verify", model.key)[0] in (1, 2)
+
+
+def test_ls_and_du_show_what_is_unfinished(root, run, model):
+    """
+    What an interrupted download occupies is in the summary and, by key, in the table; a complete model has none.
+    """
+    wrong = FakeBackend({"a.bin": os.urandom(300_000), "z.bin": b"z"}, sha256={"z.bin": "0" * 64})
+    with pytest.raises(DigestMismatchError):
+        ModelStore(root, mode="rw", backends={"fake": wrong.factory}).ensure(
+            "fake://h/m", progress=False, max_workers=1
+        )
+
+    _, out, err = run("du")
+    document = json.loads(run("--json", "du")[1])
+
+    used = {key["uri"]: key for key in document["keys"]}
+    assert 290_000 < used["fake://h/m"]["unfinished_bytes"] < 400_000
+    assert (used[model.uri]["unfinished_bytes"], used[model.uri]["size_bytes"]) == (0, model.size_bytes)
+    assert "fake://h/m" in out
+    assert "in the trash" in err
+    assert "of 1 unfinished download" in run("ls")[2]

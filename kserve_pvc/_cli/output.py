@@ -20,6 +20,7 @@ from kserve_pvc.errors import StoreError, printable
 # As in `_store`, what `path` does not need is imported by the verb that uses it.
 if TYPE_CHECKING:
     from kserve_pvc._download.warm import Warmed
+    from kserve_pvc._keys.usage import KeyUsage
     from kserve_pvc._volume.verify import Verification
 
 
@@ -131,6 +132,14 @@ def describe_row(model: Model) -> dict[str, Any]:
         "created_at": model.created_at,
         "pinned": False,
     }
+
+
+def describe_damaged(key: KeyUsage) -> dict[str, Any]:
+    """
+    Return the row of a model that counts as absent, with what is damaged.
+    """
+    unknown = {"version": None, "path": None, "size_bytes": 0, "files": 0, "created_at": None, "pinned": False}
+    return {"uri": key.uri, "key": key.key, **unknown, "damage": key.damage}
 
 
 def describe_verification(report: Verification) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._cli.output import (
+    describe_damaged,
     describe_identity,
     describe_model,
     describe_row,
@@ -167,9 +168,10 @@ def path(store: ModelStore, arguments: argparse.Namespace) -> int:
 def ls(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import count, format_bytes
 
-    models = store.list()
+    models, usage = store.list(), store.usage()
+    damaged = [key for key in usage.keys if key.damage is not None]
     if arguments.json:
-        print_json([describe_row(model) for model in models])
+        print_json([*map(describe_row, models), *map(describe_damaged, damaged)])
         return 0
     print_table(
         ("URI", "SIZE", "FILES", "CREATED", "KEY"),
@@ -182,10 +184,34 @@ def ls(store: ModelStore, arguments: argparse.Namespace) -> int:
                 m.key,
             )
             for m in models
-        ],
+        ]
+        + [(key.uri or "unknown", "DAMAGED", "", "", key.key) for key in damaged],
     )
     if not arguments.quiet:
         say(f"{count(len(models), 'model')}, {format_bytes(sum(m.size_bytes for m in models))} at {store.root}")
+        unfinished = [key for key in usage.keys if key.unfinished_bytes]
+        if unfinished:
+            occupied = format_bytes(sum(key.unfinished_bytes for key in unfinished))
+            say(f"{occupied} of {count(len(unfinished), 'unfinished download')}, see `kserve-pvc du`")
+        if damaged:
+            say(f"{count(len(damaged), 'model')} damaged, and absent until downloaded again; see `verify --all`")
+    return 0
+
+
+def du(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._show.units import format_bytes
+
+    usage = store.usage()
+    if arguments.json:
+        print_json(attrs.asdict(usage))
+        return 0
+    rows = [(key.uri or "unknown", key.size_bytes, key.unfinished_bytes, key.key) for key in usage.keys]
+    print_table(
+        ("URI", "MODEL", "UNFINISHED", "KEY"),
+        [(uri, format_bytes(size), format_bytes(unfinished), key) for uri, size, unfinished, key in rows],
+    )
+    if not arguments.quiet:
+        say(f"{format_bytes(usage.trash_bytes)} in the trash, {format_bytes(usage.free_bytes)} free at {store.root}")
     return 0
 
 

@@ -35,7 +35,7 @@ def find_ref(volume: Volume, name: str) -> ModelRef | None:
             return None
         name = parts[1]
     key = _find_key(volume, name)
-    return None if key is None else _ref_of(volume, key)
+    return None if key is None else ref_of_key(volume, key)
 
 
 def _find_key(volume: Volume, name: str) -> str | None:
@@ -43,8 +43,10 @@ def _find_key(volume: Volume, name: str) -> str | None:
     return next((key for key in keys if name in (key, layout.view_link(key).name)), read_aliases(volume).get(name))
 
 
-def _ref_of(volume: Volume, key: str) -> ModelRef | None:
-    """What the newest undamaged record of a key speaks of, or the claim of a download that has published nothing."""
+def ref_of_key(volume: Volume, key: str) -> ModelRef | None:
+    """
+    Return what the newest undamaged record of a key speaks of, or the claim of a download that has published nothing.
+    """
     for name in reversed(volume.list_names(layout.log_dir(key))):
         with suppress(StoreError):
             place = layout.record_file(key, name)
