@@ -553,11 +553,16 @@ class ModelStore:
         revision: str | None = None,
         allow_patterns: Patterns = None,
         ignore_patterns: Patterns = None,
+        callback: Callback | None = None,
+        progress: bool | None = False,
     ) -> Verification:
         """
         Compare a model with its record: missing and foreign files, sizes, and at level `full` digests.
 
-        Works offline and on a read-only mount, and changes nothing.
+        Works offline and on a read-only mount, and changes nothing. Several files are read at a time.
+
+        Args:
+            callback, progress: As in `ensure`, at level `full`.
 
         Raises:
             ModelNotFoundError: It is absent.
@@ -566,17 +571,20 @@ class ModelStore:
         view = self._lookup.view(ref)
         if view.entry is None and view.damage is None:
             raise self._lookup.absent(ref, view)
-        return self._verify(ref.uri, view, level)
+        return self._verify(ref.uri, view, level, partial(_listen, progress, callback))
 
-    def verify_all(self, level: Level = "size") -> Iterator[Verification]:
+    def verify_all(
+        self, level: Level = "size", *, callback: Callback | None = None, progress: bool | None = False
+    ) -> Iterator[Verification]:
         """
-        Verify every model, those with a damaged record included, one after the other.
+        Verify every model, those with a damaged record included, one after the other. The arguments are as in `verify`.
         """
+        listen = partial(_listen, progress, callback)
         for key, view in self._lookup.views():
             if view.damage is not None or view.present is not None:
-                yield self._verify(view.entry.uri if view.entry else key, view, level)
+                yield self._verify(view.entry.uri if view.entry else key, view, level, listen)
 
-    def _verify(self, uri: str, view: LogView, level: Level) -> Verification:
+    def _verify(self, uri: str, view: LogView, level: Level, listen: Listen) -> Verification:
         from kserve_pvc._volume.verify import report_damage, verify_files
 
         check_choice("level", level, ("size", "full"))
@@ -587,7 +595,19 @@ class ModelStore:
         except StoreFormatError as damage:
             return report_damage(damage, uri=uri, level=level)
         place = layout.generation_dir(view.present.key, view.present.generation)
-        return verify_files(self._volume, place, manifest, uri=uri, level=level)
+        verify = partial(verify_files, self._volume, place, manifest, uri=uri, level=level)
+        if level == "size":
+            return verify()
+        from kserve_pvc._show.events import BytesReceived, TransferStarted
+
+        subject: Subject = {"store": str(self.root), "key": manifest.key, "uri": uri, "ref": uri}
+        with listen() as tell:
+            tell(
+                TransferStarted(
+                    **subject, bytes_total=manifest.size_bytes, files=len(manifest.files), activity="verifying"
+                )
+            )
+            return verify(read=lambda count: tell(BytesReceived(**subject, size_bytes=count)))
 
     def remove(
         self,

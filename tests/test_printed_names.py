@@ -208,3 +208,16 @@ def test_ls_and_du_show_what_is_unfinished(root, run, model):
     assert "fake://h/m" in out
     assert "in the trash" in err
     assert "of 1 unfinished download" in run("ls")[2]
+
+
+def test_verify_full_shows_progress(run, model):
+    """
+    Reading every byte takes long, so it is shown, unless the command is quiet; comparing sizes is not.
+    """
+    full, quiet, size = (run(*options, "verify", *level, "--all")[2] for options, level in MODES)
+
+    assert full.startswith(f"kserve-pvc: verifying {model.uri}: ")
+    assert (quiet, size) == ("", "")
+
+
+MODES = (([], ["--full"]), (["-q"], ["--full"]), ([], []))

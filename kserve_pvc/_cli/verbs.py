@@ -269,7 +269,11 @@ def verify(store: ModelStore, arguments: argparse.Namespace) -> int:
         return 2
     if arguments.all and (arguments.uri is not None or any(selection(arguments).values())):
         raise SettingsError("--all", str(arguments.uri or "with a selection"), "verify one model, or all of them")
-    reports = store.verify_all(level) if arguments.all else [store.verify(arguments.uri, level, **selection(arguments))]
+    progress = False if arguments.quiet else None
+    if arguments.all:
+        reports = store.verify_all(level, progress=progress)
+    else:
+        reports = iter([store.verify(arguments.uri, level, **selection(arguments), progress=progress)])
     seen = []
     for report in reports:
         seen.append(report)
