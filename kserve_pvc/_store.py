@@ -404,7 +404,7 @@ class ModelStore:
 
         Args:
             items: URIs, absolute paths, `ModelRef`s, or mappings with `uri` and, if needed, `revision`,
-                `allow_patterns` and `ignore_patterns`.
+                `allow_patterns` and `ignore_patterns`, and with `refresh` or `force_download` for this item.
             executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched
                 one after the other, each by several streams. The store is sent to an executor of processes, with its
                 `backends`, `storage_options` and `filesystems`, so these must pickle then; lines take the place of

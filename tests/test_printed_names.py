@@ -221,3 +221,36 @@ def test_verify_full_shows_progress(run, model):
 
 
 MODES = (([], ["--full"]), (["-q"], ["--full"]), ([], []))
+
+
+@pytest.mark.parametrize("place", ["line", "argument", "object"])
+def test_an_item_of_warm_has_options_of_its_own(root, run, source, tmp_path, place):
+    """
+    A selection and a way to fetch for each model: after its URI in a file or in quotes, or as fields of an object.
+    """
+    options = {
+        "line": "--allow '*.json' --allow 'w*' --force-download",
+        "argument": "--allow '*.json' --allow 'w*' --force-download",
+    }
+    item = f"file://{source} {options.get(place, '')}"
+    if place == "object":
+        item = json.dumps({"uri": f"file://{source}", "allow_patterns": ["*.json", "w*"], "force_download": True})
+    (tmp_path / "catalogue").write_text(f"# models\n{item}\nfile://{source}\n")
+    arguments = [item, f"file://{source}"] if place == "argument" else ["-f", str(tmp_path / "catalogue")]
+
+    first, second = (run("--json", "warm", *arguments) for _ in range(2))
+
+    assert (first[0], second[0]) == (0, 0)
+    statuses = [[row["status"] for row in json.loads(out)] for _, out, _ in (first, second)]
+    assert statuses == [["downloaded", "downloaded"], ["downloaded", "present"]]
+    assert ModelStore(root).get(f"file://{source}", allow_patterns=["*.json", "w*"]).status == "present"
+
+
+@pytest.mark.parametrize("options", ["--nonsense", "--revision", "--allow 'open"])
+def test_an_option_of_an_item_that_is_wrong_is_refused(root, run, source, options):
+    """
+    The error names the item, and nothing is fetched.
+    """
+    code, _, err = run("warm", f"file://{source} {options}")
+
+    assert (code, "item 1" in err, list(root.iterdir())) == (2, True, [])

@@ -5,7 +5,6 @@ The store that a verb gets, and when one is made: by `init`, or for a download o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kserve_pvc._cli.verbs import selection, warm_items
@@ -121,8 +120,10 @@ def _can_begin(reading: ModelStore, arguments: argparse.Namespace) -> bool:
 
 
 def _is_valid(item: Item) -> bool:
+    from kserve_pvc._download.warm import normalize_item, parse_item
+
     try:
-        parse_ref(**item) if isinstance(item, Mapping) else parse_ref(item)
+        parse_item(normalize_item(item, "item"))
     except StoreError:
         return False
     return True

@@ -106,13 +106,14 @@ def _add_patience(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_warm(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("uris", metavar="URI", nargs="*")
+    parser.add_argument("uris", metavar="URI", nargs="*", help="a model, in quotes with options as in FILE")
     parser.add_argument(
         "-f",
         "--file",
         action="append",
         metavar="FILE",
-        help="read models from FILE, one a line, as a URI or a JSON object; `-` is standard input",
+        help="read models from FILE, one a line, as a URI, if need be with `--revision`, `--allow`, `--ignore`, "
+        "`--refresh` or `--force-download` after it, or as a JSON object; `-` is standard input",
     )
     parser.add_argument(
         "--workers",
