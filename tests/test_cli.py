@@ -473,7 +473,7 @@ def exit_codes(model, tmp_path):
         (3, "ModelNotFoundError", ["info", absent], {}),
         (3, "ModelNotFoundError", ["verify", absent], {}),
         (3, "ModelNotFoundError", ["rm", absent], {}),
-        (3, "ModelNotFoundError", ["ensure", "--local-files-only", absent], {}),
+        (3, "OfflineError", ["ensure", "--local-files-only", absent], {}),
         (4, "ReadOnlyStoreError", ["ensure", absent], {"KSERVE_PVC_MODE": "r"}),
         (4, "ReadOnlyStoreError", ["rm", model.uri], {"KSERVE_PVC_MODE": "r"}),
         (4, "ReadOnlyStoreError", ["locks", "--break", model.uri], {"KSERVE_PVC_MODE": "r"}),
