@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kserve_pvc._filesystem import filesystem
     from kserve_pvc._format.records import FileEntry, Record
     from kserve_pvc._keys.claims import LockInfo
+    from kserve_pvc._keys.usage import KeyUsage, Usage
     from kserve_pvc._model import Model
     from kserve_pvc._opening import StoreArguments
     from kserve_pvc._settings import Mode, mode_from_annotations
@@ -65,6 +66,8 @@ if TYPE_CHECKING:
         MissingDependencyError,
         ModelInUseError,
         ModelNotFoundError,
+        NoStoreError,
+        OfflineError,
         PolicyError,
         ReadOnlyStoreError,
         SettingsError,
@@ -112,6 +115,7 @@ _HOMES = {
     "FailedModel": "_download.warm",
     "FileEntry": "_format.records",
     "Finding": "_doctor.diagnosis",
+    "KeyUsage": "_keys.usage",
     "Level": "_volume.verify",
     "LockInfo": "_keys.claims",
     "LockTest": "_doctor.reports",
@@ -143,6 +147,7 @@ _HOMES = {
     "SupportsPages": "_source.contract",
     "SupportsTuning": "_source.contract",
     "TransferStarted": "_show.events",
+    "Usage": "_keys.usage",
     "Verification": "_volume.verify",
     "WaitingForDownload": "_show.events",
     "Warmed": "_download.warm",
@@ -174,6 +179,7 @@ __all__ = [
     "InsufficientSpaceError",
     "InvalidFileError",
     "InvalidURIError",
+    "KeyUsage",
     "Level",
     "LockInfo",
     "LockServiceError",
@@ -189,6 +195,8 @@ __all__ = [
     "ModelRef",
     "ModelRemoved",
     "ModelStore",
+    "NoStoreError",
+    "OfflineError",
     "Patterns",
     "PeerReport",
     "Plan",
@@ -224,6 +232,7 @@ __all__ = [
     "UnknownOptionError",
     "UnknownSchemeError",
     "UnsafePathError",
+    "Usage",
     "Verification",
     "VolumeError",
     "WaitingForDownload",

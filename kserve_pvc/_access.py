@@ -80,6 +80,14 @@ class SourceAccess:
             self._offline = is_offline()
         return self._offline
 
+    def why_offline(self, local_files_only: bool) -> str:
+        """
+        Say why no source may be requested for a call; empty if one may.
+        """
+        if local_files_only:
+            return "`local_files_only` is set"
+        return "the store is offline (`KSERVE_PVC_OFFLINE` or `offline=True`)" if self.is_offline else ""
+
     def check_online(self, ref: ModelRef) -> None:
         """
         Raises:

@@ -21,7 +21,15 @@ from kserve_pvc._keys.log import LogView, read_log_of, read_manifest, read_model
 from kserve_pvc._process import newest_returned, remember_returned
 from kserve_pvc._source.ref import ModelRef
 from kserve_pvc._volume.reading import Volume
-from kserve_pvc.errors import DamagedRecordError, ModelNotFoundError, StoreFormatError, StoreRootError, VolumeError
+from kserve_pvc.errors import (
+    DamagedRecordError,
+    ModelNotFoundError,
+    NoStoreError,
+    OfflineError,
+    StoreFormatError,
+    StoreRootError,
+    VolumeError,
+)
 
 # A server that starts on a warm volume loads what is imported above and nothing else. What downloads, removes, checks
 # or talks to a source is imported by the method that does it.
@@ -207,14 +215,21 @@ class Lookup:
         """
         remember_returned(self.identity, entry.key, entry.seq)
 
-    def absent(self, ref: ModelRef, view: LogView) -> ModelNotFoundError:
+    def absent(self, ref: ModelRef, view: LogView, why_offline: str = "") -> ModelNotFoundError:
         """
         Make the error for a model that is absent.
+
+        Args:
+            why_offline: Why it is not downloaded, if it might be.
         """
         if view.damage is not None:
             return DamagedRecordError(
                 ref=str(ref), root=str(self._volume.root), path=view.damage.path, reason=view.damage.reason
             )
+        if why_offline:
+            return OfflineError(str(ref), str(self._volume.root), why_offline)
+        if self._volume.settings is None and layout.SETTINGS.name not in self._volume.list_names(layout.META):
+            return NoStoreError(str(ref), str(self._volume.root))
         return ModelNotFoundError(str(ref), str(self._volume.root))
 
     def list_keys(self) -> Sequence[str]:

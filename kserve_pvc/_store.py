@@ -27,6 +27,7 @@ from kserve_pvc._opening import (
     check_arguments,
     check_tuning,
     open_store,
+    read_store_settings,
 )
 from kserve_pvc._process import flight_of, this_process
 from kserve_pvc._source.arguments import check_cancel, check_choice, check_count, check_listener, check_timeout
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from kserve_pvc._download.plan import Plan
     from kserve_pvc._download.warm import Item, Listen, Warmed
     from kserve_pvc._keys.claims import LockInfo
+    from kserve_pvc._keys.usage import Usage
     from kserve_pvc._settings import Mode
     from kserve_pvc._show.events import Listener, Subject
     from kserve_pvc._show.progress import Callback
@@ -179,6 +181,20 @@ class ModelStore:
     def mode(self) -> Mode:
         return "r" if self._writing is None else "rw"
 
+    @property
+    def exists(self) -> bool:
+        """
+        Whether there is a store at the root. One that is opened read-only may be made later, by another process.
+        """
+        return self.settings is not None
+
+    @property
+    def settings(self) -> StoreSettings | None:
+        """
+        The settings that all writers of the store share, or None if there is no store.
+        """
+        return read_store_settings(self._volume) if self._writing is None else self._writing[1]
+
     def __repr__(self) -> str:
         return f"ModelStore({str(self.root)!r}, mode={self.mode!r})"
 
@@ -276,8 +292,8 @@ class ModelStore:
         entry = view.present
         if entry is not None and (local_files_only or not (refresh or force_download)):
             return self._found(ref, entry, started, on_event)
-        if entry is None and (local_files_only or self._sources.is_offline):
-            raise self._lookup.absent(ref, view)
+        if entry is None and (why := self._sources.why_offline(local_files_only)):
+            raise self._lookup.absent(ref, view, why)
         self._sources.check_online(ref)
         if entry is None or force_download:
             self._writer(f"download `{ref}`", view.damage)
@@ -387,7 +403,7 @@ class ModelStore:
 
         Args:
             items: URIs, absolute paths, `ModelRef`s, or mappings with `uri` and, if needed, `revision`,
-                `allow_patterns` and `ignore_patterns`.
+                `allow_patterns` and `ignore_patterns`, and with `refresh` or `force_download` for this item.
             executor: What fetches several at a time, such as a `ThreadPoolExecutor(4)`. Without one they are fetched
                 one after the other, each by several streams. The store is sent to an executor of processes, with its
                 `backends`, `storage_options` and `filesystems`, so these must pickle then; lines take the place of
@@ -447,11 +463,32 @@ class ModelStore:
     def __contains__(self, uri: Source) -> bool:
         return self._lookup.view(parse_ref(uri)).present is not None
 
+    def find(self, name: str) -> ModelRef | None:
+        """
+        Return the model that is meant by something this store prints: a key, an alias, or a directory of a model.
+
+        Pass the result to any method in place of a URI. The model need not be present. Without network.
+
+        Returns:
+            None if the store knows no such model.
+        """
+        from kserve_pvc._keys.naming import find_ref
+
+        return find_ref(self._volume, name)
+
     def list(self) -> list[Model]:
         """
         Every complete model, by key. A model whose newest record is damaged is left out; `verify` names it.
         """
         return self._lookup.models()
+
+    def usage(self) -> Usage:
+        """
+        Measure what the store occupies: its models, what unfinished downloads left, and the trash; damaged models too.
+        """
+        from kserve_pvc._keys.usage import measure
+
+        return measure(self._volume, self._lookup.views())
 
     def resolve(
         self,
@@ -515,11 +552,16 @@ class ModelStore:
         revision: str | None = None,
         allow_patterns: Patterns = None,
         ignore_patterns: Patterns = None,
+        callback: Callback | None = None,
+        progress: bool | None = False,
     ) -> Verification:
         """
         Compare a model with its record: missing and foreign files, sizes, and at level `full` digests.
 
-        Works offline and on a read-only mount, and changes nothing.
+        Works offline and on a read-only mount, and changes nothing. Several files are read at a time.
+
+        Args:
+            callback, progress: As in `ensure`, at level `full`.
 
         Raises:
             ModelNotFoundError: It is absent.
@@ -528,17 +570,20 @@ class ModelStore:
         view = self._lookup.view(ref)
         if view.entry is None and view.damage is None:
             raise self._lookup.absent(ref, view)
-        return self._verify(ref.uri, view, level)
+        return self._verify(ref.uri, view, level, partial(_listen, progress, callback))
 
-    def verify_all(self, level: Level = "size") -> Iterator[Verification]:
+    def verify_all(
+        self, level: Level = "size", *, callback: Callback | None = None, progress: bool | None = False
+    ) -> Iterator[Verification]:
         """
-        Verify every model, those with a damaged record included, one after the other.
+        Verify every model, those with a damaged record included, one after the other. The arguments are as in `verify`.
         """
+        listen = partial(_listen, progress, callback)
         for key, view in self._lookup.views():
             if view.damage is not None or view.present is not None:
-                yield self._verify(view.entry.uri if view.entry else key, view, level)
+                yield self._verify(view.entry.uri if view.entry else key, view, level, listen)
 
-    def _verify(self, uri: str, view: LogView, level: Level) -> Verification:
+    def _verify(self, uri: str, view: LogView, level: Level, listen: Listen) -> Verification:
         from kserve_pvc._volume.verify import report_damage, verify_files
 
         check_choice("level", level, ("size", "full"))
@@ -549,7 +594,19 @@ class ModelStore:
         except StoreFormatError as damage:
             return report_damage(damage, uri=uri, level=level)
         place = layout.generation_dir(view.present.key, view.present.generation)
-        return verify_files(self._volume, place, manifest, uri=uri, level=level)
+        verify = partial(verify_files, self._volume, place, manifest, uri=uri, level=level)
+        if level == "size":
+            return verify()
+        from kserve_pvc._show.events import BytesReceived, TransferStarted
+
+        subject: Subject = {"store": str(self.root), "key": manifest.key, "uri": uri, "ref": uri}
+        with listen() as tell:
+            tell(
+                TransferStarted(
+                    **subject, bytes_total=manifest.size_bytes, files=len(manifest.files), activity="verifying"
+                )
+            )
+            return verify(read=lambda count: tell(BytesReceived(**subject, size_bytes=count)))
 
     def remove(
         self,

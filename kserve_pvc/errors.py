@@ -3,6 +3,7 @@ What can go wrong, sorted by what the caller can do about it.
 
 Every deliberate error is a `StoreError` and also the builtin that a Python caller expects. Fields carry the facts, the
 message says what happened and then what to do, and every error pickles, because errors cross process boundaries.
+Longer than other modules: one place says what all of them mean.
 `exit_code` is what the command line returns for it. `docs/reference/errors.md` shows an example of every message.
 """
 
@@ -242,6 +243,35 @@ class ModelNotFoundError(StoreError, FileNotFoundError):
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)
+class NoStoreError(ModelNotFoundError):
+    """
+    There is no store at the root, as where a volume is not mounted. `ref` is empty if no model was named.
+    """
+
+    def _message(self) -> str:
+        what = f"no store at `{self.root}`, so no `{self.ref}`" if self.ref else f"no store at `{self.root}`"
+        how = "`kserve-pvc init`, `ensure` a model, or `import` a bundle"
+        return f"{what}; mount the volume there, or make one: {how}"
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
+class OfflineError(ModelNotFoundError):
+    """
+    The model is not in the store, and no source may be requested. `reason` says by which setting.
+    """
+
+    ref: str
+    root: str
+    reason: str
+
+    def _message(self) -> str:
+        return (
+            f"`{self.ref}` is not in the store at `{self.root}`, and not downloaded, because {self.reason}; "
+            "unset that, or `import` a bundle of the model"
+        )
+
+
+@attrs.define(slots=False, str=False, repr=False, eq=False)
 class DamagedRecordError(ModelNotFoundError, StoreFormatError):
     """
     The newest record of a model is damaged, so the model counts as absent until it is downloaded again.
@@ -321,13 +351,19 @@ class DownloadCancelledError(StoreError, InterruptedError):
 
     It is an `InterruptedError` because the call was interrupted from outside and may simply be repeated. It is not a
     `CancelledError` of `asyncio` or `concurrent.futures`: these mean the cancellation of a task or a future.
+
+    `kept_bytes` of the `size_bytes` of the model need not be fetched by the next call; both are 0 if the call was not
+    downloading yet.
     """
 
     exit_code: ClassVar[int] = 1
     ref: str
+    kept_bytes: int = 0
+    size_bytes: int = 0
 
     def _message(self) -> str:
-        return f"the call for `{self.ref}` was cancelled; what it fetched is kept, call again to continue"
+        kept = f"{self.kept_bytes} of {self.size_bytes} bytes are kept, " if self.size_bytes else ""
+        return f"the call for `{self.ref}` was cancelled; {kept}call again to continue"
 
 
 @attrs.define(slots=False, str=False, repr=False, eq=False)

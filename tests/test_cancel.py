@@ -410,7 +410,7 @@ def test_a_cancelled_call_says_what_it_was_about():
     error = DownloadCancelledError("s3://bucket/model")
 
     assert str(error).startswith("the call for `s3://bucket/model` was cancelled; ")
-    assert error.fields == {"ref": "s3://bucket/model"}
+    assert error.fields == {"ref": "s3://bucket/model", "kept_bytes": 0, "size_bytes": 0}
 
 
 def test_an_interrupt_does_not_wait_for_a_silent_source(root, origin, upload, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import termios
@@ -201,13 +202,16 @@ def test_ls_prints_a_table(root, model):
 
 def test_an_empty_store_is_an_empty_list(root):
     """
-    A volume without models is no error, and nothing is created on it.
+    A store without models is no error, and nothing is added to it.
     """
+    ModelStore(root, mode="rw")
+    before = read_tree(root)
+
     results = [shell.kserve_pvc(root, "--json", *verb) for verb in (["ls"], ["locks"], ["verify", "--all"])]
 
     assert [shell.document(result) for result in results] == [[], [], {"ok": True, "models": []}]
     assert [result.returncode for result in results] == [0, 0, 0]
-    assert list(root.iterdir()) == []
+    assert read_tree(root) == before
 
 
 def test_info_says_what_is_known(root, model):
@@ -419,9 +423,9 @@ def test_sigterm_gives_the_claim_back(root, upload, s3_env, proxy):
     assert proxy.body_bytes() <= 12 * 100_000 + 2 * 100_000
 
 
-def test_an_interrupt_says_that_work_is_kept(root, downloading, proxy):
+def test_an_interrupt_says_how_much_is_kept(root, downloading, proxy):
     """
-    Ctrl-C ends with 130, gives the claim back and prints no trace.
+    Ctrl-C ends with 130, gives the claim back, prints no trace, and says how much the next call need not fetch.
     """
     process, _ = downloading
 
@@ -430,7 +434,9 @@ def test_an_interrupt_says_that_work_is_kept(root, downloading, proxy):
     _, stderr = process.communicate(timeout=20)
 
     assert (process.returncode, "Traceback" in stderr) == (130, False)
-    assert stderr.splitlines()[-1] == "kserve-pvc: interrupted; what was fetched is kept for the next call"
+    said, kept = stderr.splitlines()[-2:]
+    assert said == "kserve-pvc: interrupted"
+    assert re.fullmatch(r"kserve-pvc: \d.* of `s3://\S+` are kept; the next call fetches the rest", kept), kept
     assert list(ModelStore(root).locks()) == []
 
 
@@ -467,7 +473,7 @@ def exit_codes(model, tmp_path):
         (3, "ModelNotFoundError", ["info", absent], {}),
         (3, "ModelNotFoundError", ["verify", absent], {}),
         (3, "ModelNotFoundError", ["rm", absent], {}),
-        (3, "ModelNotFoundError", ["ensure", "--local-files-only", absent], {}),
+        (3, "OfflineError", ["ensure", "--local-files-only", absent], {}),
         (4, "ReadOnlyStoreError", ["ensure", absent], {"KSERVE_PVC_MODE": "r"}),
         (4, "ReadOnlyStoreError", ["rm", model.uri], {"KSERVE_PVC_MODE": "r"}),
         (4, "ReadOnlyStoreError", ["locks", "--break", model.uri], {"KSERVE_PVC_MODE": "r"}),
@@ -508,6 +514,7 @@ def test_the_document_of_an_error_has_its_fields(root, tmp_path):
     What a program needs to know about an error are fields beside type and message.
     """
     uri = f"file://{tmp_path}/absent"
+    ModelStore(root, mode="rw")
 
     document = shell.document(shell.kserve_pvc(root, "--json", "path", uri))
 
@@ -648,6 +655,7 @@ def test_the_store_comes_from_the_environment(root, model, tmp_path):
     `KSERVE_PVC_STORE` is the store unless `--store` names another.
     """
     (tmp_path / "empty").mkdir()
+    ModelStore(tmp_path / "empty", mode="rw")
 
     chosen = shell.run([*shell.COMMAND, "--json", "ls"], env={"KSERVE_PVC_STORE": str(root)})
     other = shell.run(

@@ -92,6 +92,8 @@ def raise_error(error: StoreError) -> None:
 # What to do on a stage, and how it fails. In the order of the page.
 EXAMPLES: list[tuple[type[StoreError], Callable[[Stage], object]]] = [
     (errors.ModelNotFoundError, lambda s: s.store.get(s.absent)),
+    (errors.NoStoreError, lambda s: raise_error(errors.NoStoreError("", "/mnt/models"))),
+    (errors.OfflineError, lambda s: s.store.ensure(s.absent, local_files_only=True)),
     (errors.DamagedRecordError, lambda s: (s.damage_log(), s.store.get(s.source))),
     (errors.ReadOnlyStoreError, lambda s: ModelStore(s.root).ensure(s.absent)),
     (

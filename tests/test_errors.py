@@ -29,6 +29,8 @@ CONTRACT = {
     errors.StoreRootError: (NotADirectoryError, 1),
     errors.StoreFormatError: (ValueError, 1),
     errors.ModelNotFoundError: (FileNotFoundError, 3),
+    errors.NoStoreError: (FileNotFoundError, 3),
+    errors.OfflineError: (FileNotFoundError, 3),
     errors.DamagedRecordError: (FileNotFoundError, 3),
     errors.ModelInUseError: (BlockingIOError, 1),
     errors.ReadOnlyStoreError: (PermissionError, 4),

@@ -184,7 +184,7 @@ for call in (store.ensure, store.resolve, store.plan):
         print(type(error).__name__)
 store.export(uri, bundle + ".again", progress=False)
 """
-SERVED = ["downloaded", "present True 2", "ModelNotFoundError", "PolicyError", "PolicyError"]
+SERVED = ["downloaded", "present True 2", "OfflineError", "PolicyError", "PolicyError"]
 
 
 def test_no_socket_is_made_offline(uri, bundle, isolated, tool, tmp_path):

@@ -106,6 +106,8 @@ for source in sources:
 verifications: Iterator[Verification] = store.verify_all("full")
 holders: list[str] = [lock.holder for lock in store.locks()]
 names: Mapping[str, str] = store.aliases()
+assert_type(store.find("llama"), ModelRef | None)
+assert_type(store.usage(), kserve_pvc.Usage)
 healthy: bool = store.doctor(timeout=None).ok
 
 

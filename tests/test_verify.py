@@ -4,6 +4,8 @@ What is found when a directory is compared with its manifest.
 
 import hashlib
 import os
+import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 
@@ -242,3 +244,27 @@ def test_what_was_never_hashed_is_not_vouched_for(root, tmp_path):
     assert store.verify(uri).ok
     detail = "no sha256 was recorded, because the model was fetched without hashing"
     assert store.verify(uri, "full").problems == (Problem(path="weights.bin", kind="digest", detail=detail),)
+
+
+def test_files_are_read_by_several_threads_and_every_byte_is_told(monkeypatch):
+    """
+    At level `full` one slow file does not keep the others waiting, problems keep their order, and progress is complete.
+    """
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    both = threading.Barrier(2, timeout=10)
+    data = {name: name.encode() * 1000 for name in "ab"}
+    entries = [FileEntry(path=name, size_bytes=1000, sha256="0" * 64) for name in data]
+    told: list[int] = []
+
+    @contextmanager
+    def open_file(path):
+        both.wait()  # Fails unless two files are open at a time.
+        with tempfile.TemporaryFile() as file:
+            file.write(data[str(path)])
+            file.flush()
+            yield file.fileno()
+
+    problems = list(compare(entries, [found(name, 1000) for name in data], open_file, "full", told.append))
+
+    assert [(problem.path, problem.kind) for problem in problems] == [("a", "digest"), ("b", "digest")]
+    assert sum(told) == 2000

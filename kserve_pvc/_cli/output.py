@@ -20,6 +20,7 @@ from kserve_pvc.errors import StoreError, printable
 # As in `_store`, what `path` does not need is imported by the verb that uses it.
 if TYPE_CHECKING:
     from kserve_pvc._download.warm import Warmed
+    from kserve_pvc._keys.usage import KeyUsage
     from kserve_pvc._volume.verify import Verification
 
 
@@ -32,19 +33,26 @@ def fail(error: BaseException, *, verbose: bool) -> int:
     return exit_code(error)
 
 
-def stop(kind: str, message: str, code: int) -> int:
+def stop(error: BaseException, message: str, code: int) -> int:
     """
-    Print why a call was ended from outside, and return its exit code.
+    Print why a call was ended from outside and what is kept, and return its exit code.
     """
     say(message)
-    print_document({"error": {"type": kind, "message": message}})
+    say_kept(error)
+    text = "; ".join([message, *_notes(error)])
+    print_document({"error": {"type": type(error).__name__, "message": text}})
     return code
 
 
 def print_error(error: BaseException, about: str, *, verbose: bool) -> None:
-    if not verbose:
+    if verbose:
+        _print_traceback(error)
+    else:
         say(f"{about}{_reason(error)}")
-        return
+    say_kept(error)
+
+
+def _print_traceback(error: BaseException) -> None:
     import traceback
 
     # Without the chain: the message of a foreign error may contain a signed URL.
@@ -53,6 +61,23 @@ def print_error(error: BaseException, about: str, *, verbose: bool) -> None:
     text = f"{kind}: {error}\n" if isinstance(error, StoreError) else f"{_reason(error)}\n"
     with suppress(OSError), above_bars(sys.stderr):
         sys.stderr.writelines(["Traceback (most recent call last):\n", *frames, text])
+
+
+def say_kept(error: BaseException) -> None:
+    """
+    Print how much of a download is kept that an error or an interrupt ended.
+    """
+    for note in _notes(error):
+        say(note)
+
+
+def _notes(error: BaseException) -> list[str]:
+    notes = getattr(error, "__notes__", ())
+    if not notes:
+        return []
+    from kserve_pvc._source.redaction import redact
+
+    return [printable(redact(note)) for note in notes]
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
@@ -146,6 +171,14 @@ def describe_row(model: Model) -> dict[str, Any]:
         "created_at": model.created_at,
         "pinned": False,
     }
+
+
+def describe_damaged(key: KeyUsage) -> dict[str, Any]:
+    """
+    Return the row of a model that counts as absent, with what is damaged.
+    """
+    unknown = {"version": None, "path": None, "size_bytes": 0, "files": 0, "created_at": None, "pinned": False}
+    return {"uri": key.uri, "key": key.key, **unknown, "damage": key.damage}
 
 
 def describe_verification(report: Verification) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from kserve_pvc._cli.verbs import (
     alias,
     completion,
     doctor,
+    du,
     ensure,
     export,
     import_,
     info,
+    init,
     initialize,
     kserve_patch,
     locks,
@@ -161,13 +163,14 @@ def _add_patience(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_warm(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("uris", metavar="URI", nargs="*")
+    parser.add_argument("uris", metavar="URI", nargs="*", help="a model, in quotes with options as in FILE")
     parser.add_argument(
         "-f",
         "--file",
         action="append",
         metavar="FILE",
-        help="read models from FILE, one a line, as a URI or a JSON object; `-` is standard input (default: none)",
+        help="read models from FILE, one a line, as a URI, if need be with `--revision`, `--allow`, `--ignore`, "
+        "`--refresh` or `--force-download` after it, or as a JSON object; `-` is standard input (default: none)",
     )
     parser.add_argument(
         "--workers",
@@ -243,6 +246,16 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         default=defaults.TIMEOUT,
         metavar="SECONDS",
         help="how long to wait for another downloader (default: %(default)g)",
+    )
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--locker", metavar="NAME", help="what decides which process downloads (default: lease)")
+    parser.add_argument(
+        "--lease-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="how long after its last heartbeat a downloader is taken over (default: by the kind of volume)",
     )
 
 
@@ -374,6 +387,7 @@ VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser]
     "warm": (warm, _add_warm, "download several models, skipping those that are present"),
     "path": (path, _add_model, "print the directory of a model that is present"),
     "ls": (ls, lambda _: None, "list the models"),
+    "du": (du, lambda _: None, "show what models, unfinished downloads and the trash occupy"),
     "info": (info, _add_model, "show the record of a model"),
     "plan": (plan, _add_plan, "show what `ensure` would do"),
     "verify": (verify, _add_verify, "compare models with their records"),
@@ -381,6 +395,7 @@ VERBS: Mapping[str, tuple[Callable[..., int], Callable[[argparse.ArgumentParser]
     "alias": (alias, _add_alias, "give a model a name that a pod can mount, or list the names"),
     "export": (export, _add_export, "write a model into one file, for machines without a network"),
     "import": (import_, _add_import, "add a model from a file that `export` wrote, and print its directory"),
+    "init": (init, _add_init, "make a store in an existing directory; other verbs that only read never do"),
     "locks": (locks, _add_locks, "show which processes are downloading"),
     "doctor": (doctor, _add_doctor, "examine a volume: what it supports, and what should be changed"),
     "initialize": (initialize, _add_initialize, "fill directories as KServe's storage initializer does"),

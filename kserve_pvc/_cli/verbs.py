@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._cli.output import (
+    describe_damaged,
     describe_error,
     describe_identity,
     describe_model,
@@ -35,8 +37,9 @@ from kserve_pvc._cli.streams import BinaryOutput, print_document, print_json, pu
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
 from kserve_pvc._source.redaction import redact
+from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._store import ModelStore
-from kserve_pvc.errors import InvalidFileError, SettingsError, printable
+from kserve_pvc.errors import InvalidFileError, ReadOnlyStoreError, SettingsError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that uses it.
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ def ensure(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
-    items = [*arguments.uris, *(item for name in arguments.file or () for item in _read_catalogue(name))]
+    items = warm_items(arguments)
     if not items and not arguments.file:
         raise SettingsError("URI", "", "name at least one URI, or a file of URIs with `-f`")
     if arguments.workers < 1:
@@ -76,6 +79,29 @@ def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
 
         say(f"{count(len(done), 'model')}, {len(failures) or 'none'} failed")
     return exit_code(failures[0]) if failures else 0
+
+
+def warm_items(arguments: argparse.Namespace) -> Sequence[Item]:
+    """
+    Read what a catalogue or the command line names, once.
+    """
+    if not hasattr(arguments, "items"):
+        catalogued = (item for name in arguments.file or () for item in _read_catalogue(name))
+        named = [_parse_item(text, f"item {number}") for number, text in enumerate(arguments.uris, 1)]
+        arguments.items = [*named, *catalogued]
+    items: Sequence[Item] = arguments.items
+    return items
+
+
+def init(store: ModelStore, arguments: argparse.Namespace) -> int:
+    settings = store.settings
+    if settings is None:
+        raise ReadOnlyStoreError(str(store.root), "make a store", "unset KSERVE_PVC_MODE, or set it to `rw`")
+    document = {"root": store.root, "locker": settings.locker, "lease_seconds": settings.lease_seconds}
+    print_result(arguments, {**document, "created_at": settings.created_at}, str(store.root))
+    if not arguments.quiet:
+        say(f"a store with locker {settings.locker} and leases of {settings.lease_seconds:g} s")
+    return 0
 
 
 def _warm_all(store: ModelStore, items: Iterable[Item], arguments: argparse.Namespace) -> list[Warmed]:
@@ -112,24 +138,49 @@ def _threads(workers: int) -> AbstractContextManager[ThreadPoolExecutor | None]:
 
 def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
     """
-    Read a catalogue: one model a line, as a URI or a JSON object. Blank lines and `#` comments are skipped.
+    Read a catalogue: one model a line, as a URI, with options after it, or a JSON object. Blank lines and `#` comments
+    are skipped.
     """
-    from kserve_pvc._download.warm import normalize_item
-
     try:
         lines = _read_input(name).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InvalidFileError(name, "cannot be read", "it is not text in UTF-8") from error
     for number, line in enumerate(map(str.strip, lines), 1):
-        if line.startswith("{"):
-            place = f"{name}, line {number}"
-            try:
-                item = json.loads(line)
-            except (ValueError, RecursionError):  # Without the line, which may hold a secret.
-                raise InvalidFileError(place, "invalid JSON", 'use `{"uri": "…"}` in one line') from None
-            yield normalize_item(item, place)
-        elif line and not line.startswith("#"):
-            yield line
+        if line and not line.startswith("#"):
+            yield _parse_item(line, f"{name}, line {number}")
+
+
+def _parse_item(text: str, place: str) -> str | dict[str, Any]:
+    """Read one model: a URI, a URI with options after it, or a JSON object."""
+    from kserve_pvc._download.warm import normalize_item
+
+    if text.startswith("{"):
+        try:
+            item = json.loads(text)
+        except (ValueError, RecursionError):  # Without the text, which may hold a secret.
+            raise InvalidFileError(place, "invalid JSON", 'use `{"uri": "…"}` in one line') from None
+        return normalize_item(item, place)
+    uri, *options = re.split(r"\s+(?=--[a-z])", text.strip(), maxsplit=1)
+    return {"uri": uri, **_parse_options(options[0], place)} if options else text
+
+
+def _parse_options(text: str, place: str) -> dict[str, Any]:
+    import shlex
+
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--revision")
+    parser.add_argument("--allow", action="append", dest="allow_patterns")
+    parser.add_argument("--ignore", action="append", dest="ignore_patterns")
+    for flag in ("--refresh", "--force-download"):
+        parser.add_argument(flag, action="store_true")
+    try:
+        options, rest = parser.parse_known_args(shlex.split(text))
+    except (argparse.ArgumentError, ValueError) as error:
+        raise InvalidFileError(place, "invalid options", str(error)) from None
+    if rest:
+        supported = "`--revision`, `--allow`, `--ignore`, `--refresh`, `--force-download`"
+        raise InvalidFileError(place, f"unknown option `{rest[0]}`", f"supported: {supported}")
+    return {name: value for name, value in vars(options).items() if value}
 
 
 def path(store: ModelStore, arguments: argparse.Namespace) -> int:
@@ -141,9 +192,10 @@ def path(store: ModelStore, arguments: argparse.Namespace) -> int:
 def ls(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import count, format_bytes
 
-    models = store.list()
+    models, usage = store.list(), store.usage()
+    damaged = [key for key in usage.keys if key.damage is not None]
     if arguments.json:
-        print_json([describe_row(model) for model in models])
+        print_json([*map(describe_row, models), *map(describe_damaged, damaged)])
         return 0
     print_table(
         ("URI", "SIZE", "FILES", "CREATED", "KEY"),
@@ -156,10 +208,34 @@ def ls(store: ModelStore, arguments: argparse.Namespace) -> int:
                 m.key,
             )
             for m in models
-        ],
+        ]
+        + [(key.uri or "unknown", "DAMAGED", "", "", key.key) for key in damaged],
     )
     if not arguments.quiet:
         say(f"{count(len(models), 'model')}, {format_bytes(sum(m.size_bytes for m in models))} at {store.root}")
+        unfinished = [key for key in usage.keys if key.unfinished_bytes]
+        if unfinished:
+            occupied = format_bytes(sum(key.unfinished_bytes for key in unfinished))
+            say(f"{occupied} of {count(len(unfinished), 'unfinished download')}, see `kserve-pvc du`")
+        if damaged:
+            say(f"{count(len(damaged), 'model')} damaged, and absent until downloaded again; see `verify --all`")
+    return 0
+
+
+def du(store: ModelStore, arguments: argparse.Namespace) -> int:
+    from kserve_pvc._show.units import format_bytes
+
+    usage = store.usage()
+    if arguments.json:
+        print_json(attrs.asdict(usage))
+        return 0
+    rows = [(key.uri or "unknown", key.size_bytes, key.unfinished_bytes, key.key) for key in usage.keys]
+    print_table(
+        ("URI", "MODEL", "UNFINISHED", "KEY"),
+        [(uri, format_bytes(size), format_bytes(unfinished), key) for uri, size, unfinished, key in rows],
+    )
+    if not arguments.quiet:
+        say(f"{format_bytes(usage.trash_bytes)} in the trash, {format_bytes(usage.free_bytes)} free at {store.root}")
     return 0
 
 
@@ -194,6 +270,8 @@ def plan(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import count, format_bytes
 
     plan = store.plan(arguments.uri, **selection(arguments), refresh=arguments.refresh)
+    if not store.exists:
+        say(f"there is no store at {store.root} yet; `ensure` makes one")
     if arguments.json:
         print_json({**attrs.asdict(plan), "fits": plan.fits})
         return 0
@@ -212,7 +290,13 @@ def verify(store: ModelStore, arguments: argparse.Namespace) -> int:
     level: Level = "full" if arguments.full else "size"
     if arguments.uri is None and not arguments.all:
         raise SettingsError("URI", "", "name a URI, or write `--all`")
-    reports = store.verify_all(level) if arguments.all else [store.verify(arguments.uri, level, **selection(arguments))]
+    if arguments.all and (arguments.uri is not None or any(selection(arguments).values())):
+        raise SettingsError("--all", str(arguments.uri or "with a selection"), "verify one model, or all of them")
+    progress = False if arguments.quiet else None
+    if arguments.all:
+        reports = store.verify_all(level, progress=progress)
+    else:
+        reports = iter([store.verify(arguments.uri, level, **selection(arguments), progress=progress)])
     seen = []
     for report in reports:
         seen.append(report)
@@ -225,6 +309,10 @@ def verify(store: ModelStore, arguments: argparse.Namespace) -> int:
 
 
 def alias(store: ModelStore, arguments: argparse.Namespace) -> int:
+    if arguments.drop is not None and arguments.name is not None:
+        raise SettingsError("--drop", arguments.drop, "remove a name, or give one")
+    if arguments.uri is None and any(selection(arguments).values()):
+        raise SettingsError("URI", "", "a selection is of the model that gets the name")
     if arguments.drop is not None:
         store.drop_alias(arguments.drop)
     elif arguments.uri is not None:
@@ -244,7 +332,7 @@ def rm(store: ModelStore, arguments: argparse.Namespace) -> int:
     if not arguments.json and not arguments.quiet:
         kept = f"; its files are kept in the trash for {defaults.TRASH_SECONDS / 60:.0f} minutes, `--now` deletes them"
         say(f"removed {printable(redact(arguments.uri))}{'' if arguments.now else kept}")
-    print_result(arguments, {"uri": arguments.uri, "removed": True}, None)
+    print_result(arguments, {"uri": parse_ref(arguments.uri).uri, "removed": True}, None)
     return 0
 
 
@@ -286,6 +374,8 @@ def import_(store: ModelStore, arguments: argparse.Namespace) -> int:
 def locks(store: ModelStore, arguments: argparse.Namespace) -> int:
     from kserve_pvc._show.units import count, progress_of
 
+    if any(selection(arguments).values()) and not arguments.break_claim:
+        raise SettingsError("--break", "", "a selection is of the model whose claim is released")
     for uri in arguments.break_claim or ():
         store.break_lock(uri, **selection(arguments))
     locks = store.locks()

@@ -133,7 +133,18 @@ class Adoption:
                 continue
             writing.is_adopted = True
             progress.add(start, note.stop, is_front=is_front)
+            self._note(writing, note, start, is_front=is_front)
             self._observer.adopted(note.stop - start)
+
+    def _note(self, writing: Writing, note: PartNote, start: int, *, is_front: bool) -> None:
+        """Note the copy, so that the next process needs what it was made from no more."""
+        if not is_front or not writing.hashes.is_needed:
+            writing.advance(start, note.stop, note.crc32, is_noted=self._promises.digest != "none")
+        if (
+            self._promises.digest != "none"
+        ):  # Without digests a note has to be durable, and is written when the copy is.
+            first = 0 if is_front else start
+            self._destination.note(note.path, note.token, first, note.stop, note.sha256, note.crc32, False)
 
     def _offers(self, file: RemoteFile) -> Iterator[tuple[Donor, PartNote]]:
         # Without a token there is no evidence that the source still means the same bytes.

@@ -14,6 +14,7 @@ from typing import Literal
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._download.destination import Destination
 from kserve_pvc._download.journal import Journal
+from kserve_pvc._download.keeping import kept_bytes
 from kserve_pvc._download.publication import NothingNewerError, Written
 from kserve_pvc._download.reuse import Found, find_donors, shared_bytes
 from kserve_pvc._download.tally import Tally
@@ -82,6 +83,7 @@ class Attempt:
         self._tuning = tuning
         self._tally = tally
         self._journal: Journal | None = None
+        self._transfer: Transfer | None = None
         self.resolved = resolved
         self.is_unpacking = False
 
@@ -111,10 +113,21 @@ class Attempt:
 
     def flush(self) -> None:
         """
-        Write down what was fetched, while something still hangs.
+        Write down what was fetched, and give back what was reserved for the rest, while something still hangs.
         """
+        if self._transfer is not None:
+            self._transfer.keep()
         if self._journal is not None:
             self._journal.flush()
+
+    def kept(self) -> tuple[int, int] | None:
+        """
+        Return how many bytes of the model the next call need not fetch, and of how many, if the listing is complete.
+        """
+        if self.resolved is None:
+            return None
+        kept = kept_bytes(self._writer, self._ref, self.resolved, with_complete=self._reuses_complete)
+        return kept, self.resolved.size_bytes
 
     def _write_files(self) -> Sequence[FileEntry]:
         donors = find_donors(
@@ -134,7 +147,7 @@ class Attempt:
             tree = opened.enter_context(writing_tree(self._writer, self._place))
             journal = opened.enter_context(Journal(self._writer, self._generation, self._tuning.part_bytes))
             self._journal = journal
-            transfer = Transfer(
+            self._transfer = Transfer(
                 backend=self._backend,
                 destination=self._destination(tree, journal),
                 donors={path: [f.donor(tree) for f in found] for path, found in donors.items()},
@@ -142,7 +155,7 @@ class Attempt:
                 tuning=self._tuning,
                 uri=str(self._ref),
             )
-            done = transfer.run(chain([first], pages))
+            done = self._transfer.run(chain([first], pages))
             assert self.resolved is not None  # All pages were listed.
             if any(f.unpack is not None for f in self.resolved.files):
                 return self._unpack(tree, self.resolved, done)
@@ -155,6 +168,7 @@ class Attempt:
             write=write_all,
             copy=copy_range,
             finish=tree.finish,
+            trim=tree.trim,
             note=journal.note,
             failure=lambda operation, path, error: self._writer.failure(operation, self._place / path, error),
         )

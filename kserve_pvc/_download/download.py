@@ -283,16 +283,15 @@ class Download:
         except VolumeError as error:
             self._spoiled[generation] = error
             return protocol.ClaimLost() if self._is_outdated() else protocol.Spoiled()
-        except DownloadCancelledError:
-            raise
         except (InsufficientSpaceError, UnsafePathError, PolicyError) as error:
             self._discard(generation)
             if isinstance(error, InsufficientSpaceError) and self._discards_leftovers(0):
                 return protocol.ClaimLost()
             raise
-        except StoreError:
-            if attempt.is_unpacking:
+        except BaseException as error:
+            if attempt.is_unpacking and isinstance(error, StoreError) and not isinstance(error, DownloadCancelledError):
                 self._discard(generation)
+            self._tell_kept(attempt, error)
             raise
         return protocol.Fetched()
 
@@ -306,6 +305,17 @@ class Download:
         """Collect leftovers but for so many, once in a call. Then the log has a new record, and it is looked again."""
         is_due, self._most_leftovers = most < self._most_leftovers, min(most, self._most_leftovers)
         return is_due and self._publication.discard_leftovers(self._view, most=most)
+
+    def _tell_kept(self, attempt: Attempt, error: BaseException) -> None:
+        """Add to what ends the call how much of the model is kept: an error, or an interrupt of the process."""
+        from kserve_pvc._download.keeping import describe_kept
+
+        if (found := attempt.kept()) is not None:
+            kept, total = found
+            if isinstance(error, DownloadCancelledError):
+                error.kept_bytes, error.size_bytes = kept, total
+            else:
+                error.add_note(describe_kept(self._ref, kept, total))
 
     def _run(self, attempt: Attempt) -> Written:
         # A bundle is closed when its call is over, so nothing that reads it is left behind.

@@ -32,6 +32,7 @@ class Hashes:
     """
 
     def __init__(self, digest: str, promised: str | None, make: Callable[[str], Checksum | None]) -> None:
+        self.size_bytes = 0  # How much was fed.
         self.sha256 = hashlib.sha256() if digest == "sha256" else None
         self.promised = promised
         self._make = make
@@ -69,6 +70,7 @@ class Hashes:
             self.sha256.update(piece)
         if self._other is not None:
             self._other.update(piece)
+        self.size_bytes += len(piece)
 
     def so_far(self) -> str | None:
         """

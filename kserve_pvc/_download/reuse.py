@@ -215,6 +215,8 @@ def _read_journal(volume: Volume, generation: str, limit: int) -> tuple[dict[Pur
             size += len(line) + 1
             # The first line that is invalid is the torn end of a killed writer, or forged: nothing after it counts.
             note = decode(PartNote, line, str(place))
+            if not note.stop:
+                notes[note.path].clear()  # What was noted of the file before was taken back.
             notes[note.path].append(note)
     return notes, size
 

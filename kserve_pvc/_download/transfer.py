@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
@@ -95,10 +94,20 @@ class Transfer:
             thread.join()
         self._chasers.join()
         if self._failure is not None:
+            self.keep()
             for writing in self._open.values():
                 writing.abandon()
             raise self._failure
         return self._done
+
+    def keep(self) -> None:
+        """
+        Note what is written of the unfinished files, and give back the room that was reserved for the rest of them.
+        """
+        with self._guard:
+            unfinished = list(self._open.values())  # Some worker may still wait for its source.
+        for writing in unfinished:
+            writing.keep()
 
     def _run(self, pages: Iterable[Sequence[RemoteFile]], workers: list[threading.Thread]) -> None:
         for page in pages:
@@ -185,16 +194,11 @@ class Transfer:
             return
         writing = self._create(file)
         progress = Progress.of(file, is_hashed=writing.hashes.is_needed)
-        try:
-            with naming_errors(self._destination, file.entry.path):
-                if file.entry.size_bytes >= self._large_bytes:
-                    self._destination.allocate(writing.fd, file.entry.size_bytes)
-                self._adoption.adopt(writing, progress, buffer)
-        except BaseException:
-            writing.abandon()
-            raise
+        with naming_errors(self._destination, file.entry.path):
+            if file.entry.size_bytes >= self._large_bytes:
+                self._destination.allocate(writing.fd, file.entry.size_bytes)
+            self._adoption.adopt(writing, progress, buffer)
         with self._guard:
-            self._open[file.entry.path] = writing
             self._schedule.opened(progress)
             work = self._schedule.first(file, self._limit.streams)
             self._guard.notify_all()
@@ -205,26 +209,20 @@ class Transfer:
 
     def _create(self, file: RemoteFile) -> Writing:
         hashes = self._promises.hashes(file)
-        return Writing(self._destination, file, self._destination.create(file.entry.path), hashes)
+        writing = Writing(self._destination, file, self._destination.create(file.entry.path), hashes)
+        with self._guard:
+            self._open[file.entry.path] = writing
+        return writing
 
     def _fetch(self, work: Range, buffer: memoryview) -> None:
-        path = work.file.entry.path
-        writing = self._open[path]
-        position, crc = work.start, 0
-        needs_crc = not work.is_front and writing.hashes.sha256 is not None
-        with naming_errors(self._destination, path):
-            for piece in self.reader.pieces(work.file, work.start, work.stop, buffer):
-                if work.is_front:
-                    writing.hashes.update(piece)
-                elif needs_crc:
-                    crc = zlib.crc32(piece, crc)
-                self._destination.write(writing.fd, piece, position)
-                position += len(piece)
-                self._observer.received(len(piece))
+        writing = self._open[work.file.entry.path]
+        with naming_errors(self._destination, work.file.entry.path):
+            pieces = self.reader.pieces(work.file, work.start, work.stop, buffer)
+            crc = writing.receive(pieces, work.start, is_front=work.is_front, received=self._observer.received)
             with self._guard:
                 is_last = self._schedule.is_last(work)
             if not is_last:  # The last range of a file is noted when the file is finished.
-                writing.note(work.start, work.stop, crc if needs_crc else None, is_front=work.is_front)
+                writing.note(work.start, work.stop, crc, is_front=work.is_front)
         with self._guard:
             self._schedule.written(work)
         self._follow(work.file)
@@ -234,7 +232,7 @@ class Transfer:
         with self._guard:
             due = self._schedule.due(file)
             if due == "finish":
-                writing = self._open.pop(file.entry.path)
+                writing = self._open[file.entry.path]
             elif due is None:
                 self._guard.notify_all()
         if due == "hash":
@@ -251,7 +249,7 @@ class Transfer:
             if unhashed is None:
                 break
             with naming_errors(self._destination, file.entry.path):
-                if not hash_range(writing.fd, *unhashed, buffer, writing.hashes.update, self._check):
+                if not hash_range(writing.fd, *unhashed, buffer, writing.hash, self._check):
                     raise OSError(errno.EIO, "a file is shorter than what was written to it")
             with self._guard:
                 self._schedule.hashed(file, unhashed[1])
@@ -264,23 +262,27 @@ class Transfer:
             if writing.is_adopted and isinstance(error, DigestMismatchError):
                 self._start_over(writing)
                 return
-            writing.abandon()
+            if isinstance(error, DigestMismatchError):
+                writing.discard()
             raise
         self._finished(writing.file, self._finish(writing, promised))
 
     def _finish(self, writing: Writing, promised: str | None) -> FileEntry:
+        self._check()  # What is given up is trimmed, and may have lost bytes that were just written.
         return writing.finish(promised, is_durable=writing.file.entry.size_bytes >= self._large_bytes)
 
     def _start_over(self, writing: Writing) -> None:
         """What a dead writer left was as it had noted, and still not what the source has: all of it is fetched."""
-        writing.hashes, writing.is_adopted = writing.hashes.anew(), False
+        with writing.guard:
+            writing.hashes, writing.is_adopted = writing.hashes.anew(), False
+            writing.ahead.clear()
         with self._guard:
-            self._open[writing.file.entry.path] = writing
             self._schedule.opened(Progress.of(writing.file, is_hashed=writing.hashes.is_needed))
             self._guard.notify_all()
 
     def _finished(self, file: RemoteFile, entry: FileEntry) -> None:
         with self._guard:
+            self._open.pop(entry.path, None)  # A file that got a second name was not opened.
             self._done[entry.path] = entry
             self._schedule.finished(file)
             if self._schedule.is_finished:
@@ -314,21 +316,19 @@ class Transfer:
         self._check()
         file = batch.files[0]
         writing = self._create(file)
-        position = 0
         try:
-            for piece in self.reader.pieces(file, 0, file.entry.size_bytes, buffer, opened, len(batch.files)):
-                writing.hashes.update(piece)
-                self._destination.write(writing.fd, piece, position)
-                position += len(piece)
-                self._observer.received(len(piece))
+            pieces = self.reader.pieces(file, 0, file.entry.size_bytes, buffer, opened, len(batch.files))
+            writing.receive(pieces, 0, is_front=True, received=self._observer.received)
             promised = self._promises.compare(file, writing.fd, writing.hashes)
+            entry = self._finish(writing, promised)
         except BaseException as error:
-            writing.abandon()
+            if isinstance(error, DigestMismatchError):
+                writing.discard()
             if isinstance(error, OSError) and not isinstance(error, StoreError) and error.errno is not None:
                 raise self._destination.failure("writing", file.entry.path, error) from error
             raise
-        entry = self._finish(writing, promised)
         with self._guard:
+            del self._open[entry.path]
             self._done[entry.path] = entry
             self._schedule.advance(batch)
             if self._schedule.is_finished:

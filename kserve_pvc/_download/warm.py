@@ -17,7 +17,7 @@ from kserve_pvc._download.cancellation import AnyOf, Cancel
 from kserve_pvc._show.events import Listener
 from kserve_pvc._source.ref import ModelRef, Source, parse_ref
 from kserve_pvc._threads import naming_thread_limit
-from kserve_pvc.errors import InvalidURIError, PolicyError, SettingsError
+from kserve_pvc.errors import DownloadCancelledError, InvalidURIError, PolicyError, SettingsError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -29,9 +29,13 @@ Item = Source | Mapping[str, Any]
 Listen = Callable[[], AbstractContextManager[Listener]]
 
 _FIELDS = ("uri", "revision", "allow_patterns", "ignore_patterns")
+# What may differ between the items besides the model that they name.
+_OPTIONS = ("refresh", "force_download")
+# How long an interrupt waits for what it ends in other threads, each of which ends within a second.
+_PATIENCE_SECONDS = 2.0
 _HOW_TO_NAME = (
     "pass a URI, an absolute path, a `ModelRef`, or a mapping with `uri` and, if needed, `revision`, "
-    "`allow_patterns` and `ignore_patterns`"
+    "`allow_patterns`, `ignore_patterns`, `refresh` and `force_download`"
 )
 
 
@@ -40,7 +44,9 @@ class Ensure(Protocol):
     How one model is fetched.
     """
 
-    def __call__(self, ref: ModelRef, *, listen: Listen, on_event: Listener | None, cancel: Cancel | None) -> Model: ...
+    def __call__(
+        self, ref: ModelRef, *, listen: Listen, on_event: Listener | None, cancel: Cancel | None, **options: Any
+    ) -> Model: ...
 
 
 @attrs.frozen(kw_only=True)
@@ -125,7 +131,8 @@ def warm(
     specs = [normalize_item(item, f"items[{index}]") for index, item in enumerate(items)]
     refused, requested = _parse(specs)
     listening = _Listening(progress, callback, on_event, cancel, is_one_of_many=executor is not None)
-    tasks = [_Task(index, ref, ensure, listening) for ref, index in requested.items()]
+    options = [{name: spec[name] for name in _OPTIONS if name in spec} for spec in specs]
+    tasks = [_Task(index, ref, ensure, listening, options[index]) for ref, index in requested.items()]
     return _results(refused, tasks, executor, listening.stopped, remember)
 
 
@@ -140,9 +147,22 @@ def normalize_item(item: object, name: str) -> dict[str, Any]:
         return {"uri": item}
     if not isinstance(item, Mapping):
         raise SettingsError(name, f"of type {type(item).__name__}", _HOW_TO_NAME)
-    if "uri" not in item or set(item) - set(_FIELDS):
+    if "uri" not in item or set(item) - {*_FIELDS, *_OPTIONS}:
         raise SettingsError(name, f"a mapping with {', '.join(map(str, item)) or 'nothing'}", _HOW_TO_NAME)
+    for option in _OPTIONS:
+        if not isinstance(item.get(option, False), bool):
+            raise SettingsError(f"{name}, `{option}`", f"of type {type(item[option]).__name__}", "write true or false")
     return dict(item)
+
+
+def parse_item(item: Mapping[str, Any]) -> ModelRef:
+    """
+    Return the model that an item names, which was taken apart.
+
+    Raises:
+        InvalidURIError, PolicyError: As `parse_ref`.
+    """
+    return parse_ref(**{name: item[name] for name in _FIELDS if name in item})
 
 
 def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[list[FailedModel], dict[ModelRef, int]]:
@@ -151,7 +171,7 @@ def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[list[FailedModel], dict[
     requested: dict[ModelRef, int] = {}
     for index, spec in enumerate(specs):
         try:
-            requested.setdefault(parse_ref(**spec), index)
+            requested.setdefault(parse_item(spec), index)
         except (InvalidURIError, PolicyError) as error:
             refused.append(FailedModel(index=index, uri=_redacted(spec["uri"]), error=error))
     return refused, requested
@@ -173,7 +193,7 @@ def _results(
     stopped: threading.Event,
     remember: Callable[[Model], None],
 ) -> Generator[Warmed, None, None]:
-    done = (task() for task in tasks) if executor is None else _as_they_finish(tasks, executor)
+    done = (task() for task in tasks) if executor is None else _as_they_finish(tasks, executor, stopped)
     try:
         yield from refused
         for warmed in done:
@@ -182,15 +202,18 @@ def _results(
             yield warmed
     except GeneratorExit:
         raise
-    except BaseException:
+    except BaseException as error:
         # Ctrl-C or the end of a pod: downloads of other threads would go on for as long as they take.
         stopped.set()
+        done.throw(error)
         raise
     finally:
         done.close()
 
 
-def _as_they_finish(tasks: Sequence[_Task], executor: Executor) -> Generator[Warmed, None, None]:
+def _as_they_finish(
+    tasks: Sequence[_Task], executor: Executor, stopped: threading.Event
+) -> Generator[Warmed, None, None]:
     from concurrent.futures import as_completed
 
     submitted: dict[Future[Warmed], _Task] = {}
@@ -200,9 +223,28 @@ def _as_they_finish(tasks: Sequence[_Task], executor: Executor) -> Generator[War
                 submitted[executor.submit(task)] = task
         for future in as_completed(submitted):
             yield _outcome(future, submitted[future])
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        stopped.set()
+        _add_kept(error, submitted)
+        raise
     finally:
         for future in submitted:
             future.cancel()
+
+
+def _add_kept(error: BaseException, submitted: Mapping[Future[Warmed], _Task]) -> None:
+    """Add to an interrupt what the downloads keep that it ended in other threads."""
+    from concurrent.futures import wait
+
+    from kserve_pvc._download.keeping import describe_kept
+
+    running = [future for future in submitted if not future.cancel() and not future.done()]
+    for future in wait(running, timeout=_PATIENCE_SECONDS).done:
+        ended = None if future.exception() else future.result().error
+        if isinstance(ended, DownloadCancelledError) and ended.size_bytes:
+            error.add_note(describe_kept(submitted[future].ref, ended.kept_bytes, ended.size_bytes))
 
 
 def _outcome(future: Future[Warmed], task: _Task) -> Warmed:
@@ -219,17 +261,20 @@ class _Task:
     One model to be fetched, by this thread or by the thread or process that an executor chooses.
     """
 
-    def __init__(self, index: int, ref: ModelRef, ensure: Ensure, listening: _Listening) -> None:
+    def __init__(
+        self, index: int, ref: ModelRef, ensure: Ensure, listening: _Listening, options: Mapping[str, Any]
+    ) -> None:
         self.index = index
         self.ref = ref
         self._ensure = ensure
         self._listening = listening
+        self._options = options
 
     def __call__(self) -> Warmed:
         started = time.monotonic()
         how = self._listening
         try:
-            model = self._ensure(self.ref, listen=how.listen, on_event=how.on_event, cancel=how.cancel)
+            model = self._ensure(self.ref, listen=how.listen, on_event=how.on_event, cancel=how.cancel, **self._options)
         except Exception as error:  # A third-party backend may raise anything; the other models are still fetched.
             seconds = time.monotonic() - started
             return FailedModel(index=self.index, uri=self.ref.uri, ref=self.ref, error=error, seconds=seconds)
@@ -241,7 +286,7 @@ class _Task:
         import pickle
 
         try:
-            return _unpickle, (pickle.dumps((self.index, self.ref, self._ensure, self._listening)),)
+            return _unpickle, (pickle.dumps((self.index, self.ref, self._ensure, self._listening, self._options)),)
         except SettingsError:
             raise
         except Exception as error:

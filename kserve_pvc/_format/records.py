@@ -217,7 +217,7 @@ class PartNote:
     One line of a journal: bytes `start` to `stop` (not included) of `path` are on the volume.
 
     They are checked by `sha256` if they are the beginning of the file, else by `crc32`. A store without hashing writes
-    neither, and only such a store reuses them.
+    neither, and only such a store reuses them. A note of no bytes takes back what was noted of the file before.
 
     `is_durable` says that they were synced without an error before the note was made. Without it they may be in the
     page cache only, and a page that could not be written stays there, clean: then its digest proves nothing about the

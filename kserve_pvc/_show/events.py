@@ -57,7 +57,7 @@ class TransferStarted(Event):
 
     bytes_total: int
     files: int
-    activity: Literal["downloading", "importing", "exporting"] = "downloading"
+    activity: Literal["downloading", "importing", "exporting", "verifying"] = "downloading"
 
 
 @attrs.frozen(kw_only=True)

@@ -12,7 +12,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
@@ -25,6 +25,7 @@ CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_REPLACE = 1  # RENAME_NOREPLACE
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: a file is as long as what was written to it.
+_PUNCH_HOLE = 2  # FALLOC_FL_PUNCH_HOLE
 _COPY_BYTES = 1 << 30
 _PIECE_BYTES = 1024 * 1024
 _FIRST_LISTING_BYTES = 16 * 1024
@@ -53,6 +54,22 @@ def allocate(fd: int, size: int) -> None:
     except OSError as error:
         if error.errno in NO_SPACE:
             raise
+
+
+def trim(fd: int, ranges: Iterable[tuple[int, int]]) -> None:
+    """
+    Free what a file occupies outside of these ranges, which are in order, where the volume can. The file ends with the
+    last of them.
+    """
+    with suppress(OSError):
+        end = 0
+        for start, stop in ranges:
+            if start > end:
+                with suppress(OSError):  # A hole where the volume has holes; the end is cut off everywhere.
+                    call_libc("fallocate", fd, _PUNCH_HOLE | _KEEP_SIZE, end, start - end)
+            end = stop
+        # Even if the file ends there, what was reserved beyond is given back.
+        os.ftruncate(fd, end)
 
 
 @lru_cache(maxsize=1)

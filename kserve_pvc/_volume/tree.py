@@ -8,11 +8,11 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 
-from kserve_pvc._volume.calls import CREATE_FLAGS, NO_SPACE, UNSUPPORTED, allocate, call_libc, has_libc
+from kserve_pvc._volume.calls import CREATE_FLAGS, NO_SPACE, UNSUPPORTED, allocate, call_libc, has_libc, trim
 from kserve_pvc._volume.making import widen_new_file
 from kserve_pvc._volume.mount import LOCAL_TYPES, mount_of
 from kserve_pvc._volume.writing import VolumeWriter
@@ -76,6 +76,14 @@ class Tree:
         widen_new_file(fd, self._writer.file_mode)
         if self._allocates:
             allocate(fd, size_bytes)
+
+    def trim(self, fd: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """
+        Give back what was reserved for an unfinished file outside of these ranges, which are in order, and let others
+        of the store's group take them over.
+        """
+        widen_new_file(fd, self._writer.file_mode)
+        trim(fd, ranges)
 
     def link(self, existing: PurePosixPath, path: PurePosixPath) -> bool:
         """

@@ -110,10 +110,9 @@ def initialize(argv: Sequence[str]) -> Outcome:
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return _run(arguments)
-    except Terminated as error:
-        return _fail(error, "terminated; downloaded bytes are kept for the next start")
-    except KeyboardInterrupt as error:
-        return _fail(error, "interrupted; downloaded bytes are kept for the next start")
+    except (Terminated, KeyboardInterrupt) as error:
+        end = "terminated" if isinstance(error, Terminated) else "interrupted"
+        return _fail(error, "; ".join([end, *getattr(error, "__notes__", ())]))
     except StoreError as error:
         return _fail(error, str(error))
     except Exception as error:  # The message of another library may hold a signed URL.
