@@ -921,7 +921,8 @@ def leave_unfinished(scene: Scene, uri: str) -> tuple[Path, Path]:
 
 
 JOURNAL_FORGERIES = {
-    **{name: forge for name, forge in DEBRIS.items() if name != "truncated"},
+    # What begins as a journal is one as far as that.
+    **{name: forge for name, forge in DEBRIS.items() if name not in ("truncated", "huge")},
     "climbing": holding(lambda good: first_note(good, path="../../../../outside/secret")),
     "too far": holding(lambda good: first_note(good, stop=5001)),
     "negative": holding(lambda good: first_note(good, stop=-1)),

@@ -60,7 +60,7 @@ HOSTILE_NAMES = {
     "bidirectional": ("a\u202eb",),
     "trailing-dot": ("a.",),
     "trailing-blank": ("a ",),
-    "drive": ("C:escape",),
+    "drive": ("C:/escape",),
     "twins-by-case": ("Twin", "twin"),
     "twins-by-unicode": (unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")),
 }
