@@ -46,9 +46,11 @@ class PvcBackend:
         List a model below a claim.
 
         Raises:
-            InvalidURIError: It is not set where the claim is mounted.
+            InvalidURIError: It is not set where the claim is mounted, or a revision is requested.
             UnsafePathError: The path leads out of the claim.
         """
+        if ref.revision is not None:
+            raise InvalidURIError(ref.uri, "a claim has no revisions")
         claim, _, path = ref.location.partition("/")
         if claim not in self._claims:
             known = ", ".join(f"`{name}`" for name in sorted(self._claims)) or "none"
