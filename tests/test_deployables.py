@@ -17,8 +17,8 @@ import deployables  # noqa: E402
 import kserve_rules  # noqa: E402
 
 import kserve_pvc  # noqa: E402
+from kserve_pvc._cli.catalogue import read_catalogue  # noqa: E402
 from kserve_pvc._cli.parser import make_parser  # noqa: E402
-from kserve_pvc._cli.verbs import _read_catalogue  # noqa: E402
 from kserve_pvc.kserve import mutate_pod, read_policy, share_volume  # noqa: E402
 
 IMAGE = f"registry.example.com/kserve-pvc:{kserve_pvc.__version__}"
@@ -293,7 +293,7 @@ def test_the_catalogue_is_one_that_warm_reads():
     """
     Each line of the Job's list is a model.
     """
-    items = list(_read_catalogue(str(deployables.PLACE / "store/models.txt")))
+    items = list(read_catalogue(str(deployables.PLACE / "store/models.txt")))
 
     assert items == [
         "s3://shared-models/llama",

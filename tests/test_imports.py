@@ -580,7 +580,7 @@ def test_a_hit_from_the_shell_stays_light(warm, verb, expected):
 
     assert loaded & LAZY == set()
     assert ours(loaded) == expected | {"_cli", "_settings"} | {
-        f"_cli.{name}" for name in ("main", "opening", "output", "parser", "streams", "verbs", "words")
+        f"_cli.{name}" for name in ("catalogue", "main", "opening", "output", "parser", "streams", "verbs", "words")
     }
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from kserve_pvc._cli.verbs import selection, warm_items
+from kserve_pvc._cli.catalogue import warm_items
+from kserve_pvc._cli.verbs import selection
 from kserve_pvc._settings import read_settings
 from kserve_pvc._source.arguments import check_count, check_timeout
 from kserve_pvc._source.ref import parse_ref

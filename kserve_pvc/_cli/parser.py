@@ -38,7 +38,6 @@ from kserve_pvc._cli.verbs import (
     webhook,
 )
 from kserve_pvc._cli.words import ALIASES, format_examples, say_unknown
-from kserve_pvc._source.redaction import redact
 from kserve_pvc.errors import printable
 
 
@@ -84,6 +83,8 @@ class _Parser(argparse.ArgumentParser):
         put_help(self.format_help())
 
     def error(self, message: str) -> NoReturn:
+        from kserve_pvc._source.redaction import redact
+
         text = printable(redact(message))
         text += f"{'' if text.endswith('?') else ';'} see `{self.prog} --help`"
         with suppress(OSError):

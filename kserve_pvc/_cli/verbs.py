@@ -5,10 +5,8 @@ One function for each verb of the command line.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import attrs
 
 from kserve_pvc import _defaults as defaults
+from kserve_pvc._cli.catalogue import read_input, warm_items
 from kserve_pvc._cli.output import (
     describe_damaged,
     describe_error,
@@ -36,10 +35,9 @@ from kserve_pvc._cli.output import (
 from kserve_pvc._cli.streams import BinaryOutput, print_document, print_json, put, say
 from kserve_pvc._process import this_process
 from kserve_pvc._settings import read_settings
-from kserve_pvc._source.redaction import redact
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc._store import ModelStore
-from kserve_pvc.errors import InvalidFileError, ReadOnlyStoreError, SettingsError, printable
+from kserve_pvc.errors import ReadOnlyStoreError, SettingsError, printable
 
 # As in `_store`, what `path` does not need is imported by the verb that uses it.
 if TYPE_CHECKING:
@@ -79,18 +77,6 @@ def warm(store: ModelStore, arguments: argparse.Namespace) -> int:
 
         say(f"{count(len(done), 'model')}, {len(failures) or 'none'} failed")
     return exit_code(failures[0]) if failures else 0
-
-
-def warm_items(arguments: argparse.Namespace) -> Sequence[Item]:
-    """
-    Read what a catalogue or the command line names, once.
-    """
-    if not hasattr(arguments, "items"):
-        catalogued = (item for name in arguments.file or () for item in _read_catalogue(name))
-        named = [_parse_item(text, f"item {number}") for number, text in enumerate(arguments.uris, 1)]
-        arguments.items = [*named, *catalogued]
-    items: Sequence[Item] = arguments.items
-    return items
 
 
 def init(store: ModelStore, arguments: argparse.Namespace) -> int:
@@ -134,53 +120,6 @@ def _threads(workers: int) -> AbstractContextManager[ThreadPoolExecutor | None]:
     from concurrent.futures import ThreadPoolExecutor
 
     return ThreadPoolExecutor(workers, thread_name_prefix="warm")
-
-
-def _read_catalogue(name: str) -> Iterator[str | dict[str, Any]]:
-    """
-    Read a catalogue: one model a line, as a URI, with options after it, or a JSON object. Blank lines and `#` comments
-    are skipped.
-    """
-    try:
-        lines = _read_input(name).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InvalidFileError(name, "cannot be read", "it is not text in UTF-8") from error
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if line and not line.startswith("#"):
-            yield _parse_item(line, f"{name}, line {number}")
-
-
-def _parse_item(text: str, place: str) -> str | dict[str, Any]:
-    """Read one model: a URI, a URI with options after it, or a JSON object."""
-    from kserve_pvc._download.warm import normalize_item
-
-    if text.startswith("{"):
-        try:
-            item = json.loads(text)
-        except (ValueError, RecursionError):  # Without the text, which may hold a secret.
-            raise InvalidFileError(place, "invalid JSON", 'use `{"uri": "…"}` in one line') from None
-        return normalize_item(item, place)
-    uri, *options = re.split(r"\s+(?=--[a-z])", text.strip(), maxsplit=1)
-    return {"uri": uri, **_parse_options(options[0], place)} if options else text
-
-
-def _parse_options(text: str, place: str) -> dict[str, Any]:
-    import shlex
-
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--revision")
-    parser.add_argument("--allow", action="append", dest="allow_patterns")
-    parser.add_argument("--ignore", action="append", dest="ignore_patterns")
-    for flag in ("--refresh", "--force-download"):
-        parser.add_argument(flag, action="store_true")
-    try:
-        options, rest = parser.parse_known_args(shlex.split(text))
-    except (argparse.ArgumentError, ValueError) as error:
-        raise InvalidFileError(place, "invalid options", str(error)) from None
-    if rest:
-        supported = "`--revision`, `--allow`, `--ignore`, `--refresh`, `--force-download`"
-        raise InvalidFileError(place, f"unknown option `{rest[0]}`", f"supported: {supported}")
-    return {name: value for name, value in vars(options).items() if value}
 
 
 def path(store: ModelStore, arguments: argparse.Namespace) -> int:
@@ -330,6 +269,8 @@ def alias(store: ModelStore, arguments: argparse.Namespace) -> int:
 def rm(store: ModelStore, arguments: argparse.Namespace) -> int:
     store.remove(arguments.uri, **selection(arguments), trash_seconds=0.0 if arguments.now else defaults.TRASH_SECONDS)
     if not arguments.json and not arguments.quiet:
+        from kserve_pvc._source.redaction import redact
+
         kept = f"; its files are kept in the trash for {defaults.TRASH_SECONDS / 60:.0f} minutes, `--now` deletes them"
         say(f"removed {printable(redact(arguments.uri))}{'' if arguments.now else kept}")
     print_result(arguments, {"uri": parse_ref(arguments.uri).uri, "removed": True}, None)
@@ -435,7 +376,7 @@ def kserve_patch(arguments: argparse.Namespace) -> int:
     read_only = False if arguments.read_write else True if arguments.read_only else None
     sharing = Sharing(claim=arguments.claim, sub_path=arguments.sub_path, read_only=read_only)
     patched = patch(
-        _read_input(arguments.file), sharing, name="standard input" if arguments.file == "-" else arguments.file
+        read_input(arguments.file), sharing, name="standard input" if arguments.file == "-" else arguments.file
     )
     remarks = [printable(remark) for remark in patched.remarks]
     if arguments.json:
@@ -449,15 +390,6 @@ def kserve_patch(arguments: argparse.Namespace) -> int:
         print_error(patched.error, "", verbose=arguments.verbose)
         return 1  # What kustomize expects of a function that failed.
     return 0
-
-
-def _read_input(name: str) -> bytes:
-    if name == "-" and sys.stdin is None:
-        raise InvalidFileError(name, "cannot be read", "standard input is closed")
-    try:
-        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise InvalidFileError(name, "cannot be read", str(error.strerror)) from error
 
 
 def webhook(arguments: argparse.Namespace) -> int:

@@ -50,7 +50,7 @@ class PvcBackend:
             UnsafePathError: The path leads out of the claim.
         """
         if ref.revision is not None:
-            raise InvalidURIError(ref.uri, "a file has no revisions")
+            raise InvalidURIError(ref.uri, "a claim has no revisions")
         claim, _, path = ref.location.partition("/")
         if claim not in self._claims:
             known = ", ".join(f"`{name}`" for name in sorted(self._claims)) or "none"
