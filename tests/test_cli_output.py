@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import shell
@@ -97,7 +98,8 @@ def run(root, monkeypatch, capsys):
 
     run.bare = bare
 
-    yield run
+    with patch.dict(os.environ):  # The initializer changes it.
+        yield run
     signal.signal(signal.SIGTERM, handler)
 
 

@@ -61,6 +61,8 @@ def _open(arguments: argparse.Namespace, settings: Settings, mode: Mode) -> Mode
 
 def _is_incomplete(arguments: argparse.Namespace) -> bool:
     """Whether the verb is going to say that an argument is missing, or one too many."""
+    if arguments.verb == "export":
+        return bool(arguments.json) and arguments.file == "-"
     return arguments.verb == "verify" and (arguments.uri is None) != bool(arguments.all)
 
 

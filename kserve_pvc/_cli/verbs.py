@@ -272,7 +272,7 @@ def rm(store: ModelStore, arguments: argparse.Namespace) -> int:
         from kserve_pvc._source.redaction import redact
 
         kept = f"; its files are kept in the trash for {defaults.TRASH_SECONDS / 60:.0f} minutes, `--now` deletes them"
-        say(f"removed {printable(redact(arguments.uri))}{'' if arguments.now else kept}")
+        say(f"removed {printable(redact(parse_ref(arguments.uri).uri))}{'' if arguments.now else kept}")
     print_result(arguments, {"uri": parse_ref(arguments.uri).uri, "removed": True}, None)
     return 0
 

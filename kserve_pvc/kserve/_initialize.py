@@ -139,7 +139,7 @@ def _run(arguments: Arguments) -> Outcome:
     shown = ", ".join(f"({show_source(source)!r}, {printable(place)!r})" for source, place in pairs)
     _log("INFO", f"Initializing, args: (src_uri, dest_path): [{shown}]")
     fill_all(pairs, _variables(arguments))
-    return Outcome(pairs=[(show_source(source), place) for source, place in pairs])
+    return Outcome(pairs=[(redact(source), place) for source, place in pairs])
 
 
 def _variables(arguments: Arguments) -> Variables:
