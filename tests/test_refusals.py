@@ -21,6 +21,7 @@ from kserve_pvc import (
     SourceUnavailableError,
     StoreError,
 )
+from kserve_pvc._source.redaction import redact
 from kserve_pvc._source.ref import parse_ref
 
 WRITERS = {"gs": in_json, "hf": in_json, "http-basic": in_text}
@@ -235,3 +236,14 @@ def test_an_object_that_is_denied_is_not_called_missing(code, root):
 
         with pytest.raises(SourceDeniedError):
             ModelStore(root, storage_options=storm.options).plan("s3://bkt/m.bin")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("unit", ["http://", "a", "a-", "a_", "a:b", "a@", "Bearer ", "http://a:1/@", "token="])
+def test_a_long_text_is_redacted_in_the_time_that_its_length_takes(unit):
+    """
+    Twice the text takes twice the time, whatever it repeats: this one would take minutes otherwise.
+    """
+    text = unit * (256 * 1024 // len(unit))
+
+    assert len(redact(text)) <= len(text)

@@ -214,9 +214,18 @@ def test_a_beat_that_hangs_costs_the_claim_and_not_the_model(root, s3, slow, pro
     """
     ModelStore(root, mode="rw", lease_seconds=1)
     script = SERVER + "print('done')"
-    # The second sync of the heartbeat by each thread takes three leases: the second renewal, and nothing else.
+    # The second write of the heartbeat by each thread takes three leases: a renewal, and nothing else.
     beat = root / layout.claim_dir(ModelRef(uri=slow).key, 1) / "beat"
-    options = ["-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", "inject=fsync:delay_enter=3000000:when=2"]
+    options = [
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        "trace=pwrite64",
+        "-e",
+        "inject=pwrite64:delay_enter=3000000:when=2",
+    ]
     command = [
         tool("strace"),
         *options,

@@ -14,24 +14,26 @@ from kserve_pvc.errors import printable
 # Stands where a secret was.
 MASK = "…"
 
+# Repetitions below are bounded where another match could begin at each of their characters, so that the time grows with
+# the length of the text and no faster.
 # With fewer slashes than a URL has, since a URL that is mistyped holds the same secrets.
-_URL_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/+)([^\s\"<>]*)")
+_URL_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,63}:/+)([^\s\"<>]*)")
 # A password may hold anything, slashes and question marks included, so its end is the last `@`.
 _USER_INFORMATION = re.compile(r"([^/:]*@)|([^/:]*:(?![0-9]+/).*@)", re.DOTALL)
 # `hf://organization/name@revision`: behind a slash, and with no colon before it, an `@` ends no user information.
 _AT_IN_PATH = re.compile(r"[^/:@]+/[^:]*@[^@]*", re.DOTALL)
 # `user:password@host` without a scheme.
-_BARE_LOGIN = re.compile(r"(?<![\w.%+:/-])[\w.%+-]+:(?!/)[^\s:@\"'`<>]+@(?=[\w\[])")
+_BARE_LOGIN = re.compile(r"(?<![\w.%+:/-])[\w.%+-]{1,255}:(?!/)[^\s:@\"'`<>]{1,1024}@(?=[\w\[])")
 # A header as a service repeats it; what follows on its line may belong to it.
 _HEADER = re.compile(
-    r"\b((?:proxy-)?authorization|(?:set-)?cookie|[a-z0-9][a-z0-9-]*-(?:token|secret|key|signature|password|credential)"
+    r"\b((?:proxy-)?authorization|(?:set-)?cookie|[a-z0-9][a-z0-9-]{0,63}-(?:token|secret|key|signature|password|credential)"
     rf"(?:-md5)?)([\"']?\s*[:=]\s*[\"']?)(?![\w-]+\s+{MASK})[^\s\"'<>][^\r\n\"<>]*",
     re.IGNORECASE,
 )
 # A parameter of a query, of a form, or of a connection string.
 _PARAMETER = re.compile(
     r"((?:(?<![A-Za-z0-9_-])|%3F|%26)(?:x-(?:amz|goog)-(?:signature|credential|security-token)|sig|signature"
-    r"|(?:[a-z]+_)*(?:token|secret|password|passwd|pwd|api_?key|access_key|secret_key)|accountkey|sharedaccesssignature"
+    r"|(?:[a-z]{1,32}_){0,4}(?:token|secret|password|passwd|pwd|api_?key|access_key|secret_key)|accountkey|sharedaccesssignature"
     r"|awsaccesskeyid)(?:=|%3D)\s*)[^&\s\"'<>;,`]+",
     re.IGNORECASE,
 )
@@ -53,7 +55,9 @@ def redact(text: str) -> str:
 
     def cleaned(match: re.Match[str]) -> str:
         scheme, rest = match.groups()
-        shown = rest if scheme == "hf://" and _AT_IN_PATH.fullmatch(rest) else _USER_INFORMATION.sub("", rest, count=1)
+        shown = rest
+        if "@" in rest and not (scheme == "hf://" and _AT_IN_PATH.fullmatch(rest)):
+            shown = _USER_INFORMATION.sub("", rest, count=1)
         return str(scheme) + re.split(r"[?#]", shown, maxsplit=1)[0]
 
     text = _BARE_LOGIN.sub("", _URL_IN_TEXT.sub(cleaned, text))
