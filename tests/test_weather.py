@@ -63,7 +63,7 @@ ONLY_S3FS = {"requester_pays": False}
 # Long enough to outlast any weather that passes, and short enough not to wait for what never will.
 PATIENT, HASTY = 30.0, 0.6
 MAX_REQUESTS = 100
-REMEDY = re.compile(r"\b(call again|retry|check|ask|name|set|write|remove)\b")
+REMEDY = re.compile(r"\b(call again|retry|check|correct|ask|name|set|write|remove)\b")
 SECRETS = (StormyS3.secret, StormyS3.token, "proxy-password", "leaked-signature", "Signature=", "AWS4-HMAC")
 VARIABLES = (
     "HTTP_PROXY",
