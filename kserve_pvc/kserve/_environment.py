@@ -19,11 +19,14 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._settings import Mode, read_settings
-from kserve_pvc.errors import PolicyError, SettingsError, printable
+from kserve_pvc._source.ref import parse_ref, redact
+from kserve_pvc.errors import PolicyError, SettingsError, StoreError, printable
 from kserve_pvc.kserve._log import log
 from kserve_pvc.kserve._placing import Method
 
 Kind = Literal["auto", "private", "store"]
+
+REPLACE = "KSERVE_PVC_REPLACE"
 
 _AUTO: tuple[Method, ...] = ("reflink", "link", "copy")
 _SHA256 = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
@@ -75,6 +78,7 @@ class Variables:
         storage_options: By scheme.
         streams: The number of connections, by scheme.
         refused: The errors of settings that only one scheme uses, by that scheme.
+        replaceable: The URIs of models that may be replaced in a destination, or `any`.
     """
 
     store: Path | None
@@ -91,6 +95,11 @@ class Variables:
     storage_options: Mapping[str, Any] = attrs.field(repr=False)
     streams: Mapping[str, int]
     refused: Mapping[str, SettingsError]
+    replaceable: frozenset[str] = frozenset()
+
+    def may_replace(self, uri: str | None) -> bool:
+        """Whether a destination that holds this model, or something unknown, may be filled with another one."""
+        return "any" in self.replaceable or uri in self.replaceable
 
     def check(self, scheme: str) -> None:
         """
@@ -132,6 +141,7 @@ def read_variables(environ: Mapping[str, str] | None = None) -> Variables:
         storage_options=_storage_options(environ),
         streams=_streams(environ),
         refused=_refused(environ),
+        replaceable=frozenset(map(_replaceable, environ.get(REPLACE, "").split())),
     )
 
 
@@ -225,6 +235,13 @@ def _streams(environ: Mapping[str, str]) -> Mapping[str, int]:
         count = _number(files, environ, _AZURE_CONCURRENCY, int) * _number(parts, environ, 1, int)
         streams |= {"az": count, "abfs": count}
     return streams
+
+
+def _replaceable(word: str) -> str:
+    try:
+        return word if word == "any" else parse_ref(word).uri
+    except StoreError as error:
+        raise SettingsError(REPLACE, redact(word), "expected URIs of models, separated by spaces, or `any`") from error
 
 
 def _methods(environ: Mapping[str, str]) -> tuple[Method, ...]:

@@ -21,7 +21,7 @@ from typing import NoReturn
 import attrs
 
 from kserve_pvc._format import layout
-from kserve_pvc._format.records import FileEntry
+from kserve_pvc._format.records import FileEntry, Holder
 from kserve_pvc._keys.aliases import settle_view
 from kserve_pvc._model import Model
 from kserve_pvc._settings import pod_and_node
@@ -43,9 +43,11 @@ from kserve_pvc.errors import (
     printable,
 )
 from kserve_pvc.kserve._archives import is_archive, unpacking
-from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source
+from kserve_pvc.kserve._contents import OURS, WORK, Contents, Source
+from kserve_pvc.kserve._destination import Destination
 from kserve_pvc.kserve._environment import Variables, leave_to_s3, read_variables, trust_bundle
 from kserve_pvc.kserve._log import log as _log
+from kserve_pvc.kserve._replacing import is_complete, may_repoint
 from kserve_pvc.kserve._schemes import check_supported
 from kserve_pvc.locks.liveness import here
 
@@ -188,12 +190,14 @@ def _fill(place: Path, sources: Sequence[CheckedSource], variables: Variables) -
     if store is None:
         _download_into(place, sources, variables)
         return
-    models = [from_store(store, one, variables) for one in sources]
     inside = _inside(place, store)
+    if inside is None and place.is_dir():
+        is_complete(Destination(place), [one.ref for one in sources], variables)  # Or refused, before a download.
+    models = [from_store(store, one, variables) for one in sources]
     if inside is None:
         _copy_into(place, Volume(store), sources, models, variables)
     else:
-        _point_to(store, inside, sources, models)
+        _point_to(store, inside, sources, models, variables)
 
 
 def _is_own_source(place: Path, sources: Sequence[CheckedSource]) -> bool:
@@ -298,15 +302,18 @@ def _check_digest(models: Sequence[Model], variables: Variables) -> None:
 def _download_into(place: Path, sources: Sequence[CheckedSource], variables: Variables) -> None:
     """Download into a private directory."""
     destination = Destination(place)
-    if _holds(destination, sources, None):
+    is_done = partial(is_complete, destination, [one.ref for one in sources], variables)
+    if is_done():
         _log("INFO", f"{printable(place)} is complete: nothing to download")
-        _tidy(destination)
+        _tidy(destination, variables)
         return
-    with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
-        if not _holds(destination, sources, None):
-            models = _download(destination, sources, variables)
-            _move(destination, sources, models, check)
-        destination.tidy()
+    with destination.writing(*_writer(variables), is_done=is_done) as check:
+        if not is_done():
+            _move(destination, sources, _download(destination, sources, variables), check)
+
+
+def _writer(variables: Variables) -> tuple[Holder, float]:
+    return here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS
 
 
 def _download(destination: Destination, sources: Sequence[CheckedSource], variables: Variables) -> Sequence[Model]:
@@ -337,17 +344,16 @@ def _started_keys(destination: Destination) -> set[str]:
         return set()
 
 
-def _tidy(destination: Destination) -> None:
-    # A hit needs no write permission.
-    with suppress(StoreError):
-        destination.tidy()
-
-
-def _holds(destination: Destination, sources: Sequence[CheckedSource], versions: Sequence[str] | None) -> bool:
-    record = destination.record()
-    if record is None or [source.key for source in record.sources] != [one.ref.key for one in sources]:
-        return False
-    return versions is None or [source.version for source in record.sources] == list(versions)
+def _tidy(destination: Destination, variables: Variables) -> None:
+    """Delete what a process left that was killed after the directory was complete, or an earlier version."""
+    if destination.is_tidy:
+        return
+    # A hit needs no write permission, and another process may be replacing the model.
+    with suppress(StoreError), destination.writing(*_writer(variables)):
+        pass
+    if not destination.is_tidy:
+        place = printable(destination.absolute(OURS))
+        _log("WARNING", f"{place} cannot be deleted now; a server that takes every directory for a model will fail")
 
 
 def _contents(
@@ -383,19 +389,22 @@ def _copy_into(
 ) -> None:
     """Fill a directory from a store that is mounted elsewhere."""
     destination = Destination(place)
-    if _holds(destination, sources, [model.version for model in models]):
+    versions = [model.version for model in models]
+    is_done = partial(is_complete, destination, [one.ref for one in sources], variables, versions)
+    if is_done():
         _log("INFO", f"{printable(place)} is complete: nothing to copy")
+        _tidy(destination, variables)
         return
     contents, origins = _contents(sources, models, is_linked=variables.methods == ("symlink",))
     used: set[str] = set()
-    with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
-        destination.fill(
-            contents,
-            lambda file: used.add(destination.materialize(store, origins[file.path], file, variables.methods)),
-            check,
-        )
-        destination.tidy()
-    _log("INFO", f"{printable(place)} is complete, by {' and '.join(sorted(used))}")
+    with destination.writing(*_writer(variables), is_done=is_done) as check:
+        if not is_done():
+            destination.fill(
+                contents,
+                lambda file: used.add(destination.materialize(store, origins[file.path], file, variables.methods)),
+                check,
+            )
+    _log("INFO", f"{printable(place)} is complete, by {' and '.join(sorted(used)) or 'another process'}")
 
 
 def _inside(place: Path, store: Path) -> PurePosixPath | None:
@@ -407,7 +416,13 @@ def _inside(place: Path, store: Path) -> PurePosixPath | None:
     return PurePosixPath(parent.relative_to(root)) if parent.is_relative_to(root) else None
 
 
-def _point_to(store: Path, inside: PurePosixPath, sources: Sequence[CheckedSource], models: Sequence[Model]) -> None:
+def _point_to(
+    store: Path,
+    inside: PurePosixPath,
+    sources: Sequence[CheckedSource],
+    models: Sequence[Model],
+    variables: Variables,
+) -> None:
     """Create links in the store, which a server mounts as its model directory."""
     writer = VolumeWriter(store)
     for one, model in zip(sources, models, strict=True):
@@ -419,6 +434,8 @@ def _point_to(store: Path, inside: PurePosixPath, sources: Sequence[CheckedSourc
             _check_name(inside, sources)
             # To the generation: for a server that mounts the whole store, the model changes at a restart only.
             target = os.path.relpath(layout.generation_dir(model.key, model.path.name), inside.parent)
+            if not may_repoint(store, inside, one.ref, model, variables):
+                continue
             if writer.link_target(inside) != target and not writer.repoint(inside, target):
                 raise _cannot_link(writer, inside)
 

@@ -1,0 +1,89 @@
+"""
+What an initializer records of a destination: the models and files in it, and those that it is about to have.
+
+A model server sees every name in its model directory. Triton takes each directory for a model, hidden ones too, and
+other servers select files by their suffix. So a complete destination has one plain file of ours, without a suffix. The
+directory that preparing a model needs is there only meanwhile.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+import attrs
+from attrs.validators import instance_of
+
+from kserve_pvc._format import layout
+from kserve_pvc._format.codec import build, text
+from kserve_pvc._format.file_names import check_collisions, check_name, fold
+from kserve_pvc._format.records import FileEntry, to_files
+from kserve_pvc.errors import UnsafePathError
+
+RECORD = PurePosixPath(".kserve-pvc-initialized")
+OURS = PurePosixPath(".kserve-pvc-initialize")
+WORK = OURS / "work"
+INTENDED = OURS / "plan.json"
+NEXT = OURS / "next"
+# Where the record was before it became a file next to the model. It is read, and moved by the next start.
+OLD_RECORD = OURS / "record.json"
+_RESERVED = {fold(name) for name in (RECORD.name, OURS.name, layout.META.name)}
+
+
+@attrs.frozen(kw_only=True)
+class Source:
+    """
+    One model in a destination. The key identifies it, patterns included.
+    """
+
+    key: str = attrs.field(validator=text)
+    uri: str = attrs.field(validator=text)
+    version: str = attrs.field(validator=text)
+
+
+def _sources(value: Any) -> tuple[Source, ...]:
+    return tuple(item if isinstance(item, Source) else build(Source, item) for item in _listed(value))
+
+
+def _listed(value: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError("it must be a list")
+    return value
+
+
+def _to_paths(value: Any) -> tuple[str, ...]:
+    return tuple(str(check_name(path)) for path in _listed(value))
+
+
+@attrs.frozen(kw_only=True)
+class Contents:
+    """
+    The models and files of a destination. Its record is written when they are complete.
+    """
+
+    sources: tuple[Source, ...] = attrs.field(converter=_sources)
+    files: tuple[FileEntry, ...] = attrs.field(converter=to_files)
+    # Whether the files are symbolic links into a store.
+    is_linked: bool = attrs.field(default=False, validator=instance_of(bool))
+
+    def __attrs_post_init__(self) -> None:
+        check_collisions(f.path for f in self.files)
+        for file in self.files:
+            if fold(file.path.parts[0]) in _RESERVED:
+                raise UnsafePathError(str(file.path), f"`{file.path.parts[0]}` is reserved for the initializer")
+
+
+@attrs.frozen(kw_only=True)
+class Intended:
+    """
+    What a destination is about to hold.
+
+    Args:
+        paths: All files that an initializer may have put there.
+        sources: The models that it is being filled with.
+        is_served: Whether it was complete before, with any models, so that servers may be reading it.
+    """
+
+    paths: tuple[str, ...] = attrs.field(converter=_to_paths)
+    sources: tuple[Source, ...] = attrs.field(default=(), converter=_sources)
+    is_served: bool = attrs.field(default=False, validator=instance_of(bool))
