@@ -89,6 +89,7 @@ class Model:
             created_at=entry.created_at,
             writer=entry.writer,
             access=manifest.access,
+            archive_sha256=manifest.archive_sha256,
         )
 
     @property

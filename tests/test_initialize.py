@@ -326,18 +326,6 @@ def test_an_archive_that_climbs_is_refused(tmp_path, place):
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_bzip2_is_refused_by_name(tmp_path, place):
-    """
-    What KServe unpacks and we do not is no model that is silently an archive.
-    """
-    (tmp_path / "m.tar.bz2").write_bytes(packed("bz2"))
-
-    result = run(tmp_path / "m.tar.bz2", place)
-
-    assert result.returncode == 1
-    assert "bzip2" in result.stderr
-
-
 def test_one_object_lies_there_by_its_name(upload, s3_env, place):
     """
     An object that is named itself is a file, and patterns are no choice then; the second start asks for nothing.

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from kserve_pvc._archive.members import PIECE_BYTES, Member, Meter, NameCheck, translating
+from kserve_pvc._archive.members import PIECE_BYTES, RAISE, Member, Meter, NameCheck, translating
 from kserve_pvc.errors import PolicyError, UnsafePathError
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ class _BoundedFile:
         data = self._file.read(most)
         limit = self._names.limits.entries
         if self.is_opening and most > 0 and data.count(_ENTRY_SIGNATURE) > limit:
-            raise PolicyError(
-                self._names.archive, f"it has more than {limit} entries; raise `unpack_limits` to allow more"
-            )
+            raise PolicyError(self._names.archive, f"it has more than {limit} entries; {RAISE}")
         return data
 
 

@@ -67,9 +67,13 @@ class Unpacking:
     def _unpack(self, archive: RemoteFile) -> Sequence[FileEntry]:
         assert archive.unpack is not None  # `run` has checked it.
         path = archive.entry.path
+        ref = self.ref
+        if ref.allow_patterns is not None and ref.selects(path):
+            # They have selected the archive, and so all that is in it.
+            ref = attrs.evolve(ref, allow_patterns=None)
         try:
             with self.writer.open_file(self.place / path) as fd, open(fd, "rb", closefd=False) as stream:
-                members = unpack(stream, str(path), archive.unpack, selects=self.ref.selects, make_room=self.make_room)
+                members = unpack(stream, str(path), archive.unpack, selects=ref.selects, make_room=self.make_room)
                 return [self._write(member) for member in members]
         except StoreError:
             raise

@@ -103,7 +103,8 @@ class Manifest:
     Every file of one generation, in the order of their paths.
 
     `access` is how the source was reached: `direct`, `direct:<package>` or `fsspec:<package>`. Manifests of older
-    versions, and of models that were imported, do not have it.
+    versions, and of models that were imported, do not have it. `archive_sha256` is the digest of the one file of the
+    source, if the files of the model were unpacked from it.
     """
 
     key: str = attrs.field(validator=matches_re(KEY))
@@ -111,6 +112,7 @@ class Manifest:
     version: str = attrs.field(validator=text)
     files: tuple[FileEntry, ...] = attrs.field(converter=to_files)
     access: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(ACCESS)))
+    archive_sha256: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(SHA256)))
 
     def __attrs_post_init__(self) -> None:
         check_collisions(f.path for f in self.files)
@@ -127,6 +129,7 @@ class Record:
 
     `access` is how the source was reached: `direct` by requests of our own, `direct:<package>` by requests of our own
     that the package's fsspec class authorised, `fsspec:<package>` through that class. None where it is not recorded.
+    `archive_sha256` is the digest of the archive that its files were unpacked from, if it was a single one.
     """
 
     uri: str
@@ -141,6 +144,7 @@ class Record:
     created_at: datetime
     writer: Holder
     access: str | None = None
+    archive_sha256: str | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -12,10 +12,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import attrs
-from attrs.validators import instance_of
+from attrs.validators import instance_of, matches_re, optional
 
 from kserve_pvc._format import layout
-from kserve_pvc._format.codec import build, text
+from kserve_pvc._format.codec import OMITTED, SHA256, build, text
 from kserve_pvc._format.file_names import check_collisions, check_name, fold
 from kserve_pvc._format.records import FileEntry, to_files
 from kserve_pvc.errors import UnsafePathError
@@ -34,11 +34,15 @@ _RESERVED = {fold(name) for name in (RECORD.name, OURS.name, layout.META.name)}
 class Source:
     """
     One model in a destination. The key identifies it, patterns included.
+
+    Args:
+        archive_sha256: The digest of the archive from which its files were unpacked.
     """
 
     key: str = attrs.field(validator=text)
     uri: str = attrs.field(validator=text)
     version: str = attrs.field(validator=text)
+    archive_sha256: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(SHA256)))
 
 
 def _sources(value: Any) -> tuple[Source, ...]:

@@ -42,9 +42,10 @@ from kserve_pvc.errors import (
     VolumeError,
     printable,
 )
-from kserve_pvc.kserve._archives import is_archive, unpacking
+from kserve_pvc.kserve._archives import is_archive, may_unpack, unpacking
 from kserve_pvc.kserve._contents import OURS, WORK, Contents, Source
 from kserve_pvc.kserve._destination import Destination
+from kserve_pvc.kserve._digests import digest_refusal, found_digest, has_digest
 from kserve_pvc.kserve._environment import Variables, leave_to_s3, read_variables, trust_bundle
 from kserve_pvc.kserve._log import log as _log
 from kserve_pvc.kserve._replacing import is_complete, may_repoint
@@ -233,7 +234,7 @@ def _open(root: Path, variables: Variables, *, mode: str | None = None) -> Model
         mode="r" if mode == "r" else "rw",
         locker=variables.locker,
         lease_seconds=variables.lease_seconds,
-        backends=unpacking(),
+        backends=unpacking(variables.unpack_limits, variables.digest),
         storage_options=variables.storage_options,
         offline=variables.offline,
     )
@@ -266,14 +267,28 @@ def from_store(root: Path, one: CheckedSource, variables: Variables) -> Model:
     Raises:
         StoreError: As `ModelStore.ensure`, or the stored model is not what KServe would serve.
     """
-    model = _find(root, one) or _ensure(_open(root, variables, mode=variables.mode), one, variables)
-    files = model.record.files
-    if one.ref.service in unpacking() and len(files) == 1 and is_archive(files[0].path.name):
+    open_store = partial(_open, root, variables, mode=variables.mode)
+    model = _find(root, one) or _ensure(open_store(), one, variables)
+    record = model.record
+    files = record.files
+    is_packed = record.archive_sha256 is None and len(files) == 1 and is_archive(files[0].path.name)
+    if may_unpack(one.ref.service) and is_packed:
         rule = "the store holds the packed archive, which no initializer downloaded; remove it with `kserve-pvc rm`"
         raise PolicyError(one.shown, rule)
-    _check_digest([model], variables)
+    _check_digest(open_store, model, variables)
     _log("INFO", f"{one.shown} is {model.status} in the store at {root}, at {model.path}")
     return model
+
+
+def _check_digest(open_store: Callable[[], ModelStore], model: Model, variables: Variables) -> None:
+    """Most backends have compared it before the model was published; a hit was published without it."""
+    digest, record = variables.digest, model.record
+    if digest is None or has_digest(digest, record.files, record.archive_sha256):
+        return
+    if model.status == "downloaded":
+        open_store().remove(model.ref)
+        raise DigestMismatchError(model.uri, digest, found_digest(record.files, record.archive_sha256))
+    raise digest_refusal(model.uri, record.files, record.archive_sha256, "remove the model with `kserve-pvc rm`")
 
 
 def _find(root: Path, one: CheckedSource) -> Model | None:
@@ -286,17 +301,6 @@ def _find(root: Path, one: CheckedSource) -> Model | None:
             model = store.get(ref.uri)
             return model if one.is_one_object(file.path for file in model.record.files) else None
     return None
-
-
-def _check_digest(models: Sequence[Model], variables: Variables) -> None:
-    if variables.digest is None:
-        return
-    files = [file for model in models for file in model.record.files]
-    if len(files) != 1:
-        rule = f"`VERIFICATION_DIGEST` is the SHA-256 of one file, but the model has {len(files)}; unset it"
-        raise PolicyError(models[0].uri, rule)
-    if files[0].sha256 != variables.digest:
-        raise DigestMismatchError(str(files[0].path), variables.digest, str(files[0].sha256))
 
 
 def _download_into(place: Path, sources: Sequence[CheckedSource], variables: Variables) -> None:
@@ -327,10 +331,11 @@ def _download(destination: Destination, sources: Sequence[CheckedSource], variab
         # Only a broken volume or a foreign process damages it, and it is of no use.
         destination.delete(WORK)
         store = _open(destination.make_work(), variables)
-    models = [_ensure(store, one, variables) for one in sources]
     try:
-        _check_digest(models, variables)
-    except StoreError:
+        models = [_ensure(store, one, variables) for one in sources]
+        for model in models:
+            _check_digest(lambda: store, model, variables)
+    except DigestMismatchError:
         destination.delete(WORK)
         raise
     return models
@@ -365,7 +370,7 @@ def _contents(
         for file in model.record.files:
             files[file.path], origins[file.path] = file, model.path / file.path
     recorded = [
-        Source(key=one.ref.key, uri=model.uri, version=model.version)
+        Source(key=one.ref.key, uri=model.uri, version=model.version, archive_sha256=model.record.archive_sha256)
         for one, model in zip(sources, models, strict=True)
     ]
     return Contents(sources=recorded, files=[files[path] for path in sorted(files)], is_linked=is_linked), origins

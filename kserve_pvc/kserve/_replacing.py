@@ -16,6 +16,7 @@ from kserve_pvc._volume.reading import Volume
 from kserve_pvc.errors import PolicyError, printable
 from kserve_pvc.kserve._contents import Source
 from kserve_pvc.kserve._destination import Destination
+from kserve_pvc.kserve._digests import digest_refusal, has_digest
 from kserve_pvc.kserve._environment import REPLACE, Variables
 from kserve_pvc.kserve._log import log
 
@@ -37,11 +38,18 @@ def is_complete(
     if [source.key for source in served] != [ref.key for ref in refs]:
         _check(destination, refs, served, variables)
         return False
-    if destination.record() is None:
+    record = destination.record()
+    if record is None:
         return False
+    may_replace = all(variables.may_replace(source.uri) for source in served)
+    archive = served[0].archive_sha256
+    if variables.digest is not None and not has_digest(variables.digest, record.files, archive):
+        if may_replace:
+            return False
+        raise digest_refusal(refs[0].uri, record.files, archive, f"{_REMEDY}")
     if versions is None or [source.version for source in served] == list(versions):
         return True
-    if all(variables.may_replace(source.uri) for source in served):
+    if may_replace:
         return False
     log("INFO", _KEPT.format(printable(str(destination.root))))
     return True
