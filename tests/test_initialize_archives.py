@@ -17,6 +17,8 @@ from trees import read_tree, write_files
 from webserver import WebServer
 
 from kserve_pvc import ModelStore
+from kserve_pvc._source.contract import UnpackLimits
+from kserve_pvc.kserve._archives import unpacking
 from kserve_pvc.kserve._contents import RECORD
 from kserve_pvc.kserve._environment import read_variables
 from kserve_pvc.kserve._initialize import main
@@ -338,3 +340,80 @@ def test_limits_that_are_not_given_are_the_defaults():
     given = read_variables({"KSERVE_PVC_UNPACK_LIMITS": "size_bytes=7"}).unpack_limits
 
     assert (given.size_bytes, given.entries) == (7, read_variables({}).unpack_limits.entries)
+
+
+# Modes
+
+
+MODES = {"run.sh": 0o755, "mine": 0o700, "others": 0o655, "data": 0o644}
+SCRIPTS = dict.fromkeys(MODES, b"#!/bin/sh\n")
+EXECUTABLE = {"run.sh", "mine"}
+
+
+def executable(place):
+    return {path.name for path in place.iterdir() if path.name in MODES and path.stat().st_mode & 0o111 == 0o111}
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "directory"])
+@pytest.mark.parametrize("way", ["private", "reflink", "link", "copy", "symlink"])
+def test_what_its_owner_may_execute_all_may(tmp_path, place, root, initialize, kind, way):
+    """
+    The permission is kept where KServe keeps it, for tars and directories, and for zips that have it; no other mode is.
+    """
+    if kind == "directory":
+        write_files(tmp_path / "m", SCRIPTS)
+        for name, mode in MODES.items():
+            (tmp_path / "m" / name).chmod(mode)
+    else:
+        write_files(tmp_path / "m", {f"m.{kind}": tar(SCRIPTS, MODES) if kind == "tar" else zipped(SCRIPTS, MODES)})
+    env = {} if way == "private" else {"KSERVE_PVC_STORE": root, "KSERVE_PVC_MATERIALIZE": way}
+
+    code, err = initialize(tmp_path / "m", place, **env)
+    if code and way == "reflink":
+        pytest.skip("this file system shares no extents")
+
+    assert code == 0, err
+    assert executable(place) == EXECUTABLE
+    assert {path.stat().st_mode & 0o7022 for path in place.iterdir() if path.name in MODES} == {0}
+
+
+def test_a_zip_of_another_system_has_no_modes(tmp_path, place, initialize):
+    """
+    Its attributes mean something else there.
+    """
+    data = zipped(SCRIPTS, MODES)
+    write_files(tmp_path / "m", {"m.zip": data.replace(b"PK\x01\x02\x14\x03", b"PK\x01\x02\x14\x00")})
+
+    code, err = initialize(tmp_path / "m", place)
+
+    assert code == 0, err
+    assert executable(place) == set()
+
+
+def test_an_exported_model_keeps_what_is_executable(tmp_path, place, root, initialize):
+    """
+    A bundle has it too, also one of an archive that the patterns had selected, whose digest is that of the archive.
+    """
+    data = tar(SCRIPTS, MODES)
+    write_files(tmp_path / "m", {"m.tar": data, "LICENSE": b"l"})
+    uri, patterns = f"file://{tmp_path}/m", ("*.tar",)
+    initialize(uri, place, KSERVE_PVC_STORE=root, STORAGE_ALLOW_PATTERNS="*.tar")
+    ModelStore(root).export(uri, tmp_path / "bundle", allow_patterns=patterns)
+    (tmp_path / "other").mkdir()
+
+    model = ModelStore(tmp_path / "other", mode="rw").import_(tmp_path / "bundle")
+
+    assert read_tree(model.path) == SCRIPTS
+    assert executable(model.path) == EXECUTABLE
+    assert model.record.archive_sha256 == digest(data)
+
+
+def test_addresses_of_azure_are_not_those_of_the_web():
+    """
+    Both have the scheme `https`, so a source brings only the backend of its own service.
+    """
+    limits = UnpackLimits()
+
+    found = {service: set(unpacking(service, limits)) for service in ("az", "https", "s3", "memory")}
+
+    assert found == {"az": {"az"}, "https": {"https"}, "s3": {"s3"}, "memory": set()}

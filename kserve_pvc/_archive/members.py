@@ -28,13 +28,15 @@ class Member:
     One regular file of an archive. Its pieces must be read to the end before the next member is requested.
 
     `evidence` is the digest that the archive stores for it, as `name:hex`. The iteration of the pieces raises an error
-    if they do not match it. A member with `copy_of` has no pieces: it is a hard link to that earlier member.
+    if they do not match it. A member with `copy_of` has no pieces: it is a hard link to that earlier member. Of its
+    mode only counts whether its owner may execute it, as for `tarfile.data_filter`.
     """
 
     path: PurePosixPath
     pieces: Iterator[bytes]
     evidence: str | None = None
     copy_of: PurePosixPath | None = None
+    is_executable: bool = False
 
 
 class Readable(Protocol):

@@ -21,6 +21,7 @@ _LOCAL_HEADER_BYTES = 30
 _ENTRY_SIGNATURE = b"PK\x01\x02"
 _IS_ENCRYPTED, _IS_UTF8 = 0x1, 0x800
 _STORED, _DEFLATED = 0, 8
+_UNIX = 3
 
 
 class _BoundedFile:
@@ -65,7 +66,10 @@ def zip_members(
         for info, path in chosen:
             with opened.open(info) as stream:
                 yield Member(
-                    path=path, pieces=_zip_pieces(stream, info, names, meter), evidence=f"crc32:{info.CRC:08x}"
+                    path=path,
+                    pieces=_zip_pieces(stream, info, names, meter),
+                    evidence=f"crc32:{info.CRC:08x}",
+                    is_executable=info.create_system == _UNIX and bool(info.external_attr >> 16 & stat.S_IXUSR),
                 )
 
 

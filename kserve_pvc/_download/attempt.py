@@ -184,7 +184,7 @@ class Attempt:
             version=self.resolved.version,
             files=tuple(files),
             access=access,
-            archive_sha256=self._archive_sha256,
+            archive_sha256=self._archive_sha256 or self.resolved.archive_sha256,
         )
         data = encode(manifest)
         self._writer.write_private(layout.manifest_file(self._generation), data)

@@ -95,9 +95,15 @@ class Unpacking:
             with suppress(OSError):
                 os.close(fd)
             raise
-        self.tree.finish(fd, member.path, size >= _LARGE_BYTES)
+        self.tree.finish(fd, member.path, size >= _LARGE_BYTES, member.is_executable)
         digest = None if hashed is None else hashed.hexdigest()
-        return FileEntry(path=member.path, size_bytes=size, sha256=digest, evidence=member.evidence)
+        return FileEntry(
+            path=member.path,
+            size_bytes=size,
+            sha256=digest,
+            evidence=member.evidence,
+            executable=member.is_executable,
+        )
 
     def _read(self, path: PurePosixPath) -> Iterator[bytes]:
         """Read a member that was written before."""

@@ -70,7 +70,8 @@ class FileEntry:
 
     `token` is what the source calls this content (an ETag, a version id); it identifies, but is not a digest.
     `evidence` is the digest the source vouches for and that the bytes were compared with, as `name:hex`. Without
-    `sha256` the bytes were never hashed, because hashing was switched off.
+    `sha256` the bytes were never hashed, because hashing was switched off. `executable` says that its owner could
+    execute it at the source, where that is known.
     """
 
     path: PurePosixPath = attrs.field(converter=_path)
@@ -80,6 +81,7 @@ class FileEntry:
     evidence: str | None = attrs.field(
         default=None, metadata=OMITTED, validator=optional(matches_re(r"[a-z0-9]{1,16}:[0-9a-f]{8,128}"))
     )
+    executable: bool = attrs.field(default=False, metadata=OMITTED, validator=instance_of(bool))
 
     def with_digests(self, sha256: str | None, evidence: str | None) -> FileEntry:
         """

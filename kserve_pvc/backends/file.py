@@ -174,7 +174,11 @@ def _file(path: Path, inside: PurePosixPath, found: os.stat_result) -> RemoteFil
         raise _refused(path)
     token = _token(found)
     return RemoteFile(
-        entry=FileEntry(path=inside, size_bytes=found.st_size, token=token), address=str(path), pin={"inode": token}
+        entry=FileEntry(
+            path=inside, size_bytes=found.st_size, token=token, executable=bool(found.st_mode & stat.S_IXUSR)
+        ),
+        address=str(path),
+        pin={"inode": token},
     )
 
 

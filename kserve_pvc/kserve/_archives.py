@@ -72,14 +72,17 @@ def may_unpack(service: str) -> bool:
     return service in (*_SERVICES, *_WEB)
 
 
-def unpacking(limits: UnpackLimits, digest: str | None = None) -> Mapping[str, BackendFactory]:
+def unpacking(service: str, limits: UnpackLimits, digest: str | None = None) -> Mapping[str, BackendFactory]:
     """
-    Return the backends of a store that unpacks as KServe does.
+    Return the backend of a store that unpacks as KServe does.
 
     Args:
+        service: The one of the source. For others there is none, since `https` addresses of Azure have a service of
+            their own, and a backend for the scheme would come first.
         digest: The SHA-256 of the only file of the source, as it is stored there.
     """
-    return {service: partial(_make, service, limits, digest) for service in (*_SERVICES, *_WEB, *_OTHERS)}
+    is_known = service in (*_SERVICES, *_WEB, *_OTHERS)
+    return {service: partial(_make, service, limits, digest)} if is_known else {}
 
 
 def _make(service: str, limits: UnpackLimits, digest: str | None, options: Mapping[str, Any]) -> Backend:

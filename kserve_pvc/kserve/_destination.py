@@ -263,7 +263,7 @@ class Destination:
                 return True
             if others_write or found.st_nlink > 1 or found.st_uid != os.geteuid():
                 return False
-            widen_new_file(fd, self._writer.file_mode)
+            widen_new_file(fd, self._writer.file_mode | (found.st_mode & 0o100 and 0o111))
         return True
 
     def _is_moved(self, file: FileEntry) -> bool:

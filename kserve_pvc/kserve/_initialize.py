@@ -228,13 +228,13 @@ def find_store(place: Path, variables: Variables) -> Path | None:
     return next((above for above in (place, *place.parents) if (above / layout.SETTINGS).is_file()), None)
 
 
-def _open(root: Path, variables: Variables, *, mode: str | None = None) -> ModelStore:
+def _open(root: Path, one: CheckedSource, variables: Variables, *, mode: str | None = None) -> ModelStore:
     return ModelStore(
         root,
         mode="r" if mode == "r" else "rw",
         locker=variables.locker,
         lease_seconds=variables.lease_seconds,
-        backends=unpacking(variables.unpack_limits, variables.digest),
+        backends=unpacking(one.ref.service, variables.unpack_limits, variables.digest),
         storage_options=variables.storage_options,
         offline=variables.offline,
     )
@@ -267,7 +267,7 @@ def from_store(root: Path, one: CheckedSource, variables: Variables) -> Model:
     Raises:
         StoreError: As `ModelStore.ensure`, or the stored model is not what KServe would serve.
     """
-    open_store = partial(_open, root, variables, mode=variables.mode)
+    open_store = partial(_open, root, one, variables, mode=variables.mode)
     model = _find(root, one) or _ensure(open_store(), one, variables)
     record = model.record
     files = record.files
@@ -326,15 +326,16 @@ def _download(destination: Destination, sources: Sequence[CheckedSource], variab
     if _started_keys(destination) - {key for one in sources for key in one.keys}:
         destination.delete(WORK)  # Left by a killed download of another source, and of no use.
     try:
-        store = _open(destination.make_work(), variables)
+        _open(destination.make_work(), sources[0], variables)
     except StoreFormatError:
         # Only a broken volume or a foreign process damages it, and it is of no use.
         destination.delete(WORK)
-        store = _open(destination.make_work(), variables)
+    models = []
     try:
-        models = [_ensure(store, one, variables) for one in sources]
-        for model in models:
-            _check_digest(lambda: store, model, variables)
+        for one in sources:
+            open_store = partial(_open, destination.make_work(), one, variables)
+            models.append(_ensure(open_store(), one, variables))
+            _check_digest(open_store, models[-1], variables)
     except DigestMismatchError:
         destination.delete(WORK)
         raise
