@@ -16,9 +16,11 @@ import shell
 from trees import read_tree, write_files
 from webserver import WebServer
 
-from kserve_pvc import ModelStore
-from kserve_pvc._source.contract import UnpackLimits
-from kserve_pvc.kserve._archives import unpacking
+from kserve_pvc import ModelStore, PolicyError
+from kserve_pvc._format.records import FileEntry
+from kserve_pvc._source.contract import RemoteFile, UnpackLimits
+from kserve_pvc._source.ref import parse_ref
+from kserve_pvc.kserve._archives import _Marking, unpacking
 from kserve_pvc.kserve._contents import RECORD
 from kserve_pvc.kserve._environment import read_variables
 from kserve_pvc.kserve._initialize import main
@@ -225,6 +227,33 @@ def upload_free_s3(request):
         return upload(files), origin.environ
 
     return put
+
+
+@pytest.mark.parametrize(("name", "expected"), [("m.tar", "m.tar"), ("m.tar.gz", "m.tar.gz"), ("m.bin", "m.bin.gz")])
+def test_an_archive_that_is_stored_compressed_is_unpacked(name, expected):
+    """
+    Google stores objects compressed that are not; an archive among them is one by the name that it has there.
+    """
+    ref = parse_ref(f"gs://bucket/{name}")
+
+    (marked,) = _Marking(service="gs", limits=UnpackLimits(entries=7), digest="0" * 64).mark(ref, [encoded(name)])
+
+    assert (str(marked.entry.path), marked.unpack) == (expected, UnpackLimits(entries=7))
+    assert marked.entry.sha256 is None  # It is compared with what is unpacked.
+
+
+@pytest.mark.parametrize("name", ["m.zip", "m.7z"])
+def test_an_archive_in_another_compression_is_refused(name):
+    """
+    What cannot be unpacked from two formats at once does not stay packed.
+    """
+    with pytest.raises(PolicyError, match="is refused"):
+        _Marking(service="gs", limits=UnpackLimits(), digest=None).mark(parse_ref("gs://b/m"), [encoded(name)])
+
+
+def encoded(name):
+    entry = FileEntry(path=f"{name}.gz", size_bytes=3, token="t")
+    return RemoteFile(entry=entry, address="a", pin={}, unpack=UnpackLimits())
 
 
 # Digests

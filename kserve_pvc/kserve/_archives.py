@@ -107,7 +107,11 @@ class _Marking:
     digest: str | None
 
     def is_archive(self, files: Sequence[RemoteFile]) -> bool:
-        return len(files) == 1 and may_unpack(self.service) and is_archive(files[0].entry.path.name)
+        return len(files) == 1 and may_unpack(self.service) and is_archive(self._name(files[0]))
+
+    def _name(self, file: RemoteFile) -> str:
+        """What a file is called. A backend gives one that is stored compressed, and says that it is not, a suffix."""
+        return file.entry.path.name.removesuffix(".gz") if self._is_encoded(file) else file.entry.path.name
 
     def mark(self, ref: ModelRef, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
         """
@@ -132,12 +136,16 @@ class _Marking:
         return [file if file.unpack is None else attrs.evolve(file, unpack=self.limits) for file in files]
 
     def _archive(self, ref: ModelRef, file: RemoteFile) -> RemoteFile:
-        name = file.entry.path.name
+        name = self._name(file)
+        if self._is_encoded(file) and name.lower().endswith(".zip"):
+            raise PolicyError(str(ref), "it is a zip that is stored with another compression; upload it without that")
         if (what := _refused(name)) is not None:
             rule = f"{what} archives are not supported; repack it as `.tar.gz`, `.tar.xz`, `.tar.bz2` or `.zip`"
             raise PolicyError(str(ref), rule)
         check_readable(name)
-        return attrs.evolve(file, unpack=self.limits)
+        # Of a tar, the compression is found by its content.
+        entry = attrs.evolve(file.entry, path=file.entry.path.with_name(name))
+        return attrs.evolve(file, entry=entry, unpack=self.limits)
 
     def _is_encoded(self, file: RemoteFile) -> bool:
         """Whether a service stores it compressed and says that it is not: then its digest is that of its content."""
