@@ -11,6 +11,7 @@ import os
 import tarfile
 import zipfile
 
+import fsspec
 import pytest
 import shell
 from trees import read_tree, write_files
@@ -273,7 +274,7 @@ def test_the_digest_of_the_file_at_the_source_is_compared(tmp_path, place, root,
         initialize(uri, place, VERIFICATION_DIGEST="0" * 64),
         initialize(uri, place, VERIFICATION_DIGEST="0" * 64, KSERVE_PVC_STORE=root),
     ]
-    after = served(place), ModelStore(root).list(), [path for path in root.glob("models/*") if path.is_symlink()]
+    after = served(place), ModelStore(root).list(), [*root.glob(".kserve-pvc/keys/*/log/*")]
     right = initialize(uri, place, VERIFICATION_DIGEST=f"sha256:{digest(data)}")
     stored = initialize(uri, place / "stored", VERIFICATION_DIGEST=digest(data), KSERVE_PVC_STORE=root)
 
@@ -282,6 +283,23 @@ def test_the_digest_of_the_file_at_the_source_is_compared(tmp_path, place, root,
     assert after == ({}, [], [])
     assert (right[0], stored[0]) == (0, 0), right[1] + stored[1]
     assert served(place / "stored") == files
+
+
+def test_a_wrong_file_of_another_backend_does_not_stay_in_a_store(place, root, initialize):
+    """
+    What a plug-in or fsspec serves is compared after it was published, and removed again.
+    """
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/digests/m.bin", b"model")
+    env = {"KSERVE_PVC_STORE": root}
+
+    wrong = initialize("memory://digests/m.bin", place, VERIFICATION_DIGEST="0" * 64, **env)
+    left = ModelStore(root).list(), [path for path in root.glob("models/*") if path.is_symlink()]
+    right = initialize("memory://digests/m.bin", place, VERIFICATION_DIGEST=digest(b"model"), **env)
+
+    assert (wrong[0], right[0]) == (1, 0), right[1]
+    assert left == ([], [])
+    assert served(place) == {"m.bin": b"model"}
 
 
 def test_a_hit_has_the_digest_too(tmp_path, place, root, initialize):
