@@ -175,7 +175,7 @@ def test_an_archive_with_a_wrong_name_is_called_what_it_is(tmp_path, place, init
 @pytest.mark.parametrize("coding", ["bz2", "lzma"])
 def test_a_damaged_archive_is_called_damaged(tmp_path, place, initialize, coding, harm):
     """
-    Whatever a decompressor raises is no error of the volume.
+    What a decompressor raises is not reported as an error of the volume.
     """
     data = COMPRESS[coding](tar({"a": os.urandom(3_000)}))
     broken = {"cut": data[:-200], "tail": data + b"garbage", "flipped": data[:60] + bytes(40) + data[100:]}[harm]
