@@ -33,7 +33,7 @@ class Destination:
     allocate: Callable[[int, int], None]
     write: Callable[[int, memoryview, int], None]
     copy: Callable[[int, int, int, int], bool]
-    finish: Callable[[int, PurePosixPath, bool], bool]
+    finish: Callable[[int, PurePosixPath, bool, bool], bool]
     note: Callable[[PurePosixPath, str, int, int, str | None, int | None, bool], None]
     failure: Callable[[str, PurePosixPath, OSError], Exception]
 
@@ -69,7 +69,7 @@ class Writing:
             promised: The digest by the source that it was found to have.
         """
         entry, sha256 = self.file.entry, self.hashes.so_far()
-        is_durable = self.destination.finish(self.fd, entry.path, is_durable)
+        is_durable = self.destination.finish(self.fd, entry.path, is_durable, entry.executable)
         self.destination.note(entry.path, str(entry.token), 0, entry.size_bytes, sha256, None, is_durable)
         return entry.with_digests(sha256, promised)
 
