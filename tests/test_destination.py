@@ -354,10 +354,11 @@ def test_what_may_be_replaced_is_a_list_of_uris(tmp_path, place, initialize, val
     assert "KSERVE_PVC_REPLACE" in err
 
 
-def test_a_link_in_a_store_leads_to_what_it_led_to(tmp_path, root, initialize):
+def test_a_link_in_a_store_leads_to_what_it_led_to(tmp_path, root, initialize, monkeypatch):
     """
     A directory in a store keeps its model, and its version, until it may be replaced or is gone.
     """
+    monkeypatch.setenv("KSERVE_PVC_STORE", str(root))
     store, link = ModelStore(root, mode="rw"), root / "served"
     one, two = model(tmp_path), model(tmp_path, "two", {"other.bin": b"o"})
     initialize(one, link)
@@ -379,10 +380,11 @@ def test_a_link_in_a_store_leads_to_what_it_led_to(tmp_path, root, initialize):
     assert in_the_end == {"other.bin": b"o"}
 
 
-def test_a_link_of_a_user_in_a_store_is_kept(tmp_path, root, initialize):
+def test_a_link_of_a_user_in_a_store_is_kept(tmp_path, root, initialize, monkeypatch):
     """
     A link that leads to something else that exists is not replaced; one that leads nowhere is.
     """
+    monkeypatch.setenv("KSERVE_PVC_STORE", str(root))
     ModelStore(root, mode="rw")
     uri = model(tmp_path)
     (root / "mine").mkdir()

@@ -205,7 +205,7 @@ HOSTILE_NAMES = [
     "a/../../x",
     "/etc/x",
     "a\\..\\x",
-    "C:x",
+    "C:/x",
     "a\nb",
     "a\u202eb",
     "a.",
