@@ -22,9 +22,10 @@ from kserve_pvc._format.records import FileEntry
 from kserve_pvc._source.contract import RemoteFile, UnpackLimits
 from kserve_pvc._source.ref import parse_ref
 from kserve_pvc.kserve._archives import _Marking, unpacking
-from kserve_pvc.kserve._contents import RECORD
+from kserve_pvc.kserve._contents import RECORD, WORK
+from kserve_pvc.kserve._destination import Destination
 from kserve_pvc.kserve._environment import read_variables
-from kserve_pvc.kserve._initialize import main
+from kserve_pvc.kserve._initialize import fill_all, main
 
 FILES = {"config.json": b"{}", "weights/b.bin": b"w" * 5_000, "README.md": b"read"}
 COMPRESS = {
@@ -325,6 +326,30 @@ def test_a_hit_has_the_digest_too(tmp_path, place, root, initialize):
     assert all("VERIFICATION_DIGEST" in err for _, err in refused)
     assert served(place / "stored") == FILES
     assert len(ModelStore(root).list()) == 1
+
+
+def test_what_a_killed_start_left_must_have_the_digest(tmp_path, place, initialize, monkeypatch):
+    """
+    A finished download that was never placed is discarded if it is not what the digest asks for.
+    """
+    write_files(tmp_path / "m", {"m.tar": tar()})
+    uri = f"file://{tmp_path}/m/m.tar"
+    with monkeypatch.context() as context:
+        context.setattr(Destination, "fill", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fill_all([(uri, str(place))], read_variables({}))
+    left = sorted(path.name for path in (place / WORK).iterdir())
+
+    code, _ = initialize(uri, place, VERIFICATION_DIGEST="0" * 64)
+
+    assert "models" in left
+    assert code == 1
+    assert not (place / WORK).exists()
+    assert initialize(uri, place, VERIFICATION_DIGEST=digest(tar()))[0] == 0
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_digest_of_an_archive_on_the_web(place, initialize):

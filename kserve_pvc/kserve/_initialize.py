@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from types import FrameType
@@ -343,15 +343,22 @@ def _download(destination: Destination, sources: Sequence[CheckedSource], variab
         # Only a broken volume or a foreign process damages it, and it is of no use.
         destination.delete(WORK)
     models = []
-    try:
-        for one in sources:
-            open_store = partial(_open, destination.make_work(), one, variables)
+    for one in sources:
+        open_store = partial(_open, destination.make_work(), one, variables)
+        with _discarding(destination, DigestMismatchError):
             models.append(_ensure(open_store(), one, variables))
+        with _discarding(destination, StoreError):  # Of what a killed start has left, too.
             _check_digest(open_store, models[-1], variables)
-    except DigestMismatchError:
+    return models
+
+
+@contextmanager
+def _discarding(destination: Destination, error: type[StoreError]) -> Iterator[None]:
+    try:
+        yield
+    except error:
         destination.delete(WORK)
         raise
-    return models
 
 
 def _started_keys(destination: Destination) -> set[str]:
