@@ -39,6 +39,8 @@ TESTING = [*PYTEST, *SERVICES]
 CHECKERS = ["mypy>=2,<3", "pyright[nodejs]>=1.1.400"]
 # The initializer that ours is compared with.
 STOCK = "kserve-storage==0.21.0"
+# A server that takes every directory for a model; the package has the server itself.
+TRITON = "nvidia-pytriton==0.7.0"
 EXTRAS = ["none", "s3", "gs", "azure", "hf", "http", "all"]
 # The tests for installations without some of the extras.
 SUITES = ["tests/test_conformance.py", "tests/test_backend_http.py"]
@@ -130,6 +132,22 @@ def conformance(session: nox.Session, backend: str) -> None:
     _install_node(session)
     command = ["python", "-Im", "pytest", "--import-mode=importlib", *SUITES, "-k", f"Test{backend}"]
     session.run(*command, *session.posargs, env={"KSERVE_PVC_TEST_FILES": "5000"})
+
+
+@nox.session
+def triton(session: nox.Session) -> None:
+    """A real Triton server on a directory that the initializer has filled."""
+    session.install(f"{_wheel(session)}[all]", *TESTING)
+    # The server and its libraries are in the wheel. What that depends on is for clients in Python.
+    server = Path(session.create_tmp()).resolve() / "server"
+    session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(server), TRITON)
+    session.run("python", "-m", "pip", "install", "-q", "--upgrade", "--target", str(server / "numpy"), "numpy")
+    found = {
+        "KSERVE_PVC_TEST_TRITON": str(server / "pytriton"),
+        "KSERVE_PVC_TEST_TRITON_LIBRARIES": str(server / "numpy"),
+    }
+    pytest = ["python", "-Im", "pytest", "--import-mode=importlib", "tests/test_triton.py"]
+    session.run(*pytest, *session.posargs, env=found)
 
 
 @nox.session

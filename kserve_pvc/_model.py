@@ -101,6 +101,7 @@ class Model:
             writer=entry.writer,
             access=manifest.access,
             tls=manifest.tls,
+            archive_sha256=manifest.archive_sha256,
         )
 
     @property

@@ -732,7 +732,7 @@ class ModelStore:
         check_listener(on_event)
         with self.open(_ref(uri, revision, allow_patterns, ignore_patterns)) as model:
             place = layout.generation_dir(model.key, model.path.name)
-            manifest = manifest_of(model._entry, model.record.files)
+            manifest = manifest_of(model._entry, model.record.files, model.record.archive_sha256)
             subject = self._subject(manifest.ref)
             with (
                 make_listener(progress, callback) as show,

@@ -31,7 +31,8 @@ from kserve_pvc.errors import (
     StoreRootError,
     UnsafePathError,
 )
-from kserve_pvc.kserve._destination import OURS, Destination
+from kserve_pvc.kserve._contents import OURS
+from kserve_pvc.kserve._destination import Destination
 
 SECRET = b"a private file outside of the volume"
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC

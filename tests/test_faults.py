@@ -302,7 +302,7 @@ def test_a_transient_error_of_the_volume_costs_one_attempt(root, source, monkeyp
 
     honest, failed = Tree.finish, []
 
-    def finish(self, fd, path, is_large):
+    def finish(self, fd, path, is_large, is_executable):
         if not failed:
             failed.append(path)
             os.close(fd)

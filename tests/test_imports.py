@@ -319,6 +319,7 @@ def test_only_the_volume_changes_the_volume():
         "_volume",
         "_archive.export",
         "kserve._destination",
+        "kserve._exclusion",
         "kserve._placing",
     }
 

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import attrs
 import pytest
@@ -23,7 +23,8 @@ from trees import model_files, read_tree, write_files
 
 from kserve_pvc import ModelNotFoundError, ModelStore
 from kserve_pvc._model import Lookup
-from kserve_pvc.kserve._destination import INTENDED, OURS, Destination
+from kserve_pvc.kserve._contents import INTENDED, OURS
+from kserve_pvc.kserve._destination import Destination
 from kserve_pvc.kserve._environment import Variables, read_variables
 from kserve_pvc.kserve._initialize import fill_all
 
@@ -267,6 +268,7 @@ def filling(request, tmp_path, tool) -> Filling:
     environ = variables_for(method, store)
     if before == "replace":
         subprocess.run(initialize(tmp_path / "old", place, scratch, environ), check=True, capture_output=True)
+        environ = {**environ, "KSERVE_PVC_REPLACE": "any"}
         # In a directory of the old model, which therefore stays.
         foreign = {"of/the/user": b"foreign"}
         write_files(place, foreign)
@@ -291,7 +293,7 @@ def served(place: Path) -> dict[str, bytes] | None:
     """
     if Destination(place).record() is None:
         return None
-    return {name: data for name, data in read_tree(place).items() if PurePosixPath(name).parts[0] != OURS.parts[0]}
+    return {name: data for name, data in read_tree(place).items() if not name.startswith(str(OURS))}
 
 
 def judge_filling(filling: Filling, cut: Cut, place: Path) -> str:

@@ -39,7 +39,7 @@ from waiting import until
 from kserve_pvc import ModelInUseError, ModelStore
 from kserve_pvc._volume.tree import writing_tree
 from kserve_pvc._volume.writing import VolumeWriter
-from kserve_pvc.kserve._destination import OURS
+from kserve_pvc.kserve._contents import OURS
 
 NODES = int(os.environ.get("KSERVE_PVC_TEST_NODES", "2"))
 PER_NODE = int(os.environ.get("KSERVE_PVC_TEST_PER_NODE", "3"))
@@ -333,7 +333,7 @@ def test_an_init_container_goes_on_where_one_on_another_node_was_killed(roots):
     assert first.returncode == -signal.SIGKILL
     assert len(hub.asked("storage")) == sent
     for place in places:
-        assert {name: data for name, data in read_tree(place).items() if not name.startswith(f"{OURS}/")} == files
+        assert {name: data for name, data in read_tree(place).items() if not name.startswith(str(OURS))} == files
 
 
 @pytest.mark.timeout(900)  # A removal waits until every node sees it, which takes minutes on NFS.

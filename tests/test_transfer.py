@@ -230,7 +230,7 @@ def test_only_large_files_are_made_durable_one_by_one(place):
     """
     source, said = Source({"large": b"l" * PART, "small": b"s" * (PART - 1)}), {}
 
-    def finish(fd: int, path: PurePosixPath, is_large: bool) -> bool:
+    def finish(fd: int, path: PurePosixPath, is_large: bool, is_executable: bool) -> bool:
         said[str(path)] = is_large
         os.close(fd)
         return is_large

@@ -151,7 +151,7 @@ def test_one_compressed_file_yields_itself(coding):
             (f"m{ending}", True)
             for ending in (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst", ".gz", ".xz", ".zst", ".TAR.GZ")
         ),
-        *((name, False) for name in (".zip", ".tar.gz", "m.bin", "m.zip.bin", "gz", "m.tar.bz2", "m.pt")),
+        *((name, False) for name in (".zip", ".tar.gz", "m.bin", "m.zip.bin", "gz", "m.bin.bz2", "m.pt")),
     ],
 )
 def test_a_name_says_what_is_an_archive(name, expected):

@@ -197,7 +197,10 @@ class Bundle:
         if ref != self.manifest.ref:
             raise SourceNotFoundError(str(ref), f"`{self.path}` holds `{self.manifest.ref}`")
         remote = (RemoteFile(entry=file, address=str(self._offsets[file.path]), pin={}) for file in self.manifest.files)
-        return order_listing(ref, remote, version=self.manifest.version)
+        # Those of an archive were selected when it was unpacked.
+        bare = attrs.evolve(ref, allow_patterns=None, ignore_patterns=())
+        found = order_listing(bare if self.manifest.archive_sha256 else ref, remote, version=self.manifest.version)
+        return attrs.evolve(found, ref=ref, archive_sha256=self.manifest.archive_sha256)
 
     @contextmanager
     def open_range(self, file: RemoteFile, start: int, stop: int) -> Iterator[_Reader]:

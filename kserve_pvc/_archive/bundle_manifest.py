@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import attrs
 from attrs.validators import matches_re, optional
 
-from kserve_pvc._format.codec import KEY, size, strings, text
+from kserve_pvc._format.codec import KEY, OMITTED, SHA256, size, strings, text
 from kserve_pvc._format.file_names import check_collisions
 from kserve_pvc._format.log_entry import LogEntry, to_tuple
 from kserve_pvc._format.records import FileEntry, to_files
@@ -24,7 +24,7 @@ class BundleManifest:
     The first member of a bundle: which version of which model it holds, and every file of it with its SHA-256.
 
     It says nothing about the store, the time or the process that wrote it, so that the same version of a model gives
-    the same bundle.
+    the same bundle. Files that were unpacked from an archive need not match the patterns, which may have selected it.
     """
 
     uri: str = attrs.field(validator=text)
@@ -35,6 +35,7 @@ class BundleManifest:
     version: str = attrs.field(validator=text)
     size_bytes: int = attrs.field(validator=size)
     files: tuple[FileEntry, ...] = attrs.field(converter=to_files)
+    archive_sha256: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(SHA256)))
 
     def __attrs_post_init__(self) -> None:
         ref = self._parse_ref()
@@ -42,7 +43,8 @@ class BundleManifest:
             raise ValueError(f"a model has 1 to {MAX_FILES} files")
         if any(file.sha256 is None or file.evidence is not None for file in self.files):
             raise ValueError("every file must have a `sha256` and no `evidence`")
-        if list(self.files) != sorted(self.files, key=_order) or not all(ref.selects(file.path) for file in self.files):
+        is_selected = self.archive_sha256 is not None or all(ref.selects(file.path) for file in self.files)
+        if list(self.files) != sorted(self.files, key=_order) or not is_selected:
             raise ValueError("`files` are not sorted, or not all of them match the patterns")
         if sum(file.size_bytes for file in self.files) != self.size_bytes:
             raise ValueError("`size_bytes` is not the total size of `files`")
@@ -80,7 +82,7 @@ def _order(file: FileEntry) -> str:
     return str(file.path).replace("/", "\0")
 
 
-def manifest_of(entry: LogEntry, files: Iterable[FileEntry]) -> BundleManifest:
+def manifest_of(entry: LogEntry, files: Iterable[FileEntry], archive_sha256: str | None = None) -> BundleManifest:
     """
     Return the manifest of a bundle of a stored model.
 
@@ -103,4 +105,5 @@ def manifest_of(entry: LogEntry, files: Iterable[FileEntry]) -> BundleManifest:
         version=entry.version,
         size_bytes=sum(file.size_bytes for file in bare),
         files=tuple(sorted(bare, key=_order)),
+        archive_sha256=archive_sha256,
     )

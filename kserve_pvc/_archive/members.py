@@ -18,6 +18,8 @@ from kserve_pvc.errors import DamagedArchiveError, PolicyError, StoreError, Unsa
 PIECE_BYTES = 256 * 1024
 # The compression ratio is not checked below this output size.
 _HARMLESS_BYTES = 16 * 1024 * 1024
+# How limits are raised: as an option of a store, or for KServe's containers.
+RAISE = "raise `unpack_limits`, for the storage initializer `KSERVE_PVC_UNPACK_LIMITS`, to allow more"
 
 
 @attrs.frozen(kw_only=True)
@@ -26,13 +28,15 @@ class Member:
     One regular file of an archive. Its pieces must be read to the end before the next member is requested.
 
     `evidence` is the digest that the archive stores for it, as `name:hex`. The iteration of the pieces raises an error
-    if they do not match it. A member with `copy_of` has no pieces: it is a hard link to that earlier member.
+    if they do not match it. A member with `copy_of` has no pieces: it is a hard link to that earlier member. Of its
+    mode only counts whether its owner may execute it, as for `tarfile.data_filter`.
     """
 
     path: PurePosixPath
     pieces: Iterator[bytes]
     evidence: str | None = None
     copy_of: PurePosixPath | None = None
+    is_executable: bool = False
 
 
 class Readable(Protocol):
@@ -70,9 +74,7 @@ class NameCheck:
         """
         self._left -= 1
         if self._left < 0:
-            raise PolicyError(
-                self.archive, f"it has more than {self.limits.entries} entries; raise `unpack_limits` to allow more"
-            )
+            raise PolicyError(self.archive, f"it has more than {self.limits.entries} entries; {RAISE}")
 
     def selects(self, name: str, *, is_directory: bool = False) -> bool:
         """
@@ -102,7 +104,7 @@ class NameCheck:
         if len(inside.encode()) > self.limits.path_bytes:
             raise PolicyError(
                 self.shown(name),
-                f"its name is longer than {self.limits.path_bytes} bytes; raise `unpack_limits` to allow more",
+                f"its name is longer than {self.limits.path_bytes} bytes; {RAISE}",
             )
         parts = inside.split("/")
         number = self._enter(name, parts if is_directory else parts[:-1])
@@ -166,7 +168,7 @@ class Meter:
         if total > self._allowed:
             rule = (
                 f"it unpacks to more than {self._allowed} bytes, the limit for an archive of its size; "
-                "if you trust it, raise `unpack_limits`"
+                f"if you trust it, {RAISE}"
             )
             raise PolicyError(self._archive, rule)
 
@@ -222,10 +224,8 @@ def translating(archive: str) -> Iterator[None]:
     except StoreError:
         raise
     except Exception as error:
-        import gzip
-
-        # An error of the volume; `BadGzipFile` is an OSError too.
-        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+        # An error of the volume has a number; those of decompressors, of which some are an `OSError` too, have none.
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         # A decompressor may raise anything for untrusted bytes.
         raise DamagedArchiveError(archive, str(error)[:200] or type(error).__name__) from error

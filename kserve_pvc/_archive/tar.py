@@ -5,9 +5,12 @@ The members of a tar archive, read as a stream.
 from __future__ import annotations
 
 import logging
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
+
+import attrs
 
 from kserve_pvc._archive.members import (
     PIECE_BYTES,
@@ -61,19 +64,25 @@ def tar_members(
             if header.type == _DIRECTORY_TYPE:
                 names.add(name, is_directory=True)
             elif header.type == _HARD_LINK_TYPE:
-                yield _hard_link(names, name, target, sizes, stream.meter, make_room)
+                linked = _hard_link(names, name, target, sizes, stream.meter, make_room)
+                yield attrs.evolve(linked, is_executable=_is_executable(header))
             elif header.type not in _REGULAR_TYPES:
                 raise UnsafePathError(names.shown(name), _wrong_type(header))
             elif (path := names.add(name)) is not None:
                 make_room(size)
                 sizes[path] = size
-                yield Member(path=path, pieces=_tar_pieces(stream, names.archive, size))
+                pieces = _tar_pieces(stream, names.archive, size)
+                yield Member(path=path, pieces=pieces, is_executable=_is_executable(header))
         stream.skip_to(end)
     while piece := stream.read(PIECE_BYTES):
         if piece.strip(b"\0"):
             raise PolicyError(
                 names.archive, "data follows the end of the archive, which other tools may take for a part of it"
             )
+
+
+def _is_executable(header: tarfile.TarInfo) -> bool:
+    return bool(header.mode & stat.S_IXUSR)
 
 
 def _next_header(

@@ -30,9 +30,17 @@ from kserve_pvc.errors import PolicyError
 # The format and the compression by file extension, the longer extensions first.
 _EXTENSIONS = {
     ".tar.gz": ("tar", "gz"),
+    ".tar.bz2": ("tar", "bz2"),
     ".tar.xz": ("tar", "xz"),
+    ".tar.lzma": ("tar", "lzma"),
     ".tar.zst": ("tar", "zst"),
     ".tgz": ("tar", "gz"),
+    ".taz": ("tar", "gz"),
+    ".tz": ("tar", "gz"),
+    ".tbz2": ("tar", "bz2"),
+    ".tbz": ("tar", "bz2"),
+    ".txz": ("tar", "xz"),
+    ".tzst": ("tar", "zst"),
     ".tar": ("tar", ""),
     ".zip": ("zip", ""),
     ".gz": ("", "gz"),
@@ -40,7 +48,26 @@ _EXTENSIONS = {
     ".zst": ("", "zst"),
 }
 # How a compressed stream begins. No tar does: its first bytes are a name.
-_MAGIC = {b"\x1f\x8b": "gz", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+_MAGIC = {
+    b"\x1f\x8b": "gz",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zst",
+    # A block, or the end of a stream without one: a name could begin with the first four bytes.
+    **{b"BZh%d%b" % (level, mark): "bz2" for level in range(1, 10) for mark in (b"1AY&SY", b"\x17rE8P\x90")},
+}
+_LZMA_MAGIC = b"\x5d\0\0"
+# What begins like this is not unpacked, whatever its name.
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive",
+    b"PK\x05\x06": "a zip archive",
+    b"\x1f\x9d": "compressed by compress (`.Z`)",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"LZIP": "compressed by lzip",
+    b"\x04\x22\x4d\x18": "compressed by LZ4",
+    b"\x89LZO\0": "compressed by LZO",
+}
+_NAMES = {"gz": "gzip", "bz2": "bzip2", "xz": "xz", "lzma": "LZMA", "zst": "Zstandard"}
 # Limits for decompressor memory, above what the presets of the compressors need. A header may request gigabytes.
 _WINDOW_LOG = 27
 _XZ_BYTES = 129 * 1024 * 1024
@@ -102,10 +129,11 @@ def unpack(
         if not size:
             raise EOFError("the file is empty")
         if container == "zip":
+            _check_zip(archive, name)
             yield from zip_members(archive, names, meter, make_room)
             return
         if container == "tar":
-            coding = _seen_coding(archive)
+            coding = _seen_coding(archive, name)
         stream = MeteredStream(_decoded(archive, name, coding), meter)
         if container == "tar":
             yield from tar_members(stream, names, make_room, is_compressed=bool(coding))
@@ -121,18 +149,56 @@ def _extension(name: str) -> str | None:
     return None if extension == last else extension
 
 
-def _seen_coding(archive: BinaryIO) -> str:
+def _seen_coding(archive: BinaryIO, name: str) -> str:
     """
     How a tar is compressed, by its first bytes: servers and clients undo or add a compression and keep the name.
+
+    Raises:
+        PolicyError: It is something else.
     """
-    start = archive.read(8)
-    archive.seek(0)
+    start = _start_of(archive)
+    foreign = next((what for magic, what in _FOREIGN.items() if start.startswith(magic)), None)
+    if foreign is not None and not _is_tar_header(start):
+        raise PolicyError(name, f"its content is {foreign}, not a tar that can be unpacked; rename or repack it")
+    # The size that follows is unknown or above zero, while a name would be followed by zeros.
+    if start.startswith(_LZMA_MAGIC) and start[5:13].strip(b"\0"):
+        return "lzma"
     return next((coding for magic, coding in _MAGIC.items() if start.startswith(magic)), "")
+
+
+def _check_zip(archive: BinaryIO, name: str) -> None:
+    """
+    Raises:
+        PolicyError: It is something that has another name.
+    """
+    start = _start_of(archive)
+    coding = next((_NAMES[coding] for magic, coding in _MAGIC.items() if start.startswith(magic)), None)
+    if coding is not None or _is_tar_header(start):
+        what = "a tar archive" if coding is None else f"compressed by {coding}"
+        raise PolicyError(name, f"its content is {what}, not a zip archive; rename it, for example to `.tar.gz`")
+
+
+def _start_of(archive: BinaryIO) -> bytes:
+    start = archive.read(512)
+    archive.seek(0)
+    return start
+
+
+def _is_tar_header(start: bytes) -> bool:
+    return start[257:262] == b"ustar"
 
 
 def _decoded(archive: BinaryIO, name: str, coding: str) -> Readable:
     if coding == "gz":
         return Decompressed(archive, name, GzipDecompressor)
+    if coding == "bz2":
+        import bz2
+
+        return Decompressed(archive, name, bz2.BZ2Decompressor)
+    if coding == "lzma":
+        import lzma
+
+        return Decompressed(archive, name, lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_XZ_BYTES))
     if coding == "xz":
         import lzma
 

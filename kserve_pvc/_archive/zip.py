@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from kserve_pvc._archive.members import PIECE_BYTES, Member, Meter, NameCheck, translating
+from kserve_pvc._archive.members import PIECE_BYTES, RAISE, Member, Meter, NameCheck, translating
 from kserve_pvc.errors import PolicyError, UnsafePathError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _END_SIGNATURE = b"PK\x05\x06"
 # The record and the locator that a zip with large fields has before its end record.
 _LARGE_END_BYTES = 56 + 20
 _STORED, _DEFLATED = 0, 8
+_UNIX = 3
 
 
 class _BoundedFile:
@@ -53,9 +54,7 @@ class _BoundedFile:
         data = self._file.read(most)
         limit = self._names.limits.entries
         if self.is_opening and most > 0 and data.count(_ENTRY_SIGNATURE) > limit:
-            raise PolicyError(
-                self._names.archive, f"it has more than {limit} entries; raise `unpack_limits` to allow more"
-            )
+            raise PolicyError(self._names.archive, f"it has more than {limit} entries; {RAISE}")
         return data
 
 
@@ -81,7 +80,10 @@ def zip_members(
         for info, path in chosen:
             with opened.open(info) as stream:
                 yield Member(
-                    path=path, pieces=_zip_pieces(stream, info, names, meter), evidence=f"crc32:{info.CRC:08x}"
+                    path=path,
+                    pieces=_zip_pieces(stream, info, names, meter),
+                    evidence=f"crc32:{info.CRC:08x}",
+                    is_executable=info.create_system == _UNIX and bool(info.external_attr >> 16 & stat.S_IXUSR),
                 )
 
 

@@ -86,6 +86,7 @@ class Attempt:
         self._transfer: Transfer | None = None
         self.resolved = resolved
         self.is_unpacking = False
+        self._archive_sha256: str | None = None
 
     def run(self) -> Written:
         """
@@ -186,6 +187,9 @@ class Attempt:
             make_room=self._make_room,
             check=self._tally.check,
         )
+        archives = [done[file.entry.path] for file in resolved.files if file.unpack is not None]
+        if len(archives) == len(resolved.files) == 1:
+            self._archive_sha256 = archives[0].sha256
         return unpacking.run(resolved.files, done)
 
     def _write_manifest(self, files: Sequence[FileEntry]) -> Written:
@@ -199,6 +203,7 @@ class Attempt:
             files=tuple(files),
             access=access,
             tls=None if is_checked else UNVERIFIED,
+            archive_sha256=self._archive_sha256 or self.resolved.archive_sha256,
         )
         data = encode(manifest)
         self._writer.write_private(layout.manifest_file(self._generation), data)

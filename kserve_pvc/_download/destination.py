@@ -35,7 +35,7 @@ class Destination:
     allocate: Callable[[int, int], None]
     write: Callable[[int, memoryview, int], None]
     copy: Callable[[int, int, int, int], bool]
-    finish: Callable[[int, PurePosixPath, bool], bool]
+    finish: Callable[[int, PurePosixPath, bool, bool], bool]
     trim: Callable[[int, Sequence[tuple[int, int]]], None]
     note: Callable[[PurePosixPath, str, int, int, str | None, int | None, bool], None]
     failure: Callable[[str, PurePosixPath, OSError], Exception]
@@ -169,7 +169,7 @@ class Writing:
         entry, sha256 = self.file.entry, self.hashes.so_far()
         with self.ending:
             self.is_ended = True
-        is_durable = self.destination.finish(self.fd, entry.path, is_durable)
+        is_durable = self.destination.finish(self.fd, entry.path, is_durable, entry.executable)
         self.destination.note(entry.path, str(entry.token), 0, entry.size_bytes, sha256, None, is_durable)
         return entry.with_digests(sha256, promised)
 

@@ -68,10 +68,14 @@ class Unpacking:
     def _unpack(self, archive: RemoteFile) -> Sequence[FileEntry]:
         assert archive.unpack is not None  # `run` has checked it.
         path = archive.entry.path
+        ref = self.ref
+        if ref.allow_patterns is not None and ref.selects(path):
+            # They have selected the archive, and so all that is in it.
+            ref = attrs.evolve(ref, allow_patterns=None)
         try:
             # Checked whenever the archive is read, since not all of it becomes bytes of a file.
             with self.writer.open_file(self.place / path) as fd, io.BufferedReader(_Checked(fd, self.check)) as stream:
-                members = unpack(stream, str(path), archive.unpack, selects=self.ref.selects, make_room=self.make_room)
+                members = unpack(stream, str(path), archive.unpack, selects=ref.selects, make_room=self.make_room)
                 return [self._write(member) for member in members]
         except StoreError:
             self.check()  # What ends the call inside of a decompressor comes out as damage.
@@ -94,9 +98,15 @@ class Unpacking:
             with suppress(OSError):
                 os.close(fd)
             raise
-        self.tree.finish(fd, member.path, size >= _LARGE_BYTES)
+        self.tree.finish(fd, member.path, size >= _LARGE_BYTES, member.is_executable)
         digest = None if hashed is None else hashed.hexdigest()
-        return FileEntry(path=member.path, size_bytes=size, sha256=digest, evidence=member.evidence)
+        return FileEntry(
+            path=member.path,
+            size_bytes=size,
+            sha256=digest,
+            evidence=member.evidence,
+            executable=member.is_executable,
+        )
 
     def _read(self, path: PurePosixPath) -> Iterator[bytes]:
         """Read a member that was written before."""

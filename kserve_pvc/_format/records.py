@@ -76,7 +76,8 @@ class FileEntry:
 
     `token` is what the source calls this content (an ETag, a version id); it identifies, but is not a digest.
     `evidence` is the digest the source vouches for and that the bytes were compared with, as `name:hex`. Without
-    `sha256` the bytes were never hashed, because hashing was switched off.
+    `sha256` the bytes were never hashed, because hashing was switched off. `executable` says that its owner could
+    execute it at the source, where that is known.
     """
 
     path: PurePosixPath = attrs.field(converter=_path)
@@ -84,6 +85,7 @@ class FileEntry:
     sha256: str | None = None
     token: str | None = None
     evidence: str | None = attrs.field(default=None, metadata=OMITTED)
+    executable: bool = attrs.field(default=False, metadata=OMITTED)
 
     def __attrs_post_init__(self) -> None:
         # One function takes a third of the time of validators, and a manifest may have 250,000 files.
@@ -97,6 +99,8 @@ class FileEntry:
         evidence = self.evidence
         if evidence is not None and (not isinstance(evidence, str) or not EVIDENCE.fullmatch(evidence)):
             raise ValueError("`evidence` must be a name and hex digits")
+        if not isinstance(self.executable, bool):
+            raise TypeError("`executable` must be a boolean")
 
     def with_digests(self, sha256: str | None, evidence: str | None) -> FileEntry:
         """
@@ -128,7 +132,8 @@ class Manifest:
 
     `access` is how the source was reached: `direct`, `direct:<package>` or `fsspec:<package>`. Manifests of older
     versions, and of models that were imported, do not have it. `tls` is `unverified` if the certificates of the source
-    were not checked.
+    were not checked. `archive_sha256` is the digest of the one file of the source, if the files of the model were
+    unpacked from it.
     """
 
     key: str = attrs.field(validator=matches_re(KEY))
@@ -137,6 +142,7 @@ class Manifest:
     files: tuple[FileEntry, ...] = attrs.field(converter=to_files)
     access: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(ACCESS)))
     tls: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(in_((UNVERIFIED,))))
+    archive_sha256: str | None = attrs.field(default=None, metadata=OMITTED, validator=optional(matches_re(SHA256)))
 
     def __attrs_post_init__(self) -> None:
         check_collisions(f.path for f in self.files)
@@ -154,6 +160,7 @@ class Record:
     `access` is how the source was reached: `direct` by requests of our own, `direct:<package>` by requests of our own
     that the package's fsspec class authorised, `fsspec:<package>` through that class. None where it is not recorded.
     `tls` is `unverified` if the certificates of the source were not checked, else None.
+    `archive_sha256` is the digest of the archive that its files were unpacked from, if it was a single one.
     """
 
     uri: str
@@ -169,6 +176,7 @@ class Record:
     writer: Holder
     access: str | None = None
     tls: str | None = None
+    archive_sha256: str | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -60,11 +60,13 @@ class Resolved:
     The files that the source of a model holds now.
 
     `version` is the source's own name for it, such as a commit, or a SHA-256 over path, size and token of every file.
+    `archive_sha256` is the digest of the archive from which a bundle has the files.
     """
 
     ref: ModelRef
     version: str
     files: tuple[RemoteFile, ...]
+    archive_sha256: str | None = None
 
     @property
     def size_bytes(self) -> int:

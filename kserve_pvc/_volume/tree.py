@@ -101,7 +101,7 @@ class Tree:
             return False
         return True
 
-    def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> bool:
+    def finish(self, fd: int, path: PurePosixPath, is_large: bool, is_executable: bool = False) -> bool:
         """
         Make a file immutable. Large files are made durable at once, while others are still being fetched.
 
@@ -112,8 +112,9 @@ class Tree:
             Whether the file is durable already.
         """
         try:
+            mode = self._writer.file_mode & 0o444
             with suppress(OSError):  # Object and SMB mounts refuse.
-                os.fchmod(fd, self._writer.file_mode & 0o444)
+                os.fchmod(fd, mode | (mode >> 2 if is_executable else 0))
             if is_large or not self._syncs_later:
                 _close_all([fd], syncs=True)
                 return True

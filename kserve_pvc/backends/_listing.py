@@ -184,7 +184,9 @@ class _Listing:
         # A single file is found in the directory that holds it.
         root = self.root.path if real.parts else self.root.path.parent
         return RemoteFile(
-            entry=FileEntry(path=inside, size_bytes=found.st_size, token=pin),
+            entry=FileEntry(
+                path=inside, size_bytes=found.st_size, token=pin, executable=bool(found.st_mode & stat.S_IXUSR)
+            ),
             address=str(path),
             pin={"inode": pin, "root": str(root)},
         )

@@ -3,7 +3,8 @@ The destination of a storage initializer: a directory from which a server reads 
 
 It may be a mount point, which has no siblings and cannot be renamed. So files are prepared in a hidden directory inside
 of it, and renamed into place one by one. The record is written last: with it the model is complete, without it nothing
-is trusted. Only files named in an earlier record or list of intended files are removed; foreign files stay.
+is trusted. Then the hidden directory is deleted. Only files named in an earlier record or list of intended files are
+removed; foreign files stay.
 """
 
 from __future__ import annotations
@@ -11,107 +12,25 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
-
-import attrs
-from attrs.validators import instance_of
+from typing import TypeVar
 
 from kserve_pvc._format import layout
-from kserve_pvc._format.codec import build, decode, encode, text
-from kserve_pvc._format.file_names import check_collisions, check_name, fold
-from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder, to_files
-from kserve_pvc._keys.claims import find_live_downloader, newest_epoch, start_heartbeat, take_claim
+from kserve_pvc._format.codec import decode, encode
+from kserve_pvc._format.records import MAX_MANIFEST_BYTES, FileEntry, Holder
 from kserve_pvc._volume.calls import delete_tree, sync_directory
 from kserve_pvc._volume.making import widen_new_file
-from kserve_pvc._volume.mount import mount_of
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.verify import sha256_of
 from kserve_pvc._volume.writing import VolumeWriter
-from kserve_pvc.errors import LockTimeoutError, SettingsError, StoreFormatError, UnsafePathError, VolumeError
+from kserve_pvc.errors import SettingsError, StoreFormatError, UnsafePathError, VolumeError
+from kserve_pvc.kserve._contents import INTENDED, NEXT, OLD_RECORD, OURS, RECORD, WORK, Contents, Intended, Source
+from kserve_pvc.kserve._exclusion import only_writer
 from kserve_pvc.kserve._placing import Method, copy_file, place_by
-from kserve_pvc.locks.external import ExternalLock
-from kserve_pvc.locks.flock import grab_file
-from kserve_pvc.locks.lease import LeaseLostError
-
-OURS = PurePosixPath(".kserve-pvc-initialize")
-WORK = OURS / "work"
-_RECORD = OURS / "record.json"
-INTENDED = OURS / "plan.json"
-_NEXT = OURS / "next"
-_LOCK = OURS / "lock"
-_KEY = "destination-0000000000000000"
-
-# What a file of a model may be called at no level: it would be read as a record of a store or of an initializer.
-RESERVED = frozenset((OURS.name, layout.META.name))
 
 _T = TypeVar("_T")
-
-
-def check_unreserved(path: PurePosixPath) -> None:
-    """
-    Refuse a path whose name, or that of a directory on it, is one of ours.
-
-    Raises:
-        UnsafePathError: It is, on some volume.
-    """
-    reserved = next((part for part in path.parts if fold(part) in RESERVED), None)
-    if reserved is not None:
-        raise UnsafePathError(str(path), f"`{reserved}` is reserved for stores and their initializer")
-
-
-@attrs.frozen(kw_only=True)
-class Source:
-    """
-    One model in a destination. The key identifies it, patterns included.
-    """
-
-    key: str = attrs.field(validator=text)
-    uri: str = attrs.field(validator=text)
-    version: str = attrs.field(validator=text)
-
-
-def _sources(value: Any) -> tuple[Source, ...]:
-    return tuple(item if isinstance(item, Source) else build(Source, item) for item in _listed(value))
-
-
-def _listed(value: Any) -> list[Any] | tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise TypeError("it must be a list")
-    return value
-
-
-def _to_paths(value: Any) -> tuple[str, ...]:
-    return tuple(str(check_name(path)) for path in _listed(value))
-
-
-@attrs.frozen(kw_only=True)
-class Contents:
-    """
-    The models and files of a destination. Its record is written when they are complete.
-    """
-
-    sources: tuple[Source, ...] = attrs.field(converter=_sources)
-    files: tuple[FileEntry, ...] = attrs.field(converter=to_files)
-    # Whether the files are symbolic links into a store.
-    is_linked: bool = attrs.field(default=False, validator=instance_of(bool))
-
-    def __attrs_post_init__(self) -> None:
-        check_collisions(f.path for f in self.files)
-        for file in self.files:
-            check_unreserved(file.path)
-
-
-@attrs.frozen(kw_only=True)
-class _Intended:
-    """
-    The paths of all files that an initializer may have put into a destination.
-    """
-
-    paths: tuple[str, ...] = attrs.field(converter=_to_paths)
 
 
 class Destination:
@@ -142,11 +61,26 @@ class Destination:
         """
         Return the record if the model is complete, or None.
         """
-        contents = self._read(Contents, _RECORD)
+        contents = self._recorded()
         if contents is None:
             return None
         exists = self._is_linked if contents.is_linked else self._is_file
         return contents if all(map(exists, contents.files)) else None
+
+    def _recorded(self) -> Contents | None:
+        return self._read(Contents, RECORD) or self._read(Contents, OLD_RECORD)
+
+    def served(self) -> Sequence[Source]:
+        """
+        Return the models that servers may be reading here, whether or not all of their files are there.
+
+        While it is filled with others, these are the others, as servers may have been started with neither.
+        """
+        contents = self._recorded()
+        if contents is not None:
+            return contents.sources
+        intended = self._read(Intended, INTENDED)
+        return intended.sources if intended is not None and intended.is_served else ()
 
     def _is_file(self, file: FileEntry) -> bool:
         try:
@@ -172,9 +106,14 @@ class Destination:
             return None
 
     @contextmanager
-    def writing(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:
+    def writing(
+        self, holder: Holder, lease_seconds: float, *, is_done: Callable[[], bool] = lambda: False
+    ) -> Iterator[Callable[[], None]]:
         """
-        Lock the destination for writing.
+        Lock the destination for writing. Afterwards, unless there was an error, only the record is left of our files.
+
+        Args:
+            is_done: Returns whether there is nothing to write. It is called before anything is created.
 
         Yields:
             A function to call before each visible change, which raises if the lock was lost.
@@ -182,49 +121,23 @@ class Destination:
         Raises:
             LockTimeoutError: Another live process is writing here.
         """
-        with ExitStack() as stack:
-            # Across nodes a kernel lock may not exclude, or may stay with a dead node, so heartbeats alone decide.
-            is_locked = not mount_of(self.root).is_network and self._has_kernel_lock(stack, lease_seconds)
-            yield _do_nothing if is_locked else stack.enter_context(self._claimed(holder, lease_seconds))
-
-    def _has_kernel_lock(self, stack: ExitStack, timeout: float) -> bool:
-        """Acquire the kernel's lock, which ends with its holder. False if it is unavailable, or takes too long."""
-        lock = ExternalLock(partial(grab_file, partial(self._writer.open_shared, _LOCK)), timeout=timeout)
-        stack.callback(lock.release)
-        is_held = lock.try_acquire(on_timeout=None)
-        if is_held is False:
-            raise self._taken("another process")
-        return is_held is True
-
-    @contextmanager
-    def _claimed(self, holder: Holder, lease_seconds: float) -> Iterator[Callable[[], None]]:
-        self._writer.make_directory(OURS)
-        claims = VolumeWriter(self.absolute(OURS))
-        if (other := find_live_downloader(claims, _KEY, lease_seconds=lease_seconds)) is not None:
-            raise self._taken(other)
-        epoch = newest_epoch(claims, _KEY) + 1
-        if take_claim(claims, _KEY, epoch, uri="file://", holder=holder) is None:
-            raise self._taken("another process")
-        heartbeat = start_heartbeat(
-            claims,
-            layout.claim_dir(_KEY, epoch),
-            lease_seconds=lease_seconds,
-            superseded=lambda: newest_epoch(claims, _KEY) > epoch,
-        )
-
-        def check() -> None:
-            try:
-                heartbeat.check()
-            except LeaseLostError as error:
-                raise self._taken("another process, since this one was paused for too long") from error
-
-        try:
+        with only_writer(self._writer, holder, lease_seconds, lambda: self.is_tidy and is_done()) as check:
             yield check
-        finally:
-            heartbeat.stop()
+            check()
+            self._tidy()
 
-    def _taken(self, holder: str) -> LockTimeoutError:
-        return LockTimeoutError(str(self.root), holder, 0.0, 0.0, 0, 0)
+    @property
+    def is_tidy(self) -> bool:
+        """Whether there is no directory of an initializer, which a server could take for a model."""
+        return OURS.name not in self._writer.list_names(PurePosixPath())
+
+    def _tidy(self) -> None:
+        contents = self._read(Contents, OLD_RECORD)
+        if contents is not None and self._read(Contents, RECORD) is None:
+            self._put(RECORD, encode(contents))
+        for name in self._writer.list_names(OURS):
+            if name != layout.META.name:  # It has the claims, of which each is deleted by its owner.
+                self.delete(OURS / name)
 
     def fill(self, contents: Contents, place: Callable[[FileEntry], None], check: Callable[[], None]) -> None:
         """
@@ -239,7 +152,7 @@ class Destination:
         paths = {file.path for file in contents.files}
         earlier = self._earlier_paths()
         check()
-        self._declare(paths | earlier)
+        self._declare(contents, paths | earlier)
         for path in sorted(earlier - paths, reverse=True):
             check()
             self._remove(path)
@@ -252,20 +165,13 @@ class Destination:
             # Those of removed files too: with the new record, no later call would know that these are an initializer's.
             self._sync_directories(paths | earlier)
         check()
-        self._put(_RECORD, encode(contents))
+        self._put(RECORD, encode(contents))
 
     def _make_directories(self, paths: Iterable[PurePosixPath]) -> None:
         """Make the directories durable before files are renamed into them, which would else be in neither place."""
         for directory in {path.parent for path in paths}:
             os.close(self._writer.ensure_directory(directory))
         self._sync_directories(paths)
-
-    def tidy(self) -> None:
-        """
-        Delete temporary files that are not needed after the record is written.
-        """
-        for place in (INTENDED, _NEXT, WORK):
-            self.delete(place)
 
     def make_work(self) -> Path:
         """
@@ -282,29 +188,32 @@ class Destination:
 
     def _earlier_paths(self) -> set[PurePosixPath]:
         """Return every file that an earlier call has, or may have, put here."""
-        record, intended = self._read(Contents, _RECORD), self._read(_Intended, INTENDED)
+        record, intended = self._recorded(), self._read(Intended, INTENDED)
         recorded = {file.path for file in (record.files if record else ())}
         return recorded | {PurePosixPath(path) for path in (intended.paths if intended else ())}
 
-    def _declare(self, paths: Iterable[PurePosixPath]) -> None:
+    def _declare(self, contents: Contents, paths: Iterable[PurePosixPath]) -> None:
         # The intended files are written before the old record is deleted, so that no file is ever without an owner.
-        self._put(INTENDED, encode(_Intended(paths=tuple(map(str, sorted(paths))))))
-        self.delete(_RECORD)
-        with self._writer.translated("syncing", OURS):
-            self._sync_directory(OURS)
+        names = tuple(map(str, sorted(paths)))
+        self._put(INTENDED, encode(Intended(paths=names, sources=contents.sources, is_served=bool(self.served()))))
+        for record in (OLD_RECORD, RECORD):
+            self.delete(record)
+            with self._writer.translated("syncing", record):
+                self._sync_directory(record.parent)
 
     def _put(self, place: PurePosixPath, data: bytes) -> None:
-        self.delete(_NEXT)
-        self._writer.write_private(_NEXT, data)
-        self._rename(_NEXT, place)
+        self.delete(NEXT)
+        self._writer.write_private(NEXT, data)
+        self._rename(NEXT, place)
         with self._writer.translated("syncing", place):
-            self._sync_directory(place.parent)
+            for above in place.parents:  # The hidden directory may have been made just now.
+                self._sync_directory(above)
 
     def delete(self, place: PurePosixPath) -> None:
         """
-        Delete a file or a directory in the hidden directory, if it exists.
+        Delete the record, or a file or a directory in the hidden directory, if it exists.
         """
-        if place.parts[0] != OURS.name or len(place.parts) < 2:
+        if place != RECORD and (place.parts[0] != OURS.name or len(place.parts) < 2):
             raise UnsafePathError(str(place), "only files of the initializer are deleted")
         with (
             self._writer.translated("deleting", place),
@@ -316,7 +225,8 @@ class Destination:
     def _remove(self, path: PurePosixPath) -> None:
         """Remove a file of an earlier call, and the directories that become empty."""
         with self._writer.translated("removing", path), suppress(FileNotFoundError, UnsafePathError):
-            with self._writer.open_parent(path) as parent, suppress(IsADirectoryError):
+            # A file that was not put there yet may have a directory already.
+            with self._writer.open_parent(path) as parent, suppress(IsADirectoryError, FileNotFoundError):
                 os.unlink(path.name, dir_fd=parent)
             for above in path.parents[:-1]:
                 with self._writer.open_parent(above) as parent:
@@ -335,9 +245,9 @@ class Destination:
         try:
             if not self._is_readable_by_all(source):
                 # It is copied, since the mode is set only of files that this call has created.
-                self.delete(_NEXT)
-                copy_file(self._writer, self._writer, source, file, _NEXT)
-                self._rename(_NEXT, file.path)
+                self.delete(NEXT)
+                copy_file(self._writer, self._writer, source, file, NEXT)
+                self._rename(NEXT, file.path)
                 return True
         except FileNotFoundError:
             return self._is_moved(file)
@@ -354,7 +264,7 @@ class Destination:
                 return True
             if others_write or found.st_nlink > 1 or found.st_uid != os.geteuid():
                 return False
-            widen_new_file(fd, self._writer.file_mode)
+            widen_new_file(fd, self._writer.file_mode | (found.st_mode & 0o100 and 0o111))
         return True
 
     def _is_moved(self, file: FileEntry) -> bool:
@@ -376,14 +286,14 @@ class Destination:
         Raises:
             VolumeError: The volumes support none of them.
         """
-        self.delete(_NEXT)
+        self.delete(NEXT)
         self._writer.make_directory(OURS)
         for method in methods:
             with self._writer.translated(f"creating a {method} of `{source}`", file.path):
-                if place_by(method, self._writer, store, source, file, _NEXT):
-                    self._rename(_NEXT, file.path)
+                if place_by(method, self._writer, store, source, file, NEXT):
+                    self._rename(NEXT, file.path)
                     return method
-                self.delete(_NEXT)
+                self.delete(NEXT)
         tried = " or a ".join(methods)
         reason = (
             f"the volumes do not support a {tried} of `{source}`; choose another method by `KSERVE_PVC_MATERIALIZE`"
@@ -451,7 +361,3 @@ def temporary_directory() -> Iterator[str]:
         if os.getpid() == owner:  # And not a child that was forked inside.
             rmtree(place, ignore_errors=True)
         raise
-
-
-def _do_nothing() -> None:
-    """A kernel lock cannot be lost."""

@@ -19,11 +19,16 @@ import attrs
 
 from kserve_pvc import _defaults as defaults
 from kserve_pvc._settings import Mode, read_settings
-from kserve_pvc.errors import PolicyError, SettingsError, printable
+from kserve_pvc._source.contract import UnpackLimits
+from kserve_pvc._source.ref import parse_ref, show_source
+from kserve_pvc.errors import PolicyError, SettingsError, StoreError, printable
 from kserve_pvc.kserve._log import log
 from kserve_pvc.kserve._placing import Method
 
 Kind = Literal["auto", "private", "store"]
+
+REPLACE = "KSERVE_PVC_REPLACE"
+UNPACK_LIMITS = "KSERVE_PVC_UNPACK_LIMITS"
 
 _AUTO: tuple[Method, ...] = ("reflink", "link", "copy")
 _SHA256 = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
@@ -75,6 +80,8 @@ class Variables:
         storage_options: By scheme.
         streams: The number of connections, by scheme.
         refused: The errors of settings that only one scheme uses, by that scheme.
+        unpack_limits: For every archive.
+        replaceable: The URIs of models that may be replaced in a destination, or `any`.
         progress: As in `ModelStore.ensure`.
     """
 
@@ -92,7 +99,13 @@ class Variables:
     storage_options: Mapping[str, Any] = attrs.field(repr=False)
     streams: Mapping[str, int]
     refused: Mapping[str, SettingsError]
+    unpack_limits: UnpackLimits
+    replaceable: frozenset[str] = frozenset()
     progress: bool | None = None
+
+    def may_replace(self, uri: str | None) -> bool:
+        """Whether a destination that holds this model, or something unknown, may be filled with another one."""
+        return "any" in self.replaceable or uri in self.replaceable
 
     def check(self, scheme: str) -> None:
         """
@@ -135,6 +148,8 @@ def read_variables(environ: Mapping[str, str] | None = None) -> Variables:
         storage_options=options,
         streams=_streams(environ),
         refused=refused,
+        unpack_limits=_unpack_limits(environ),
+        replaceable=frozenset(map(_replaceable, environ.get(REPLACE, "").split())),
     )
 
 
@@ -225,6 +240,28 @@ def _streams(environ: Mapping[str, str]) -> Mapping[str, int]:
         count = _number(files, environ, _AZURE_CONCURRENCY, int) * _number(parts, environ, 1, int)
         streams |= {"az": count, "abfs": count}
     return streams
+
+
+def _unpack_limits(environ: Mapping[str, str]) -> UnpackLimits:
+    """Parse `entries=200000,ratio=500`, in which a field that is left out has its default."""
+    kinds = {field.name: float if field.name == "ratio" else int for field in attrs.fields(UnpackLimits)}
+    given: dict[str, Any] = {}
+    for part in environ.get(UNPACK_LIMITS, "").replace(" ", "").split(","):
+        name, _, number = part.partition("=")
+        if part and name not in kinds:
+            supported = ", ".join(f"`{name}`" for name in kinds)
+            raise SettingsError(UNPACK_LIMITS, part, f"expected `name=number`, separated by commas, of {supported}")
+        if part:
+            given[name] = _number(UNPACK_LIMITS, {UNPACK_LIMITS: number or "nothing"}, 0, kinds[name])
+    return UnpackLimits(**given)
+
+
+def _replaceable(word: str) -> str:
+    try:
+        return word if word == "any" else parse_ref(word).uri
+    except StoreError as error:
+        hint = "expected URIs of models, separated by spaces, or `any`"
+        raise SettingsError(REPLACE, show_source(word), hint) from error
 
 
 def _methods(environ: Mapping[str, str]) -> tuple[Method, ...]:

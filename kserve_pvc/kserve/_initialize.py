@@ -8,12 +8,11 @@ environment variables.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from types import FrameType
@@ -22,21 +21,19 @@ from typing import NoReturn
 import attrs
 
 from kserve_pvc import __version__
-from kserve_pvc._archive.unpack import is_archive as is_web_archive
 from kserve_pvc._format import layout
-from kserve_pvc._format.records import FileEntry
+from kserve_pvc._format.records import FileEntry, Holder
 from kserve_pvc._keys.aliases import settle_view
 from kserve_pvc._model import Model
 from kserve_pvc._settings import pod_and_node
 from kserve_pvc._source.redaction import redact
-from kserve_pvc._source.ref import ModelRef, parse_ref, show_source
+from kserve_pvc._source.ref import show_source
 from kserve_pvc._store import ModelStore
 from kserve_pvc._volume.profile import NETWORK_LEASE_SECONDS
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.writing import VolumeWriter
 from kserve_pvc.errors import (
     DigestMismatchError,
-    InvalidURIError,
     ModelNotFoundError,
     PolicyError,
     SettingsError,
@@ -47,23 +44,20 @@ from kserve_pvc.errors import (
     VolumeError,
     printable,
 )
-from kserve_pvc.kserve._archives import is_archive, unpacking
+from kserve_pvc.kserve._archives import is_archive, may_unpack, unpacking
 from kserve_pvc.kserve._arguments import USAGE, Arguments, read_arguments
-from kserve_pvc.kserve._destination import WORK, Contents, Destination, Source, check_unreserved
+from kserve_pvc.kserve._contents import OURS, WORK, Contents, Source, check_unreserved
+from kserve_pvc.kserve._destination import Destination
+from kserve_pvc.kserve._digests import digest_refusal, found_digest, has_digest
 from kserve_pvc.kserve._environment import Variables, leave_to_s3, read_variables, trust_bundle
 from kserve_pvc.kserve._log import hide, write
 from kserve_pvc.kserve._log import log as _log
-from kserve_pvc.kserve._schemes import check_supported
+from kserve_pvc.kserve._replacing import is_complete, may_repoint
+from kserve_pvc.kserve._sources import CheckedSource, read_source
 from kserve_pvc.locks.liveness import here
 
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_TERMINATION_BYTES = 4096
-# The services where KServe applies no patterns to an object that the URI names.
-_NAMING = ("s3", "gs", "http", "https")
-# What YAML leaves at the end of a block, and never is part of a URI.
-_LINE_BREAKS = "\r\n\t"
-# Slashes in front of a prefix in S3 and Azure, which KServe does not count as a part of it.
-_LEADING = re.compile(r"\A(s3://[^/?#]+/|https://[^/?#]+\.blob\.[^/?#]+/+[^/?#]+/)/+")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,63 +186,6 @@ def _check_place(place: str) -> str:
     return os.path.normpath(place)
 
 
-@attrs.frozen(kw_only=True)
-class CheckedSource:
-    """
-    A source whose URI was checked.
-    """
-
-    ref: ModelRef
-
-    @property
-    def shown(self) -> str:
-        return redact(self.ref.uri)
-
-    @property
-    def is_filtered(self) -> bool:
-        return self.ref.allow_patterns is not None or bool(self.ref.ignore_patterns)
-
-    @property
-    def keys(self) -> set[str]:
-        """The keys that a store may have it under: a URI of a single object is downloaded without patterns."""
-        return {self.ref.key, attrs.evolve(self.ref, allow_patterns=None, ignore_patterns=()).key}
-
-    @property
-    def may_be_object(self) -> bool:
-        """Whether KServe applies no patterns to an object of this service that the URI names."""
-        is_web = self.ref.service in ("http", "https")
-        return self.ref.service in _NAMING and not (is_web and is_web_archive(self._name))
-
-    @property
-    def _name(self) -> str:
-        return self.ref.location.partition("#")[0].rpartition("/")[2]
-
-    def is_one_object(self, paths: Iterable[PurePosixPath]) -> bool:
-        """Whether the source is a single object, and these are its paths."""
-        names = [str(path) for path in paths]
-        return len(names) == 1 if self.ref.service in ("http", "https") else names == [self._name]
-
-
-def read_source(source: str, variables: Variables) -> CheckedSource:
-    """
-    Check the URI of a source, without a request.
-
-    Raises:
-        InvalidURIError: It is malformed.
-        UnknownSchemeError: This initializer does not support its scheme.
-        PolicyError: It carries credentials.
-    """
-    source = _LEADING.sub(r"\1", source.strip(_LINE_BREAKS))
-    if ".." in source.split("://", 1)[-1].split("/"):
-        raise InvalidURIError(show_source(source), "its path contains `..`")
-    check_supported(source)
-    if source and "://" not in source and Path(source).exists():
-        source = os.path.abspath(source)
-    ref = parse_ref(source, allow_patterns=variables.allow_patterns, ignore_patterns=variables.ignore_patterns)
-    variables.check(ref.scheme)
-    return CheckedSource(ref=ref)
-
-
 def _fill(place: Path, store: Path | None, sources: Sequence[CheckedSource], variables: Variables) -> None:
     if _is_own_source(place, sources):
         _log("INFO", f"{printable(place)} is the source itself: nothing to copy")
@@ -256,12 +193,14 @@ def _fill(place: Path, store: Path | None, sources: Sequence[CheckedSource], var
     if store is None:
         _download_into(place, sources, variables)
         return
-    models = [from_store(store, one, variables) for one in sources]
     inside = _inside(place, store)
+    if inside is None and place.is_dir():
+        is_complete(Destination(place), [one.ref for one in sources], variables)  # Or refused, before a download.
+    models = [from_store(store, one, variables) for one in sources]
     if inside is None:
         _copy_into(place, Volume(store), sources, models, variables)
     else:
-        _point_to(store, inside, sources, models)
+        _point_to(store, inside, sources, models, variables)
 
 
 def _is_own_source(place: Path, sources: Sequence[CheckedSource]) -> bool:
@@ -300,13 +239,13 @@ def find_store(place: Path, variables: Variables) -> Path | None:
     return None
 
 
-def _open(root: Path, variables: Variables, *, mode: str | None = None) -> ModelStore:
+def _open(root: Path, one: CheckedSource, variables: Variables, *, mode: str | None = None) -> ModelStore:
     return ModelStore(
         root,
         mode="r" if mode == "r" else "rw",
         locker=variables.locker,
         lease_seconds=variables.lease_seconds,
-        backends=unpacking(),
+        backends=unpacking(one.ref.service, variables.unpack_limits, variables.digest),
         storage_options=variables.storage_options,
         offline=variables.offline,
     )
@@ -339,14 +278,28 @@ def from_store(root: Path, one: CheckedSource, variables: Variables) -> Model:
     Raises:
         StoreError: As `ModelStore.ensure`, or the stored model is not what KServe would serve.
     """
-    model = _find(root, one) or _ensure(_open(root, variables, mode=variables.mode), one, variables)
-    files = model.record.files
-    if one.ref.service in unpacking() and len(files) == 1 and is_archive(files[0].path.name):
+    open_store = partial(_open, root, one, variables, mode=variables.mode)
+    model = _find(root, one) or _ensure(open_store(), one, variables)
+    record = model.record
+    files = record.files
+    is_packed = record.archive_sha256 is None and len(files) == 1 and is_archive(files[0].path.name)
+    if may_unpack(one.ref.service) and is_packed:
         rule = "the store holds the packed archive, which no initializer downloaded; remove it with `kserve-pvc rm`"
         raise PolicyError(one.shown, rule)
-    _check_digest([model], variables)
+    _check_digest(open_store, model, variables)
     _log("INFO", f"{one.shown} is {model.status} in the store at {root}, at {model.path}")
     return model
+
+
+def _check_digest(open_store: Callable[[], ModelStore], model: Model, variables: Variables) -> None:
+    """Most backends have compared it before the model was published; a hit was published without it."""
+    digest, record = variables.digest, model.record
+    if digest is None or has_digest(digest, record.files, record.archive_sha256):
+        return
+    if model.status == "downloaded":
+        open_store().remove(model.ref)
+        raise DigestMismatchError(model.uri, digest, found_digest(record.files, record.archive_sha256))
+    raise digest_refusal(model.uri, record.files, record.archive_sha256, "remove the model with `kserve-pvc rm`")
 
 
 def _find(root: Path, one: CheckedSource) -> Model | None:
@@ -361,29 +314,21 @@ def _find(root: Path, one: CheckedSource) -> Model | None:
     return None
 
 
-def _check_digest(models: Sequence[Model], variables: Variables) -> None:
-    if variables.digest is None:
-        return
-    files = [file for model in models for file in model.record.files]
-    if len(files) != 1:
-        rule = f"`VERIFICATION_DIGEST` is the SHA-256 of one file, but the model has {len(files)}; unset it"
-        raise PolicyError(models[0].uri, rule)
-    if files[0].sha256 != variables.digest:
-        raise DigestMismatchError(str(files[0].path), variables.digest, str(files[0].sha256))
-
-
 def _download_into(place: Path, sources: Sequence[CheckedSource], variables: Variables) -> None:
     """Download into a private directory."""
     destination = Destination(place)
-    if _holds(destination, sources, None):
+    is_done = partial(is_complete, destination, [one.ref for one in sources], variables)
+    if is_done():
         _log("INFO", f"{printable(place)} is complete: nothing to download")
-        _tidy(destination)
+        _tidy(destination, variables)
         return
-    with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
-        if not _holds(destination, sources, None):
-            models = _download(destination, sources, variables)
-            _move(destination, sources, models, check)
-        destination.tidy()
+    with destination.writing(*_writer(variables), is_done=is_done) as check:
+        if not is_done():
+            _move(destination, sources, _download(destination, sources, variables), check)
+
+
+def _writer(variables: Variables) -> tuple[Holder, float]:
+    return here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS
 
 
 def _download(destination: Destination, sources: Sequence[CheckedSource], variables: Variables) -> Sequence[Model]:
@@ -392,18 +337,27 @@ def _download(destination: Destination, sources: Sequence[CheckedSource], variab
     if _started_keys(destination) - {key for one in sources for key in one.keys}:
         destination.delete(WORK)  # Left by a killed download of another source, and of no use.
     try:
-        store = _open(destination.make_work(), variables)
+        _open(destination.make_work(), sources[0], variables)
     except StoreFormatError:
         # Only a broken volume or a foreign process damages it, and it is of no use.
         destination.delete(WORK)
-        store = _open(destination.make_work(), variables)
-    models = [_ensure(store, one, variables) for one in sources]
+    models = []
+    for one in sources:
+        open_store = partial(_open, destination.make_work(), one, variables)
+        with _discarding(destination, DigestMismatchError):
+            models.append(_ensure(open_store(), one, variables))
+        with _discarding(destination, StoreError):  # Of what a killed start has left, too.
+            _check_digest(open_store, models[-1], variables)
+    return models
+
+
+@contextmanager
+def _discarding(destination: Destination, error: type[StoreError]) -> Iterator[None]:
     try:
-        _check_digest(models, variables)
-    except StoreError:
+        yield
+    except error:
         destination.delete(WORK)
         raise
-    return models
 
 
 def _started_keys(destination: Destination) -> set[str]:
@@ -414,17 +368,16 @@ def _started_keys(destination: Destination) -> set[str]:
         return set()
 
 
-def _tidy(destination: Destination) -> None:
-    # A hit needs no write permission.
-    with suppress(StoreError):
-        destination.tidy()
-
-
-def _holds(destination: Destination, sources: Sequence[CheckedSource], versions: Sequence[str] | None) -> bool:
-    record = destination.record()
-    if record is None or [source.key for source in record.sources] != [one.ref.key for one in sources]:
-        return False
-    return versions is None or [source.version for source in record.sources] == list(versions)
+def _tidy(destination: Destination, variables: Variables) -> None:
+    """Delete what a process left that was killed after the directory was complete, or an earlier version."""
+    if destination.is_tidy:
+        return
+    # A hit needs no write permission, and another process may be replacing the model.
+    with suppress(StoreError), destination.writing(*_writer(variables)):
+        pass
+    if not destination.is_tidy:
+        place = printable(destination.absolute(OURS))
+        _log("WARNING", f"{place} cannot be deleted now; a server that takes every directory for a model will fail")
 
 
 def _contents(
@@ -436,7 +389,7 @@ def _contents(
         for file in model.record.files:
             files[file.path], origins[file.path] = file, model.path / file.path
     recorded = [
-        Source(key=one.ref.key, uri=model.uri, version=model.version)
+        Source(key=one.ref.key, uri=model.uri, version=model.version, archive_sha256=model.record.archive_sha256)
         for one, model in zip(sources, models, strict=True)
     ]
     return Contents(sources=recorded, files=[files[path] for path in sorted(files)], is_linked=is_linked), origins
@@ -464,19 +417,22 @@ def _copy_into(
 ) -> None:
     """Fill a directory from a store that is mounted elsewhere."""
     destination = Destination(place)
-    if _holds(destination, sources, [model.version for model in models]):
+    versions = [model.version for model in models]
+    is_done = partial(is_complete, destination, [one.ref for one in sources], variables, versions)
+    if is_done():
         _log("INFO", f"{printable(place)} is complete: nothing to copy")
+        _tidy(destination, variables)
         return
     contents, origins = _contents(sources, models, is_linked=variables.methods == ("symlink",))
     used: set[str] = set()
-    with destination.writing(here(*pod_and_node()), variables.lease_seconds or NETWORK_LEASE_SECONDS) as check:
-        destination.fill(
-            contents,
-            lambda file: used.add(destination.materialize(store, origins[file.path], file, variables.methods)),
-            check,
-        )
-        destination.tidy()
-    _log("INFO", f"{printable(place)} is complete, by {' and '.join(sorted(used))}")
+    with destination.writing(*_writer(variables), is_done=is_done) as check:
+        if not is_done():
+            destination.fill(
+                contents,
+                lambda file: used.add(destination.materialize(store, origins[file.path], file, variables.methods)),
+                check,
+            )
+    _log("INFO", f"{printable(place)} is complete, by {' and '.join(sorted(used)) or 'another process'}")
 
 
 def _inside(place: Path, store: Path) -> PurePosixPath | None:
@@ -488,7 +444,13 @@ def _inside(place: Path, store: Path) -> PurePosixPath | None:
     return PurePosixPath(parent.relative_to(root)) if parent.is_relative_to(root) else None
 
 
-def _point_to(store: Path, inside: PurePosixPath, sources: Sequence[CheckedSource], models: Sequence[Model]) -> None:
+def _point_to(
+    store: Path,
+    inside: PurePosixPath,
+    sources: Sequence[CheckedSource],
+    models: Sequence[Model],
+    variables: Variables,
+) -> None:
     """Create links in the store, which a server mounts as its model directory."""
     writer = VolumeWriter(store)
     for one, model in zip(sources, models, strict=True):
@@ -500,6 +462,8 @@ def _point_to(store: Path, inside: PurePosixPath, sources: Sequence[CheckedSourc
             _check_name(inside, sources)
             # To the generation: for a server that mounts the whole store, the model changes at a restart only.
             target = os.path.relpath(layout.generation_dir(model.key, model.path.name), inside.parent)
+            if not may_repoint(store, inside, one.ref, model, variables):
+                continue
             if writer.link_target(inside) != target and not writer.repoint(inside, target):
                 raise _cannot_link(writer, inside)
 

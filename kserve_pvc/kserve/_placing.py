@@ -13,6 +13,7 @@ from typing import Literal
 
 from kserve_pvc._format.records import FileEntry
 from kserve_pvc._volume.calls import allocate, copy_range
+from kserve_pvc._volume.making import widen_new_file
 from kserve_pvc._volume.reading import Volume
 from kserve_pvc._volume.verify import sha256_of
 from kserve_pvc._volume.writing import VolumeWriter
@@ -92,6 +93,8 @@ def copy_file(
         _check_size(where, os.fstat(read).st_size, file)
         written = writer.create(place)
         try:
+            if file.executable:
+                widen_new_file(written, writer.file_mode | 0o111)
             if is_clone and not _clone(read, written):
                 return False
             if not is_clone:

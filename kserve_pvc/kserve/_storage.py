@@ -12,7 +12,8 @@ import attrs
 
 from kserve_pvc.kserve._destination import temporary_directory
 from kserve_pvc.kserve._environment import Variables, read_variables, trust_bundle
-from kserve_pvc.kserve._initialize import fill_all, from_store, read_source
+from kserve_pvc.kserve._initialize import fill_all, from_store
+from kserve_pvc.kserve._sources import read_source
 
 
 class Storage:

@@ -19,7 +19,7 @@ from pathlib import Path
 STOCK = "KSERVE_PVC_TEST_STOCK"
 CASE_SECONDS = 60
 # What each keeps beside a model for itself.
-OF_THEIR_OWN = (".cache/huggingface/", ".kserve-pvc-initialize/")
+OF_THEIR_OWN = (".cache/huggingface/", ".kserve-pvc-initialize")
 PHRASES = ("Copying contents of ", "Successfully copied ", "Model downloaded in ")
 
 Pairs = Sequence[tuple[str, str]]

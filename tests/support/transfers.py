@@ -149,7 +149,7 @@ class Place:
         self.events.append(f"create {path}")
         return os.open(self.directory / path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
 
-    def finish(self, fd: int, path: PurePosixPath, is_large: bool) -> bool:
+    def finish(self, fd: int, path: PurePosixPath, is_large: bool, is_executable: bool) -> bool:
         self.events.append(f"finish {path}")
         os.fsync(fd)
         os.close(fd)
