@@ -416,7 +416,7 @@ def test_a_uri_is_taken_as_it_is_spelled(backend, put, name, below):
 
 @pytest.mark.parametrize(
     "name",
-    ["../up", "a/../../up", ".", "a/./b", "a\\b", "new\nline", "C:x", "a.", "a\u202eb"],
+    ["../up", "a/../../up", ".", "a/./b", "a\\b", "new\nline", "C:/x", "a.", "a\u202eb"],
     ids=ascii,
 )
 def test_a_hostile_name_is_refused_and_nothing_is_written_outside(root, gcs, put, name):

@@ -56,11 +56,11 @@ def expected(outcome: str, uri: str) -> str:
 COMMAND = """
 import logging, sys
 from functools import partial
-from kserve_pvc._cli import main as _cli
+from kserve_pvc._cli import main, opening
 
 logging.basicConfig(level=logging.DEBUG)
-_cli.ModelStore = partial(_cli.ModelStore, retry_seconds=0.5, stall_seconds=1)
-sys.exit(_cli.main(sys.argv[1:]))
+opening.ModelStore = partial(opening.ModelStore, retry_seconds=0.5, stall_seconds=1)
+sys.exit(main.main(sys.argv[1:]))
 """
 
 

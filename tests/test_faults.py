@@ -137,7 +137,7 @@ from kserve_pvc._keys import claims as _claims
 from kserve_pvc._show import observing as _observing
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
-import ctypes
+import ctypes, fcntl
 # Another user may not be able to read this interpreter's libraries, so everything is imported before.
 os.umask(0o077)
 os.setgroups([int(group) for group in sys.argv[6:]]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))

@@ -40,6 +40,7 @@ from kserve_pvc import (
     StoreFormatError,
     Verification,
 )
+from kserve_pvc._show.units import format_bytes
 from kserve_pvc.backends.file import FileBackend
 
 BUCKET = "models"
@@ -187,6 +188,8 @@ def test_an_absent_model_is_named_with_its_store(root, on_disk):
     """
     The error of `get` says which model, which store and what to do.
     """
+    ModelStore(root, mode="rw")
+
     with pytest.raises(
         ModelNotFoundError, match="`ensure` it from a read-write store, or `import` a bundle of it"
     ) as caught:
@@ -964,7 +967,7 @@ def test_whoever_waited_too_long_is_told_for_whom(root, on_s3, slow_pod):
     assert isinstance(error, TimeoutError)
     assert all(
         word in str(error)
-        for word in (error.holder, on_s3.uri, f"of {SIZE} bytes", "raise `timeout`", "kserve-pvc locks")
+        for word in (error.holder, on_s3.uri, f"of {format_bytes(SIZE)}", "raise `timeout`", "kserve-pvc locks")
     )
 
 

@@ -247,6 +247,9 @@ class Sources:
 
     is_offline = False
 
+    def why_offline(self, local_files_only: bool) -> str:
+        return ""
+
     def check_online(self, ref: ModelRef) -> None:
         pass
 
