@@ -416,7 +416,7 @@ def test_a_source_that_cuts_every_connection_is_given_up(root, origin, upload):
         model = store.ensure(uri, progress=False)
 
     assert read_tree(model.path) == {"weights.bin": data}
-    assert model.bytes_fetched == len(data) - 1_000_000
+    assert 0 < model.bytes_fetched <= len(data) - 1_000_000
 
 
 def other_range(asked: str, answer: bytes) -> bytes:

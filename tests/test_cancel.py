@@ -418,6 +418,7 @@ def test_an_interrupt_does_not_wait_for_a_silent_source(root, origin, upload, tm
     Ctrl-C ends a command within a second while its source says nothing in the listing, and its claim is free.
     """
     uri = upload(FILES)
+    ModelStore(root, mode="rw")
     with SilentProxy(origin.endpoint, at=is_listing) as silent:
         command = shell.start(root, "ensure", uri, env={**origin.environ, "AWS_ENDPOINT_URL": silent.endpoint})
         assert silent.silenced.wait(30)

@@ -555,10 +555,10 @@ def test_a_stale_handle_is_looked_up_once_more(root, model, monkeypatch, times, 
 
 def test_long_names_deep_trees_and_many_files_are_one_record(root, tmp_path, tool):
     """
-    Row 47: names of 255 bytes, fifty directories deep, and thousands of files arrive, with one record and few syncs.
+    Row 47: names of 255 bytes, 31 directories deep, and thousands of files arrive, with one record and few syncs.
     """
     files = {f"{number % 20}/{number:05}": b"%d" % number for number in range(3000)}
-    files |= {"n" * 255: b"long", "/".join(["d"] * 50) + "/deep": b"deep"}
+    files |= {"n" * 255: b"long", "/".join(["d"] * 31) + "/deep": b"deep"}
     write_files(tmp_path / "source", files)
     log = tmp_path / "calls.log"
     tracing = [tool("strace"), "-f", "-qq", "-o", str(log), "-e", "trace=fsync,fdatasync,syncfs"]
@@ -572,7 +572,7 @@ def test_long_names_deep_trees_and_many_files_are_one_record(root, tmp_path, too
     store = ModelStore(root)
     assert read_tree(store.get(f"file://{tmp_path}/source").path) == files
     assert len(list(root.glob(".kserve-pvc/keys/*/log/*"))) == 1
-    # Twenty and fifty-one directories, the directories and small files of the store itself, and beats.
+    # Twenty and thirty-two directories, the directories and small files of the store itself, and beats.
     assert len(log.read_text().splitlines()) < 300
 
 

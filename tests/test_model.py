@@ -49,7 +49,7 @@ from kserve_pvc._download import attempt, protocol, publication
 from kserve_pvc._keys import claims, procedures, removal
 
 # How many states are visited of a crowd that is too large to see all; `nox -s soak` visits more.
-MOST_STATES = int(os.environ.get("KSERVE_PVC_TEST_STATES", "40_000"))
+MOST_STATES = int(os.environ.get("KSERVE_PVC_TEST_STATES", "25_000"))
 FEW_STATES = 400_000
 # No mutant below is caught later than this.
 SAME_PLAY = 100_000

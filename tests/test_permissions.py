@@ -35,7 +35,7 @@ from kserve_pvc._volume import writing as _volume
 from kserve_pvc._show import observing as _observing
 from kserve_pvc._show import progress as _progress
 from kserve_pvc.backends.file import FileBackend
-import ctypes, fcntl
+import ctypes, concurrent.futures.thread, fcntl
 uid, gid, groups, umask, act, root, uri = sys.argv[1:]
 os.umask(int(umask, 8))
 os.setgroups([int(group) for group in groups.split(",") if group]); os.setgid(int(gid)); os.setuid(int(uid))

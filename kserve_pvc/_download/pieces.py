@@ -157,10 +157,7 @@ class PatientReader:
             now = time.monotonic()
             # A reader that decrypts does not wait: more streams would only take turns with it.
             self.waited += (now - before - getattr(reader, "worked", 0.0) + worked) * streams
-            if count == 0:
-                reason = f"the response for `{file.entry.path}` ended {stop - start} bytes early"
-                raise SourceUnavailableError(self._uri, reason)
-            self._count(now, count or 0)
+            self._count(file, now, count, stop - start)
             if count is not None:
                 start += count
                 yield buffer[:count]
@@ -175,7 +172,10 @@ class PatientReader:
                     raise SourceUnavailableError(self._uri, reason)
                 began, since = start, now
 
-    def _count(self, now: float, count: int) -> None:
+    def _count(self, file: RemoteFile, now: float, read: int | None, missing: int) -> None:
+        if read == 0:
+            raise SourceUnavailableError(self._uri, f"the response for `{file.entry.path}` ended {missing} bytes early")
+        count = read or 0
         self.received += count
         rate = self._slowness.add(now, count)
         if rate is not None:

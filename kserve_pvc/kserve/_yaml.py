@@ -126,16 +126,19 @@ def _loader() -> Any:
             _count_merged(self, node)
             return super().flatten_mapping(node)
 
+    _resolve_numbers(Loader, yaml.SafeLoader.yaml_implicit_resolvers)
+    return Loader
+
+
+def _resolve_numbers(loader: Any, inherited: Any) -> None:
     replaced = {f"{_TAG}{kind}" for kind in ("timestamp", "int", "float")}
-    inherited = yaml.SafeLoader.yaml_implicit_resolvers
-    Loader.yaml_implicit_resolvers = {
+    loader.yaml_implicit_resolvers = {
         first: [one for one in found if one[0] not in replaced] for first, found in inherited.items()
     }
     # In this order, since an integer also matches as a number.
-    Loader.add_implicit_resolver(f"{_TAG}int", re.compile(f"^(?:{_INTEGER.pattern})$"), list("-+0123456789"))
-    Loader.add_implicit_resolver(f"{_TAG}float", re.compile(f"^(?:{_NUMBER.pattern})$"), list("-+0123456789."))
-    Loader.add_constructor(f"{_TAG}int", lambda loader, node: _integer(loader.construct_scalar(node)))
-    return Loader
+    loader.add_implicit_resolver(f"{_TAG}int", re.compile(f"^(?:{_INTEGER.pattern})$"), list("-+0123456789"))
+    loader.add_implicit_resolver(f"{_TAG}float", re.compile(f"^(?:{_NUMBER.pattern})$"), list("-+0123456789."))
+    loader.add_constructor(f"{_TAG}int", lambda own, node: _integer(own.construct_scalar(node)))
 
 
 def _count_merged(loader: Any, node: Any) -> None:
