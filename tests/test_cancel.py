@@ -171,7 +171,7 @@ def test_what_is_left_behind_ends_with_its_source(root):
     assert len(left) == 1
     until(lambda: not [t for t in threading.enumerate() if t.name.startswith("kserve-pvc")])
     assert (len(events), callback.calls) == told
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     assert store.list() == []
 
 
