@@ -142,7 +142,9 @@ def test_kill_9_at_random_moments_never_publishes_a_wrong_model(root, s3, proxy:
     assert worst <= PART_BYTES * 2 + sum(len(data) for data in files.values() if len(data) < PART_BYTES)
     store.ensure(uri, progress=False)
     assert store.verify(uri, "full").ok
-    assert list((root / ".kserve-pvc" / "staging").iterdir()) == []
+    # The record of a collection that was killed lies there until it is swept, after a day.
+    left = (path.name for path in (root / ".kserve-pvc" / "staging").iterdir())
+    assert [name for name in left if not name.startswith("discard-")] == []
 
 
 def _seconds_of_one(root: Path, uri: str, arguments: dict[str, Any]) -> float:
