@@ -17,7 +17,7 @@ from trees import read_tree, write_files
 
 from kserve_pvc import ModelStore
 
-# The issue's own measure; an attempt differs from the next by a few calls of its threads.
+# How many times as many calls are still the same cost: an attempt differs from the next by a few of its threads'.
 AT_MOST = 1.2
 MANY = 10_000
 VERSIONS = 3_000
