@@ -130,8 +130,8 @@ def test_old_claims_are_forgotten(root, stores):
 
 def test_removing_leaves_nothing_but_the_log(root, stores):
     """
-    After a removal with an empty trash only records, numbers and the newest claim are left of a model, and the room that
-    the store keeps for removals.
+    After a removal with an empty trash only records, numbers and the newest claim are left of a model, and the store's
+    reserve.
     """
     store = stores[0]
     model = store.ensure(URI, progress=False)
