@@ -215,7 +215,7 @@ def test_the_initializer_has_a_document_and_a_store(run, root, tmp_path, words, 
     words = [*store, *words] if place == "before" else [*words, *store]
 
     done, failed, wrong = (
-        run.bare(*words, *pair) for pair in ([source, filled], [f"{source}/absent", filled], [source])
+        run.bare(*words, *pair) for pair in ([source, filled], [f"{source}/absent", f"{filled}-not"], [source])
     )
 
     assert (done[0], json.loads(done[1])) == (0, {"models": [{"uri": source, "path": filled}]})

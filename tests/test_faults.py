@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from trees import digests, listing, model_files, read_tree, write_files
+from users import public_directory
 
 from kserve_pvc import (
     InsufficientSpaceError,
@@ -157,15 +158,15 @@ def as_other(uid: int, gid: int, *arguments: str) -> str:
 
 
 @pytest.fixture
-def reachable(tmp_path_factory):
+def reachable():
     """
-    A directory that other users can reach.
+    A directory that other users can reach. Not one of pytest's, which any other pytest closes when it starts.
     """
-    place = tmp_path_factory.mktemp("shared")
-    for path in [place, *place.parents]:
-        if path.stat().st_uid == os.geteuid() and path != Path("/"):
-            path.chmod(path.stat().st_mode | 0o055)
-    return place
+    with public_directory() as place:
+        for path in place.parents:
+            if path.stat().st_uid == os.geteuid() and path != Path("/"):
+                path.chmod(path.stat().st_mode | 0o055)
+        yield place
 
 
 @pytest.mark.usefixtures("as_root")
