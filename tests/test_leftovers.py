@@ -379,6 +379,19 @@ def test_what_a_killed_call_left_in_staging_is_swept_after_a_day(root, name):
     assert {path.name for path in staging.iterdir()} == {new, download, foreign}
 
 
+def test_a_wrong_clock_of_this_node_sweeps_nothing(root, monkeypatch):
+    """
+    What another process has just made stays, however far this node's clock is ahead.
+    """
+    fresh = root / layout.STAGING / f"remove-{'a' * 32}"
+    fresh.mkdir(parents=True)
+    monkeypatch.setattr("time.time", lambda real=time.time: real() + 30 * 86_400)
+
+    sweep_staging(VolumeWriter(root))
+
+    assert fresh.exists()
+
+
 def test_downloads_and_removals_sweep(root):
     """
     Whichever comes first collects what a killed removal has left.
