@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fsspec.config  # noqa: F401  # While the environment is untouched: fsspec keeps what it finds there.
 import pytest
+import shell
 from origin import CountingProxy, SeaweedS3
 from trees import model_files, write_files
 
@@ -47,6 +48,17 @@ def s3(origin: SeaweedS3, proxy: CountingProxy) -> dict[str, object]:
     Arguments of a `ModelStore` that reaches the S3 server through the proxy.
     """
     return {"storage_options": {"endpoint_url": proxy.endpoint, "key": origin.key, "secret": origin.secret}}
+
+
+@pytest.fixture
+def initializer_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """
+    Nothing of this process's environment is a setting of an initializer.
+    """
+    kept = shell.clean_environ()
+    for name in [name for name in os.environ if name not in kept or name.startswith("STORAGE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KSERVE_PVC_TERMINATION_LOG", str(tmp_path / "no-such-log"))
 
 
 Upload = Callable[[Mapping[str, bytes]], str]

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import shell
 from trees import listing, read_tree, write_files
 
 from kserve_pvc import ModelStore, PolicyError
@@ -51,15 +50,7 @@ LOOKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    """
-    Nothing of this process's environment is a setting of an initializer.
-    """
-    kept = shell.clean_environ()
-    for name in [name for name in os.environ if name not in kept or name.startswith("STORAGE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("KSERVE_PVC_TERMINATION_LOG", str(tmp_path / "no-such-log"))
+pytestmark = pytest.mark.usefixtures("initializer_environment")
 
 
 @pytest.fixture

@@ -81,15 +81,7 @@ REPLACING = {"KSERVE_PVC_REPLACE": "any"}
 KILLS = int(os.environ.get("KSERVE_PVC_TEST_INIT_KILLS", "10"))
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    """
-    Nothing of this process's environment says anything to an initializer in it.
-    """
-    kept = shell.clean_environ()
-    for name in [name for name in os.environ if name not in kept or name.startswith("STORAGE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("KSERVE_PVC_TERMINATION_LOG", str(tmp_path / "no-such-log"))
+pytestmark = pytest.mark.usefixtures("initializer_environment")
 
 
 @pytest.fixture

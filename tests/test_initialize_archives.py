@@ -13,7 +13,6 @@ import zipfile
 
 import fsspec
 import pytest
-import shell
 from trees import read_tree, write_files
 from webserver import WebServer
 
@@ -61,15 +60,7 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    """
-    Nothing of this process's environment is a setting of an initializer.
-    """
-    kept = shell.clean_environ()
-    for name in [name for name in os.environ if name not in kept or name.startswith("STORAGE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("KSERVE_PVC_TERMINATION_LOG", str(tmp_path / "no-such-log"))
+pytestmark = pytest.mark.usefixtures("initializer_environment")
 
 
 @pytest.fixture
