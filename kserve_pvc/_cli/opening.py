@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # A verb that writes is itself the request to write, unless the environment or the pod's annotation forbids it.
 _WRITING = ("ensure", "rm", "import", "warm", "init")
-# Where there is no store these make one, or say what that would take. All other verbs have nothing to be about.
+# In a directory without a store these make one, or say what that would take. All other verbs fail.
 _BEGINNING = ("ensure", "import", "warm", "init", "plan")
 
 

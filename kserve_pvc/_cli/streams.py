@@ -185,7 +185,7 @@ def above_bars(stream: TextIO) -> AbstractContextManager[None]:
     """
     Write to a terminal on which a download may be drawing its bar.
     """
-    if "tqdm" not in sys.modules:  # Nothing is drawn, and there is no reason to load what draws.
+    if "tqdm" not in sys.modules:  # No bar is shown, so tqdm need not be loaded.
         return nullcontext()
     from kserve_pvc._show import progress
 

@@ -124,6 +124,6 @@ class _Checked(io.FileIO):
         super().__init__(fd, "rb", closefd=False)
         self._check = check
 
-    def readinto(self, buffer: memoryview, /) -> int | None:  # type: ignore[override]
+    def readinto(self, buffer: memoryview, /) -> int | None:  # type: ignore[override]  # Any buffer in `io`.
         self._check()
         return super().readinto(buffer)

@@ -289,7 +289,7 @@ class _Task:
             return _unpickle, (pickle.dumps((self.index, self.ref, self._ensure, self._listening, self._options)),)
         except SettingsError:
             raise
-        except Exception as error:
+        except Exception as error:  # `__reduce__` of a listener or a backend may raise anything.
             why = f"the store cannot be pickled for other processes ({type(error).__name__})"
             raise SettingsError("executor", "a process pool", f"{why}; use a `ThreadPoolExecutor`") from error
 

@@ -106,7 +106,7 @@ def generations(volume: Volume, key: str) -> list[str]:
 
 def tombstone_of(ref: ModelRef, generation: str, holder: Holder) -> LogEntry:
     """
-    Make the record that there is no model, where none was present. It speaks of a generation that is unfinished.
+    Make a tombstone for a key without a model. It names an unfinished generation.
     """
     return LogEntry(
         type="tombstone",

@@ -206,8 +206,8 @@ def discard_leftovers(newest: Newest, leftovers: Sequence[str]) -> Procedure[boo
     Collect generations that dead writers left, before another one is begun.
 
     A record that changes nothing is appended first: a `restore` of what is present, or a tombstone where there is no
-    model. They were begun on an older record, so whoever still writes one of them loses. It needs no judgement about
-    who is alive.
+    model. They were begun on an older record, so a process that still writes one of them loses. Nothing has to be
+    known of which processes live.
 
     Returns:
         False if the log moved on, and nothing was collected.

@@ -70,7 +70,7 @@ class Watch:
                 those who are new live. None stands for a sign that could not be read, which is not silence.
 
         Returns:
-            Who shows a sign of life, or cannot be read for as long; empty if nobody does; None if another look is
+            Who shows a sign of life, or cannot be read for as long; empty if none does; None if another look is
             needed after a pause. There is one more look after the last silence has been long enough.
         """
         if self._watched is None:

@@ -81,7 +81,7 @@ class _Calls:
         for number, listener in enumerate(self._listeners):
             try:
                 listener(event)
-            except Exception:
+            except Exception:  # A listener is code of the caller, and ends no download.
                 if number not in self._failed:  # Once: it may fail for each of many events.
                     self._failed.add(number)
                     kind, error, trace = sys.exc_info()

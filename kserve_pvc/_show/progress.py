@@ -166,7 +166,7 @@ def _bar_class() -> Any:
     """Make the class on first use: importing tqdm takes longer than a hit."""
     from tqdm.auto import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc, unused-ignore]
+    class Bar(tqdm):  # type: ignore[misc, unused-ignore]  # Untyped.
         """
         A bar with binary units, whose description leaves room for the rate and the time.
         """
@@ -222,7 +222,7 @@ class _Bars:
                 bar = self._show(f"{activity} {printable(ref)}", total)
                 bar.n, bar.bytes_per_second, bar.subject = 0, None, printable(ref)
             case BytesAdopted(size_bytes=size) | BytesReceived(size_bytes=size) if self._bar is not None:
-                # What an earlier attempt left is no speed.
+                # Bytes of an earlier attempt do not count for the rate.
                 self._received += size if isinstance(event, BytesReceived) else 0
                 self._bar.bytes_per_second = self._received / max(self._clock() - self._started, 1e-3)
                 self._bar.update(size)

@@ -50,7 +50,7 @@ def check_count(name: str, value: object) -> int:
     if type(value) is int and value >= 1:
         return value
     try:
-        number = 0 if isinstance(value, bool) else value.__index__()  # type: ignore[attr-defined]
+        number = 0 if isinstance(value, bool) else value.__index__()  # type: ignore[attr-defined]  # Caught below.
     except (AttributeError, TypeError):
         number = 0
     if number < 1:

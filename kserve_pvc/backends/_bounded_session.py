@@ -20,7 +20,7 @@ _PIECE_BYTES = 64 * 1024
 _OPTION = "http_session_cls"
 
 
-class BoundedSession(AIOHTTPSession):  # type: ignore[misc]
+class BoundedSession(AIOHTTPSession):  # type: ignore[misc]  # Untyped.
     """
     A session that refuses responses to requests for metadata which are longer than a page of a listing can be, or take
     a multiple of the memory of others. Bodies of objects are streamed as before.

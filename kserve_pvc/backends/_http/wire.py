@@ -100,7 +100,7 @@ class TLSTransport:
     def receive(self, buffer: memoryview) -> int | None:
         while True:
             try:
-                return self.sock.read(len(buffer), buffer)  # type: ignore[return-value]
+                return self.sock.read(len(buffer), buffer)  # type: ignore[return-value]  # A count.
             except self._nothing_yet:
                 if not self._wait():
                     return None
